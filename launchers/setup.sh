@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Makes <clone>/.venv with the packages pinned in launchers/constraints.txt; at once when that is already done.
+#   bash launchers/setup.sh [test]          "test" adds what tests/run.sh needs
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+venv=$root/.venv
+flavour=${1:-base}
+# A changed pin, another Python or a moved clone asks for a new installation.
+key="$(cat "$root/setup.py" "$root/launchers/constraints.txt" "$root/launchers/setup.sh" | cksum) $root"
+
+say() { echo "setup: $*"; }
+fail() { echo "setup: $*" >&2; exit 2; }
+is_done() { [ "$(cat "$venv/.setup-$1" 2>/dev/null)" = "$key" ] && "$venv/bin/python" -c "" 2>/dev/null; }
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
+        if is_new_enough "$candidate"; then echo "$candidate"; return; fi
+    done
+    fail "Python 3.11 or newer is needed; python3 here is $(python3 --version 2>&1 || true). Debian, Ubuntu: apt-get install -y python3.12"
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    say "virtual environment in $venv ($("$python" --version))"
+    # Debian ships venv without ensurepip: then the pip that is there installs another one into the environment.
+    "$python" -m venv --clear "$venv" >/dev/null 2>&1 && return
+    "$python" -m venv --clear --without-pip "$venv" >/dev/null 2>&1 &&
+        "$python" -m pip --python "$venv/bin/python" install -q pip && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get install -y -q python3-venv || { apt-get update -q && apt-get install -y -q python3-venv; }; } >/dev/null 2>&1 &&
+            "$python" -m venv --clear "$venv" && return
+    fi
+    fail "$python can make no virtual environment. Debian, Ubuntu: apt-get install -y python3-venv"
+}
+
+install() {
+    local extra=""
+    [ "$flavour" = base ] || extra="[$flavour]"
+    local pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input -c "$root/launchers/constraints.txt")
+    [ -t 1 ] || pip+=(-q)
+    export PIP_USER=0
+    unset PYTHONHOME PYTHONPATH
+    say "torch (the largest part, some minutes where it is to be fetched)"
+    "${pip[@]}" torch setuptools
+    say "everything else$([ -z "$extra" ] || echo ", with what the tests need")"
+    # Without isolation DeepSpeed's own set-up sees the torch that it is going to run with.
+    (cd "$root" && "${pip[@]}" --no-build-isolation -e ".$extra")
+}
+
+if is_done "$flavour" || is_done test; then exit 0; fi
+case $flavour in base | test) ;; *) fail "unknown argument '$flavour'; allowed: test" ;; esac
+if command -v flock >/dev/null; then
+    exec 9>"$root/.setup-lock"
+    flock -n 9 || { say "waiting for another set-up of this clone"; flock 9; }
+    if is_done "$flavour" || is_done test; then exit 0; fi
+fi
+start=$SECONDS
+{ is_new_enough "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; } || make_venv
+install
+echo "$key" >"$venv/.setup-$flavour"
+say "done in $((SECONDS - start)) s"

@@ -1,0 +1,136 @@
+"""A partitioned student as a Hugging Face folder: standard names, shapes and layout, so that anything else can load it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+from megadistill.engines.gathered import full_parameters
+from megadistill.engines.teacher import PartitionedModel
+from megadistill.errors import CheckpointError
+from megadistill.models.loading import DTYPES, LoadedModel
+from megadistill.parallel.context import ParallelContext
+
+HF_FOLDER = "hf"
+_MAX_SHARD_BYTES = 4 << 30
+_INDEX = "model.safetensors.index.json"
+
+
+def export_student(student: PartitionedModel, folder: Path, tokenizer: Any, context: ParallelContext) -> None:
+    """Writes weights (safetensors, cut at 4 GiB), configuration, generation configuration and tokenizer.
+
+    Collective over the world; rank 0 writes. At most one shard of the file is held in host memory.
+    """
+    loaded = student.loaded
+    if context.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    tensors = (
+        (name, _standard_layout(name, tensor, loaded)) for name, tensor in full_parameters(student.engine)
+    )
+    if not context.is_main:
+        for _ in tensors:
+            pass
+        return
+    write_safetensors(tensors, folder)
+    _write_configuration(loaded, student, folder, tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Writes ``model.safetensors``, or numbered shards with an index when the weights pass 4 GiB."""
+    from safetensors.torch import save_file
+
+    files: list[Path] = []
+    weight_map: dict[str, int] = {}
+    current: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        files.append(folder / f"shard-{len(files)}.partial")
+        save_file(current, files[-1], metadata={"format": "pt"})
+        current.clear()
+
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if current and size + bytes_ > _MAX_SHARD_BYTES:
+            flush()
+            size = 0
+        current[name], weight_map[name] = tensor.contiguous(), len(files)
+        size, total = size + bytes_, total + bytes_
+    flush()
+    if len(files) == 1:
+        files[0].replace(folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for file, name in zip(files, names, strict=True):
+        file.replace(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _standard_layout(name: str, tensor: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
+    """The family's own layout, with the padded vocabulary rows that were cut at loading put back."""
+    if name in loaded.removed_rows:
+        tensor = torch.cat([tensor, loaded.removed_rows[name].to(tensor)])
+    return tensor if loaded.family.export is None else loaded.family.export(name, tensor)
+
+
+def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder: Path, tokenizer: Any) -> None:
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(loaded.config)
+    config.architectures = [type(student.module).__name__]
+    config.dtype = next(student.module.parameters()).dtype
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name, None) is None or getattr(config, name) != getattr(tokenizer, name):
+            setattr(config, name, getattr(tokenizer, name))
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None) -> Path:
+    """Copies the Hugging Face model of a checkpoint (or of a run's latest one) to ``folder``, checked against its manifest.
+
+    ``dtype`` fp32 or bf16 casts the weights. Raises CheckpointError for a broken checkpoint or a folder that is not empty;
+    nothing is left behind then. Needs no processes and no GPU.
+    """
+    source, target = find_checkpoint(Path(checkpoint)), Path(folder)
+    manifest = read_manifest(source)
+    names = [name for name in manifest["files"] if name.startswith(f"{HF_FOLDER}/")]
+    if not names:
+        raise CheckpointError(f"{source} holds no exportable model")
+    check_files(source, manifest, names)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
+    beside = target.with_name(target.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source / HF_FOLDER, beside)
+    if dtype is not None:
+        _cast(beside, dtype)
+    if target.exists():
+        target.rmdir()
+    beside.replace(target)
+    return source
+
+
+def _cast(folder: Path, dtype: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    index = folder / _INDEX
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["metadata"]["total_size"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

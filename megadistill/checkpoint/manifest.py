@@ -1,0 +1,85 @@
+"""What a whole checkpoint looks like: a list of its files with sizes and checksums, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megadistill.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+VERSION = 1
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and BLAKE2b checksum of one file."""
+    checksum = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return {"bytes": path.stat().st_size, "blake2b": checksum.hexdigest()}
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative names of all files of a checkpoint but the manifest, sorted."""
+    found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def write_manifest(folder: Path, step: int, layout: dict[str, int], files: dict[str, dict[str, Any]]) -> None:
+    write_atomically(
+        folder / MANIFEST, json.dumps({"version": VERSION, "step": step, "layout": layout, "files": files}, indent=1)
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder. Raises CheckpointError when there is none that can be read."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["version"] != VERSION:
+            raise CheckpointError(f"{path}: version {manifest['version']} is not supported (this program reads {VERSION})")
+        return manifest
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> None:
+    """Compares files with the manifest. Raises CheckpointError naming the first that is missing, truncated or changed."""
+    for name in names:
+        expected, path = manifest["files"][name], folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: file {name} is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{folder}: file {name} has {size} bytes, expected {expected['bytes']}")
+        if digest(path)["blake2b"] != expected["blake2b"]:
+            raise CheckpointError(f"{folder}: file {name} does not match its checksum")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of one checkpoint: ``path`` itself, or the latest one of a run directory or of its checkpoints folder."""
+    for folder in (path, path / "checkpoints"):
+        if (folder / MANIFEST).is_file():
+            return folder
+        if (folder / LATEST).is_file():
+            return folder / (folder / LATEST).read_text().strip()
+    if not path.exists():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    raise CheckpointError(f"{path} holds no whole checkpoint (no {MANIFEST}, no {LATEST})")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside and renames into place: a reader sees the old file or the whole new one."""
+    beside = path.with_name(path.name + ".partial")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

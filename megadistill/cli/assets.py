@@ -1,0 +1,2 @@
+def ensure_assets(config):
+    pass

@@ -1,0 +1,25 @@
+"""``megadistill export CHECKPOINT FOLDER``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megadistill.cli.parsing import Parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "export",
+        "Writes the student of a checkpoint as a Hugging Face folder: weights (safetensors), configuration, tokenizer.",
+        "example:\n  megadistill export runs/demo exported/student",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step_N folder, or a run directory: its latest one")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="cast the weights; default: as they were trained")
+    parsed = parser.parse(arguments)
+
+    from megadistill.checkpoint.hf_export import export_checkpoint
+
+    source = export_checkpoint(parsed.checkpoint, parsed.folder, dtype=parsed.dtype)
+    print(f"exported {source} to {parsed.folder}; load it with AutoModelForCausalLM.from_pretrained('{parsed.folder}')")
+    return 0

@@ -1,0 +1,63 @@
+"""The command line: ``megadistill VERB ...``. Verbs are imported when they are used, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from megadistill.errors import MegadistillError
+
+VERBS = {
+    "prepare": "turn instruction data into checked train and validation files, or make the built-in assets",
+    "train": "distil a teacher into a student (what launchers/run.sh starts)",
+    "generate": "write responses to a file of prompts",
+    "evaluate": "score models on evaluation sets",
+    "export": "write a checkpoint's student as a Hugging Face folder",
+    "demo": "run the whole job on the built-in corpus and show the result",
+}
+_OTHER_RANKS_WAIT_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, or 2 with one line on standard error for what a user can cause."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        print(f"megadistill: unknown verb '{verb}'; allowed: {', '.join(VERBS)}{f'; nearest: {near[0]}' if near else ''}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        return importlib.import_module(f"megadistill.cli.{verb}").run(rest)
+    except MegadistillError as error:
+        _report(error)
+        return error.exit_code
+
+
+def _report(error: MegadistillError) -> None:
+    """One line from rank 0. Other ranks wait first: a launcher that sees one rank leave ends the others at once."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print("megadistill: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(_OTHER_RANKS_WAIT_S)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: megadistill VERB ...\n\nDistils large language models on DeepSpeed ZeRO-3 and tensor parallelism.\n\n"
+        f"{verbs}\n\nmegadistill VERB --help tells more."
+    )
+
+
+def entry() -> None:
+    """Console entry point."""
+    sys.exit(main())

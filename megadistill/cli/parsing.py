@@ -1,0 +1,44 @@
+"""What the verbs' argument parsers share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megadistill.config.load import load_config
+from megadistill.config.schema import RunConfig
+from megadistill.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ConfigErrors, one line like all others."""
+
+    def __init__(self, verb: str, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=f"megadistill {verb}",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def add_config(self, *, required: bool = True) -> None:
+        """``--config FILE`` and ``section.field=value`` overrides."""
+        self.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
+        self.add_argument(
+            "overrides", nargs="*", metavar="section.field=value", help="settings that win over the file"
+        )
+        # The deepspeed launcher adds it; the rank comes from the environment.
+        self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        return self.parse_intermixed_args(list(arguments))
+
+
+def config_of(parsed: argparse.Namespace) -> RunConfig:
+    """The run configuration that the arguments name."""
+    return load_config(parsed.config, parsed.overrides)

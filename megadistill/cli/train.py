@@ -1,0 +1,37 @@
+"""``megadistill train``: the main job. ``launchers/run.sh`` starts exactly this on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megadistill.cli.parsing import Parser, config_of
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "train",
+        "Distils model.teacher into model.student. Started by a launcher it uses all its processes; alone, one.",
+        "examples:\n"
+        "  deepspeed launchers/run.sh --config configs/demo.yaml\n"
+        "  megadistill train --config configs/smoke.yaml train.max_steps=5 run.dir=runs/try",
+    )
+    parser.add_config()
+    config = config_of(parser.parse(arguments))
+
+    from megadistill.cli.assets import ensure_assets
+    from megadistill.engines.launch import distributed, world_size
+    from megadistill.parallel.context import ParallelContext
+    from megadistill.training.loop import train
+    from megadistill.training.resume import plan_start
+    from megadistill.training.setup import build_parts, check_models, load_training_data, run_tokenizer
+
+    ensure_assets(config)
+    # What can be wrong with the user's files is found before processes wait for one another.
+    start = plan_start(config)
+    tp_size = check_models(config, world_size())
+    tokenizer = run_tokenizer(config)
+    data = load_training_data(config, tokenizer)
+    with distributed(config.parallel.timeout_s) as device:
+        context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
+        train(build_parts(config, context, tokenizer), data, start)
+    return 0

@@ -1,0 +1,207 @@
+"""YAML file + its bases + command-line overrides -> RunConfig, and back to resolved.yaml."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from megadistill.config.fields import allowed, nearest_key, section_type, walk
+from megadistill.config.schema import CombinationError, RunConfig, Section
+from megadistill.errors import ConfigError
+
+COMMAND_LINE = "command line"
+Tree = dict[str, Any]
+_RESOLVER = re.compile(r"\$\{[^{}]*:")
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, the files its `base:` chain names, and `section.field=value` overrides; the later one wins.
+
+    `base:` is relative to the file that says it; every other relative path is relative to the working directory.
+    `${section.field}` refers to another key. Raises ConfigError with one line: file (or "command line"), key, what is
+    allowed, nearest valid key.
+    """
+    layers = [*_read_chain(Path(path), ()), *(_read_override(text) for text in overrides)]
+    sources = {key: source for source, layer in layers for key, _ in _nodes(layer)}
+    try:
+        merged = OmegaConf.merge(_defaults(RunConfig), *(layer for _, layer in layers))
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree, sources, str(path))) from error
+
+
+def dump_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write the whole tree, defaults included, atomically; `load_config(path)` gives an equal tree."""
+    path = Path(path)
+    text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(f"# Every setting of this run, defaults included. Repeat it with --config {path.name}\n{text}")
+    os.replace(partial, path)
+
+
+def require(config: RunConfig, key: str, reason: str) -> str:
+    """The text under an optional `key`; ConfigError when it is null. `reason` completes "KEY is missing: "."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    if value is None:
+        raise ConfigError(f"{key} is missing: {reason}")
+    return str(value)
+
+
+def _defaults(section: type[Section]) -> Tree:
+    """Every section with the defaults of its keys: `${...}` finds them, and a missing value has its own name."""
+    tree: Tree = {}
+    for name, field in section.model_fields.items():
+        inner = section_type(field)
+        if inner is not None:
+            tree[name] = _defaults(inner)
+        elif not field.is_required():
+            tree[name] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return tree
+
+
+def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
+    """The layers of `path`, its base first."""
+    if path.resolve() in above:
+        raise ConfigError(f"{above[-1]}: base: {path} leads back to a file that is being read")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError as error:
+        where = f"{above[-1]}: base: " if above else ""
+        raise ConfigError(f"{where}{path}: no such file{_similar_file(path)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{path}{line}: no valid YAML: {problem}") from error
+    if not isinstance(layer, dict):
+        raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), not a list")
+    base = layer.pop("base", None)
+    checked = str(path), _checked(str(path), layer)
+    if base is None:
+        return [checked]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the path of one YAML file, not {base!r}")
+    return [*_read_chain(path.parent / base, (*above, path.resolve())), checked]
+
+
+def _read_override(text: str) -> tuple[str, Tree]:
+    key, sign, _ = text.partition("=")
+    if not sign:
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is no setting; write section.field=value{_did_you_mean(key)}")
+    if not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ConfigError(f"{COMMAND_LINE}: {key}: unknown key{_did_you_mean(key)}")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} cannot be read as YAML: {_first_line(error)}") from error
+    assert isinstance(layer, dict)
+    return COMMAND_LINE, _checked(COMMAND_LINE, layer)
+
+
+def _checked(source: str, layer: dict[Any, Any]) -> Tree:
+    """`layer` without empty sections; refuses what the merge would hide: unknown keys, values in place of sections."""
+    fields = dict(walk())
+    for key, value in list(_nodes(layer)):
+        field = fields.get(key)
+        if field is None:
+            raise ConfigError(f"{source}: {key}: unknown key{_did_you_mean(key)}")
+        if section_type(field) is not None and value is not None and not isinstance(value, dict):
+            names = ", ".join(name for name in fields if name.startswith(key + "."))
+            raise ConfigError(f"{source}: {key}={_show(value)}: is a section; its keys are {names}")
+        if isinstance(value, str) and _RESOLVER.search(value):
+            raise ConfigError(
+                f"{source}: {key}={_show(value)}: only ${{section.field}} works, nothing of the environment"
+            )
+        if get_origin(field.annotation) is tuple and not isinstance(value, list) and "${" not in str(value):
+            raise ConfigError(f"{source}: {key}={_show(value)}: must be {allowed(field)}")
+    return _without_empty(layer, RunConfig)
+
+
+def _without_empty(tree: dict[Any, Any], section: type[Section]) -> Tree:
+    """Drop `loss:` with every key under it commented out: its null would wipe out the section of the base."""
+    kept: Tree = {}
+    for name, value in tree.items():
+        inner = section_type(section.model_fields[name])
+        if inner is None:
+            kept[name] = value
+        elif value is not None:
+            kept[name] = _without_empty(value, inner)
+    return kept
+
+
+def _nodes(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values, sections before what is in them; what is under an unknown key is left out."""
+    fields = dict(walk())
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        yield key, value
+        if isinstance(value, dict) and key in fields and section_type(fields[key]) is not None:
+            yield from _nodes(value, key + ".")
+
+
+def _explain(error: ValidationError, tree: Any, sources: Mapping[str, str], path: str) -> str:
+    """The first problem as one line, and how many more there are."""
+    fields = dict(walk())
+    lines = []
+    for problem in error.errors():
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, CombinationError):
+            # Whoever overrides one of several keys that must agree is told that it was the command line.
+            involved = {sources.get(key) for key in cause.keys}
+            lines.append(f"{COMMAND_LINE if COMMAND_LINE in involved else path}: {cause}")
+            continue
+        key = next(key for key in _prefixes(problem["loc"]) if key in fields)
+        if problem["type"] == "missing":
+            lines.append(f"{path}: {key} is missing; it must be {allowed(fields[key])}")
+        else:
+            value = reduce(lambda part, name: part[name], key.split("."), tree)
+            hint = "; put it in quotes to make it text" if problem["type"] == "string_type" else ""
+            lines.append(f"{sources.get(key, path)}: {key}={_show(value)}: must be {allowed(fields[key])}{hint}")
+    lines = list(dict.fromkeys(lines))
+    return lines[0] if len(lines) == 1 else f"{lines[0]} (and {len(lines) - 1} more)"
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _prefixes(location: tuple[int | str, ...]) -> Iterator[str]:
+    """Dotted keys from the whole location down: pydantic appends list positions and union members."""
+    for end in range(len(location), 0, -1):
+        yield ".".join(str(part) for part in location[:end])
+
+
+def _did_you_mean(key: str) -> str:
+    nearest = nearest_key(key)
+    if nearest is not None:
+        return f"; did you mean {nearest}?"
+    return f"; sections are {', '.join(RunConfig.model_fields)}"
+
+
+def _similar_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f", and no folder {path.parent}"
+    names = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

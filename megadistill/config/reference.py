@@ -1,0 +1,84 @@
+"""Writes the tables of docs/configuration.md and configs/base.yaml from the schema.
+
+    python -m megadistill.config.reference    # from the repository root, after a change in schema.py
+
+A test fails while they differ.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from megadistill.config.fields import allowed, section_type, walk
+
+MARK = "<!-- From here on: written by python -m megadistill.config.reference -->"
+BASE_HEADER = """\
+# Every key with its default and what it means: a reference, and the `base:` of the other files here.
+# Written by python -m megadistill.config.reference; docs/configuration.md has the allowed values.
+# Hardware: any. Not to be launched by itself; a run adds at least run.dir and model.student.path:
+#   base: base.yaml
+#   run: {dir: runs/mine}
+#   model: {student: {path: FOLDER}, teacher: {path: FOLDER}}
+#   data: {train_path: FILE}
+# and starts with: deepspeed launchers/run.sh --config configs/mine.yaml [section.field=value ...]
+"""
+
+
+def reference_markdown() -> str:
+    """One table for each section, in the order of the schema."""
+    lines: list[str] = []
+    for key, field in walk():
+        if section_type(field) is not None:
+            keys = [(name, leaf) for name, leaf in walk() if _is_leaf_of(name, leaf, key)]
+            lines += [f"\n## {key}\n", f"{field.description}\n"]
+            if keys:
+                lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+                lines += [_row(name, leaf) for name, leaf in keys]
+    return "\n".join(lines) + "\n"
+
+
+def base_yaml() -> str:
+    """The whole tree with its defaults; keys without one are comments."""
+    return BASE_HEADER + "".join(_yaml_lines())
+
+
+def _yaml_lines() -> Iterator[str]:
+    for key, field in walk():
+        name, depth = key.rpartition(".")[2], key.count(".")
+        indent = "  " * depth
+        if section_type(field) is not None:
+            yield f"{'' if depth else chr(10)}{indent}{name}:  # {field.description}\n"
+            continue
+        setting = f"# {name}: REQUIRED" if field.is_required() else f"{name}: {_yaml(field.default)}"
+        yield f"{indent}{setting}  # {field.description}\n"
+
+
+def _is_leaf_of(name: str, field: FieldInfo, section: str) -> bool:
+    return section_type(field) is None and name.rpartition(".")[0] == section
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+    return f"| `{name}` | {default} | {allowed(field).replace('|', 'or')} | {field.description} |"
+
+
+def _yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    if isinstance(plain, float):
+        return repr(plain) if "e" not in repr(plain) else f"{plain:.1e}"
+    return yaml.safe_dump(plain, default_flow_style=True).strip().removesuffix("...").strip()
+
+
+def main(root: Path = Path()) -> None:
+    """Rewrite both files under `root`."""
+    page = root / "docs/configuration.md"
+    head = page.read_text(encoding="utf-8").partition(MARK)[0]
+    page.write_text(head + MARK + "\n" + reference_markdown(), encoding="utf-8")
+    (root / "configs/base.yaml").write_text(base_yaml(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

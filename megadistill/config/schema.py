@@ -1,0 +1,284 @@
+"""The configuration tree: one frozen, typed section per part of a run; docs/configuration.md is made from it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+OpenUnitInterval = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+DType = Literal["fp32", "bf16"]
+
+
+class CombinationError(ValueError):
+    """Values that are fine one by one and wrong together; `keys` are the dotted keys involved."""
+
+    def __init__(self, message: str, keys: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key, a number written as text, or a value out of range is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    dir: Text = Field(description="Folder of this run: resolved.yaml, metrics, samples, checkpoints.")
+    seed: Natural = Field(0, description="Seed of everything random: data order, sampling, gate, random models.")
+    prepare: Literal["none", "demo", "smoke"] = Field(
+        "none",
+        description="Built-in corpus, tokenizer and models to make on first use; none: nothing.",
+    )
+
+
+class TeacherSection(Section):
+    path: Text | None = Field(
+        None,
+        description="Model folder, hub name, or a configuration file (random weights). null only for plain SFT.",
+    )
+    dtype: DType = Field("fp32", description="Type of the frozen weights and of the forward pass.")
+
+
+class StudentSection(Section):
+    path: Text = Field(description="Model folder, hub name, or a configuration file (random weights).")
+    dtype: DType = Field(
+        "fp32", description="Type of weights and activations; with bf16 the optimizer keeps float32 master weights."
+    )
+
+
+class ModelSection(Section):
+    teacher: TeacherSection = Field(default_factory=TeacherSection, description="The model to learn from; frozen.")
+    student: StudentSection = Field(description="The model that is trained.")
+    tokenizer: Text | None = Field(
+        None, description="Tokenizer folder or hub name; null: the student's folder, then the teacher's."
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute the student's activations in the backward pass: less memory, more time.",
+    )
+
+
+class ParallelSection(Section):
+    tp_size: Literal["auto"] | Count = Field(
+        "auto",
+        description="Tensor-parallel ranks; auto: the most that divide the processes and all head counts.",
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(3, description="DeepSpeed ZeRO stage of teacher and student.")
+    timeout_s: Count = Field(1800, description="Seconds after which a collective that does not complete ends the job.")
+
+
+class DataSection(Section):
+    train_path: Text | None = Field(
+        None, description="Training rows: a .jsonl, .json, .csv or .parquet file, or a hub data set."
+    )
+    prompts_path: Text | None = Field(
+        None, description="Extra rows of which only the prompts are used: token and span losses, no SFT."
+    )
+    prompts_ratio: BelowOne = Field(0.0, description="Share of each global batch that comes from data.prompts_path.")
+    valid_path: Text | None = Field(None, description="Validation rows, for train.eval_every and samples.")
+    max_prompt_tokens: Count = Field(256, description="Longest prompt, template included, in tokens.")
+    max_tokens: Count = Field(512, description="Longest prompt plus response, in tokens.")
+    skip_bad_rows: bool = Field(False, description="Count and skip malformed rows instead of stopping at the first.")
+    long_prompt: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="What to do with prompts over data.max_prompt_tokens."
+    )
+    template: Literal["alpaca", "plain"] = Field("alpaca", description="How instruction and input become a prompt.")
+    span_prior: Literal["phrases", "spacy", "punctuation", "window", "none"] = Field(
+        "phrases", description="What divides a response into spans: noun, verb and prepositional phrases by default."
+    )
+    span_window: Count = Field(4, description="Length of a span for span_prior window.")
+    instruction_field: Text = Field("instruction", description="Name of the column with the instruction.")
+    input_field: Text = Field("input", description="Name of the column with the optional input.")
+    output_field: Text = Field("output", description="Name of the column with the reference or the list of references.")
+    hub_split: Text = Field("train", description="Split to read of a hub data set.")
+    hub_config: Text | None = Field(None, description="Configuration (subset) of a hub data set.")
+
+
+class ScrgSection(Section):
+    enabled: bool = Field(True, description="Correct the student's text before it is trained on (paper, Eq. 3-4).")
+    rounds: Count = Field(1, description="Detections and corrections per response, each right of the one before.")
+    teacher_token: Literal["sample", "greedy"] = Field(
+        "sample", description="How the teacher's own token is taken: a sample (paper) or its most likely one."
+    )
+
+
+class GenerationSection(Section):
+    mode: Literal["on_policy", "mixed", "dataset"] = Field(
+        "on_policy",
+        description="Text of the token and span losses: the student's own, either, or the references.",
+    )
+    student_ratio: UnitInterval = Field(0.5, description="Probability of student text at a step, for mode mixed.")
+    max_new_tokens: Count = Field(256, description="Longest response that is generated; data.max_tokens ends it too.")
+    sampling_temperature: NonNegative = Field(1.0, description="Temperature of the student's samples; 0: greedy.")
+    top_k: Natural = Field(0, description="Sample among the top_k most likely tokens; 0: all.")
+    top_p: TopP = Field(1.0, description="Sample among the most likely tokens that hold this much probability; 1: all.")
+    scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation.")
+
+
+class LossSection(Section):
+    sft: NonNegative = Field(1.0, description="Weight of the cross-entropy on the references.")
+    dac_kl: NonNegative = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
+    span: NonNegative = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
+    temperature: Positive = Field(1.0, description="Distillation temperature tau; DAC-KL is multiplied by tau squared.")
+    clip: Literal["gate", "fixed", "off"] = Field(
+        "gate", description="Quantiles predicted by the gate, fixed at lower and upper, or plain forward KL."
+    )
+    remainder: Literal["bucket", "renormalise"] = Field(
+        "bucket", description="Classes that are clipped away: one shared bucket, or renormalise over the kept ones."
+    )
+    quantile: Literal["mass", "rank"] = Field("mass", description="Quantiles of the teacher's mass, or of ranks.")
+    lower: OpenUnitInterval = Field(0.02, description="Lower quantile for clip fixed; where the gate starts.")
+    upper: OpenUnitInterval = Field(0.98, description="Upper quantile for clip fixed; where the gate starts.")
+    top_k: Count = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
+    softness: Positive = Field(0.25, description="Width of the mask's edges, in nats.")
+    chunk_tokens: Literal["auto"] | Count = Field("auto", description="Tokens whose logits are held at a time.")
+    gate_objective: Literal["minimise", "maximise", "frozen"] = Field(
+        "minimise", description="What the gate does with DAC-KL."
+    )
+    guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
+    lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")
+    upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
+    coverage_weight: NonNegative = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
+    coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
+    span_eps: Positive = Field(1e-6, description="Smoothing of the root in the span loss.")
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
+
+
+class OptimSection(Section):
+    lr: Positive = Field(1e-4, description="Peak learning rate of AdamW.")
+    min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
+    eps: Positive = Field(1e-6, description="AdamW's epsilon.")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's weight decay.")
+    warmup_ratio: UnitInterval = Field(0.05, description="Share of train.max_steps with a rising learning rate.")
+    warmup_steps: Natural | None = Field(None, description="The same in steps; wins over optim.warmup_ratio.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    gradient_clipping: NonNegative = Field(1.0, description="Largest norm of the gradient; 0: off.")
+    gate_lr: Positive = Field(1e-3, description="Learning rate of the gate, constant.")
+
+
+class TrainSection(Section):
+    max_steps: Count = Field(1000, description="Optimizer updates.")
+    global_batch_size: Count = Field(16, description="Rows per step over all processes.")
+    micro_batch_size: Count = Field(4, description="Rows per forward and backward pass on one data-parallel rank.")
+    save_every: Natural = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    eval_every: Natural = Field(0, description="Steps between validations on data.valid_path; 0: never.")
+    eval_rows: Count = Field(64, description="Rows of data.valid_path that a validation reads.")
+    log_every: Count = Field(1, description="Steps between lines on the screen; metrics.jsonl has every step.")
+    samples_every: Natural = Field(10, description="Steps between entries in samples.jsonl; 0: none.")
+    samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
+    resume: Text = Field(
+        "auto", description="auto: from the last checkpoint of run.dir; never; or a checkpoint's path."
+    )
+
+
+class EvalSection(Section):
+    path: Text | None = Field(None, description="Evaluation rows; same formats as data.train_path.")
+    seeds: tuple[Natural, ...] = Field(
+        (10, 20, 30, 40, 50),
+        strict=False,
+        description="One sampled evaluation each; mean and deviation are reported.",
+    )
+    max_new_tokens: Count = Field(256, description="Longest answer.")
+    temperature: NonNegative = Field(1.0, description="Sampling temperature of the sampled evaluations.")
+    top_p: TopP = Field(1.0, description="Nucleus of the sampled evaluations; 1: all.")
+    greedy: bool = Field(True, description="Also evaluate greedy answers.")
+    batch_size: Count = Field(16, description="Rows generated at a time on one data-parallel rank.")
+    max_rows: Count | None = Field(None, description="Evaluate only the first rows; null: all.")
+
+
+class CheckpointSection(Section):
+    keep_last: Count = Field(2, description="Checkpoints that stay on disk; older ones are removed.")
+
+
+class RunConfig(Section):
+    """Everything that defines a run. Build it with `load_config`."""
+
+    run: RunSection = Field(description="Where the run lives and what makes it reproducible.")
+    model: ModelSection = Field(description="Teacher, student and tokenizer.")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How models are cut over processes.")
+    data: DataSection = Field(default_factory=DataSection, description="Rows, limits and spans.")
+    generation: GenerationSection = Field(default_factory=GenerationSection, description="Student text, corrected.")
+    loss: LossSection = Field(default_factory=LossSection, description="The three terms and the gate.")
+    optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its schedule.")
+    train: TrainSection = Field(default_factory=TrainSection, description="Steps, batch sizes, intervals.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="The evaluation protocol.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="What is kept on disk.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """False for plain SFT: dataset text, and no loss that compares with a teacher."""
+        return self.loss.dac_kl > 0 or self.loss.span > 0 or self.generation.mode != "dataset"
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "RunConfig":
+        train, data, loss = self.train, self.data, self.loss
+        _require(
+            train.global_batch_size % train.micro_batch_size == 0,
+            f"train.global_batch_size={train.global_batch_size} is no multiple of "
+            f"train.micro_batch_size={train.micro_batch_size}",
+            ("train.global_batch_size", "train.micro_batch_size"),
+        )
+        _require(
+            data.max_tokens > data.max_prompt_tokens,
+            f"data.max_tokens={data.max_tokens} must be more than data.max_prompt_tokens={data.max_prompt_tokens}: "
+            "no token would be left for a response",
+            ("data.max_tokens", "data.max_prompt_tokens"),
+        )
+        _require(
+            loss.sft > 0 or loss.dac_kl > 0 or loss.span > 0,
+            "loss.sft, loss.dac_kl and loss.span are all 0; at least one must be more",
+            ("loss.sft", "loss.dac_kl", "loss.span"),
+        )
+        _require(
+            self.model.teacher.path is not None or not self.needs_teacher,
+            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} "
+            f"generation.mode={self.generation.mode} need a teacher; plain SFT is loss.dac_kl=0 loss.span=0 "
+            "generation.mode=dataset",
+            ("model.teacher.path",),
+        )
+        _require(
+            loss.lower < loss.upper,
+            f"loss.lower={loss.lower:g} must be less than loss.upper={loss.upper:g}",
+            ("loss.lower", "loss.upper"),
+        )
+        _require(
+            loss.lower_max < loss.upper_min,
+            f"loss.lower_max={loss.lower_max:g} must be less than loss.upper_min={loss.upper_min:g}",
+            ("loss.lower_max", "loss.upper_min"),
+        )
+        _require(
+            data.prompts_path is not None or data.prompts_ratio == 0,
+            f"data.prompts_ratio={data.prompts_ratio:g} needs data.prompts_path",
+            ("data.prompts_ratio", "data.prompts_path"),
+        )
+        _require(
+            data.valid_path is not None or train.eval_every == 0,
+            f"train.eval_every={train.eval_every} needs data.valid_path",
+            ("train.eval_every", "data.valid_path"),
+        )
+        _require(
+            bool(self.eval.seeds) or self.eval.greedy,
+            "eval.seeds is empty and eval.greedy is false: nothing would be evaluated",
+            ("eval.seeds", "eval.greedy"),
+        )
+        return self
+
+
+def _require(is_fine: bool, message: str, keys: tuple[str, ...]) -> None:
+    if not is_fine:
+        raise CombinationError(message, keys)

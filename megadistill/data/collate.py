@@ -1,0 +1,102 @@
+"""Token rows to padded tensors.
+
+Suffixes and shapes: B sequences, S padded length. Row (b, i) of `labels` and `pair_mask` belongs to the prediction made
+at position i, which is the token at position i + 1: labels are already shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Prompt + response rows, padded on the right. All [B, S] int64 but the two [B] int64 at the end.
+
+    `labels[b, i]` is the response token that position i predicts, IGNORE_INDEX for prompt, padding and each sequence's
+    last position. `response_start[b]` is the position of the first response token; rows response_start - 1 ...
+    response_start + response_length - 2 predict the response.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    response_start: Tensor
+    response_length: Tensor
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts padded on the left, for decoding: [B, S] int64 each, and `lengths` [B] int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device | str) -> PromptBatch:
+        return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def right_padded(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int] | None]], pad_id: int, multiple: int = 1
+) -> SequenceBatch:
+    """Batch (prompt_ids, response_ids) pairs; S is the longest sequence rounded up to `multiple`. A response may be
+    empty or None.
+    """
+    assert sequences and all(prompt for prompt, _ in sequences), "every sequence needs a prompt"
+    joined = [[*prompt, *(response or ())] for prompt, response in sequences]
+    width = -(-max(map(len, joined)) // multiple) * multiple
+    shape = (len(joined), width)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    for row, (ids, (prompt, _)) in enumerate(zip(joined, sequences, strict=True)):
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        input_ids[row, : len(ids)] = tokens
+        attention_mask[row, : len(ids)] = 1
+        labels[row, len(prompt) - 1 : len(ids) - 1] = tokens[len(prompt) :]
+    position_ids = torch.arange(width).expand(shape).contiguous()
+    starts = torch.tensor([len(prompt) for prompt, _ in sequences])
+    lengths = torch.tensor([len(response or ()) for _, response in sequences])
+    return SequenceBatch(input_ids, attention_mask, position_ids, labels, starts, lengths)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
+    """Batch prompts so that all end at the last column; positions count from each prompt's first token."""
+    assert prompts and all(prompts), "every prompt needs a token"
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.int64)
+        attention_mask[row, width - len(prompt) :] = 1
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+    return PromptBatch(input_ids, attention_mask, position_ids, attention_mask.sum(dim=1))
+
+
+def pair_mask(batch: SequenceBatch, span_ids: Sequence[Sequence[int]]) -> Tensor:
+    """[B, S] bool: rows i and i + 1 predict two response tokens of one span.
+
+    `span_ids[b]` holds one id per response token, -1 for tokens in no span. True only where both rows carry labels, so
+    no pair crosses the prompt boundary or, once rows are flattened, a sequence boundary.
+    """
+    mask = torch.zeros(batch.labels.shape, dtype=torch.bool)
+    for row, ids in enumerate(span_ids):
+        length = int(batch.response_length[row])
+        assert len(ids) == length, f"sequence {row}: {len(ids)} span ids for {length} response tokens"
+        if length > 1:
+            spans = torch.tensor(list(ids), dtype=torch.int64)
+            first = int(batch.response_start[row]) - 1
+            mask[row, first : first + length - 1] = (spans[:-1] == spans[1:]) & (spans[:-1] >= 0)
+    return mask.to(batch.labels.device)

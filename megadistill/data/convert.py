@@ -1,0 +1,237 @@
+"""Data preparation: any readable source to checked, length-filtered train and valid JSONL files and a report.
+
+The work divides over `num_shares` workers (`convert_share` on each) and ends on one (`write_converted`). The files do
+not depend on the number of workers. Nothing here communicates: `tools/prepare_data.py` gathers over MPI.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadistill.data.dataset import Example, FieldNames, load_examples
+from megadistill.data.prompts import render_prompt
+from megadistill.data.tokenize import encode_responses, encode_texts, leading_special_ids
+from megadistill.errors import ConfigError, DataError
+
+_BATCH_ROWS = 512
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to read and keep. Limits are in tokens, special tokens and EOS counted; `max_rows` counts rows that are
+    kept.
+
+    `num_valid` rows, drawn by `seed` from those that are kept, become the validation file. `min_reference_words` is
+    the length of the first reference; above 0 it also leaves out rows without references.
+    """
+
+    path: str
+    fields: FieldNames = field(default_factory=FieldNames)
+    split: str = "train"
+    config_name: str | None = None
+    skip_bad_rows: bool = False
+    template: str = "alpaca"
+    max_prompt_tokens: int = 256
+    max_tokens: int = 512
+    drop_long_responses: bool = False
+    min_reference_words: int = 0
+    drop_duplicates: bool = True
+    max_rows: int | None = None
+    num_valid: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CheckedRow:
+    """One row and its lengths; `response_tokens` is 0 without a reference. `reason` says why it is left out, if so."""
+
+    example: Example
+    prompt_tokens: int
+    response_tokens: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class ConvertedShare:
+    rows: list[CheckedRow]
+    skipped: list[str]
+
+
+def convert_share(
+    options: ConvertOptions,
+    tokenizer: Any,
+    *,
+    share: int = 0,
+    num_shares: int = 1,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> ConvertedShare:
+    """Read the source and check rows share, share + num_shares, ... of it: render, tokenise, compare with the limits.
+
+    Every worker parses the whole source (cheap) and tokenises its own rows (dear), so a bad row raises on all alike.
+
+    Raises:
+        ConfigError, DataError: as `load_examples` and `render_prompt` do, or limits that leave no room.
+    """
+    if not 0 < options.max_prompt_tokens < options.max_tokens:
+        raise ConfigError(
+            f"data.max_tokens={options.max_tokens} must be larger than "
+            f"data.max_prompt_tokens={options.max_prompt_tokens} > 0"
+        )
+    loaded = load_examples(
+        options.path,
+        fields=options.fields,
+        split=options.split,
+        config_name=options.config_name,
+        skip_bad_rows=options.skip_bad_rows,
+    )
+    mine = loaded.examples[share::num_shares]
+    rows: list[CheckedRow] = []
+    starts: Iterable[int] = range(0, len(mine), _BATCH_ROWS)
+    for start in progress(starts) if progress else starts:
+        rows.extend(_check(mine[start : start + _BATCH_ROWS], options, tokenizer))
+    return ConvertedShare(rows, loaded.skipped if share == 0 else [])
+
+
+def _check(examples: Sequence[Example], options: ConvertOptions, tokenizer: Any) -> list[CheckedRow]:
+    num_leading = len(leading_special_ids(tokenizer))
+    prompts = encode_texts(tokenizer, [render_prompt(example, options.template) for example in examples])
+    responses = iter(encode_responses(tokenizer, [row.references[0] for row in examples if row.references]))
+    rows = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        prompt_tokens = num_leading + len(prompt)
+        response_tokens = len(next(responses)) + 1 if example.references else 0
+        words = len(example.references[0].split()) if example.references else 0
+        reason = None
+        if prompt_tokens > options.max_prompt_tokens:
+            reason = f"prompt over {options.max_prompt_tokens} tokens"
+        elif words < options.min_reference_words:
+            reason = f"reference under {options.min_reference_words} words"
+        elif options.drop_long_responses and prompt_tokens + response_tokens > options.max_tokens:
+            reason = f"prompt and response over {options.max_tokens} tokens"
+        rows.append(CheckedRow(example, prompt_tokens, response_tokens, reason))
+    return rows
+
+
+def write_converted(
+    shares: Iterable[ConvertedShare], options: ConvertOptions, folder: str | Path, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write train.jsonl, valid.jsonl (where `num_valid` > 0) and report.json; return the report.
+
+    Raises:
+        DataError: the folder already holds them and `overwrite` is false, too few rows are left, or it cannot be
+        written.
+    """
+    target = Path(folder)
+    taken = [name for name in ("train.jsonl", "valid.jsonl", REPORT_NAME) if (target / name).exists()]
+    if taken and not overwrite:
+        raise DataError(f"{target}: already holds {', '.join(taken)}; choose another folder or allow overwriting")
+    known = list(shares)
+    skipped = [message for share in known for message in share.skipped]
+    checked = sorted((row for share in known for row in share.rows), key=lambda row: row.example.id)
+    kept, left_out = _select(checked, options)
+    if len(kept) <= options.num_valid:
+        raise DataError(
+            f"{options.path}: {len(kept)} of {len(checked) + len(skipped)} rows are left, too few for "
+            f"{options.num_valid} validation rows and any training row (left out: {left_out or 'none'})"
+        )
+    order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(kept))
+    valid_rows = set(order[: options.num_valid].tolist())
+    splits = {"train": [row for at, row in enumerate(kept) if at not in valid_rows]}
+    if options.num_valid:
+        splits["valid"] = [kept[at] for at in sorted(valid_rows)]
+    report = {
+        "source": options.path,
+        "options": asdict(options),
+        "num_rows": len(checked) + len(skipped),
+        "num_bad_rows": len(skipped),
+        "first_bad_rows": skipped[:10],
+        "left_out": left_out,
+        "splits": {name: _statistics(rows, options) for name, rows in splits.items()},
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, rows in splits.items():
+            _write(target / f"{name}.jsonl", "".join(_to_line(row.example) for row in rows))
+        _write(target / REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror}") from None
+    return report
+
+
+def _select(checked: Sequence[CheckedRow], options: ConvertOptions) -> tuple[list[CheckedRow], dict[str, int]]:
+    kept: list[CheckedRow] = []
+    left_out: dict[str, int] = {}
+    seen: set[tuple[str, str]] = set()
+    for row in checked:
+        prompt = (row.example.instruction, row.example.input)
+        reason = row.reason
+        if reason is None and options.drop_duplicates and prompt in seen:
+            reason = "prompt seen before"
+        if reason is None and options.max_rows is not None and len(kept) >= options.max_rows:
+            reason = f"over {options.max_rows} rows"
+        if reason is None:
+            seen.add(prompt)
+            kept.append(row)
+        else:
+            left_out[reason] = left_out.get(reason, 0) + 1
+    return kept, left_out
+
+
+def _statistics(rows: Sequence[CheckedRow], options: ConvertOptions) -> dict[str, Any]:
+    """Counts of one split and lengths in tokens."""
+    responses = [row.response_tokens for row in rows if row.response_tokens]
+    return {
+        "num_rows": len(rows),
+        "num_without_references": len(rows) - len(responses),
+        "num_over_max_tokens": sum(row.prompt_tokens + row.response_tokens > options.max_tokens for row in rows),
+        "prompt_tokens": _lengths([row.prompt_tokens for row in rows]),
+        "response_tokens": _lengths(responses),
+    }
+
+
+def _lengths(values: Sequence[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    p50, p95 = np.percentile(values, [50, 95])
+    return {
+        "total": sum(values),
+        "mean": float(np.mean(values)),
+        "p50": float(p50),
+        "p95": float(p95),
+        "max": max(values),
+    }
+
+
+def _to_line(example: Example) -> str:
+    references = list(example.references)
+    output = references if len(references) > 1 else (references or [""])[0]
+    row = {"instruction": example.instruction, "input": example.input, "output": output}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """The report in a few lines for a screen."""
+    lines = [f"{report['source']}: {report['num_rows']} rows, {report['num_bad_rows']} bad ones skipped"]
+    lines += [f"  left out, {reason}: {count}" for reason, count in report["left_out"].items()]
+    for name, split in report["splits"].items():
+        prompt, response = split["prompt_tokens"], split["response_tokens"]
+        lengths = f"prompt {prompt['mean']:.0f} tokens (p95 {prompt['p95']:.0f}, max {prompt['max']})"
+        if response:
+            lengths += f", response {response['mean']:.0f} (p95 {response['p95']:.0f}, max {response['max']})"
+        lines.append(
+            f"  {name}: {split['num_rows']} rows, {split['num_without_references']} without references; {lengths}"
+        )
+    return "\n".join(lines)

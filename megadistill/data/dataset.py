@@ -1,0 +1,297 @@
+"""Read instruction rows from JSONL, JSON, CSV, TSV, Parquet, a `datasets` folder or a hub name; every bad row is named
+by file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megadistill.errors import DataError
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_MAX_CSV_FIELD_CHARS = 1 << 30
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """Which keys (columns) of a row hold the instruction, its optional input and the reference output(s)."""
+
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction row. `references` may be empty: such a row carries a prompt only. `where` is FILE:LINE, for
+    messages.
+    """
+
+    id: int
+    instruction: str
+    input: str
+    references: tuple[str, ...]
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class LoadedExamples:
+    """Usable rows in file order (`Example.id` counts bad rows too, so it names the same row always) and one message per
+    skipped row.
+    """
+
+    examples: list[Example]
+    skipped: list[str]
+
+
+class _BadRow(Exception):
+    """What is wrong with one row; the caller adds where."""
+
+
+def load_examples(
+    path: str | Path,
+    *,
+    fields: FieldNames | None = None,
+    split: str = "train",
+    config_name: str | None = None,
+    skip_bad_rows: bool = False,
+    progress: Progress | None = None,
+) -> LoadedExamples:
+    """Read every row of a local file (by suffix), a local `datasets` folder, or a hub data set.
+
+    `split` and `config_name` matter for folders and hub names only. `progress` wraps the iterator over rows.
+
+    Raises:
+        DataError: the file is missing, unreadable or has no usable row; or a row is malformed, empty or of wrong types
+            (the message names file and line) and `skip_bad_rows` is false.
+    """
+    fields = fields or FieldNames()
+    rows = _open_rows(str(path), fields, split, config_name)
+    examples: list[Example] = []
+    skipped: list[str] = []
+    for row_id, (where, row) in enumerate(progress(rows) if progress else rows):
+        try:
+            examples.append(_to_example(row, row_id, where, fields))
+        except _BadRow as error:
+            message = f"{where}: {error}"
+            if not skip_bad_rows:
+                raise DataError(f"{message} (data.skip_bad_rows=true counts and skips such rows)") from None
+            skipped.append(message)
+    if not examples:
+        reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
+        raise DataError(f"{path}: nothing to read: {reason}")
+    return LoadedExamples(examples, skipped)
+
+
+def _to_example(row: Any, row_id: int, where: str, fields: FieldNames) -> Example:
+    if isinstance(row, _BadRow):
+        raise row
+    if not isinstance(row, dict):
+        raise _BadRow(f"a row must be an object with the field {fields.instruction!r}, not {_type_name(row)}")
+    if fields.instruction not in row:
+        near = difflib.get_close_matches(fields.instruction, [str(key) for key in row], n=1)
+        hint = f"; nearest field: {near[0]!r}" if near else ""
+        raise _BadRow(f"field {fields.instruction!r} is missing (fields: {', '.join(map(str, row)) or 'none'}){hint}")
+    instruction = _text(row[fields.instruction], fields.instruction)
+    if not instruction.strip():
+        raise _BadRow(f"field {fields.instruction!r} is empty")
+    context = row.get(fields.input)
+    output = row.get(fields.output)
+    outputs = [] if output is None else list(output) if isinstance(output, list | tuple) else [output]
+    references = tuple(text for text in (_text(item, fields.output) for item in outputs) if text.strip())
+    return Example(row_id, instruction, "" if context is None else _text(context, fields.input), references, where)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        allowed = "a string or a list of strings" if name == "output" else "a string"
+        raise _BadRow(f"field {name!r} must be {allowed}, not {_type_name(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"field {name!r} has a broken character at position {error.start} (invalid UTF-8)") from None
+    return value
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
+    local = Path(path)
+    if local.is_dir():
+        return _dataset_rows(path, fields, split, config_name)
+    if not local.exists():
+        if local.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(path):
+            raise DataError(f"{path}: no such file{_near_files(local)}")
+        return _dataset_rows(path, fields, split, config_name)
+    readers = {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
+    reader = readers.get(local.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: unknown kind of file {local.suffix!r}; allowed: {', '.join(SUFFIXES)}, a folder or a hub name"
+        )
+    if not local.is_file() or local.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty" if local.is_file() else f"{path}: not a file")
+    try:
+        local.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return reader(local, fields)
+
+
+def _near_files(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (nor the folder {folder})"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() in SUFFIXES)
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(str(folder / name) for name in near)}" if near else f"; no similar file in {folder}"
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return _BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return _BadRow(f"not valid JSON: {error}")
+
+
+def _jsonl_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield where, _BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line")
+                continue
+            yield where, _parse(text) if text.strip() else _BadRow("the line is empty")
+
+
+def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
+    """A list of rows with the line where each starts; a file that does not start with `[` is read line by line."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: invalid UTF-8; a JSON list with broken characters cannot be read in part"
+        ) from None
+    if not text.lstrip().startswith("["):
+        yield from _jsonl_rows(path, fields)
+        return
+    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+
+    def skip_blank(position: int) -> int:
+        match = blank.match(text, position)
+        return match.end() if match else position
+
+    position, line, counted = skip_blank(text.index("[") + 1), 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{path}:{line}: not valid JSON: {reason}; the rest of the list cannot be read") from None
+        yield f"{path}:{line}", row
+        position = skip_blank(position)
+        if text[position : position + 1] == ",":
+            position = skip_blank(position + 1)
+        elif text[position : position + 1] != "]":
+            line += text.count("\n", counted, position)
+            raise DataError(f"{path}:{line}: not valid JSON: a comma or a closing bracket is missing after a row")
+
+
+def _csv_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
+    # surrogateescape keeps a broken byte inside its own row, where the check of every text reports it.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            where = f"{path}:{reader.line_num + 1}"
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{where}: not valid CSV: {error}") from None
+            if values is None:
+                return
+            if header is None:
+                header = values
+                _require_column(header, fields, f"{where}: the header")
+            elif not values:
+                yield where, _BadRow("the line is empty")
+            elif len(values) != len(header):
+                yield where, _BadRow(f"{len(values)} fields where the header has {len(header)}")
+            else:
+                yield where, dict(zip(header, values, strict=True))
+
+
+def _parquet_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        _require_column(names, fields, f"{path}: the table")
+        wanted = [name for name in (fields.instruction, fields.input, fields.output) if name in names]
+        number = 0
+        for batch in table.iter_batches(columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from None
+
+
+def _require_column(names: list[str], fields: FieldNames, where: str) -> None:
+    if fields.instruction not in names:
+        near = difflib.get_close_matches(fields.instruction, names, n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise DataError(f"{where} has no column {fields.instruction!r} (columns: {', '.join(names)}){hint}")
+
+
+def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
+    """Rows through `datasets`: a folder written by `save_to_disk`, a folder of data files, or a name on the hub."""
+    import datasets
+
+    is_folder = Path(path).is_dir()
+    try:
+        if is_folder and ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
+            loaded = datasets.load_from_disk(path)
+            table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            table = datasets.load_dataset(path, name=config_name, split=split)
+    # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that the data cannot be had.
+    except Exception as error:
+        what = "folder cannot be read" if is_folder else "no such local file, and the hub did not provide it"
+        near = "" if is_folder else _near_files(Path(path))
+        raise DataError(f"{path} (split {split!r}): {what}: {type(error).__name__}: {_one_line(error)}{near}") from None
+    _require_column(table.column_names, fields, f"{path} (split {split!r})")
+    for number, row in enumerate(table, start=1):
+        yield f"{path}[{split}]:row {number}", row
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,97 @@
+"""Which rows make up the global batch of a step: a pure function of the step, so that resuming needs the step number
+alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from megadistill.errors import ConfigError, TopologyError
+
+Stream = Literal["train", "prompts"]
+_STREAM_KEYS: dict[Stream, int] = {"train": 0, "prompts": 1}
+
+
+class SampledRow(NamedTuple):
+    """`sequence_id` is unique over the whole run and keys the random numbers of everything that happens to this row."""
+
+    sequence_id: int
+    stream: Stream
+    row_index: int
+
+
+@dataclass(frozen=True)
+class BatchSampler:
+    """Global batches of `global_batch_size` rows: round(global_batch_size * (1 - prompts_ratio)) from `train`, then the
+    rest from `prompts`.
+
+    Each stream runs through its rows in a fresh permutation per epoch, keyed by (seed, stream, epoch); a batch may
+    cross from one epoch into the next. Row i of the global batch goes to data-parallel rank i % dp_size, so every rank
+    has its share of both streams and the union over ranks does not depend on dp_size.
+
+    Raises:
+        ConfigError: a stream that a batch needs has no rows, or a size or ratio is out of range.
+        TopologyError: dp_size does not divide global_batch_size.
+    """
+
+    num_rows: int
+    num_prompt_rows: int
+    prompts_ratio: float
+    global_batch_size: int
+    seed: int
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ConfigError(f"train.global_batch_size={self.global_batch_size} must be at least 1")
+        if not 0.0 <= self.prompts_ratio <= 1.0:
+            raise ConfigError(f"data.prompts_ratio={self.prompts_ratio} must be between 0 and 1")
+        if not 0 <= self.dp_rank < self.dp_size or self.global_batch_size % self.dp_size:
+            raise TopologyError(
+                f"train.global_batch_size={self.global_batch_size} must be a multiple of the data-parallel size "
+                f"{self.dp_size}"
+            )
+        if self.num_train_per_step and self.num_rows < 1:
+            raise ConfigError(f"each step takes {self.num_train_per_step} row(s) from data.train_path, which has none")
+        if self.num_prompts_per_step and self.num_prompt_rows < 1:
+            raise ConfigError(
+                f"data.prompts_ratio={self.prompts_ratio} takes {self.num_prompts_per_step} row(s) a step from "
+                "data.prompts_path, which has none"
+            )
+
+    @property
+    def num_train_per_step(self) -> int:
+        return round(self.global_batch_size * (1.0 - self.prompts_ratio))
+
+    @property
+    def num_prompts_per_step(self) -> int:
+        return self.global_batch_size - self.num_train_per_step
+
+    def global_rows(self, step: int) -> list[SampledRow]:
+        """The whole global batch of `step` (counted from 0), in the order of sequence ids."""
+        first = step * self.global_batch_size
+        drawn: list[tuple[Stream, int]] = [
+            *(("train", row) for row in self._draw("train", self.num_rows, self.num_train_per_step, step)),
+            *(("prompts", row) for row in self._draw("prompts", self.num_prompt_rows, self.num_prompts_per_step, step)),
+        ]
+        return [SampledRow(first + i, stream, row) for i, (stream, row) in enumerate(drawn)]
+
+    def rows(self, step: int) -> list[SampledRow]:
+        """This data-parallel rank's rows of `step`: (sequence_id, stream, row_index)."""
+        return self.global_rows(step)[self.dp_rank :: self.dp_size]
+
+    def _draw(self, stream: Stream, size: int, count: int, step: int) -> list[int]:
+        positions = range(step * count, (step + 1) * count)
+        return [int(_permutation(self.seed, _STREAM_KEYS[stream], at // size, size)[at % size]) for at in positions]
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, stream_key: int, epoch: int, size: int) -> np.ndarray:
+    """A pure function; the cache saves drawing an epoch's order anew at every step."""
+    key = np.random.SeedSequence([seed, stream_key, epoch])
+    return np.random.Generator(np.random.Philox(key)).permutation(size)

@@ -1,0 +1,242 @@
+"""Span priors: which neighbouring response tokens belong to one phrase (method.md section 7).
+
+A prior divides text into character spans; `token_span_ids` carries them over to the tokens of any response, dataset
+text or sampled. A token belongs to the span in which its first character that is not white space lies.
+"""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import regex
+
+from megadistill.data.surface import surface_of
+from megadistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+
+# Function words of some European languages; one union, because a word that opens a chunk in one language harms little
+# in another.
+_FUNCTION_WORDS = """
+a an the this that these those and or but nor so if of in on at by for with from to into onto over under about as than
+because while when is are was were be been being am do does did have has had will would can could may might shall
+should must not no i you he she it we they my your his her its our their me him us them who whom which what whose
+there der die das den dem des ein eine einen einem einer eines und oder aber von zu mit auf für bei aus nach im ist
+sind war waren nicht ich du er sie es wir ihr sich dass wenn weil als wie zur zum vom le la les un une de et ou mais à
+au aux dans sur pour par avec est sont était ne pas je tu il elle nous vous ils elles que qui se ce el los las una
+unos y o pero en con por para del al son era yo tú él ella su lo gli uno e ma di da per nel nella della che è sono non
+si os um uma mas em na dos com não é são het een maar van op met voor door uit zijn niet ik jij hij zij wij dat te
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
+class SpanPrior(Protocol):
+    def spans(self, text: str) -> list[Span]:
+        """Character spans (start, end) of `text`: increasing, not overlapping, none empty."""
+        ...
+
+
+class PhrasePrior:
+    """English noun, verb and prepositional phrases by TextBlob's shallow parser, whose tagger and chunker ship inside
+    its wheel.
+
+    Words are cut here, in Penn Treebank style and with their places, and handed to the parser ready-cut: its own
+    cutting loses the places, splits "didn't" into four and joins emoticons. A phrase never crosses a sentence's end or
+    a line break.
+    """
+
+    # Kept in one piece: addresses, numbers with separators, abbreviations, words with inner hyphens or apostrophes.
+    _WORD = regex.compile(
+        r"""
+        (?:https?://|www\.)[^\s<>"]*[^\s<>".,;:!?)\]'’]
+        | \p{N}+(?:[.,:]\p{N}+)*(?:st|nd|rd|th)?(?![\p{L}\p{N}])
+        | (?:\p{L}\.){2,}
+        | (?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|al|cf|No|Inc|Ltd|Co)\.(?=\s)
+        | n['’]t(?![\p{L}\p{M}\p{N}_])
+        | (?:(?!n['’]t(?![\p{L}\p{N}]))[\p{L}\p{M}\p{N}_])+(?:-[\p{L}\p{M}\p{N}_]+)*
+        | ['’](?:s|S|m|M|d|D|ll|LL|re|RE|ve|VE)(?![\p{L}\p{N}])
+        | \.{2,} | -{2,} | [^\s]
+        """,
+        regex.VERBOSE,
+    )
+    _SENTENCE_ENDS = frozenset({".", "!", "?", "…", "...", "。", "！", "？"})
+    _PHRASES = frozenset({"NP", "VP", "PP"})
+
+    def __init__(self) -> None:
+        from textblob.en import parse
+
+        self._parse: Callable[..., list[list[list[str]]]] = parse
+
+    def spans(self, text: str) -> list[Span]:
+        sentences = list(self._sentences(text))
+        # A typographic apostrophe is unknown to the parser's lexicon; one for one, so places stay.
+        ready_cut = "\n".join(" ".join(text[a:b].replace("’", "'") for a, b in words) for words in sentences)
+        tagged = self._parse(ready_cut, tokenize=False, chunks=True, collapse=False) if sentences else []
+        found: list[Span] = []
+        for words, tags in zip(sentences, tagged, strict=True):
+            previous = "O"
+            for (start, end), (_, _, chunk, _) in zip(words, tags, strict=True):
+                kind = chunk[2:] if chunk[2:] in self._PHRASES else "O"
+                if kind != "O" and chunk.startswith("I-") and kind == previous:
+                    found[-1] = (found[-1][0], end)
+                elif kind != "O":
+                    found.append((start, end))
+                previous = kind
+        return found
+
+    def _sentences(self, text: str) -> Iterator[list[Span]]:
+        offset = 0
+        for line in text.splitlines(keepends=True):
+            words: list[Span] = []
+            for match in self._WORD.finditer(line):
+                words.append((offset + match.start(), offset + match.end()))
+                if match.group() in self._SENTENCE_ENDS:
+                    yield words
+                    words = []
+            if words:
+                yield words
+            offset += len(line)
+
+
+class SpacyPrior:
+    """Noun chunks, verb groups and prepositions from a spaCy pipeline with a tagger and a parser that the user has
+    installed.
+    """
+
+    def __init__(self, pipeline: str | Any = "en_core_web_sm") -> None:
+        if isinstance(pipeline, str):
+            try:
+                import spacy
+
+                pipeline = spacy.load(pipeline)
+            except (ImportError, OSError) as error:
+                reason = (
+                    "spaCy is not installed"
+                    if isinstance(error, ImportError)
+                    else f"its model {pipeline!r} is not installed"
+                )
+                raise ConfigError(
+                    f"data.span_prior=spacy: {reason} (pip install spacy && python -m spacy download {pipeline}); "
+                    "phrases, punctuation, window and none need nothing"
+                ) from None
+        self._pipeline = pipeline
+
+    def spans(self, text: str) -> list[Span]:
+        document = self._pipeline(text)
+        found = [(chunk.start_char, chunk.end_char) for chunk in document.noun_chunks]
+        taken = {token.i for chunk in document.noun_chunks for token in chunk}
+        run_kind, previous = "", -2
+        for token in document:
+            kind = {"VERB": "VP", "AUX": "VP", "ADP": "PP"}.get(token.pos_, "")
+            if kind and token.i not in taken:
+                end = token.idx + len(token)
+                if kind == run_kind and token.i == previous + 1:
+                    found[-1] = (found[-1][0], end)
+                else:
+                    found.append((token.idx, end))
+                run_kind, previous = kind, token.i
+        return sorted(found)
+
+
+class PunctuationPrior:
+    """Chunks of any language: punctuation and line breaks end one; a function word opens one ("chinks and chunks",
+    Liberman and Church, 1992).
+
+    Text without spaces between words (Chinese, Japanese, Thai) is divided by its punctuation alone.
+    """
+
+    _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['’_-][\p{L}\p{M}\p{N}]+)*")
+
+    def spans(self, text: str) -> list[Span]:
+        found: list[Span] = []
+        has_content, previous_end = False, -1
+        for match in self._WORD.finditer(text):
+            start, end = match.span()
+            gap = text[previous_end:start] if found else "."
+            is_function_word = match.group().casefold() in FUNCTION_WORDS
+            joins = gap.isspace() and "\n" not in gap and not (is_function_word and has_content)
+            if joins:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+            has_content = not is_function_word or (joins and has_content)
+            previous_end = end
+        return found
+
+
+class WindowPrior:
+    """Fixed windows of `window` words. A character of a script without spaces between words counts as a word."""
+
+    _WORD = regex.compile(
+        r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
+        r"|[^\s\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+"
+    )
+
+    def __init__(self, window: int) -> None:
+        if window < 1:
+            raise ConfigError(f"data.span_window={window} must be at least 1")
+        self._window = window
+
+    def spans(self, text: str) -> list[Span]:
+        words = [match.span() for match in self._WORD.finditer(text)]
+        groups = (words[at : at + self._window] for at in range(0, len(words), self._window))
+        return [(group[0][0], group[-1][1]) for group in groups]
+
+
+class NoPrior:
+    """No spans: the span loss is zero."""
+
+    def spans(self, text: str) -> list[Span]:
+        return []
+
+
+SPAN_PRIORS = ("phrases", "spacy", "punctuation", "window", "none")
+
+
+def make_span_prior(name: str, window: int = 4) -> SpanPrior:
+    """The prior called `name`, one of SPAN_PRIORS; `window` is used by `window` alone.
+
+    Raises:
+        ConfigError: unknown name, spaCy or its model missing, or a window below 1.
+    """
+    makers: dict[str, Callable[[], SpanPrior]] = {
+        "phrases": PhrasePrior,
+        "spacy": SpacyPrior,
+        "punctuation": PunctuationPrior,
+        "window": lambda: WindowPrior(window),
+        "none": NoPrior,
+    }
+    if name not in makers:
+        near = difflib.get_close_matches(name, SPAN_PRIORS, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ConfigError(f"data.span_prior={name!r} is unknown; allowed: {', '.join(SPAN_PRIORS)}{hint}")
+    return makers[name]()
+
+
+def token_span_ids(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prior: SpanPrior) -> list[int]:
+    """One span number per token of a response, increasing along it; -1 for a token in no span and for special tokens.
+
+    Works for any ids, canonical or sampled: a token's place is that of its first byte in the decoded text.
+    """
+    text, starts = surface_of(tokenizer, response_ids)
+    spans = prior.spans(text)
+    if not spans:
+        return [-1] * len(starts)
+    opens = [start for start, _ in spans]
+    numbers = []
+    for start in starts:
+        span = -1 if start is None else bisect_right(opens, start) - 1
+        numbers.append(span if span >= 0 and start is not None and start < spans[span][1] else -1)
+    return numbers
+
+
+def pair_mask_from_span_ids(ids: Sequence[int]) -> list[bool]:
+    """True at i where tokens i and i + 1 lie in one span. As long as `ids`; the last is False."""
+    pairs = [a == b and a >= 0 for a, b in zip(ids, ids[1:], strict=False)]
+    return [*pairs, False] if ids else []

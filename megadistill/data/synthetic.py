@@ -1,0 +1,302 @@
+"""The demo's corpus: short English rewriting and knowledge tasks, made from a seed.
+
+Every answer is a function of its prompt, so exact match is a fair score. What a model has to know is spread over a lexicon: past tenses,
+participles, plurals, opposites and who does what where. A handful of rows with references cannot show all of it; a teacher's judgement on
+many prompts can. That gap is what the demo measures.
+
+Randomness is `random.Random(seed)` over sorted tables only: the same seed gives the same corpus in every process and Python version.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from megadistill.errors import DataError
+
+
+class Verb(NamedTuple):
+    base: str
+    third: str
+    past: str
+    participle: str
+
+
+class Trade(NamedTuple):
+    person: str
+    people: str
+    verb: Verb
+    product: str
+    place: str
+
+
+def _verbs(table: str) -> list[Verb]:
+    return [Verb(*line.split()) for line in table.strip().splitlines()]
+
+
+VERBS = _verbs("""
+    carry carries carried carried
+    wash washes washed washed
+    hide hides hid hidden
+    find finds found found
+    buy buys bought bought
+    bring brings brought brought
+    lose loses lost lost
+    see sees saw seen
+    hold holds held held
+    keep keeps kept kept
+    break breaks broke broken
+    choose chooses chose chosen
+    steal steals stole stolen
+    draw draws drew drawn
+    send sends sent sent
+    take takes took taken
+    forget forgets forgot forgotten
+    clean cleans cleaned cleaned
+    open opens opened opened
+    push pushes pushed pushed
+    drop drops dropped dropped
+    give gives gave given
+    throw throws threw thrown
+    lift lifts lifted lifted
+    move moves moved moved
+    shake shakes shook shaken
+    leave leaves left left
+    need needs needed needed
+""")
+
+_TRADES = """
+    baker bakers | bake bakes baked baked | bread | in the bakery
+    farmer farmers | grow grows grew grown | corn | on the farm
+    pilot pilots | fly flies flew flown | planes | over the clouds
+    teacher teachers | teach teaches taught taught | grammar | at the school
+    doctor doctors | heal heals healed healed | patients | at the hospital
+    fisherman fishermen | catch catches caught caught | trout | on the lake
+    tailor tailors | sew sews sewed sewn | coats | in the workshop
+    writer writers | write writes wrote written | novels | in the attic
+    singer singers | sing sings sang sung | ballads | on the stage
+    driver drivers | drive drives drove driven | trucks | on the road
+    miner miners | dig digs dug dug | coal | under the hill
+    potter potters | shape shapes shaped shaped | clay | by the kiln
+    judge judges | hear hears heard heard | cases | in the court
+    waiter waiters | serve serves served served | dinner | in the restaurant
+    banker bankers | lend lends lent lent | money | at the bank
+    soldier soldiers | guard guards guarded guarded | gates | at the castle
+    chemist chemists | mix mixes mixed mixed | acids | in the laboratory
+    builder builders | build builds built built | houses | in the suburb
+    hunter hunters | track tracks tracked tracked | deer | in the forest
+    postman postmen | deliver delivers delivered delivered | parcels | along the street
+    smith smiths | forge forges forged forged | swords | in the smithy
+    florist florists | sell sells sold sold | roses | at the market
+    barber barbers | cut cuts cut cut | hair | in the salon
+    painter painters | paint paints painted painted | portraits | in the studio
+    shepherd shepherds | feed feeds fed fed | sheep | on the meadow
+    cook cooks | boil boils boiled boiled | soup | in the kitchen
+    nun nuns | sweep sweeps swept swept | floors | in the convent
+    king kings | wear wears wore worn | crowns | in the palace
+    thief thieves | rob robs robbed robbed | travellers | in the alley
+    actor actors | play plays played played | heroes | at the theatre
+    sailor sailors | steer steers steered steered | ships | on the sea
+    brewer brewers | brew brews brewed brewed | beer | in the cellar
+"""
+
+
+def _trades(table: str) -> list[Trade]:
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
+    return [Trade(*names.split(), Verb(*verb.split()), product, place) for names, verb, product, place in rows]
+
+
+TRADES = _trades(_TRADES)
+
+OPPOSITES = [
+    tuple(pair.split("/"))
+    for pair in (
+        "old/young tall/short rich/poor happy/sad brave/timid strong/weak kind/cruel loud/quiet lazy/busy clever/foolish polite/rude "
+        "famous/unknown calm/nervous honest/dishonest careful/careless patient/impatient"
+    ).split()
+]
+OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
+ADJECTIVES = sorted(OPPOSITE)
+COLOURS = "red blue green black white yellow brown grey golden silver wooden heavy".split()
+OBJECTS = (
+    "basket letter lamp bottle ladder box key map drum chair coin mirror blanket candle hammer bucket clock ring book "
+    "carpet kettle rope flag guitar"
+).split()
+PLACES = (
+    "near the river|in the garden|behind the church|at the station|in the cave|under the bridge|beside the tower|on the island|"
+    "across the valley|at the harbour|outside the museum|in the tunnel"
+).split("|")
+TIMES = (
+    "at dawn|at noon|at midnight|after lunch|before supper|during the storm|in the evening|in the winter|in the summer|on Monday|"
+    "on Friday|every day"
+).split("|")
+
+
+class Clause(NamedTuple):
+    """One sentence before it is put into words; `where` and `when` may be empty."""
+
+    adjective: str
+    trade: Trade
+    verb: Verb
+    colour: str
+    thing: str
+    where: str
+    when: str
+
+    @property
+    def subject(self) -> str:
+        return _join("the", self.adjective, self.trade.person)
+
+    @property
+    def subjects(self) -> str:
+        return _join("the", self.adjective, self.trade.people)
+
+    @property
+    def object(self) -> str:
+        return _join("the", self.colour, self.thing)
+
+    @property
+    def tail(self) -> str:
+        return _join(self.where, self.when)
+
+
+def _join(*words: str) -> str:
+    return " ".join(word for word in words if word)
+
+
+def _sentence(*words: str, mark: str = ".") -> str:
+    text = _join(*words)
+    return text[0].upper() + text[1:] + mark
+
+
+def _clause(rng: Random) -> Clause:
+    tail = rng.randrange(3)
+    return Clause(
+        adjective=rng.choice(ADJECTIVES),
+        trade=rng.choice(TRADES),
+        verb=rng.choice(VERBS),
+        colour=rng.choice(COLOURS),
+        thing=rng.choice(OBJECTS),
+        where=rng.choice(PLACES) if tail != 1 else "",
+        when=rng.choice(TIMES) if tail != 0 else "",
+    )
+
+
+def _present(c: Clause) -> str:
+    return _sentence(c.subject, c.verb.third, c.object, c.tail)
+
+
+def _past(rng: Random) -> tuple[str, str]:
+    c = _clause(rng)
+    return _present(c), _sentence(c.subject, c.verb.past, c.object, c.tail)
+
+
+def _negative(rng: Random) -> tuple[str, str]:
+    c = _clause(rng)
+    return _present(c), _sentence(c.subject, "does not", c.verb.base, c.object, c.tail)
+
+
+def _question(rng: Random) -> tuple[str, str]:
+    c = _clause(rng)
+    return _present(c), _sentence("does", c.subject, c.verb.base, c.object, c.tail, mark="?")
+
+
+def _plural(rng: Random) -> tuple[str, str]:
+    c = _clause(rng)
+    return _present(c), _sentence(c.subjects, c.verb.base, c.object, c.tail)
+
+
+def _opposite(rng: Random) -> tuple[str, str]:
+    c = _clause(rng)
+    return _present(c), _present(c._replace(adjective=OPPOSITE[c.adjective]))
+
+
+def _passive(rng: Random) -> tuple[str, str]:
+    c = _clause(rng)
+    return _present(c), _sentence(c.object, "is", c.verb.participle, "by", c.subject, c.tail)
+
+
+def _work(rng: Random) -> tuple[str, str]:
+    adjective, trade, when = rng.choice(ADJECTIVES), rng.choice(TRADES), rng.choice(TIMES)
+    answer = _sentence(when, "the", adjective, trade.person, trade.verb.third, trade.product, trade.place)
+    return f"{trade.person}, {adjective}, {when}", answer
+
+
+def _correction(rng: Random) -> tuple[str, str]:
+    trade, other, adjective, when = rng.choice(TRADES), rng.choice(TRADES), rng.choice(ADJECTIVES), rng.choice(TIMES)
+    wrong = _sentence("the", adjective, trade.person, other.verb.third, other.product, other.place, when)
+    return wrong, _sentence("the", adjective, trade.person, trade.verb.third, trade.product, trade.place, when)
+
+
+KINDS: dict[str, tuple[Callable[[Random], tuple[str, str]], list[str]]] = {
+    "past": (_past, ["Put the sentence into the past tense.", "Tell the same story as if it happened yesterday."]),
+    "negative": (_negative, ["Make the sentence negative.", "Say that this is not so."]),
+    "question": (_question, ["Turn the statement into a question.", "Ask whether this is true."]),
+    "plural": (_plural, ["Put the subject into the plural.", "Rewrite the sentence for several people."]),
+    "opposite": (_opposite, ["Describe the person with the opposite adjective.", "Say it about the opposite kind of person."]),
+    "passive": (_passive, ["Put the sentence into the passive voice.", "Begin the sentence with the object."]),
+    "work": (_work, ["Write a sentence about the work of this person.", "Say what this person does and where."]),
+    "correction": (_correction, ["Correct the false statement about the work of this person.", "Say what this person really does."]),
+}
+
+
+@dataclass(frozen=True)
+class CorpusSizes:
+    """Rows of each split: `teacher` and `references` have outputs, `prompts` has none, `valid` and `test` are held out."""
+
+    teacher: int = 8000
+    references: int = 240
+    prompts: int = 6000
+    valid: int = 128
+    test: int = 160
+
+
+def generate_corpus(seed: int, sizes: CorpusSizes) -> dict[str, list[dict[str, str]]]:
+    """Rows {"instruction", "input", "output"} by split; no prompt occurs twice, within a split or across splits.
+
+    Keys: teacher_train, train (rows with references for the student), prompts (output is empty), valid, test.
+    Raises DataError when the grammar cannot give that many different prompts.
+    """
+    counts = {
+        "test": sizes.test,
+        "valid": sizes.valid,
+        "train": sizes.references,
+        "prompts": sizes.prompts,
+        "teacher_train": sizes.teacher,
+    }
+    rng, seen = Random(seed), set()
+    splits: dict[str, list[dict[str, str]]] = {}
+    for key, count in counts.items():
+        if count < 0:
+            raise DataError(f"synthetic corpus: {key} must have 0 rows or more, got {count}")
+        splits[key] = []
+        misses = 0
+        while len(splits[key]) < count:
+            row = _row(rng, kind=list(KINDS)[len(splits[key]) % len(KINDS)])
+            prompt = (row["instruction"], row["input"])
+            if prompt in seen:
+                misses += 1
+                if misses > 100 * (count + 1):
+                    raise DataError(f"synthetic corpus: no {count} new prompts left for {key}; ask for fewer rows")
+                continue
+            seen.add(prompt)
+            splits[key].append(row | {"output": ""} if key == "prompts" else row)
+        rng.shuffle(splits[key])
+    return splits
+
+
+def _row(rng: Random, kind: str) -> dict[str, str]:
+    make, instructions = KINDS[kind]
+    prompt, answer = make(rng)
+    return {"instruction": rng.choice(instructions), "input": prompt, "output": answer}
+
+
+def write_corpus(folder: str | Path, corpus: dict[str, list[dict[str, str]]]) -> None:
+    """Writes `<folder>/<key>.jsonl`, one row a line."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, rows in corpus.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{key}.jsonl").write_text("".join(lines), encoding="utf-8")

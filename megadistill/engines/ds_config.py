@@ -1,0 +1,63 @@
+"""The only place that writes DeepSpeed keys: the JSON of an engine, generated from the run's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megadistill.config.schema import OptimSection, TrainSection
+from megadistill.models.families import Family
+
+
+def engine_config(
+    *,
+    zero_stage: int,
+    tp_size: int,
+    dtype: str,
+    family: Family,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int = 1,
+    gradient_clipping: float = 0.0,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration of one engine.
+
+    ``gradient_clipping`` is always written, because DeepSpeed clips at 1.0 where it is absent.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+    }
+    if zero_stage == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    if tp_size > 1:
+        config["tensor_parallel"] = {"autotp_size": tp_size, "vocab_parallel_lm_head": True}
+        if family.partition_config is not None:
+            config["tensor_parallel"]["partition_config"] = family.partition_config
+    return config
+
+
+def student_config(
+    optim: OptimSection, train: TrainSection, *, zero_stage: int, tp_size: int, dp_size: int, dtype: str, family: Family
+) -> dict[str, Any]:
+    """The student's engine: gradient accumulation and clipping as the run asks for."""
+    return engine_config(
+        zero_stage=zero_stage,
+        tp_size=tp_size,
+        dtype=dtype,
+        family=family,
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.global_batch_size // (train.micro_batch_size * dp_size),
+        gradient_clipping=optim.gradient_clipping,
+    )
+
+
+def teacher_config(*, zero_stage: int, tp_size: int, dtype: str, family: Family) -> dict[str, Any]:
+    """A frozen engine has no optimizer, so stages 1 and 2 have nothing to partition: they mean 0 here."""
+    return engine_config(
+        zero_stage=3 if zero_stage == 3 else 0, tp_size=tp_size, dtype=dtype, family=family, micro_batch_size=1
+    )

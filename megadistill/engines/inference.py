@@ -1,0 +1,34 @@
+"""A model that only reads and writes: one plain process, or partitioned over the ranks of a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megadistill.engines.step_model import HFStepModel
+from megadistill.engines.teacher import frozen_model
+from megadistill.models.loading import load_model
+from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.vocab import VocabShard
+
+
+@contextmanager
+def open_model(
+    path: str,
+    context: ParallelContext,
+    *,
+    vocab_size: int,
+    dtype: str = "fp32",
+    zero_stage: int = 0,
+    attention: str = "sdpa",
+    seed: int = 0,
+    where: str = "model",
+) -> Iterator[HFStepModel]:
+    """A StepModel with ``hidden`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
+    loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
+    if context.world_size == 1:
+        model = loaded.model.to(context.device).eval().requires_grad_(False)
+        yield HFStepModel(model, VocabShard(0, vocab_size, vocab_size, None), context.device)
+        return
+    with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).writer() as writer:
+        yield writer

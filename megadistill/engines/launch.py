@@ -1,0 +1,87 @@
+"""The process's place in the world: torch.distributed as a launcher, or nobody, set it up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megadistill.errors import TopologyError
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_STALE_AFTER_S = 600.0
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher. Raises TopologyError for half a set-up."""
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if present and len(present) < len(_LAUNCHER_VARIABLES):
+        missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+        if "RANK" in present or "WORLD_SIZE" in present:
+            raise TopologyError(f"the launcher set {', '.join(present)} but not {', '.join(missing)}")
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def distributed(timeout_s: float) -> Iterator[torch.device]:
+    """Initialises torch.distributed through DeepSpeed (nccl on GPUs, gloo on CPU) and takes it down again.
+
+    Without a launcher the process is a world of one on the loopback address. Yields this rank's device.
+    """
+    is_alone = world_size() == 1 and "RANK" not in os.environ
+    if is_alone:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(_free_port())
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        # DeepSpeed probes for accelerators it does not have; this also says which one its own groups are for.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        refuse_stale_lock()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if has_cuda else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    try:
+        yield device
+        torch.distributed.barrier()
+    finally:
+        # Without this a rank of another node can abort at exit and leave its launcher waiting.
+        torch.distributed.destroy_process_group()
+
+
+def refuse_stale_lock() -> None:
+    """DeepSpeed's CPU extension waits for ever, silently, on the lock file of a build that was killed.
+
+    A lock is held for two minutes at most by a build and for milliseconds by a rank that loads; an old one has no owner.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
+    for lock in folder.glob("**/deepspeed_shm_comm/lock"):
+        with suppress(FileNotFoundError):
+            age_s = time.time() - lock.stat().st_mtime
+            if age_s > _STALE_AFTER_S:
+                raise TopologyError(
+                    f"{lock} is {age_s / 60:.0f} minutes old, left over from a build that was killed; DeepSpeed would "
+                    "wait for it for ever: remove it"
+                )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,97 @@
+"""The trained engine: forward with an objective, backward, update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megadistill.config.schema import OptimSection, TrainSection
+from megadistill.engines.ds_config import student_config
+from megadistill.engines.lm_forward import Objective, use_objective_forward
+from megadistill.engines.teacher import PartitionedModel, initialize
+from megadistill.models.loading import LoadedModel
+from megadistill.parallel.context import ParallelContext
+
+
+class Student(PartitionedModel):
+    """A partitioned model with an optimizer. Losses are sums divided by global counts, so gradients are summed over
+    data-parallel ranks and micro-batches, never averaged."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        objective: Objective,
+    ) -> Any:
+        """``objective(hidden [B, S, H], head weight [Vs, H], head bias)`` evaluated inside the engine's forward."""
+        return self.engine(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, objective=objective
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of ``loss`` (a local share of a global mean) to the accumulated one.
+
+        DeepSpeed averages over the data-parallel group; multiplying by its size makes that a sum.
+        """
+        self.engine.backward(loss * self.context.dp_size, scale_wrt_gas=False)
+
+    def end_micro_step(self) -> None:
+        """Ends a micro-step that is not the last one of the global batch."""
+        assert not self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+
+    def step(self, lr: float) -> None:
+        """Ends the last micro-step of the global batch: clips, and updates with learning rate ``lr``."""
+        assert self.engine.is_gradient_accumulation_boundary()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def grad_norm(self) -> float:
+        """Norm of the last update's gradient before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+
+def trained_model(
+    loaded: LoadedModel,
+    context: ParallelContext,
+    *,
+    zero_stage: int,
+    dtype: str,
+    optim: OptimSection,
+    train: TrainSection,
+    gradient_checkpointing: bool = False,
+) -> Student:
+    """Partitions a model together with its AdamW (collective over the world)."""
+    model = loaded.model
+    use_objective_forward(model)
+    model.train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = student_config(
+        optim,
+        train,
+        zero_stage=zero_stage,
+        tp_size=context.tp_size,
+        dp_size=context.dp_size,
+        dtype=dtype,
+        family=loaded.family,
+    )
+    engine = initialize(model, config, context, _adamw(model, optim))
+    return Student(engine, loaded, context)
+
+
+def _adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+    """Weight decay on matrices only, as is usual; biases and norms are left alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps
+    )

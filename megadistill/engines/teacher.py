@@ -1,0 +1,94 @@
+"""The frozen engine: a partitioned model that scores text and, for evaluation, writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from megadistill.engines.ds_config import teacher_config
+from megadistill.engines.gathered import gathered_module, gathered_parameters
+from megadistill.engines.lm_forward import use_objective_forward
+from megadistill.engines.step_model import HFStepModel
+from megadistill.models.loading import LoadedModel
+from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.vocab import VocabShard
+
+
+class PartitionedModel:
+    """What teacher and student share: a DeepSpeed engine around a cut model, and this rank's slice of its head."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel, context: ParallelContext) -> None:
+        self.engine, self.loaded, self.context = engine, loaded, context
+        if context.tp_size > 1 and loaded.family.after_cut is not None:
+            loaded.family.after_cut(engine.module, context.tp_size)
+        if context.tp_size > 1 and engine.first_dataloader_check is not None:
+            # It pickles the arguments, objectives included, and asks globals that another engine may have set.
+            engine.first_dataloader_check.remove()
+        self.shard = head_shard(engine.module.get_output_embeddings(), context)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    @contextmanager
+    def writer(self) -> Iterator[HFStepModel]:
+        """A StepModel with all parameters gathered once (over the data-parallel group) for as long as it is used."""
+        was_training = self.module.training
+        with gathered_module(self.engine) as module:
+            module.eval()
+            try:
+                yield HFStepModel(module, self.shard, self.context.device)
+            finally:
+                module.train(was_training)
+
+    @contextmanager
+    def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """This rank's head shard, weight [Vs, H] and bias, gathered once over the data-parallel group."""
+        head = self.module.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        with gathered_parameters([head.weight, bias]):
+            yield head.weight, bias
+
+    @torch.no_grad()
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, S, H] through the engine: under ZeRO-3 every data-parallel rank must call it equally often."""
+        return self.engine(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+
+def frozen_model(loaded: LoadedModel, context: ParallelContext, *, zero_stage: int, dtype: str) -> PartitionedModel:
+    """Partitions a model that is never trained (collective over the world)."""
+    model = loaded.model
+    use_objective_forward(model)
+    model.requires_grad_(False)
+    model.eval()
+    config = teacher_config(zero_stage=zero_stage, tp_size=context.tp_size, dtype=dtype, family=loaded.family)
+    engine = initialize(model, config, context)
+    return PartitionedModel(engine, loaded, context)
+
+
+def initialize(
+    model: nn.Module, config: dict[str, Any], context: ParallelContext, optimizer: Any = None
+) -> deepspeed.DeepSpeedEngine:
+    """``deepspeed.initialize`` with the check that DeepSpeed cut the model over the ranks that ``context`` names."""
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+    if engine.zero_optimization_stage() == 3:
+        head = model.get_output_embeddings()
+        for parameter in (head.weight, getattr(head, "bias", None)):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(model, parameter)
+    return engine
+
+
+def head_shard(head: nn.Module, context: ParallelContext) -> VocabShard:
+    """This rank's slice of the vocabulary, read off the cut head and checked against the project's own rule."""
+    if context.tp_size == 1:
+        return VocabShard(0, head.out_features, head.out_features, None)
+    shard = context.vocab_shard(head.vocab_size)
+    found = (head.vocab_start_index, head.vocab_end_index, torch.distributed.get_world_size(head.mp_group))
+    assert found == (shard.start, shard.stop, context.tp_size), f"DeepSpeed cut the head as {found}, expected {shard}"
+    return shard

@@ -1,0 +1,23 @@
+"""What a user can cause: the command line prints the message as one line and exits with `exit_code`."""
+
+
+class MegadistillError(Exception):
+    """Base of the errors that carry one clear line: what is wrong, where, what is allowed, the nearest valid choice."""
+
+    exit_code = 2
+
+
+class ConfigError(MegadistillError):
+    """A wrong key, type, value or combination in a configuration file or on the command line."""
+
+
+class TopologyError(MegadistillError):
+    """Processes, tensor-parallel size, heads and batch sizes that do not fit together."""
+
+
+class DataError(MegadistillError):
+    """A data file, a row, a tokenizer or an evaluation set that cannot be used."""
+
+
+class CheckpointError(MegadistillError):
+    """A checkpoint or a run directory that is missing, broken, or belongs to another run."""

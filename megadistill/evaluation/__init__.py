@@ -1,0 +1,37 @@
+"""The evaluation protocol of MiniLLM: sets, scores, likelihood, reports."""
+
+from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
+from megadistill.evaluation.report import (
+    MeanStd,
+    Summary,
+    mean_std,
+    results_table,
+    summarise,
+    text_table,
+    to_jsonable,
+    write_json,
+)
+from megadistill.evaluation.rouge import Scores, score_texts
+from megadistill.evaluation.suites import SEEDS, SUITES, EvalSet, SuiteResult, load_eval_set, run_suite, select_rows
+
+__all__ = [
+    "SEEDS",
+    "SUITES",
+    "EvalSet",
+    "LikelihoodTotal",
+    "MeanStd",
+    "Scores",
+    "SuiteResult",
+    "Summary",
+    "load_eval_set",
+    "mean_std",
+    "results_table",
+    "run_suite",
+    "score_texts",
+    "select_rows",
+    "summarise",
+    "text_table",
+    "to_jsonable",
+    "total_likelihood",
+    "write_json",
+]

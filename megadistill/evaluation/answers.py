@@ -1,0 +1,98 @@
+"""Answers and likelihoods of a model, computed by all ranks together: data-parallel ranks share the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megadistill.data.tokenize import TokenizedExample, decode_responses
+from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
+from megadistill.generation.policy import STREAM_EVALUATION
+from megadistill.generation.protocols import Rows, Sampling, StepModel
+from megadistill.generation.rollout import rollout
+from megadistill.generation.scoring import response_hidden
+from megadistill.losses import Head, cross_entropy
+from megadistill.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are written: limits in tokens, sampling, and rows decoded at a time on one data-parallel rank."""
+
+    tokenizer: Any
+    max_new_tokens: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 16
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset({self.tokenizer.eos_token_id})
+
+
+def write_answers(
+    model: StepModel,
+    rows: Sequence[TokenizedExample],
+    seed: int | None,
+    settings: AnswerSettings,
+    context: ParallelContext,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One text a row, in order, on every rank: sampled with ``seed``, or greedy where it is None.
+
+    A row's answer depends on (seed, row id) alone. Communicates over the tensor-parallel group while decoding and
+    gathers texts once over the data-parallel group.
+    """
+    mine = list(range(context.dp_rank, len(rows), context.dp_size))
+    part = Rows(tuple(rows[i].id for i in mine), tuple(rows[i].prompt_ids for i in mine), ((),) * len(mine))
+    written = rollout(
+        model,
+        part,
+        limits=[min(settings.max_new_tokens, max(1, settings.max_tokens - len(p))) for p in part.prompts],
+        eos_ids=settings.eos_ids,
+        pad_id=settings.tokenizer.pad_token_id,
+        sampling=Sampling(
+            seed or 0, settings.temperature if seed is not None else 0.0, top_k=settings.top_k, top_p=settings.top_p
+        ),
+        stream=STREAM_EVALUATION,
+        max_rows=settings.batch_size,
+        progress=progress,
+    )
+    texts = decode_responses(settings.tokenizer, written.responses)
+    answers = [""] * len(rows)
+    for indices, found in context.gather_objects_over_dp((mine, texts)):
+        for index, text in zip(indices, found, strict=True):
+            answers[index] = text
+    return answers
+
+
+@torch.no_grad()
+def reference_likelihood(
+    model: Any, rows: Sequence[TokenizedExample], settings: AnswerSettings, context: ParallelContext
+) -> LikelihoodTotal:
+    """Negative log-likelihood, in nats, of every row's first reference (EOS included), on every rank.
+
+    ``model`` is a StepModel that also has ``hidden`` and ``head``.
+    """
+    mine = [row for row in rows[context.dp_rank :: context.dp_size] if row.response_ids is not None]
+    parts = []
+    for start in range(0, len(mine), settings.batch_size):
+        batch = mine[start : start + settings.batch_size]
+        read = Rows(
+            tuple(row.id for row in batch),
+            tuple(row.prompt_ids for row in batch),
+            tuple(row.response_ids or () for row in batch),
+        )
+        hidden = response_hidden(
+            model.hidden, read, pad_id=settings.tokenizer.pad_token_id, device=model.device, rows_per_pass=len(batch)
+        )
+        labels = torch.tensor([token for response in read.responses for token in response], device=model.device)
+        nats = cross_entropy(Head(torch.cat(hidden), *model.head), labels, model.shard, num_tokens=1)
+        parts.append(LikelihoodTotal(float(nats), len(labels), len(batch)))
+    local = total_likelihood(parts)
+    return total_likelihood(context.gather_objects_over_dp(local))

@@ -1,0 +1,150 @@
+"""Means and deviations over seeds, as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from megadistill.errors import DataError
+from megadistill.evaluation.rouge import Scores
+
+METRICS = ("rouge_l", "exact_match", "distinct_1", "distinct_2")
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean and sample standard deviation (n - 1) of `num_values` values; one value has no deviation: None."""
+
+    mean: float
+    std: float | None
+    num_values: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores over seeds; a metric is None where no row has references."""
+
+    rouge_l: MeanStd | None
+    exact_match: MeanStd | None
+    distinct_1: MeanStd | None
+    distinct_2: MeanStd | None
+    num_scored: int
+    num_without_references: int
+
+
+def mean_std(values: Sequence[float]) -> MeanStd:
+    """Raises DataError for no values."""
+    if not values:
+        raise DataError("no values to average")
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return MeanStd(mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None, len(values))
+
+
+def summarise(scores: Sequence[Scores]) -> Summary:
+    """One score a seed, all of the same rows, to their mean and deviation.
+
+    Raises:
+        DataError: no scores, or scores of different numbers of rows.
+    """
+    if not scores:
+        raise DataError("no scores to summarise")
+    counts = {(each.num_scored, each.num_without_references) for each in scores}
+    if len(counts) > 1:
+        raise DataError(f"scores of different sets cannot be averaged: (scored, without references) = {sorted(counts)}")
+    columns = {name: [getattr(each, name) for each in scores] for name in METRICS}
+    known = {name: [value for value in values if value is not None] for name, values in columns.items()}
+    return Summary(
+        **{name: mean_std(values) if values else None for name, values in known.items()},
+        num_scored=scores[0].num_scored,
+        num_without_references=scores[0].num_without_references,
+    )
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain table: first column to the left, the others to the right; None shows as -, a float with two places."""
+    cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
+    assert all(len(row) == len(header) for row in cells), "every row needs a cell for every column"
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def results_table(
+    results: Mapping[str, Mapping[str, Any]], nll: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """The table of `results[model][suite] = SuiteResult`, with nats per reference token where `nll[model][suite]` is
+    given.
+
+    Sampled columns hold mean ± standard deviation over seeds; rows without references are listed, not scored.
+    """
+    header = [
+        "model",
+        "set",
+        "ROUGE-L sampled",
+        "exact sampled",
+        "ROUGE-L greedy",
+        "exact greedy",
+        "NLL",
+        "scored",
+        "no reference",
+    ]
+    rows = []
+    for model, suites in results.items():
+        for suite, result in suites.items():
+            counts = result.sampled or result.greedy
+            rows.append(
+                [
+                    model,
+                    suite,
+                    result.sampled and result.sampled.rouge_l,
+                    result.sampled and result.sampled.exact_match,
+                    result.greedy and result.greedy.rouge_l,
+                    result.greedy and result.greedy.exact_match,
+                    (nll or {}).get(model, {}).get(suite),
+                    counts.num_scored,
+                    counts.num_without_references,
+                ]
+            )
+    return text_table(header, rows)
+
+
+def to_jsonable(value: Any) -> Any:
+    """Dataclasses, tuples and mappings to plain JSON values; NaN and infinities to null, so that any reader takes the
+    file.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_jsonable(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write atomically: a reader never sees half a file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(
+        json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    partial.replace(target)

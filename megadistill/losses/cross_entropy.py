@@ -1,0 +1,100 @@
+"""Cross-entropy on labels from a sharded head: L_SFT, and the loss of plain fine-tuning.
+
+Suffixes: C rows of one chunk, V this rank's classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megadistill.losses.fused import (
+    Count,
+    StudentGradients,
+    check_shard,
+    chunk_size,
+    chunks,
+    inverse_count,
+    keep_for_backward,
+    needs_gradient,
+    scaled_gradients,
+    valid_rows,
+)
+from megadistill.losses.head import Head, LogitsProjector, loss_dtype
+from megadistill.losses.statistics import label_columns, local_target
+from megadistill.parallel.collectives import all_gather_rows
+from megadistill.parallel.vocab import VocabShard
+
+
+def cross_entropy(
+    student: Head,
+    labels: Tensor,
+    shard: VocabShard,
+    *,
+    num_tokens: Count,
+    chunk_tokens: int | Literal["auto"] = "auto",
+) -> Tensor:
+    """Sum over the rows of -log q(label), in nats, divided by `num_tokens`: a differentiable scalar.
+
+    student: hidden [T, H] and head shard; labels: [T] int64, -100 ignores a row (its contents do not matter);
+    num_tokens: the global count (over data-parallel ranks and micro-batches) that divides the sum. The same value on
+    every tensor-parallel rank; every rank must call backward on it. float32 or better whatever the inputs.
+    Communicates over `shard.group`: 2 floats a row in one all-gather a chunk, and one all-reduce of the hidden
+    gradient. Raises ValueError for shapes and DataError for labels that do not fit.
+    """
+    check_shard(shard)
+    student.check("student", len(labels), shard.size)
+    needs = needs_gradient(student, torch.is_grad_enabled())
+    return _CrossEntropy.apply(student.hidden, student.weight, student.bias, labels, shard, num_tokens, chunk_tokens, needs)  # type: ignore[no-any-return]  # fmt: skip
+
+
+def add_label_gradient(gradient_CV: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard) -> None:
+    """Subtracts weight [C] at each row's label, in place, where this shard holds it."""
+    if shard.size:
+        is_here, column = label_columns(labels, shard)
+        gradient_CV.scatter_add_(-1, column.unsqueeze(-1), torch.where(is_here, -weight, 0.0).unsqueeze(-1))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        shard: VocabShard,
+        num_tokens: Count,
+        chunk_tokens: int | Literal["auto"],
+        needs: tuple[bool, bool, bool],
+    ) -> Tensor:
+        head = Head(hidden, weight, bias)
+        dtype = loss_dtype(head)
+        rows = valid_rows(labels, shard.total)
+        labels = labels[rows]
+        inverse = inverse_count(num_tokens, hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            projector = LogitsProjector(head, rows, dtype)
+            gradients = StudentGradients(projector, needs)
+            for chunk, _ in chunks(len(rows), chunk_size(chunk_tokens, shard, hidden.device)):
+                logits_CV = projector.logits(chunk)
+                local = torch.stack([torch.logsumexp(logits_CV, -1), local_target(logits_CV, labels[chunk], shard)], -1)
+                lse, target = all_gather_rows(local, shard.group).unbind(-1)
+                lse = torch.logsumexp(lse, 0)
+                total += (lse - target.sum(0)).sum(dtype=torch.float64)
+                if gradients.is_wanted:
+                    gradient_CV = logits_CV.sub_(lse.unsqueeze(-1)).exp_().mul_(inverse)
+                    add_label_gradient(gradient_CV, labels[chunk], inverse.to(dtype).expand(len(lse)), shard)
+                    gradients.add(chunk, gradient_CV)
+            gradients.reduce(shard.group)
+        keep_for_backward(ctx, head, rows, gradients, [])
+        return (total * inverse).to(dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled_gradients(ctx, upstream), None, None, None, None, None

@@ -1,0 +1,132 @@
+"""What every chunked loss shares: the rows that count, the chunks, and gradients formed in the forward pass.
+
+Holding a [T, V] tensor of logits until the backward pass is what runs a large vocabulary out of memory. A scalar loss
+needs no such tensor: the gradient of its chunk is known as soon as the chunk is, and only has to be scaled later.
+Suffixes: T rows that count, C rows of one chunk, H hidden size, V this rank's classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megadistill.errors import ConfigError, DataError
+from megadistill.losses.config import IGNORE_INDEX
+from megadistill.losses.head import Head, LogitsProjector
+from megadistill.parallel.collectives import Group, all_reduce_sum
+from megadistill.parallel.vocab import VocabShard
+
+# Elements of one [C, V] tile under chunk_tokens="auto": a few such tiles exist at once.
+_TILE_ELEMENTS_CPU = 2**22
+_TILE_ELEMENTS_ACCELERATOR = 2**26
+_MIN_CHUNK, _MAX_CHUNK = 16, 4096
+
+Count = int | float | Tensor
+
+
+def check_shard(shard: VocabShard) -> None:
+    """Raises ConfigError for a part of a vocabulary without the group that holds the rest."""
+    if shard.group is None and shard.size != shard.total:
+        raise ConfigError(
+            f"a vocabulary shard [{shard.start}, {shard.stop}) of {shard.total} classes needs its process group"
+        )
+
+
+def valid_rows(labels: Tensor, total: int) -> Tensor:
+    """[T] indices of the rows whose label is not ignored. Raises DataError for a label outside the vocabulary."""
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    if len(rows):
+        lowest, highest = (int(label) for label in labels[rows].aminmax())
+        if lowest < 0 or highest >= total:
+            wrong = lowest if lowest < 0 else highest
+            raise DataError(f"label {wrong} is not a class: allowed are 0 to {total - 1}, and {IGNORE_INDEX} to ignore")
+    return rows
+
+
+def chunk_size(chunk_tokens: int | Literal["auto"], shard: VocabShard, device: torch.device) -> int:
+    """Rows of a chunk. From group-wide quantities alone: ranks with unequal shards must agree on the collectives."""
+    if chunk_tokens != "auto":
+        return chunk_tokens
+    elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
+    widest = max(1, -(-shard.total // shard.tp_size))
+    return min(max(elements // widest, _MIN_CHUNK), _MAX_CHUNK)
+
+
+def chunks(num_rows: int, size: int, halo: int = 0) -> Iterator[tuple[slice, int]]:
+    """Chunks of `size` rows, each with up to `halo` rows before it: (rows including the halo, number of halo rows)."""
+    for begin in range(0, num_rows, size):
+        num_halo = min(halo, begin)
+        yield slice(begin - num_halo, min(begin + size, num_rows)), num_halo
+
+
+def inverse_count(count: Count, device: torch.device) -> Tensor:
+    """1 / count as a float64 scalar on the device, 0 where there is nothing to count."""
+    number = torch.as_tensor(count, dtype=torch.float64, device=device).detach()
+    return torch.where(number > 0, 1.0 / number, 0.0)
+
+
+class StudentGradients:
+    """Gradients of one head, in the dtype of the loss; a part that nobody asked for is None and costs nothing."""
+
+    def __init__(self, head: LogitsProjector, wanted: tuple[bool, bool, bool]) -> None:
+        self._head = head
+        sources = (head.hidden_TH, head.weight_VH, head.bias_V)
+        self.hidden_TH, self.weight_VH, self.bias_V = (
+            torch.zeros_like(source) if want and source is not None else None
+            for source, want in zip(sources, wanted, strict=True)
+        )
+
+    @property
+    def is_wanted(self) -> bool:
+        return any(part is not None for part in (self.hidden_TH, self.weight_VH, self.bias_V))
+
+    def add(self, chunk: slice, gradient_CV: Tensor) -> None:
+        """Adds what the derivative by the chunk's logits contributes."""
+        if self.hidden_TH is not None:
+            self.hidden_TH[chunk].addmm_(gradient_CV, self._head.weight_VH)
+        if self.weight_VH is not None:
+            self.weight_VH.addmm_(gradient_CV.T, self._head.hidden_TH[chunk])
+        if self.bias_V is not None:
+            self.bias_V += gradient_CV.sum(0)
+
+    def reduce(self, group: Group) -> None:
+        """Completes the hidden gradient, to which every shard contributes: one all-reduce."""
+        if self.hidden_TH is not None and len(self.hidden_TH):
+            self.hidden_TH = all_reduce_sum(self.hidden_TH, group)
+
+
+def needs_gradient(head: Head, is_grad_enabled: bool) -> tuple[bool, bool, bool]:
+    """Which of (hidden, weight, bias) take part in the backward pass."""
+    parts = (head.hidden, head.weight, head.bias)
+    return tuple(is_grad_enabled and part is not None and part.requires_grad for part in parts)  # type: ignore[return-value]
+
+
+def keep_for_backward(ctx: Any, head: Head, rows: Tensor, gradients: StudentGradients, others: list[Tensor]) -> None:
+    """Leaves the finished gradients for `scaled_gradients`; `others` are those of further inputs."""
+    bias_dtype = None if head.bias is None else head.bias.dtype
+    ctx.formed = (gradients, others)
+    ctx.rows, ctx.hidden_shape, ctx.dtypes = rows, head.hidden.shape, (head.hidden.dtype, head.weight.dtype, bias_dtype)
+
+
+def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of (hidden, weight, bias, *others) for the upstream derivative of the loss; once only."""
+    if ctx.formed is None:
+        raise RuntimeError(
+            "the gradients of this loss were formed in its forward pass and used up by the first backward; "
+            "compute the loss again for a second one (retain_graph does not help)"
+        )
+    gradients, others = ctx.formed
+    ctx.formed = None
+    hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    hidden = weight = bias = None
+    if gradients.hidden_TH is not None:
+        hidden = torch.zeros(ctx.hidden_shape, dtype=hidden_dtype, device=upstream.device)
+        hidden[ctx.rows] = gradients.hidden_TH.mul_(upstream).to(hidden_dtype)
+    if gradients.weight_VH is not None:
+        weight = gradients.weight_VH.mul_(upstream).to(weight_dtype)
+    if gradients.bias_V is not None:
+        bias = gradients.bias_V.mul_(upstream).to(bias_dtype)
+    return hidden, weight, bias, *(other * upstream.to(other.dtype) for other in others)

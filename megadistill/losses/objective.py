@@ -1,0 +1,317 @@
+"""The whole objective in one pass over chunks of rows: L = w_sft L_SFT + w_dac L_DAC-KL + w_span L_span.
+
+Paper: section 3 and Eq. 6-10; docs/method.md fixes what it leaves open. Three student products and one teacher product
+a chunk, no recomputation, and no tensor as large as the logits of all rows.
+Suffixes: T rows of the call, C rows of one chunk (a halo row of the chunk before included), V this rank's classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megadistill.errors import ConfigError
+from megadistill.losses.clipping import ClipMask, ClipTerms, clip_gradient, clip_mask, clip_sums, merge_clip_sums
+from megadistill.losses.config import LossConfig
+from megadistill.losses.cross_entropy import add_label_gradient
+from megadistill.losses.fused import (
+    Count,
+    StudentGradients,
+    check_shard,
+    chunk_size,
+    chunks,
+    inverse_count,
+    keep_for_backward,
+    needs_gradient,
+    scaled_gradients,
+    valid_rows,
+)
+from megadistill.losses.head import Head, LogitsProjector, loss_dtype
+from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
+from megadistill.losses.span import span_gradient, span_sums, span_value
+from megadistill.losses.statistics import RowStatistics, row_statistics
+from megadistill.parallel.collectives import all_gather_rows
+from megadistill.parallel.vocab import VocabShard
+
+_GATE_SIGN = {"minimise": 1.0, "maximise": -1.0}
+
+
+@dataclass(frozen=True)
+class DistillOutput:
+    """The loss and what to log; everything but `loss` is detached, and all of it is equal on all tensor-parallel ranks.
+
+    Scalars are this call's sum divided by the global count, so that adding them up over data-parallel ranks and
+    micro-batches gives the global mean. sft, dac_kl, span: the terms without their weights (dac_kl times
+    temperature^2). kept_mass: teacher probability that the mask keeps; mean_lower, mean_upper: quantiles l and u.
+    kl_map [T]: unclipped KL in nats at `temperature`, 0 in ignored rows; teacher_top1 [T]: argmax p, -1 there.
+    """
+
+    loss: Tensor
+    sft: Tensor
+    dac_kl: Tensor
+    span: Tensor
+    kept_mass: Tensor
+    kl_map: Tensor
+    teacher_top1: Tensor
+    mean_lower: Tensor
+    mean_upper: Tensor
+
+
+def distill_loss(
+    student: Head,
+    teacher: Head,
+    labels: Tensor,
+    pair_mask: Tensor,
+    gate: nn.Module | None,
+    config: LossConfig,
+    shard: VocabShard,
+    *,
+    num_tokens: Count,
+    num_pairs: Count,
+) -> DistillOutput:
+    """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
+
+    student, teacher: hidden states [T, H] and head shard; labels: [T] int64, -100 = the row is ignored by all terms,
+    whatever it contains; pair_mask: [T] bool, rows t and t+1 are one span pair (counts only when both are valid);
+    gate: needed for clip="gate" only, called with (sorted_log_probs [C, K], log_tail [C]); num_tokens, num_pairs:
+    global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the caller's.
+    Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
+    `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
+    every tensor-parallel rank. The teacher gets none.
+    Communicates over `shard.group`: two all-gathers a chunk (6 + K and at most 14 floats a row) and one all-reduce of
+    the hidden gradient; the number depends on `labels` alone.
+    Raises ConfigError for a missing or unfitting gate, ValueError for shapes, DataError for labels that do not fit.
+    """
+    check_shard(shard)
+    num_rows = len(labels)
+    student.check("student", num_rows, shard.size)
+    teacher.check("teacher", num_rows, shard.size)
+    if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
+        raise ValueError(f"pair_mask must be bool of shape ({num_rows},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
+    parameters: list[Tensor] = []
+    if config.clip == "gate":
+        if gate is None:
+            raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
+        if getattr(gate, "top_k", config.top_k) != config.top_k:
+            raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={gate.top_k}")
+        if config.gate_objective != "frozen" and torch.is_grad_enabled():
+            parameters = [parameter for parameter in gate.parameters() if parameter.requires_grad]
+    call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs)
+    needs = needs_gradient(student, torch.is_grad_enabled())
+    return DistillOutput(*_Distill.apply(call, needs, student.hidden, student.weight, student.bias, *parameters))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments that get no gradient."""
+
+    teacher: Head
+    labels: Tensor
+    pair_mask: Tensor
+    gate: nn.Module | None
+    config: LossConfig
+    shard: VocabShard
+    num_tokens: Count
+    num_pairs: Count
+
+
+class _Distill(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        needs: tuple[bool, bool, bool],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        head = Head(hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            fused = _FusedPass(call, head, needs, list(parameters))
+            for chunk, num_halo in fused.chunks():
+                fused.step(chunk, num_halo)
+            fused.gradients.reduce(call.shard.group)
+        keep_for_backward(ctx, head, fused.rows, fused.gradients, fused.gate_gradients)
+        loss, *reported = fused.outputs()
+        ctx.mark_non_differentiable(*reported)
+        return loss, *reported
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *scaled_gradients(ctx, upstream)
+
+
+class _FusedPass:
+    """State of one call: the compacted rows, running totals and running gradients."""
+
+    def __init__(self, call: _Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
+        self.call, self.config, self.shard = call, call.config, call.shard
+        self.parameters = parameters
+        device = self.device = head.hidden.device
+        self.dtype = loss_dtype(head, call.teacher)
+        # Ignored rows go before any product: they cost nothing, and whatever they hold cannot leak.
+        self.rows = valid_rows(call.labels, call.shard.total)
+        self.labels = call.labels[self.rows]
+        follows = torch.zeros_like(call.pair_mask[self.rows])
+        follows[:-1] = self.rows[1:] == self.rows[:-1] + 1
+        self.is_pair = call.pair_mask[self.rows] & follows
+        self.student = LogitsProjector(head, self.rows, self.dtype)
+        self.teacher = LogitsProjector(call.teacher, self.rows, self.dtype)
+        self.per_token = inverse_count(call.num_tokens, device)
+        self.per_pair = inverse_count(call.num_pairs, device)
+        self.clip = self.config.clip if self.config.dac_kl > 0 else "off"
+        names = ("sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
+        self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self.kl_map = torch.zeros(len(self.rows), dtype=self.dtype, device=device)
+        self.top1 = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
+        self.gradients = StudentGradients(self.student, needs)
+        self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
+
+    def chunks(self) -> Any:
+        # One halo row carries a span pair over the border between two chunks.
+        size = chunk_size(self.config.chunk_tokens, self.shard, self.device)
+        return chunks(len(self.rows), size, halo=int(self.config.span > 0))
+
+    def step(self, chunk: slice, num_halo: int) -> None:
+        """Adds one chunk to the totals and gradients; halo rows take part in span pairs only."""
+        config, labels = self.config, self.labels[chunk]
+        is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
+        is_own[:num_halo] = 0.0
+        plain_CV, teacher_CV = self.student.logits(chunk), self.teacher.logits(chunk)
+        student_CV = plain_CV
+        if config.temperature != 1.0:
+            student_CV, teacher_CV = plain_CV / config.temperature, teacher_CV.div_(config.temperature)
+        top_k = config.top_k if self.clip != "off" else 0
+        stats = row_statistics(student_CV, plain_CV, teacher_CV, labels, self.shard, top_k)
+        log_p_CV = teacher_CV.sub_(stats.teacher_lse.unsqueeze(-1))
+        log_q_CV = student_CV - stats.student_lse.unsqueeze(-1)
+
+        mask, thetas = None, ()
+        if self.clip != "off":
+            mask, thetas = self._mask(log_p_CV, stats, is_own)
+        sums = [_kl_sums(log_p_CV, log_q_CV) if mask is None else clip_sums(log_p_CV, log_q_CV, mask)]
+        if config.span > 0:
+            sums.append(span_sums(log_p_CV, log_q_CV))
+        gathered = all_gather_rows(torch.cat(sums, -1), self.shard.group)
+        terms = None
+        if mask is not None:
+            terms = merge_clip_sums(gathered[..., : sums[0].shape[-1]], config.remainder, config.softness)
+            if self.parameters:
+                self._gate_gradient(terms, thetas, is_own)
+        kl = gathered[..., 0].sum(0) if terms is None else terms.kl
+        self._add_totals(stats, kl, terms, is_own)
+        self.kl_map[chunk.start + num_halo : chunk.stop] = kl[num_halo:].clamp_min(0.0)
+        self.top1[chunk] = stats.teacher_top1
+
+        span_weights = None
+        if config.span > 0:
+            span_weights = self._span(gathered[..., -2:].sum(0), chunk)
+        if self.gradients.is_wanted:
+            gradient_CV = self._logit_gradient(log_p_CV, log_q_CV, mask, terms, span_weights, is_own)
+            if config.sft > 0:
+                weight = is_own * (config.sft * self.per_token)
+                q_CV = log_q_CV if student_CV is plain_CV else plain_CV.sub_(stats.student_lse_plain.unsqueeze(-1))
+                gradient_CV += q_CV.exp().mul_(weight.unsqueeze(-1))
+                add_label_gradient(gradient_CV, labels, weight, self.shard)
+            self.gradients.add(chunk, gradient_CV)
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The fields of DistillOutput."""
+        config, totals = self.config, self.totals
+        scalars = {name: total * self.per_token for name, total in totals.items() if name != "span"}
+        scalars["span"] = totals["span"] * self.per_pair
+        loss = config.sft * scalars["sft"] + config.dac_kl * scalars["dac_kl"] + config.span * scalars["span"]
+        kl_map = torch.zeros(len(self.call.labels), dtype=self.dtype, device=self.device)
+        top1 = torch.full_like(self.call.labels, -1)
+        kl_map[self.rows], top1[self.rows] = self.kl_map, self.top1
+        sft, dac_kl, span, kept_mass, mean_lower, mean_upper = (
+            scalars[name].to(self.dtype) for name in ("sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
+        )
+        return loss.to(self.dtype), sft, dac_kl, span, kept_mass, kl_map, top1, mean_lower, mean_upper
+
+    def _mask(self, log_p_CV: Tensor, stats: RowStatistics, is_own: Tensor) -> tuple[ClipMask, tuple[Tensor, Tensor]]:
+        """The chunk's mask, and its thresholds [C] with their graph back to the gate."""
+        config = self.config
+        quantile = QuantileFunction(stats.top_log_probs, stats.log_tail, config.quantile, self.shard.total)
+        with torch.set_grad_enabled(bool(self.parameters)):
+            if self.clip == "gate":
+                assert self.call.gate is not None
+                lambda_l, lambda_u = self.call.gate(stats.top_log_probs, stats.log_tail)
+            else:
+                lambda_l, lambda_u = constant_quantiles(config.lower, config.upper, stats.log_tail)
+            thetas = quantile(lambda_l), quantile(lambda_u)
+        self._add("mean_lower", torch.sigmoid(lambda_l.detach()), is_own)
+        self._add("mean_upper", torch.sigmoid(lambda_u.detach()), is_own)
+        theta_l, theta_u = (theta.detach().to(self.dtype) for theta in thetas)
+        top_column = stats.teacher_top1 - self.shard.start
+        return clip_mask(log_p_CV, theta_l, theta_u, top_column, config.softness, config.remainder), thetas
+
+    def _gate_gradient(self, terms: ClipTerms, thetas: tuple[Tensor, ...], is_own: Tensor) -> None:
+        """Gradient of the gate's own objective: DAC-KL in the configured direction plus the coverage penalty."""
+        config = self.config
+        value_weight = _GATE_SIGN[config.gate_objective] * config.dac_kl * config.temperature**2
+        d_theta_l, d_theta_u = value_weight * terms.d_theta_l, value_weight * terms.d_theta_u
+        if config.guards:
+            slope = 2 * config.coverage_weight * torch.relu(terms.clipped_mass - config.coverage_target)
+            d_theta_l, d_theta_u = d_theta_l + slope * terms.d_mass_l, d_theta_u + slope * terms.d_mass_u
+        row_weight = is_own * self.per_token
+        upstream = [(row_weight * d_theta).to(torch.float64) for d_theta in (d_theta_l, d_theta_u)]
+        found = torch.autograd.grad(thetas, self.parameters, upstream, allow_unused=True)
+        for total, gradient in zip(self.gate_gradients, found, strict=True):
+            if gradient is not None:
+                total += gradient
+
+    def _add_totals(self, stats: RowStatistics, kl: Tensor, terms: ClipTerms | None, is_own: Tensor) -> None:
+        config = self.config
+        if config.sft > 0:
+            self._add("sft", stats.student_lse_plain - stats.target_logit, is_own)
+        if config.dac_kl > 0:
+            self._add("dac_kl", config.temperature**2 * (kl if terms is None else terms.value), is_own)
+        self._add("kept_mass", is_own if terms is None else terms.kept_mass, is_own)
+        if terms is None:
+            self._add("mean_upper", is_own, is_own)
+
+    def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Adds the chunk's pairs; returns (merged inner product, weight over root), both [C]."""
+        weight = self.is_pair[chunk].to(self.dtype)
+        weight[-1] = 0.0  # that pair's second row is in the next chunk, which sees it through its halo
+        value, root = span_value(sums[:, 0], self.config.span_eps)
+        self._add("span", value, weight)
+        return sums[:, 1], weight / root * (self.config.span * self.per_pair)
+
+    def _logit_gradient(
+        self,
+        log_p_CV: Tensor,
+        log_q_CV: Tensor,
+        mask: ClipMask | None,
+        terms: ClipTerms | None,
+        span_weights: tuple[Tensor, Tensor] | None,
+        is_own: Tensor,
+    ) -> Tensor:
+        """Derivative of the weighted DAC-KL and span terms by the student's logits before tempering."""
+        config = self.config
+        weight = is_own * (config.dac_kl * config.temperature * self.per_token)  # temperature^2, and 1/temperature
+        if config.dac_kl == 0:
+            gradient_CV = torch.zeros_like(log_q_CV)
+        elif mask is None or terms is None:
+            gradient_CV = log_q_CV.exp().sub_(log_p_CV.exp()).mul_(weight.unsqueeze(-1))
+        else:
+            gradient_CV = clip_gradient(log_p_CV, log_q_CV, mask, terms, config.remainder).mul_(weight.unsqueeze(-1))
+        if span_weights is not None and len(log_q_CV) > 1:
+            inner, pair_weight = span_weights
+            gradient_CV += span_gradient(log_p_CV, log_q_CV, inner, pair_weight).div_(config.temperature)
+        return gradient_CV
+
+    def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
+        self.totals[name] += (value * weight).sum(dtype=torch.float64)
+
+
+def _kl_sums(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
+    """[C, 1] local part of KL(p || q)."""
+    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1, keepdim=True)

@@ -1,0 +1,160 @@
+"""The gate of DAC-KL and the teacher's quantile function (paper: Eq. 6-7; docs/method.md, "Token level").
+
+Suffixes: C rows, K knots. All quantities are in nats or logits of a quantile; nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megadistill.losses.config import LossConfig, Quantile
+
+_FLOOR = -30.0  # nats; what a class below e^-30 weighs does not matter to where the mask should end
+_INPUT_SCALE = 0.1
+
+
+class QuantileGate(nn.Module):
+    """MLP (two hidden layers of 64) from the teacher's sorted top-K to a lower and an upper quantile, as logits.
+
+    Guarded, the bounds hold by construction: lambda_l = logit(lower_max) - softplus(a) and
+    lambda_u = logit(upper_min) + softplus(b). Every pair below and above the two bounds can be reached, and
+    lambda_l < lambda_u. Unguarded: lambda_l = a and lambda_u = lambda_l + softplus(b).
+    The weights come from a generator of their own, so every rank starts from the same gate; the last layer starts at
+    zero, so that every row starts at the quantiles (lower, upper).
+    """
+
+    def __init__(
+        self,
+        top_k: int = 32,
+        *,
+        lower: float = 0.02,
+        upper: float = 0.98,
+        lower_max: float = 0.1,
+        upper_min: float = 0.9,
+        guards: bool = True,
+        hidden_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < lower < upper < 1:
+            raise ConfigError(f"the gate starts at lower={lower}, upper={upper}; it needs 0 < lower < upper < 1")
+        if guards and not (lower < lower_max < upper_min < upper):
+            raise ConfigError(
+                f"the gate starts at lower={lower}, upper={upper}; with guards it needs "
+                f"lower < lower_max={lower_max} < upper_min={upper_min} < upper"
+            )
+        self.top_k, self.guards = top_k, guards
+        self.max_lambda_l, self.min_lambda_u = _logit(lower_max), _logit(upper_min)
+        self.layers = nn.Sequential(
+            nn.Linear(top_k + 1, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(),
+            nn.Linear(hidden_size, 2),
+        )  # fmt: skip
+        start_l, start_u = _logit(lower), _logit(upper)
+        if guards:
+            start = [_inverse_softplus(self.max_lambda_l - start_l), _inverse_softplus(start_u - self.min_lambda_u)]
+        else:
+            start = [start_l, _inverse_softplus(start_u - start_l)]
+        self._initialise(start, seed)
+
+    @classmethod
+    def from_config(cls, config: LossConfig, *, seed: int = 0) -> QuantileGate:
+        """The gate that `config` describes."""
+        return cls(
+            config.top_k,
+            lower=config.lower,
+            upper=config.upper,
+            lower_max=config.lower_max,
+            upper_min=config.upper_min,
+            guards=config.guards,
+            seed=seed,
+        )
+
+    def forward(self, sorted_log_probs: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantile logits (lambda_l [C], lambda_u [C]), computed in the dtype of the parameters.
+
+        sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending (fewer columns are filled up);
+        log_tail: [C] log of the sum of all other probabilities, -inf when there is none.
+        """
+        weight = self.layers[0].weight
+        features = torch.cat([F.pad(sorted_log_probs, (0, self.top_k - sorted_log_probs.shape[-1]), value=_FLOOR),
+                              log_tail.unsqueeze(-1)], -1)  # fmt: skip
+        out_C2 = self.layers(features.clamp_min(_FLOOR).to(weight.dtype) * _INPUT_SCALE)
+        first, second = F.softplus(out_C2[:, 0]) if self.guards else out_C2[:, 0], F.softplus(out_C2[:, 1])
+        if self.guards:
+            return self.max_lambda_l - first, self.min_lambda_u + second
+        return first, first + second
+
+    def _initialise(self, start: list[float], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        with torch.no_grad():
+            for linear in linears[:-1]:
+                bound = linear.in_features**-0.5
+                for parameter in (linear.weight, linear.bias):
+                    drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+                    parameter.copy_((2 * drawn - 1) * bound)
+            linears[-1].weight.zero_()
+            linears[-1].bias.copy_(torch.tensor(start))
+
+
+class QuantileFunction:
+    """log-probability at a quantile: piecewise linear on the logit scale through the sorted top-K, slope 1 outside.
+
+    Slope 1 continues a geometric tail (quantile of mass) or Zipf's law (quantile of classes) exactly. Computed in
+    float64 and in the log domain, because the mass beside a confident teacher's first class is far below round-off.
+    """
+
+    def __init__(self, sorted_log_probs: Tensor, log_tail: Tensor, kind: Quantile, num_classes: int) -> None:
+        log_probs_CK = sorted_log_probs.to(torch.float64)
+        if kind == "mass":
+            half_CK = log_probs_CK - math.log(2)
+            # log of the mass above, and of tail + mass below; each without the class itself, which counts half.
+            above_CK = torch.logcumsumexp(log_probs_CK, -1)
+            below_CK = torch.logcumsumexp(
+                torch.cat([log_tail.to(torch.float64).unsqueeze(-1), log_probs_CK.flip(-1)], -1), -1
+            ).flip(-1)
+            empty_C1 = torch.full_like(half_CK[:, :1], -math.inf)
+            log_above_CK = torch.logaddexp(torch.cat([empty_C1, above_CK[:, :-1]], -1), half_CK)
+            log_below_CK = torch.logaddexp(below_CK[:, 1:], half_CK)
+            lambda_CK = log_below_CK - log_above_CK
+        else:
+            rank_K = torch.arange(log_probs_CK.shape[-1], device=log_probs_CK.device, dtype=torch.float64) + 0.5
+            lambda_CK = (torch.log(num_classes - rank_K) - torch.log(rank_K)).expand_as(log_probs_CK)
+        self.knots_CK = lambda_CK.flip(-1).contiguous()
+        self.values_CK = log_probs_CK.flip(-1)
+
+    def __call__(self, quantile_logit: Tensor) -> Tensor:
+        """theta [C] float64 at quantile logits [C] (infinite ones allowed); differentiable in its argument."""
+        point_C1 = quantile_logit.to(torch.float64).unsqueeze(-1)
+        right_C1 = torch.searchsorted(self.knots_CK, point_C1.detach())
+        last = self.knots_CK.shape[-1] - 1
+        low_C1, high_C1 = (right_C1 - 1).clamp(0, last), right_C1.clamp(0, last)
+        run_C1 = self.knots_CK.gather(-1, high_C1) - self.knots_CK.gather(-1, low_C1)
+        rise_C1 = self.values_CK.gather(-1, high_C1) - self.values_CK.gather(-1, low_C1)
+        is_inside_C1 = run_C1 > 0
+        slope_C1 = torch.where(is_inside_C1, rise_C1 / torch.where(is_inside_C1, run_C1, 1.0), 1.0)
+        theta_C1 = self.values_CK.gather(-1, low_C1) + slope_C1 * (point_C1 - self.knots_CK.gather(-1, low_C1))
+        return theta_C1.squeeze(-1)
+
+
+def constant_quantiles(lower: float, upper: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantile logits of clip=fixed for rows [C] like `like`; 0 and 1 are -inf and +inf."""
+    return torch.full_like(like, _logit(lower)), torch.full_like(like, _logit(upper))
+
+
+def _logit(probability: float) -> float:
+    if probability in (0.0, 1.0):
+        return math.inf if probability else -math.inf
+    return math.log(probability) - math.log1p(-probability)
+
+
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))

@@ -1,0 +1,159 @@
+"""The objective written out densely: whole logits of the whole vocabulary, plain autograd, any dtype.
+
+This is what docs/method.md says, in the order in which it says it, and what the fused objective is tested against.
+It shares only the gate's network with it. Use it to read, to check and for small problems; it keeps several
+[T, V] tensors and the gradient of each.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadistill.losses.config import IGNORE_INDEX, LossConfig
+from megadistill.losses.head import Head
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """As DistillOutput, undetached. gate_objective: what the gate descends (equal to `loss` up to its own terms)."""
+
+    loss: Tensor
+    gate_objective: Tensor
+    sft: Tensor
+    dac_kl: Tensor
+    span: Tensor
+    kept_mass: Tensor
+    kl_map: Tensor
+    teacher_top1: Tensor
+    mean_lower: Tensor
+    mean_upper: Tensor
+
+
+def reference_loss(
+    student: Head,
+    teacher: Head,
+    labels: Tensor,
+    pair_mask: Tensor,
+    gate: nn.Module | None,
+    config: LossConfig,
+    *,
+    num_tokens: float,
+    num_pairs: float,
+) -> ReferenceOutput:
+    """The whole vocabulary in one process. Back-propagate `loss` for the student, `gate_objective` for the gate."""
+    is_valid = labels != IGNORE_INDEX
+    rows = is_valid.nonzero().squeeze(-1)
+    logits_TV = _logits(student)[rows]
+    log_q = F.log_softmax(logits_TV / config.temperature, -1)
+    log_p = F.log_softmax(_logits(teacher)[rows].detach() / config.temperature, -1)
+    p = log_p.exp()
+
+    sft = F.cross_entropy(logits_TV, labels[rows], reduction="sum") / num_tokens
+    lower, upper, mask, complement = _masks(log_p, gate, config)
+    dac_rows = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
+    dac_kl = config.temperature**2 * dac_rows.sum() / num_tokens
+    clipped_mass = (complement * p).sum(-1)
+    coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
+
+    pair_rows = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
+    position = is_valid.cumsum(0) - 1  # of a valid row among the valid rows
+    first = position[:-1][pair_rows]
+    difference = (log_q[first] + log_q[first + 1]).exp() - (log_p[first] + log_p[first + 1]).exp()
+    eps = config.span_eps
+    span_rows = (difference.square().sum(-1) + eps**2).sqrt() - eps
+    span = span_rows.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
+
+    sign = -1.0 if config.gate_objective == "maximise" else 1.0
+    guard = config.coverage_weight * coverage if config.guards else 0.0
+    kl_map = torch.zeros(len(labels), dtype=log_p.dtype)
+    top1 = torch.full_like(labels, -1)
+    kl_map[rows] = (p * (log_p - log_q)).sum(-1).detach()
+    top1[rows] = log_p.argmax(-1)
+    return ReferenceOutput(
+        loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
+        gate_objective=sign * config.dac_kl * dac_kl + guard,
+        sft=sft,
+        dac_kl=dac_kl,
+        span=span,
+        kept_mass=(mask * p).sum() / num_tokens,
+        kl_map=kl_map,
+        teacher_top1=top1,
+        mean_lower=lower.sum() / num_tokens,
+        mean_upper=upper.sum() / num_tokens,
+    )
+
+
+def quantile_thresholds(sorted_log_probs: Tensor, log_tail: Tensor, quantile_logit: Tensor, num_classes: int | None) -> Tensor:  # fmt: skip
+    """log p at a quantile, row by row: linear between the knots (lambda_j, log p_(j)), slope 1 beyond them.
+
+    `num_classes` None counts probability mass, a number counts classes. Knots run from the top class (largest quantile) down.
+    """
+    p = sorted_log_probs.exp()
+    num_knots = p.shape[-1]
+    thresholds = []
+    for row in range(len(p)):
+        knots = []
+        for j in range(num_knots):
+            if num_classes is None:
+                above = p[row, :j].sum() + p[row, j] / 2
+                below = log_tail[row].exp() + p[row, j + 1 :].sum() + p[row, j] / 2
+                knots.append(torch.log(below) - torch.log(above))
+            else:
+                knots.append(torch.tensor(math.log(num_classes - j - 0.5) - math.log(j + 0.5), dtype=p.dtype))
+        point, values = quantile_logit[row], sorted_log_probs[row]
+        if point >= knots[0]:
+            theta = values[0] + (point - knots[0])
+        elif point <= knots[-1]:
+            theta = values[-1] + (point - knots[-1])
+        else:
+            j = next(j for j in range(num_knots - 1) if knots[j + 1] < point)
+            share = (point - knots[j + 1]) / (knots[j] - knots[j + 1])
+            theta = values[j + 1] + share * (values[j] - values[j + 1])
+        thresholds.append(theta)
+    return torch.stack(thresholds) if thresholds else quantile_logit
+
+
+def _logits(head: Head) -> Tensor:
+    return F.linear(head.hidden, head.weight, head.bias)
+
+
+def _masks(log_p: Tensor, gate: nn.Module | None, config: LossConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping."""
+    if config.clip == "off" or config.dac_kl == 0:
+        nothing = torch.zeros_like(log_p)
+        return nothing[:, 0], nothing[:, 0] + 1, nothing + 1, nothing
+    top, index = log_p.topk(min(config.top_k, log_p.shape[-1]), -1)
+    log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
+    if config.clip == "gate":
+        assert gate is not None
+        lambda_l, lambda_u = gate(top, log_tail)
+    else:
+        bounds = torch.tensor([config.lower, config.upper], dtype=log_p.dtype)
+        lambda_l, lambda_u = (bound.logit().expand(len(log_p)) for bound in bounds)
+    num_classes = None if config.quantile == "mass" else log_p.shape[-1]
+    theta_l = quantile_thresholds(top, log_tail, lambda_l.to(log_p.dtype), num_classes).unsqueeze(-1)
+    theta_u = quantile_thresholds(top, log_tail, lambda_u.to(log_p.dtype), num_classes).unsqueeze(-1)
+    lower_edge, upper_edge = (log_p - theta_l) / config.softness, (theta_u - log_p) / config.softness
+    mask = torch.sigmoid(lower_edge) * torch.sigmoid(upper_edge)
+    complement = torch.sigmoid(-lower_edge) + torch.sigmoid(lower_edge) * torch.sigmoid(-upper_edge)
+    is_top = F.one_hot(log_p.argmax(-1), log_p.shape[-1]).bool()
+    mask, complement = mask.masked_fill(is_top, 1.0), complement.masked_fill(is_top, 0.0)
+    return torch.sigmoid(lambda_l), torch.sigmoid(lambda_u), mask, complement
+
+
+def _clipped_kl(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, remainder: str) -> Tensor:
+    """[T] DAC-KL of each row."""
+    p, q = log_p.exp(), log_q.exp()
+    kept = (mask * p * (log_p - log_q)).sum(-1)
+    if remainder == "renormalise":
+        kept_p, kept_q = (mask * p).sum(-1), (mask * q).sum(-1)
+        return kept / kept_p - kept_p.log() + kept_q.log()
+    clipped_p, clipped_q = (complement * p).sum(-1), (complement * q).sum(-1)
+    is_clipped = (clipped_p > 0) & (clipped_q > 0)
+    safe_p, safe_q = torch.where(is_clipped, clipped_p, 1.0), torch.where(is_clipped, clipped_q, 1.0)
+    return kept + safe_p * (safe_p.log() - safe_q.log())

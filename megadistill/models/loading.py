@@ -1,0 +1,148 @@
+"""Models from a folder, a hub name, or a configuration alone (random weights), ready to be cut.
+
+Weights stay memory-mapped where the file's type is the run's type, so the ranks of a node share one copy of the file and
+each only copies the slice that tensor parallelism leaves it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megadistill.errors import ConfigError
+from megadistill.models.families import Family, family_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DROPOUTS = (
+    "dropout attention_dropout activation_dropout hidden_dropout attn_pdrop resid_pdrop embd_pdrop layerdrop summary_first_dropout"
+).split()
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on the CPU before it is cut.
+
+    ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded vocabulary
+    rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded with.
+    """
+
+    model: nn.Module
+    family: Family
+    config: Any
+    removed_rows: dict[str, torch.Tensor]
+
+
+def load_model_config(path: str, where: str) -> Any:
+    """The transformers configuration of a folder, a configuration file (.json) or a hub name.
+
+    Raises ConfigError (naming ``where``, the configuration key) when there is none.
+    """
+    from transformers import AutoConfig
+
+    local = Path(path)
+    if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
+        raise ConfigError(f"{where}: no such folder or configuration file: {path}{_neighbours(local)}")
+    if local.is_dir() and not (local / "config.json").exists():
+        raise ConfigError(f"{where}: {path} has no config.json; a model folder or a configuration file is needed")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
+    family_of(config, where)
+    return config
+
+
+def has_weights(path: str) -> bool:
+    """False for a configuration alone: a .json file, or a local folder without weight files."""
+    local = Path(path)
+    return not local.is_file() and (not local.is_dir() or any(True for p in _WEIGHT_FILES for _ in local.glob(p)))
+
+
+def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str) -> LoadedModel:
+    """Loads (or, from a configuration alone, randomly makes) a causal language model with dropout off.
+
+    The head (and a tied embedding) is cut to the first ``vocab_size`` rows. ``seed`` determines random weights, which are
+    therefore the same on every rank. Raises ConfigError for unusable folders.
+    """
+    import torch._dynamo.polyfills.loader  # noqa: F401  DeepSpeed's zero.Init crashes when this is first imported inside it
+    from transformers import AutoModelForCausalLM
+
+    pristine = load_model_config(path, where)
+    config = copy.deepcopy(pristine)
+    for name in _DROPOUTS:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    if has_weights(path):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=DTYPES[dtype], attn_implementation=attention
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(DTYPES[dtype])
+    family = family_of(config, where)
+    if family.prepare is not None:
+        family.prepare(model)
+    removed = _cut_vocabulary(model, vocab_size, where)
+    return LoadedModel(model, family, pristine, removed)
+
+
+def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, torch.Tensor]:
+    """Drops padded rows past ``vocab_size``: they are cut, never masked with -inf (method.md section 5)."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight.shape[0] < vocab_size:
+        raise ConfigError(f"{where}: the model has {head.weight.shape[0]} vocabulary rows, the tokenizer needs {vocab_size}")
+    if head.weight.shape[0] == vocab_size:
+        return {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    removed: dict[str, torch.Tensor] = {}
+    is_tied = head.weight is embedding.weight
+    for module, attribute in ((head, "weight"), (head, "bias")):
+        full = getattr(module, attribute, None)
+        if full is None:
+            continue
+        removed[names[id(full)]] = full.data[vocab_size:].clone()
+        setattr(module, attribute, nn.Parameter(full.data[:vocab_size].contiguous()))
+    if is_tied:
+        embedding.weight = head.weight
+        embedding.num_embeddings = vocab_size
+        if embedding.padding_idx is not None and embedding.padding_idx >= vocab_size:
+            embedding.padding_idx = None
+    head.out_features = vocab_size
+    return removed
+
+
+def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_size: int) -> int:
+    """Logical vocabulary of a run: what teacher and student share.
+
+    Models may hold padded rows beyond the tokenizer; these are cut. Raises ConfigError when either has fewer rows than
+    the tokenizer has tokens.
+    """
+    for name, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        if rows is not None and rows < tokenizer_size:
+            raise ConfigError(
+                f"model.{name}: {rows} vocabulary rows, but the tokenizer has {tokenizer_size} tokens; "
+                "teacher and student may differ in padded rows only"
+            )
+    return tokenizer_size
+
+
+def _neighbours(path: Path) -> str:
+    import difflib
+
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f" (nearest: {path.parent / near[0]})" if near else ""

@@ -1,0 +1,49 @@
+"""A progress bar on a terminal, plain lines elsewhere, silence on every rank but the first."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+PLAIN_INTERVAL_S = 5.0
+
+
+class _Lines:
+    """Turns a bar's redraws into lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None,
+    *,
+    description: str,
+    total: int | None = None,
+    unit: str = "it",
+    rank: int = 0,
+    stream: TextIO | None = None,
+) -> "tqdm[Any]":
+    """Iterate over it, or call `update(n)`, `set_postfix(loss=...)` and `close()`; also a context manager.
+
+    Where `stream` (default: standard error) is no terminal, a line is printed at most every `PLAIN_INTERVAL_S` seconds
+    and one at the end.
+    """
+    stream = sys.stderr if stream is None else stream
+    common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "disable": rank != 0}
+    if stream.isatty():
+        return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
+    layout = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} gone, {remaining} left{postfix}"
+    if total is None and not hasattr(iterable, "__len__"):
+        layout = "{desc}: {n_fmt} {unit}, {elapsed} gone{postfix}"
+    lines: Any = _Lines(stream)
+    return tqdm(iterable, file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, bar_format=layout, **common)

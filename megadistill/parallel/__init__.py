@@ -1,0 +1,3 @@
+from megadistill.parallel.vocab import VocabShard
+
+__all__ = ["VocabShard"]

@@ -1,0 +1,63 @@
+"""Which numbers of processes, rows and heads fit together. No torch: launchers and plans use it too.
+
+Tensor-parallel ranks are consecutive: `rank = dp_rank * tp_size + tp_rank`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from megadistill.errors import TopologyError
+
+
+def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts: Sequence[int]) -> int:
+    """The tensor-parallel size of a run.
+
+    `head_counts` are the attention and key-value heads of all models that are cut. "auto" is the largest divisor of
+    `world_size` that divides every head count. Raises TopologyError when a given size divides one of them not.
+    """
+    sizes = divisors(math.gcd(world_size, *head_counts))
+    if tp_size == "auto":
+        return sizes[-1]
+    if world_size % tp_size:
+        raise TopologyError(
+            f"parallel.tp_size={tp_size} does not divide the number of processes, {world_size}; "
+            f"allowed with these models: {_listed(sizes)}"
+        )
+    if tp_size not in sizes:
+        undivided = sorted({heads for heads in head_counts if heads % tp_size})
+        raise TopologyError(
+            f"parallel.tp_size={tp_size} does not divide the models' head counts {_listed(undivided)}; "
+            f"allowed with {world_size} processes: {_listed(sizes)}"
+        )
+    return tp_size
+
+
+def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
+    """Micro steps per step on every data-parallel rank. Raises TopologyError when the rows do not come out even."""
+    if global_batch_size % dp_size:
+        raise TopologyError(
+            f"train.global_batch_size={global_batch_size} cannot be shared evenly by {dp_size} data-parallel ranks; "
+            f"nearest that can: {_listed(_nearest_multiples(global_batch_size, dp_size))}"
+        )
+    rows = global_batch_size // dp_size
+    if rows % micro_batch_size:
+        raise TopologyError(
+            f"train.global_batch_size={global_batch_size} over {dp_size} data-parallel ranks is {rows} rows a rank, "
+            f"no multiple of train.micro_batch_size={micro_batch_size}; allowed: {_listed(divisors(rows))}"
+        )
+    return rows // micro_batch_size
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _nearest_multiples(number: int, step: int) -> list[int]:
+    below = number // step * step
+    return [multiple for multiple in (below, below + step) if multiple > 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)

@@ -1,0 +1,185 @@
+"""The run: steps, validation, checkpoints, and what is written down."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from megadistill.checkpoint.save_load import load_checkpoint, save_checkpoint
+from megadistill.config.load import dump_resolved
+from megadistill.config.schema import RunConfig
+from megadistill.data.sampler import BatchSampler
+from megadistill.errors import CheckpointError
+from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
+from megadistill.evaluation.report import write_json
+from megadistill.evaluation.rouge import score_texts
+from megadistill.observability.log import get_logger
+from megadistill.observability.memory import peak_bytes, reset_peak
+from megadistill.observability.metrics import JsonLines, MetricsWriter
+from megadistill.observability.progress import progress_bar
+from megadistill.parallel.context import ParallelContext
+from megadistill.training.parts import Parts
+from megadistill.training.resume import RESOLVED, Start
+from megadistill.training.setup import TrainingData
+from megadistill.training.step import distillation_step
+
+
+def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
+    """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world)."""
+    config, context = parts.config, parts.context
+    log = get_logger(context.rank)
+    first_step = _restore(parts, start)
+    log.info(_headline(config, context, data, first_step, start))
+    sampler = BatchSampler(
+        num_rows=len(data.train),
+        num_prompt_rows=len(data.prompts),
+        prompts_ratio=config.data.prompts_ratio,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        dp_rank=context.dp_rank,
+        dp_size=context.dp_size,
+    )
+    begun, metrics, last_eval = time.perf_counter(), {}, {}
+    with _Record(start.run_dir, context, first_step) as record, progress_bar(
+        description="train", total=config.train.max_steps, unit="step", rank=context.rank
+    ) as bar:
+        bar.update(first_step)
+        for step in range(first_step, config.train.max_steps):
+            step_begun, done = time.perf_counter(), step + 1
+            reset_peak(context.device)
+            result = distillation_step(step, data.batch(sampler, step), parts)
+            metrics = result.metrics
+            metrics["time/step_s"] = time.perf_counter() - step_begun
+            metrics["memory/peak_bytes"] = float(peak_bytes(context.device))
+            if config.train.eval_every and (done % config.train.eval_every == 0 or done == config.train.max_steps):
+                last_eval = validate(parts, data)
+                metrics |= last_eval
+                log.info(f"step {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in last_eval.items()))
+            record.write(done, metrics, context.gather_objects_over_dp(result.samples))
+            _check_finite(metrics, done)
+            bar.update()
+            if done % config.train.log_every == 0:
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            if _saves(config, done):
+                _save(parts, start.run_dir, done)
+    summary = {
+        "steps": config.train.max_steps,
+        "seconds": time.perf_counter() - begun,
+        "resumed_from": first_step,
+        "processes": context.world_size,
+        "tp_size": context.tp_size,
+        "dp_size": context.dp_size,
+        "data": data.report,
+        "last_step": metrics,
+        "validation": last_eval,
+    }
+    if context.is_main:
+        write_json(start.run_dir / "summary.json", summary)
+    log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{config.train.max_steps}'}; metrics in {start.run_dir}")
+    return summary
+
+
+def validate(parts: Parts, data: TrainingData) -> dict[str, float]:
+    """Likelihood of the references of the first ``train.eval_rows`` validation rows, and ROUGE-L of greedy answers."""
+    config = parts.config
+    rows = data.valid[: config.train.eval_rows]
+    settings = AnswerSettings(
+        parts.tokenizer,
+        config.generation.max_new_tokens,
+        config.data.max_tokens,
+        batch_size=config.eval.batch_size,
+    )
+    with parts.student.writer() as writer:
+        likelihood = reference_likelihood(writer, rows, settings, parts.context)
+        answers = write_answers(writer, rows, None, settings, parts.context)
+    scores = score_texts(answers, [row.references for row in rows])
+    found = {
+        "eval/nll": likelihood.nll if likelihood.num_tokens else None,
+        "eval/rouge_l": scores.rouge_l,
+        "eval/exact_match": scores.exact_match,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class _Record:
+    """metrics.jsonl, TensorBoard and samples.jsonl; files are written by rank 0 only."""
+
+    def __init__(self, run_dir: Path, context: ParallelContext, first_step: int) -> None:
+        self.metrics = MetricsWriter(run_dir, rank=context.rank, last_step=first_step)
+        self.samples = JsonLines(run_dir / "samples.jsonl", last_step=first_step) if context.is_main else None
+
+    def write(self, step: int, metrics: dict[str, float], samples_by_rank: list[list[dict[str, Any]]]) -> None:
+        self.metrics.write(step, metrics)
+        if self.samples is not None:
+            samples = [sample for samples in samples_by_rank for sample in samples]
+            for sample in sorted(samples, key=lambda sample: sample["sequence_id"]):
+                self.samples.append(sample)
+
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+        if self.samples is not None:
+            self.samples.close()
+
+
+def _restore(parts: Parts, start: Start) -> int:
+    """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
+    config, context = parts.config, parts.context
+    first_step = 0
+    if start.checkpoint is not None:
+        first_step, state = load_checkpoint(start.checkpoint, parts.student, context)
+        if parts.gate is not None:
+            if "gate" not in state:
+                raise CheckpointError(f"{start.checkpoint} was saved without a gate, and loss.clip=gate needs one")
+            parts.gate.load_state_dict(state["gate"])
+        if first_step > config.train.max_steps:
+            raise CheckpointError(
+                f"{start.checkpoint} is at step {first_step}, past train.max_steps={config.train.max_steps}"
+            )
+    if context.is_main:
+        start.run_dir.mkdir(parents=True, exist_ok=True)
+        dump_resolved(config, start.run_dir / RESOLVED)
+    context.barrier()
+    return first_step
+
+
+def _saves(config: RunConfig, done: int) -> bool:
+    every = config.train.save_every
+    return done == config.train.max_steps or (every > 0 and done % every == 0)
+
+
+def _save(parts: Parts, run_dir: Path, step: int) -> None:
+    state = {} if parts.gate is None else {"gate": parts.gate.state_dict()}
+    save_checkpoint(
+        run_dir / "checkpoints",
+        step,
+        parts.student,
+        state,
+        parts.tokenizer,
+        parts.context,
+        keep_last=parts.config.checkpoint.keep_last,
+    )
+
+
+def _check_finite(metrics: dict[str, float], step: int) -> None:
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(
+            f"step {step}: the loss is {metrics['loss']} (sft {metrics['loss/sft']}, dac_kl {metrics['loss/dac_kl']}, "
+            f"span {metrics['loss/span']}); lower optim.lr or look at the data of this step"
+        )
+
+
+def _headline(
+    config: RunConfig, context: ParallelContext, data: TrainingData, first_step: int, start: Start
+) -> str:
+    resumed = f", resumed from {start.checkpoint} at step {first_step}" if start.checkpoint else ""
+    return (
+        f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "
+        f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}; "
+        f"{len(data.train)} rows, {len(data.prompts)} extra prompts{resumed}"
+        + "".join(f"; {name} {count}" for name, count in data.report.items() if not name.endswith("/rows"))
+    )

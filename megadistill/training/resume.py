@@ -1,0 +1,91 @@
+"""Where a run starts: anew, or from a checkpoint; and whether its folder may be used at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadistill.checkpoint.manifest import LATEST, find_checkpoint
+from megadistill.config.load import load_config
+from megadistill.config.schema import RunConfig
+from megadistill.errors import CheckpointError, ConfigError
+
+RESOLVED = "resolved.yaml"
+# What may change when a run is continued: nothing here enters the mathematics of a step but the length of the schedule,
+# which a longer run changes knowingly.
+_MAY_CHANGE = (
+    "run.dir",
+    "parallel.timeout_s",
+    "train.max_steps",
+    "train.micro_batch_size",
+    "train.save_every",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.log_every",
+    "train.samples_every",
+    "train.samples_rows",
+    "train.resume",
+    "loss.chunk_tokens",
+    "model.gradient_checkpointing",
+    "eval",
+    "checkpoint",
+    "data.valid_path",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """``checkpoint`` to resume from, or None for a new run."""
+
+    run_dir: Path
+    checkpoint: Path | None
+
+
+def plan_start(config: RunConfig) -> Start:
+    """Decides from ``train.resume`` and what ``run.dir`` holds; reads only.
+
+    Raises ConfigError when the folder holds another run, CheckpointError when the checkpoint to resume from is missing.
+    """
+    run_dir, resume = Path(config.run.dir), config.train.resume
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir} is a file; a folder is needed")
+    is_used = any((run_dir / name).exists() for name in (RESOLVED, "metrics.jsonl", "checkpoints"))
+    if resume == "never":
+        if is_used:
+            raise ConfigError(f"run.dir={run_dir} holds another run and train.resume=never; choose another folder or auto")
+        return Start(run_dir, None)
+    if is_used:
+        _check_same_run(config, run_dir)
+    if resume != "auto":
+        return Start(run_dir, find_checkpoint(Path(resume)))
+    has_checkpoint = (run_dir / "checkpoints" / LATEST).is_file()
+    return Start(run_dir, find_checkpoint(run_dir) if has_checkpoint else None)
+
+
+def _check_same_run(config: RunConfig, run_dir: Path) -> None:
+    if not (run_dir / RESOLVED).is_file():
+        raise ConfigError(f"run.dir={run_dir} holds another run (it has no {RESOLVED}); choose another folder")
+    try:
+        before = load_config(run_dir / RESOLVED)
+    except ConfigError as error:
+        raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
+    old, new = _flat(before.model_dump()), _flat(config.model_dump())
+    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(_MAY_CHANGE)]
+    if changed:
+        key = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"run.dir={run_dir} holds another run: {key}={old.get(key)} there, {new[key]} here{more}; "
+            "choose another run.dir, or give the settings of that run to continue it"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -12,7 +12,9 @@ if ! command -v deepspeed >/dev/null; then
     exit 2
 fi
 if [ -z "${NPROC:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then NPROC=2; fi
-exec deepspeed ${NPROC:+--num_gpus "$NPROC"} "$root/launchers/run.sh" "$@"
+# A port of its own: two runs on one machine would meet on deepspeed's fixed one.
+port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+exec deepspeed --log_level warning --master_port "$port" ${NPROC:+--num_gpus "$NPROC"} "$root/launchers/run.sh" "$@"
 """
 import os
 import sys
@@ -27,8 +29,7 @@ def main() -> None:
     sys.path.insert(0, ROOT)
     from megadistill.cli.main import main as command
 
-    # deepspeed passes on the command line what it also sets as LOCAL_RANK.
-    sys.exit(command(["train", *(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank="))]))
+    sys.exit(command(["train", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -48,10 +48,12 @@ install() {
     say "everything else$([ -z "$extra" ] || echo ", with what the tests need")"
     # Without isolation DeepSpeed's own set-up sees the torch that it is going to run with.
     (cd "$root" && "${pip[@]}" --no-build-isolation -e ".$extra")
+    # DeepSpeed's command names its interpreter in a way that a path with spaces breaks.
+    case $venv in *" "*) printf '#!/bin/sh\nexec "%s/bin/python" -m deepspeed.launcher.runner "$@"\n' "$venv" >"$venv/bin/deepspeed" ;; esac
 }
 
-if is_done "$flavour" || is_done test; then exit 0; fi
 case $flavour in base | test) ;; *) fail "unknown argument '$flavour'; allowed: test" ;; esac
+if is_done "$flavour" || is_done test; then exit 0; fi
 if command -v flock >/dev/null; then
     exec 9>"$root/.setup-lock"
     flock -n 9 || { say "waiting for another set-up of this clone"; flock 9; }

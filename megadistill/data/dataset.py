@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megadistill.data.hub import is_hub_name, offline_if_unreachable
 from megadistill.errors import DataError
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MAX_CSV_FIELD_CHARS = 1 << 30
 
 
@@ -108,13 +108,13 @@ def _to_example(row: Any, row_id: int, where: str, fields: FieldNames) -> Exampl
     context = row.get(fields.input)
     output = row.get(fields.output)
     outputs = [] if output is None else list(output) if isinstance(output, list | tuple) else [output]
-    references = tuple(text for text in (_text(item, fields.output) for item in outputs) if text.strip())
+    texts = [_text(item, fields.output, "a string or a list of strings") for item in outputs]
+    references = tuple(text for text in texts if text.strip())
     return Example(row_id, instruction, "" if context is None else _text(context, fields.input), references, where)
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str, allowed: str = "a string") -> str:
     if not isinstance(value, str):
-        allowed = "a string or a list of strings" if name == "output" else "a string"
         raise _BadRow(f"field {name!r} must be {allowed}, not {_type_name(value)}")
     try:
         value.encode("utf-8")
@@ -131,9 +131,13 @@ def _type_name(value: Any) -> str:
 def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
     local = Path(path)
     if local.is_dir():
-        return _dataset_rows(path, fields, split, config_name)
+        # A file named after the split is read here, where messages name its lines; any other folder goes to `datasets`.
+        inside = [file for suffix in SUFFIXES if (file := local / f"{split}{suffix}").is_file()]
+        if not inside:
+            return _dataset_rows(path, fields, split, config_name)
+        local = inside[0]
     if not local.exists():
-        if local.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(path):
+        if local.suffix.lower() in SUFFIXES or not is_hub_name(path):
             raise DataError(f"{path}: no such file{_near_files(local)}")
         return _dataset_rows(path, fields, split, config_name)
     readers = {
@@ -149,11 +153,11 @@ def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | Non
             f"{path}: unknown kind of file {local.suffix!r}; allowed: {', '.join(SUFFIXES)}, a folder or a hub name"
         )
     if not local.is_file() or local.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty" if local.is_file() else f"{path}: not a file")
+        raise DataError(f"{local}: the file is empty" if local.is_file() else f"{local}: not a file")
     try:
         local.open("rb").close()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{local}: cannot be read: {error.strerror}") from None
     return reader(local, fields)
 
 
@@ -220,6 +224,8 @@ def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
         elif text[position : position + 1] != "]":
             line += text.count("\n", counted, position)
             raise DataError(f"{path}:{line}: not valid JSON: a comma or a closing bracket is missing after a row")
+    if text[position + 1 :].strip():
+        raise DataError(f"{path}: not valid JSON: there is text after the closing bracket")
 
 
 def _csv_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
@@ -277,6 +283,7 @@ def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | 
     import datasets
 
     is_folder = Path(path).is_dir()
+    is_offline = not is_folder and offline_if_unreachable()
     try:
         if is_folder and ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(path)
@@ -285,13 +292,14 @@ def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | 
             table = datasets.load_dataset(path, name=config_name, split=split)
     # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that the data cannot be had.
     except Exception as error:
-        what = "folder cannot be read" if is_folder else "no such local file, and the hub did not provide it"
+        hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {_one_line(error)}"
+        what = f"the folder cannot be read: {_one_line(error)}" if is_folder else f"no such file or folder, and {hub}"
         near = "" if is_folder else _near_files(Path(path))
-        raise DataError(f"{path} (split {split!r}): {what}: {type(error).__name__}: {_one_line(error)}{near}") from None
+        raise DataError(f"{path} (split {split!r}): {what}{near}") from None
     _require_column(table.column_names, fields, f"{path} (split {split!r})")
     for number, row in enumerate(table, start=1):
         yield f"{path}[{split}]:row {number}", row
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadistill.data.dataset import Example
+from megadistill.data.hub import is_hub_name, offline_if_unreachable
 from megadistill.data.prompts import render_prompt
 from megadistill.errors import ConfigError, DataError
 
@@ -61,15 +62,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     text = os.fspath(path)
+    is_folder = Path(text).is_dir()
+    if not is_folder and not is_hub_name(text):
+        raise ConfigError(f"tokenizer {text!r}: no such folder{_near_folders(Path(text))}")
+    is_offline = not is_folder and offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(text)
     # transformers raises errors of many libraries here; all mean that the tokenizer cannot be had.
     except Exception as error:
-        is_folder = Path(text).is_dir()
-        what = "the folder holds no usable tokenizer" if is_folder else "no such folder, and the hub did not provide it"
-        near = "" if is_folder else _near_folders(Path(text))
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"tokenizer {text!r}: {what}: {type(error).__name__}: {reason}{near}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if is_folder:
+            raise ConfigError(f"tokenizer {text!r}: the folder holds no usable tokenizer: {reason}") from None
+        hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {reason}"
+        raise ConfigError(f"tokenizer {text!r}: no such folder, and {hub}{_near_folders(Path(text))}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {text!r} has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -101,7 +106,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Ids of each text without any special token; "</s>" written in a data file is text, never the control token."""
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -64,10 +64,11 @@ def frozen_model(loaded: LoadedModel, context: ParallelContext, *, zero_stage: i
     """Partitions a model that is never trained (collective over the world)."""
     model = loaded.model
     use_objective_forward(model)
-    model.requires_grad_(False)
     model.eval()
     config = teacher_config(zero_stage=zero_stage, tp_size=context.tp_size, dtype=dtype, family=loaded.family)
     engine = initialize(model, config, context)
+    # Not before: AutoTP hangs gradient hooks on Qwen3's norms, which a frozen parameter refuses.
+    model.requires_grad_(False)
     return PartitionedModel(engine, loaded, context)
 
 

@@ -59,7 +59,7 @@ class ClipTerms:
 def clip_mask(
     log_p_CV: Tensor, theta_l: Tensor, theta_u: Tensor, top_column: Tensor, softness: float, remainder: Remainder
 ) -> ClipMask:
-    """Mask tiles; top_column [C] is the column of the teacher's top class in this shard (any value outside: not here)."""
+    """Mask tiles; top_column [C] is the teacher's top class as a column of this shard, outside it when elsewhere."""
     lower = (log_p_CV - theta_l.clamp(-_THETA_LIMIT, _THETA_LIMIT).unsqueeze(-1)) / softness
     upper = (theta_u.clamp(-_THETA_LIMIT, _THETA_LIMIT).unsqueeze(-1) - log_p_CV) / softness
     columns = torch.arange(log_p_CV.shape[-1], device=log_p_CV.device)
@@ -89,10 +89,7 @@ def clip_sums(log_p_CV: Tensor, log_q_CV: Tensor, mask: ClipMask) -> Tensor:
     linear = [p_gap, mask.kept * p_gap, mask.kept * p, mask.clipped * p]
     linear += [mask.kept_l * p_gap, mask.kept_l * p, mask.kept_u * p_gap, mask.kept_u * p]
     exponent = mask.log_weight + log_q_CV
-    if exponent.shape[-1] == 0:
-        shift = exponent.new_full(exponent.shape[:1], -math.inf)
-    else:
-        shift = exponent.amax(-1)
+    shift = F.pad(exponent, (0, 1), value=-math.inf).amax(-1) if exponent.shape[-1] == 0 else exponent.amax(-1)
     weighted_q = torch.exp(exponent - _finite(shift).unsqueeze(-1))
     relative = [weighted_q, mask.ratio_l * weighted_q, mask.ratio_u * weighted_q]
     return torch.stack([term.sum(-1) for term in linear] + [shift] + [term.sum(-1) for term in relative], -1)
@@ -130,9 +127,7 @@ def merge_clip_sums(sums: Tensor, remainder: Remainder, softness: float) -> Clip
     )
 
 
-def clip_gradient(
-    log_p_CV: Tensor, log_q_CV: Tensor, mask: ClipMask, terms: ClipTerms, remainder: Remainder
-) -> Tensor:
+def clip_gradient(log_p_CV: Tensor, log_q_CV: Tensor, mask: ClipMask, terms: ClipTerms, remainder: Remainder) -> Tensor:
     """[C, V] derivative of the value by the tempered student logits; q is softmax(student) throughout."""
     share_CV = torch.exp(mask.log_weight + log_q_CV - _finite(terms.log_norm).unsqueeze(-1))
     kept_p_CV = mask.kept * log_p_CV.exp()

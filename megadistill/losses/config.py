@@ -89,7 +89,12 @@ class LossConfig:
 
     def _number(self, name: str, allowed: str, accept: Any) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not accept(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or not accept(value)
+        ):
             raise ConfigError(f"loss.{name}={value!r} must be {allowed}")
 
     def _choice(self, name: str, allowed: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megadistill.losses.fused import (
     Count,
@@ -48,7 +47,8 @@ def cross_entropy(
     check_shard(shard)
     student.check("student", len(labels), shard.size)
     needs = needs_gradient(student, torch.is_grad_enabled())
-    return _CrossEntropy.apply(student.hidden, student.weight, student.bias, labels, shard, num_tokens, chunk_tokens, needs)  # type: ignore[no-any-return]  # fmt: skip
+    arguments = (labels, shard, num_tokens, chunk_tokens, needs)
+    return _CrossEntropy.apply(student.hidden, student.weight, student.bias, *arguments)
 
 
 def add_label_gradient(gradient_CV: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard) -> None:
@@ -95,6 +95,5 @@ class _CrossEntropy(torch.autograd.Function):
         return (total * inverse).to(dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return *scaled_gradients(ctx, upstream), None, None, None, None, None

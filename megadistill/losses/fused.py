@@ -113,6 +113,8 @@ def keep_for_backward(ctx: Any, head: Head, rows: Tensor, gradients: StudentGrad
 
 def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of (hidden, weight, bias, *others) for the upstream derivative of the loss; once only."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("this loss has no second derivative: call backward without create_graph")
     if ctx.formed is None:
         raise RuntimeError(
             "the gradients of this loss were formed in its forward pass and used up by the first backward; "

@@ -7,12 +7,12 @@ Suffixes: T rows of the call, C rows of one chunk (a halo row of the chunk befor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from megadistill.errors import ConfigError
 from megadistill.losses.clipping import ClipMask, ClipTerms, clip_gradient, clip_mask, clip_sums, merge_clip_sums
@@ -46,7 +46,7 @@ class DistillOutput:
 
     Scalars are this call's sum divided by the global count, so that adding them up over data-parallel ranks and
     micro-batches gives the global mean. sft, dac_kl, span: the terms without their weights (dac_kl times
-    temperature^2). kept_mass: teacher probability that the mask keeps; mean_lower, mean_upper: quantiles l and u.
+    temperature^2). kept_mass: teacher probability that the mask keeps; mean_lower, mean_upper: quantiles l and u (0 and 1 unclipped).
     kl_map [T]: unclipped KL in nats at `temperature`, 0 in ignored rows; teacher_top1 [T]: argmax p, -1 there.
     """
 
@@ -77,8 +77,9 @@ def distill_loss(
 
     student, teacher: hidden states [T, H] and head shard; labels: [T] int64, -100 = the row is ignored by all terms,
     whatever it contains; pair_mask: [T] bool, rows t and t+1 are one span pair (counts only when both are valid);
-    gate: needed for clip="gate" only, called with (sorted_log_probs [C, K], log_tail [C]); num_tokens, num_pairs:
-    global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the caller's.
+    gate: needed for clip="gate" and dac_kl > 0 only, called with (sorted_log_probs [C, K], log_tail [C]);
+    num_tokens, num_pairs: global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the
+    caller's.
     Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
@@ -91,14 +92,16 @@ def distill_loss(
     student.check("student", num_rows, shard.size)
     teacher.check("teacher", num_rows, shard.size)
     if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
-        raise ValueError(f"pair_mask must be bool of shape ({num_rows},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
+        raise ValueError(
+            f"pair_mask must be bool of shape ({num_rows},), got {pair_mask.dtype} {tuple(pair_mask.shape)}"
+        )
     parameters: list[Tensor] = []
     if config.clip == "gate":
-        if gate is None:
+        if gate is None and config.dac_kl > 0:
             raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
         if getattr(gate, "top_k", config.top_k) != config.top_k:
-            raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={gate.top_k}")
-        if config.gate_objective != "frozen" and torch.is_grad_enabled():
+            raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
+        if gate is not None and config.gate_objective != "frozen" and torch.is_grad_enabled():
             parameters = [parameter for parameter in gate.parameters() if parameter.requires_grad]
     call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs)
     needs = needs_gradient(student, torch.is_grad_enabled())
@@ -142,7 +145,6 @@ class _Distill(torch.autograd.Function):
         return loss, *reported
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *scaled_gradients(ctx, upstream)
 
@@ -173,7 +175,7 @@ class _FusedPass:
         self.gradients = StudentGradients(self.student, needs)
         self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
-    def chunks(self) -> Any:
+    def chunks(self) -> Iterator[tuple[slice, int]]:
         # One halo row carries a span pair over the border between two chunks.
         size = chunk_size(self.config.chunk_tokens, self.shard, self.device)
         return chunks(len(self.rows), size, halo=int(self.config.span > 0))
@@ -192,7 +194,8 @@ class _FusedPass:
         log_p_CV = teacher_CV.sub_(stats.teacher_lse.unsqueeze(-1))
         log_q_CV = student_CV - stats.student_lse.unsqueeze(-1)
 
-        mask, thetas = None, ()
+        mask: ClipMask | None = None
+        thetas: tuple[Tensor, ...] = ()
         if self.clip != "off":
             mask, thetas = self._mask(log_p_CV, stats, is_own)
         sums = [_kl_sums(log_p_CV, log_q_CV) if mask is None else clip_sums(log_p_CV, log_q_CV, mask)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from megadistill.errors import ConfigError
 
@@ -53,10 +54,9 @@ class QuantileGate(nn.Module):
             )
         self.top_k, self.guards = top_k, guards
         self.max_lambda_l, self.min_lambda_u = _logit(lower_max), _logit(upper_min)
-        self.layers = nn.Sequential(
-            nn.Linear(top_k + 1, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(),
-            nn.Linear(hidden_size, 2),
-        )  # fmt: skip
+        sizes = ((top_k + 1, hidden_size), (hidden_size, hidden_size), (hidden_size, 2))
+        first, second, last = (skip_init(nn.Linear, *size) for size in sizes)
+        self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
         start_l, start_u = _logit(lower), _logit(upper)
         if guards:
             start = [_inverse_softplus(self.max_lambda_l - start_l), _inverse_softplus(start_u - self.min_lambda_u)]
@@ -83,10 +83,10 @@ class QuantileGate(nn.Module):
         sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending (fewer columns are filled up);
         log_tail: [C] log of the sum of all other probabilities, -inf when there is none.
         """
-        weight = self.layers[0].weight
+        dtype = next(self.parameters()).dtype
         features = torch.cat([F.pad(sorted_log_probs, (0, self.top_k - sorted_log_probs.shape[-1]), value=_FLOOR),
                               log_tail.unsqueeze(-1)], -1)  # fmt: skip
-        out_C2 = self.layers(features.clamp_min(_FLOOR).to(weight.dtype) * _INPUT_SCALE)
+        out_C2 = self.layers(features.clamp_min(_FLOOR).to(dtype) * _INPUT_SCALE)
         first, second = F.softplus(out_C2[:, 0]) if self.guards else out_C2[:, 0], F.softplus(out_C2[:, 1])
         if self.guards:
             return self.max_lambda_l - first, self.min_lambda_u + second
@@ -134,7 +134,7 @@ class QuantileFunction:
     def __call__(self, quantile_logit: Tensor) -> Tensor:
         """theta [C] float64 at quantile logits [C] (infinite ones allowed); differentiable in its argument."""
         point_C1 = quantile_logit.to(torch.float64).unsqueeze(-1)
-        right_C1 = torch.searchsorted(self.knots_CK, point_C1.detach())
+        right_C1 = torch.searchsorted(self.knots_CK, point_C1.detach().contiguous())
         last = self.knots_CK.shape[-1] - 1
         low_C1, high_C1 = (right_C1 - 1).clamp(0, last), right_C1.clamp(0, last)
         run_C1 = self.knots_CK.gather(-1, high_C1) - self.knots_CK.gather(-1, low_C1)

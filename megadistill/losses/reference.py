@@ -88,10 +88,13 @@ def reference_loss(
     )
 
 
-def quantile_thresholds(sorted_log_probs: Tensor, log_tail: Tensor, quantile_logit: Tensor, num_classes: int | None) -> Tensor:  # fmt: skip
+def quantile_thresholds(
+    sorted_log_probs: Tensor, log_tail: Tensor, quantile_logit: Tensor, num_classes: int | None
+) -> Tensor:
     """log p at a quantile, row by row: linear between the knots (lambda_j, log p_(j)), slope 1 beyond them.
 
-    `num_classes` None counts probability mass, a number counts classes. Knots run from the top class (largest quantile) down.
+    `num_classes` None counts probability mass, a number counts classes. Knots run from the top class (the largest
+    quantile) down.
     """
     p = sorted_log_probs.exp()
     num_knots = p.shape[-1]

@@ -38,7 +38,7 @@ def token_kl(
             student_CV, teacher_CV = (head.logits(chunk) for head in heads)
             largest, index = local_argmax(teacher_CV, shard)
             student_lse, teacher_lse = torch.logsumexp(student_CV, -1), torch.logsumexp(teacher_CV, -1)
-            # The shard's own conditional KL: one exchange is enough, and it cancels no better after the merge.
+            # Each shard's KL between the distributions within it needs no merged normaliser: one exchange is enough.
             log_q, log_p = (
                 tile.sub_(_finite(lse).unsqueeze(-1))
                 for tile, lse in ((student_CV, student_lse), (teacher_CV, teacher_lse))

@@ -96,7 +96,9 @@ class _GatherVocab(torch.autograd.Function):
         widest = int((bounds[:, 1] - bounds[:, 0]).max())
         padded = torch.nn.functional.pad(shard_values, (0, widest - shard.size))
         rows = all_gather_rows(padded, shard.group)
-        return torch.cat([row[..., : stop - start] for row, (start, stop) in zip(rows, bounds.tolist(), strict=True)], -1)
+        return torch.cat(
+            [row[..., : stop - start] for row, (start, stop) in zip(rows, bounds.tolist(), strict=True)], -1
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""Small gloo jobs for tests: forked from a parent that has torch loaded, so that a case costs a fraction of a second."""
+"""Small gloo jobs for tests: forked from a parent that has torch loaded, so a case costs a fraction of a second."""
 
 from __future__ import annotations
 

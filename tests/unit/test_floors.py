@@ -44,7 +44,7 @@ def part_of(file: Path) -> str:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of all that a module imports anywhere, or reaches as torch.distributed; `from a import b`: a.b."""
+    """(line, dotted name) of everything imported or reached as torch.distributed; `from a import b` gives a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

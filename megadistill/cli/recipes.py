@@ -1,0 +1,94 @@
+"""What ``run.prepare`` makes: corpus sizes, tokenizer, model configurations, and how the built-in models are fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megadistill.data.synthetic import CorpusSizes
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """A model by its configuration. ``sft`` are settings of its fine-tuning run (train file included); None: random weights."""
+
+    config: dict[str, Any]
+    sft: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything below ``runs/assets/NAME_SEED``. ``common`` are settings that all fine-tuning runs share."""
+
+    sizes: CorpusSizes
+    vocab_size: int
+    models: dict[str, ModelRecipe]
+    common: tuple[str, ...] = field(default=())
+
+
+def _llama(hidden: int, layers: int, heads: int, intermediate: int, *, tied: bool) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": tied,
+    }
+
+
+_SFT = (
+    "parallel.zero_stage=0",
+    "data.template=plain",
+    "data.max_prompt_tokens=64",
+    "data.max_tokens=104",
+    "generation.mode=dataset",
+    "loss.dac_kl=0",
+    "loss.span=0",
+    "optim.weight_decay=0.0",
+    "train.samples_every=0",
+    "train.log_every=20",
+    "checkpoint.keep_last=1",
+)
+
+RECIPES: dict[str, Recipe] = {
+    # Plumbing: seconds, random models, nothing is learned.
+    "smoke": Recipe(
+        sizes=CorpusSizes(teacher=200, references=48, prompts=120, valid=24, test=24),
+        vocab_size=400,
+        models={
+            "teacher": ModelRecipe(_llama(64, 2, 4, 128, tied=False)),
+            "student": ModelRecipe(_llama(32, 2, 4, 64, tied=True)),
+        },
+    ),
+    # The setting was fixed on the validation split (docs/log.md); test rows are touched by the final evaluation alone.
+    "demo": Recipe(
+        sizes=CorpusSizes(),
+        vocab_size=1000,
+        common=_SFT,
+        models={
+            "teacher": ModelRecipe(
+                _llama(192, 4, 6, 512, tied=False),
+                sft=(
+                    "data.train_path={data}/teacher_train.jsonl",
+                    "optim.lr=2e-3",
+                    "train.max_steps=400",
+                    "train.global_batch_size=32",
+                    "train.micro_batch_size=32",
+                ),
+            ),
+            "student": ModelRecipe(
+                _llama(128, 3, 4, 256, tied=True),
+                sft=(
+                    "data.train_path={data}/train.jsonl",
+                    "optim.lr=2e-3",
+                    "train.max_steps=300",
+                    "train.global_batch_size=16",
+                    "train.micro_batch_size=16",
+                ),
+            ),
+        },
+    ),
+}

@@ -1,0 +1,244 @@
+"""The objective over a split vocabulary: loss and every gradient against the dense float64 reference."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megadistill.errors import DataError
+from megadistill.losses import IGNORE_INDEX, Head, LossConfig, QuantileGate, cross_entropy, distill_loss, token_kl
+from megadistill.losses.reference import reference_loss
+from megadistill.parallel import VocabShard
+from tests.support.objective import TOP_K, assert_same, leaf, make_gate, make_problem, run_fused, run_reference
+from tests.support.spawn import RankError, run_ranks
+
+CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, chunk_tokens=5)
+SIZES = [1, 2, 3, 4]  # of 53 classes: 27 + 26, 18 + 18 + 17, 14 + 13 + 13 + 13
+CASES = [
+    dict(zip(("clip", "remainder", "temperature", "quantile"), case, strict=True))
+    for case in itertools.product(["gate", "fixed", "off"], ["bucket", "renormalise"], [1.0, 2.0], ["mass", "rank"])
+]
+
+
+def shard_of(num_classes, rank):
+    return VocabShard.split(num_classes, dist.get_world_size(), rank, dist.group.WORLD)
+
+
+def same_everywhere(tensor):
+    """Bit for bit the same on every rank."""
+    others = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, tensor.contiguous())
+    return all(torch.equal(tensor, other) for other in others)
+
+
+def check(rank, problem, config, gate, dtype, tolerance):
+    """One call on this rank against the whole problem in one process."""
+    shard = shard_of(problem.num_classes, rank)
+    expected = run_reference(problem, config, gate, shard)
+    gate = None if gate is None else gate.to(dtype)
+    output, gradients, teacher = run_fused(problem, config, gate, shard=shard, dtype=dtype)
+    assert_same(output, gradients, expected, tolerance)
+    assert teacher.hidden.grad is None and teacher.weight.grad is None and teacher.bias.grad is None
+    for name, value in vars(output).items():
+        assert same_everywhere(value.detach()), f"{name} differs between the ranks"
+    for name, gradient in gradients.items():
+        if name == "hidden" or name.startswith("gate."):
+            assert same_everywhere(gradient), f"the gradient of {name} differs between the ranks"
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_float64_equals_the_reference(tp_size):
+    def body(rank):
+        for case in CASES:
+            check(rank, make_problem(), replace(CONFIG, **case), make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_float32_is_close_to_float64(tp_size):
+    def body(rank):
+        problem = make_problem(seed=5, num_rows=40, num_classes=503)
+        for case in CASES:
+            if case["quantile"] == "mass":
+                check(rank, problem, replace(CONFIG, chunk_tokens="auto", **case), make_gate(), torch.float32, 1e-5)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", [2, 3])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 18, "auto"])
+def test_chunks_do_not_matter(tp_size, chunk_tokens):
+    def body(rank):
+        config = replace(CONFIG, chunk_tokens=chunk_tokens, gate_objective="maximise", coverage_target=0.0)
+        check(rank, make_problem(seed=3), config, make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize(("num_classes", "tp_size"), [(1, 2), (2, 3), (5, 4), (9, 4), (13, 2)])
+def test_shards_may_be_tiny_or_empty(num_classes, tp_size):
+    def body(rank):
+        problem = make_problem(num_classes=num_classes)
+        for clip, remainder in itertools.product(["gate", "fixed", "off"], ["bucket", "renormalise"]):
+            config = replace(CONFIG, clip=clip, remainder=remainder, temperature=2.0)
+            check(rank, problem, config, make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+def test_shards_of_any_size():
+    """A padded vocabulary that is cut leaves the last shards short or empty."""
+
+    def body(rank):
+        start, stop = [(0, 20), (20, 40), (40, 53), (53, 53)][rank]
+        shard = VocabShard(start, stop, 53, dist.group.WORLD)
+        problem, gate = make_problem(), make_gate()
+        expected = run_reference(problem, CONFIG, gate, shard)
+        output, gradients, _ = run_fused(problem, CONFIG, gate, shard=shard)
+        assert_same(output, gradients, expected, 1e-10)
+
+    run_ranks(body, 4)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_cross_entropy_and_token_kl_equal_the_reference(tp_size):
+    def body(rank):
+        problem = make_problem(seed=2)
+        shard = shard_of(problem.num_classes, rank)
+        student, whole = leaf(problem.student, shard=shard), leaf(problem.student)
+        expected = reference_loss(
+            whole, problem.teacher, problem.labels, problem.pair_mask, None, LossConfig(clip="off"),
+            num_tokens=9, num_pairs=1,
+        )  # fmt: skip
+        expected.sft.backward()
+        for chunk_tokens in (4, "auto"):
+            student.hidden.grad = student.weight.grad = student.bias.grad = None
+            loss = cross_entropy(student, problem.labels, shard, num_tokens=9, chunk_tokens=chunk_tokens)
+            loss.backward()
+            torch.testing.assert_close(loss, expected.sft, rtol=1e-12, atol=0)
+            torch.testing.assert_close(student.hidden.grad, whole.hidden.grad, rtol=1e-10, atol=1e-14)
+            for name in ("weight", "bias"):
+                whole_gradient = getattr(whole, name).grad[shard.start : shard.stop]
+                torch.testing.assert_close(getattr(student, name).grad, whole_gradient, rtol=1e-10, atol=1e-14)
+            kl_map, top1 = token_kl(student, leaf(problem.teacher, shard=shard), shard, chunk_tokens=chunk_tokens)
+            is_valid = problem.labels != IGNORE_INDEX
+            torch.testing.assert_close(kl_map[is_valid], expected.kl_map[is_valid], rtol=1e-10, atol=1e-13)
+            assert torch.equal(top1[is_valid], expected.teacher_top1[is_valid])
+            assert same_everywhere(kl_map) and same_everywhere(top1)
+
+    run_ranks(body, tp_size)
+
+
+def test_token_kl_in_float32_with_all_mass_on_one_shard():
+    """A shard whose teacher mass underflows adds nothing and breaks nothing."""
+
+    def body(rank):
+        shard = shard_of(6, rank)
+        logits = torch.tensor([[0.0, -1.0, -2.0, -3e3, -4e3, -5e3], [1e3, 0.0, 0.0, 0.0, 0.0, 2e3]])
+        student = torch.tensor([[0.0, 0.0, 0.0, 1.0, 2.0, 3.0], [5.0, 0.0, 0.0, 0.0, 0.0, 5.0]])
+        columns = slice(shard.start, shard.stop)
+        eye = torch.eye(6)[columns]
+        kl_map, top1 = token_kl(Head(student, eye), Head(logits, eye), shard)
+        log_p, log_q = logits.double().log_softmax(-1), student.double().log_softmax(-1)
+        torch.testing.assert_close(kl_map.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-6, atol=1e-6)
+        assert top1.tolist() == [0, 5]
+
+    run_ranks(body, 3)
+
+
+def test_ties_across_shards_take_the_lowest_class():
+    def body(rank):
+        shard = shard_of(9, rank)
+        weight = torch.zeros(9, 1)
+        weight[[2, 4, 8]] = 1.0
+        teacher = Head(torch.ones(2, 1), weight[shard.start : shard.stop])
+        output = distill_loss(
+            teacher, teacher, torch.tensor([0, 8]), torch.zeros(2, dtype=torch.bool), QuantileGate(4),
+            LossConfig(top_k=4), shard, num_tokens=2, num_pairs=0,
+        )  # fmt: skip
+        assert output.teacher_top1.tolist() == [2, 2]
+        assert token_kl(teacher, teacher, shard)[1].tolist() == [2, 2]
+
+    run_ranks(body, 4)
+
+
+@pytest.mark.parametrize("num_rows", [0, 4])
+def test_a_call_without_valid_rows(num_rows):
+    def body(rank):
+        problem = make_problem(num_rows=num_rows, ignored=1.1)
+        problem.num_tokens = 7
+        gate = make_gate()
+        output, gradients, _ = run_fused(problem, CONFIG, gate, shard=shard_of(problem.num_classes, rank))
+        assert float(output.loss.detach()) == 0.0
+        assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+    run_ranks(body, 2)
+
+
+def test_the_collectives_are_few_and_the_same_on_every_rank():
+    """Two all-gathers a chunk and one all-reduce, whatever the size of the shard."""
+
+    def body(rank):
+        sent = []
+        gather, reduce = dist.all_gather, dist.all_reduce
+        dist.all_gather = lambda rows, tensor, group: (
+            sent.append(("gather", *tensor.shape)),
+            gather(rows, tensor, group=group),
+        )
+        dist.all_reduce = lambda tensor, op, group: (
+            sent.append(("reduce", *tensor.shape)),
+            reduce(tensor, op=op, group=group),
+        )
+        problem = make_problem(num_rows=12, ignored=0.0)
+        run_fused(problem, CONFIG, make_gate(), shard=shard_of(problem.num_classes, rank))
+        dist.all_gather, dist.all_reduce = gather, reduce
+        return sent
+
+    expected = [("gather", rows, width) for rows in (5, 6, 3) for width in (6 + TOP_K, 14)] + [("reduce", 12, 7)]
+    assert run_ranks(body, 3) == [expected] * 3
+
+
+def test_data_parallel_groups_need_not_agree():
+    """Two groups of two with different numbers of rows: only the shard's own group communicates."""
+
+    def body(rank):
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        mine = rank // 2
+        problem = make_problem(seed=mine, num_rows=[23, 3][mine])
+        shard = VocabShard.split(problem.num_classes, 2, rank % 2, groups[mine])
+        expected = run_reference(problem, CONFIG, make_gate(), shard)
+        output, gradients, _ = run_fused(problem, CONFIG, make_gate(), shard=shard)
+        assert_same(output, gradients, expected, 1e-10)
+
+    run_ranks(body, 4)
+
+
+def test_labels_outside_the_vocabulary_are_refused_on_every_rank():
+    def body(rank):
+        problem = make_problem()
+        problem.labels[0] = 53
+        with pytest.raises(DataError, match="label 53"):
+            run_fused(problem, CONFIG, make_gate(), shard=shard_of(problem.num_classes, rank))
+
+    run_ranks(body, 2)
+
+
+def test_a_failing_rank_is_named():
+    def body(rank):
+        if rank == 1:
+            raise KeyError("the reason")
+
+    with pytest.raises(RankError, match=r"rank 1 of 2 failed[\s\S]*the reason"):
+        run_ranks(body, 2)
+
+
+def test_a_hanging_rank_is_named_and_ended():
+    def body(rank):
+        if rank == 0:
+            dist.recv(torch.zeros(1), src=1)
+
+    with pytest.raises(RankError, match="were not done after 1.0 s|rank 0 of 2 failed"):
+        run_ranks(body, 2, timeout_s=1.0)

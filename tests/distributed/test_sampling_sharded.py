@@ -1,0 +1,120 @@
+"""Sampling over a split vocabulary: the tokens of one rank, on every rank, without gathering logits."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megadistill.generation.sampling import sample_tokens
+from megadistill.parallel import VocabShard
+from tests.support.sampling import expected_probabilities
+from tests.support.spawn import run_ranks
+
+SETTINGS = [
+    {}, {"temperature": 0.6}, {"temperature": 0.0}, {"top_k": 1}, {"top_k": 7}, {"top_k": 60}, {"top_p": 0.2},
+    {"top_p": 0.5}, {"top_p": 0.95}, {"top_k": 9, "top_p": 0.7}, {"top_k": 30, "top_p": 0.9, "temperature": 1.7},
+]  # fmt: skip
+
+
+def sample(logits, shard, **options):
+    rows = len(logits)
+    return sample_tokens(
+        logits[:, shard.start : shard.stop], shard, seed=11, sequence_ids=torch.arange(rows) % 97,
+        positions=torch.arange(rows) // 97, **options,
+    )  # fmt: skip
+
+
+def logits_of(kind, dtype=torch.float32, rows=300, num_classes=101):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(rows, num_classes, generator=generator) * 2
+    if kind == "ties":
+        logits = torch.round(logits)
+    if kind == "peaked":
+        logits = logits * 40
+    if kind == "one shard":
+        logits[:, : num_classes - 5] = -torch.inf
+    return logits.to(dtype)
+
+
+@pytest.mark.parametrize("tp_size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_layout_draws_the_tokens_of_one_rank(tp_size, dtype):
+    whole = VocabShard(0, 101, 101)
+    expected = {
+        (kind, i): sample(logits_of(kind, dtype), whole, **options)
+        for kind in ("plain", "ties", "peaked", "one shard")
+        for i, options in enumerate(SETTINGS)
+    }
+
+    def body(rank):
+        shard = VocabShard.split(101, tp_size, rank, dist.group.WORLD)
+        return {(kind, i): sample(logits_of(kind, dtype), shard, **SETTINGS[i]) for kind, i in expected}
+
+    for found in run_ranks(body, tp_size):
+        for key, tokens in expected.items():
+            assert torch.equal(found[key], tokens), (key[0], SETTINGS[key[1]])
+
+
+def test_tiny_and_empty_shards():
+    def body(rank):
+        tokens = []
+        for num_classes in (1, 2, 3, 5):
+            logits = logits_of("ties", num_classes=num_classes)
+            shard = VocabShard.split(num_classes, 4, rank, dist.group.WORLD)
+            whole = VocabShard(0, num_classes, num_classes)
+            for options in SETTINGS:
+                tokens = sample(logits, shard, **options)
+                assert torch.equal(tokens, sample(logits, whole, **options)), (num_classes, options)
+        return tokens
+
+    run_ranks(body, 4)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_tokens_survive_round_off_of_the_logits(tp_size):
+    """Logits that differ by 1e-7 between layouts change a token with a probability of the same size."""
+    logits = logits_of("plain", rows=2000)
+    expected = sample(logits, VocabShard(0, 101, 101))
+
+    def body(rank):
+        shard = VocabShard.split(101, tp_size, rank, dist.group.WORLD)
+        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(rank))
+        return sample(logits + 1e-7 * noise, shard)
+
+    assert all(torch.equal(tokens, expected) for tokens in run_ranks(body, tp_size))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.8}])
+def test_frequencies_pass_a_chi_square_test(options):
+    logits, count = logits_of("ties", rows=1, num_classes=29)[0], 20_000
+
+    def body(rank):
+        shard = VocabShard.split(29, 3, rank, dist.group.WORLD)
+        return sample(logits.expand(count, -1), shard, **options)
+
+    observed = torch.bincount(run_ranks(body, 3)[0], minlength=29).double()
+    probabilities = expected_probabilities(logits, **options)
+    kept = probabilities > 0
+    assert not observed[~kept].any()
+    chi_square = float(((observed - count * probabilities)[kept] ** 2 / (count * probabilities[kept])).sum())
+    freedom = int(kept.sum()) - 1
+    assert chi_square <= freedom + 4.5 * (2 * freedom) ** 0.5 + 10
+
+
+@pytest.mark.parametrize(
+    ("options", "most"), [({}, 2), ({"temperature": 0.0}, 1), ({"top_k": 6}, 6), ({"top_p": 0.8}, 15)]
+)
+def test_no_exchange_carries_logits(options, most):
+    """Whatever is sent has a few numbers a row, however many classes a shard holds."""
+
+    def body(rank):
+        sent = []
+        gather, reduce = dist.all_gather, dist.all_reduce
+        dist.all_gather = lambda rows, tensor, group: (sent.append(tensor.numel()), gather(rows, tensor, group=group))
+        dist.all_reduce = lambda tensor, op, group: (sent.append(tensor.numel()), reduce(tensor, op=op, group=group))
+        logits = logits_of("plain", rows=10, num_classes=4000)
+        sample(logits, VocabShard.split(4000, 2, rank, dist.group.WORLD), **options)
+        dist.all_gather, dist.all_reduce = gather, reduce
+        return sent
+
+    first, second = run_ranks(body, 2)
+    assert first == second and max(first) <= 10 * most

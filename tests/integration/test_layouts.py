@@ -1,0 +1,98 @@
+"""Every layout against one process: weights after an update, tokens and losses of a run, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import FAMILY_CONFIGS, losses, run_layout, samples, settings, weights, write_assets
+
+LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1)]
+STEPS = 20
+# Which token has the largest KL is a discrete choice: layouts agree on KL to 1e-6 of its value, so a run in which two
+# positions of one row come closer than that may go either way. In this seed's run they do not.
+SEED = "run.seed=1"
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    write_assets(folder)
+    return folder
+
+
+def _runs(assets: Path, out: Path, *more: str) -> list[tuple[str, list[str]]]:
+    """One update of every family, and twenty steps of one."""
+    one_step = [
+        (str(out / family), settings(assets, family, "train.max_steps=1", *more)) for family in FAMILY_CONFIGS
+    ]
+    return [*one_step, (str(out / "long"), settings(assets, "llama", f"train.max_steps={STEPS}", SEED, *more))]
+
+
+@pytest.fixture(scope="module")
+def reference(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, ZeRO-3, and in "wide" another split of the same global batch."""
+    out = tmp_path_factory.mktemp("one_process")
+    wide = settings(assets, "llama", f"train.max_steps={STEPS}", SEED, "train.micro_batch_size=8")
+    run_layout(1, [*_runs(assets, out), (str(out / "wide"), wide)])
+    return out
+
+
+def _assert_same_weights(found: Path, expected: Path, step: int = 1) -> None:
+    ours, theirs = weights(found, step), weights(expected, step)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].shape == tensor.shape
+        assert (ours[name] - tensor).abs().max() <= 1e-5, name
+
+
+def _assert_same_run(found: Path, expected: Path) -> None:
+    assert len(samples(expected)) == 8 * STEPS
+    assert samples(found) == samples(expected)
+    for key in ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm", "kept_mass"):
+        assert losses(found, key) == pytest.approx(losses(expected, key), rel=1e-4), key
+
+
+@pytest.mark.parametrize(("tp_size", "dp_size"), LAYOUTS)
+def test_layout_equals_one_process(
+    assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int
+) -> None:
+    run_layout(tp_size * dp_size, _runs(assets, tmp_path, f"parallel.tp_size={tp_size}"))
+    for family in FAMILY_CONFIGS:
+        _assert_same_weights(tmp_path / family, reference / family)
+        assert samples(tmp_path / family) == samples(reference / family)
+    _assert_same_run(tmp_path / "long", reference / "long")
+
+
+def test_micro_batches_do_not_matter(reference: Path) -> None:
+    _assert_same_run(reference / "wide", reference / "long")
+
+
+def test_one_update_moves_every_weight(assets: Path, reference: Path) -> None:
+    """The comparison above would hold for a program that trains nothing."""
+    for family in FAMILY_CONFIGS:
+        before = weights(reference / family, 1)
+        assert all(float(tensor.abs().max()) > 0 for tensor in before.values())
+    first, last = losses(reference / "long")[0], losses(reference / "long")[-1]
+    assert last < first
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_zero_stages_equal_one_process(assets: Path, reference: Path, tmp_path: Path, zero_stage: int) -> None:
+    more = ("parallel.tp_size=2", f"parallel.zero_stage={zero_stage}", "train.max_steps=1")
+    families = ("llama", "gpt2")
+    run_layout(4, [(str(tmp_path / family), settings(assets, family, *more)) for family in families])
+    for family in families:
+        _assert_same_weights(tmp_path / family, reference / family)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_bf16_stays_close_to_fp32(assets: Path, reference: Path, tmp_path: Path, zero_stage: int) -> None:
+    more = ("model.teacher.dtype=bf16", "model.student.dtype=bf16", "parallel.tp_size=2", "train.max_steps=3",
+            "generation.mode=dataset", "data.prompts_path=null", "data.prompts_ratio=0")  # fmt: skip
+    plain = [setting for setting in more if "bf16" not in setting]
+    run_layout(2, [(str(tmp_path / "bf16"), settings(assets, "llama", *more, f"parallel.zero_stage={zero_stage}")),
+                   (str(tmp_path / "fp32"), settings(assets, "llama", *plain))])  # fmt: skip
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=3e-2)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")

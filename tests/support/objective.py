@@ -1,0 +1,143 @@
+"""Problems for the objective, and its comparison with the dense reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megadistill.losses import IGNORE_INDEX, DistillOutput, Head, LossConfig, QuantileGate, distill_loss
+from megadistill.losses.reference import reference_loss
+from megadistill.parallel import VocabShard
+
+TOP_K = 8
+VALUES = ("loss", "sft", "dac_kl", "span", "kept_mass", "kl_map", "teacher_top1", "mean_lower", "mean_upper")
+STUDENT = ("hidden", "weight", "bias")
+
+
+@dataclass
+class Problem:
+    """Whole, unsharded heads in float64; the teacher is wider than the student."""
+
+    student: Head
+    teacher: Head
+    labels: Tensor
+    pair_mask: Tensor
+    num_tokens: int
+    num_pairs: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.student.weight)
+
+
+def make_problem(
+    seed: int = 0, num_rows: int = 23, num_classes: int = 53, scale: float = 2.0, ignored: float = 0.2
+) -> Problem:
+    """Random heads with biases; about `ignored` of the rows are ignored, 60 % of the rest start a pair."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def head(width: int) -> Head:
+        hidden = normal(num_rows, width) * scale / width**0.5
+        return Head(hidden, normal(num_classes, width), normal(num_classes))
+
+    student, teacher = head(7), head(9)
+    labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
+    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
+    pair_mask = torch.rand(num_rows, generator=generator) < 0.6
+    is_valid = labels != IGNORE_INDEX
+    num_pairs = int((pair_mask[:-1] & is_valid[:-1] & is_valid[1:]).sum())
+    return Problem(student, teacher, labels, pair_mask, int(is_valid.sum()), num_pairs)
+
+
+def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards: bool = True) -> nn.Module:
+    """A float64 gate moved off its starting point, so that every parameter matters."""
+    gate = QuantileGate(top_k, guards=guards, seed=seed).double()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter += spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return gate
+
+
+def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | None = None) -> Head:
+    """Fresh leaves that want gradients, cut to a shard."""
+    rows = slice(None) if shard is None else slice(shard.start, shard.stop)
+    bias = None if head.bias is None else head.bias[rows].to(dtype).clone().requires_grad_()
+    return Head(
+        head.hidden.to(dtype).clone().requires_grad_(), head.weight[rows].to(dtype).clone().requires_grad_(), bias
+    )
+
+
+def run_fused(
+    problem: Problem,
+    config: LossConfig,
+    gate: nn.Module | None,
+    *,
+    shard: VocabShard | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[DistillOutput, dict[str, Tensor], Head]:
+    """(output, gradients by name, the teacher's leaves) of one call and its backward pass."""
+    shard = shard or VocabShard(0, problem.num_classes, problem.num_classes)
+    student, teacher = leaf(problem.student, dtype, shard), leaf(problem.teacher, dtype, shard)
+    if gate is not None:
+        gate.zero_grad(set_to_none=True)
+    output = distill_loss(
+        student, teacher, problem.labels, problem.pair_mask, gate, config, shard,
+        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
+    )  # fmt: skip
+    output.loss.backward()
+    gradients = {name: getattr(student, name).grad for name in STUDENT}
+    if gate is not None and config.clip == "gate":
+        gradients |= {f"gate.{name}": parameter.grad for name, parameter in gate.named_parameters()}
+    return output, gradients, teacher
+
+
+def run_reference(
+    problem: Problem, config: LossConfig, gate: nn.Module | None, shard: VocabShard | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(values, gradients by name) of the dense reference; class-wise gradients cut to the shard."""
+    student = leaf(problem.student)
+    output = reference_loss(
+        student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
+        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
+    )  # fmt: skip
+    sources = [student.hidden, student.weight, student.bias]
+    gradients = dict(zip(STUDENT, torch.autograd.grad(output.loss, sources, retain_graph=True), strict=True))
+    if shard is not None:
+        gradients |= {name: gradients[name][shard.start : shard.stop] for name in ("weight", "bias")}
+    if gate is not None and config.clip == "gate":
+        names, parameters = zip(*gate.named_parameters(), strict=True)
+        found: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
+        gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, found, strict=True)}
+    return {name: getattr(output, name).detach() for name in VALUES}, gradients
+
+
+def assert_same(
+    output: DistillOutput,
+    gradients: dict[str, Tensor],
+    expected: tuple[dict[str, Tensor], dict[str, Tensor]],
+    tolerance: float,
+) -> None:
+    """Every value and every gradient within `tolerance` of the largest entry of what is expected."""
+    values, expected_gradients = expected
+    assert gradients.keys() == expected_gradients.keys()
+    for name, value in values.items():
+        _assert_close(name, getattr(output, name).detach(), value, tolerance)
+    for name, gradient in expected_gradients.items():
+        _assert_close(f"gradient of {name}", gradients[name], gradient, tolerance)
+
+
+def _assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found is not None, f"{name} is missing"
+    assert found.shape == expected.shape, f"{name}: {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    scale = max(float(expected.abs().max()), 1e-4)  # what cancels to nothing is compared absolutely
+    error = float((found.double() - expected.double()).abs().max()) / scale
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

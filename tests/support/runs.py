@@ -1,0 +1,127 @@
+"""Whole training runs inside a forked gloo job: many runs a launch, so that a layout costs one start-up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.spawn import run_ranks
+
+HEADS = 4
+COMMON = {"num_attention_heads": HEADS, "max_position_embeddings": 128}
+LLAMA_LIKE = {**COMMON, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": HEADS}
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", **LLAMA_LIKE, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **LLAMA_LIKE, "head_dim": 8, "tie_word_embeddings": False},
+    "opt": {"model_type": "opt", **COMMON, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32},
+    "gpt2": {"model_type": "gpt2", "n_head": HEADS, "n_layer": 2, "n_positions": 128},
+}
+
+
+def write_assets(folder: Path) -> None:
+    """A small corpus, a tokenizer of an odd size (uneven shards at every tp) and model configurations of all families."""
+    from megadistill.data.synthetic import CorpusSizes, generate_corpus, write_corpus
+    from megadistill.data.tokenize import load_tokenizer
+    from megadistill.data.train_tokenizer import train_tokenizer
+
+    corpus = generate_corpus(3, CorpusSizes(teacher=150, references=24, prompts=24, valid=12, test=12))
+    write_corpus(folder / "data", corpus)
+    texts = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in corpus["teacher_train"]]
+    train_tokenizer(texts, folder / "tokenizer", vocab_size=403)
+    size = len(load_tokenizer(folder / "tokenizer"))
+    assert size % 2 and size % 3 and size % 4
+    for family, config in FAMILY_CONFIGS.items():
+        for role, hidden in (("teacher", 48), ("student", 32)):
+            # Padded rows beyond the tokenizer, of different numbers: they are cut on both sides.
+            rows = size + (5 if role == "teacher" else 2)
+            width = {"n_embd": hidden} if family == "gpt2" else {"hidden_size": hidden}
+            if family == "opt":
+                width["word_embed_proj_dim"] = hidden
+            model = folder / family / role
+            model.mkdir(parents=True)
+            # Wide initial weights: distributions that are far from uniform, so that wrong tokens would show.
+            tree = {**config, **width, "vocab_size": rows, "initializer_range": 0.3, "init_std": 0.3}
+            (model / "config.json").write_text(json.dumps(tree))
+
+
+def settings(assets: Path, family: str, *more: str) -> list[str]:
+    """Overrides that make a short on-policy run with every part switched on."""
+    return [
+        f"model.teacher.path={assets / family / 'teacher'}",
+        f"model.student.path={assets / family / 'student'}",
+        f"model.tokenizer={assets / 'tokenizer'}",
+        f"data.train_path={assets / 'data' / 'train.jsonl'}",
+        f"data.prompts_path={assets / 'data' / 'prompts.jsonl'}",
+        "data.prompts_ratio=0.5",
+        "data.template=plain",
+        "data.max_prompt_tokens=64",
+        "data.max_tokens=84",
+        "generation.max_new_tokens=12",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "train.samples_every=1",
+        "train.samples_rows=8",
+        "optim.lr=1e-3",
+        "optim.warmup_ratio=0",
+        *more,
+    ]
+
+
+def run_layout(world_size: int, runs: Sequence[tuple[str, Sequence[str]]], *, timeout_s: float = 400.0) -> None:
+    """Carries out training runs, (run.dir, overrides) each, one after the other on ``world_size`` forked ranks."""
+    import deepspeed  # noqa: F401  imported once, before the forks
+
+    run_ranks(_train_all, world_size, runs, timeout_s=timeout_s)
+
+
+def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]]) -> None:
+    import deepspeed
+    from deepspeed.utils import groups
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"WORLD_SIZE": str(torch.distributed.get_world_size()), "LOCAL_SIZE": os.environ.get("WORLD_SIZE", "1")}
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    for run_dir, overrides in runs:
+        _train(run_dir, list(overrides))
+        # DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next run may have another layout.
+        for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
+            setattr(groups, name, None)
+
+
+def _train(run_dir: str, overrides: list[str]) -> None:
+    from megadistill.config.load import load_config
+    from megadistill.parallel.context import ParallelContext
+    from megadistill.training.loop import train
+    from megadistill.training.resume import plan_start
+    from megadistill.training.setup import build_parts, check_models, load_training_data, run_tokenizer
+
+    base = Path(__file__).parents[2] / "configs" / "base.yaml"
+    config = load_config(base, [f"run.dir={run_dir}", *overrides])
+    start = plan_start(config)
+    world_size = torch.distributed.get_world_size()
+    tp_size = check_models(config, world_size)
+    tokenizer = run_tokenizer(config)
+    data = load_training_data(config, tokenizer)
+    context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
+    train(build_parts(config, context, tokenizer), data, start)
+    torch.distributed.barrier()
+
+
+def losses(run_dir: Path, key: str = "loss") -> list[float]:
+    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / "checkpoints" / f"step_{step}" / "hf" / "model.safetensors")

@@ -1,0 +1,79 @@
+"""Padded batches: shifted labels, positions, and span pairs that never leave a response."""
+
+import pytest
+import torch
+
+from megadistill.data.collate import IGNORE_INDEX, left_padded, pair_mask, right_padded
+
+SEQUENCES = [((5, 6, 7), (8, 9)), ((1,), (2, 3, 4, 0)), ((4, 4), None), ((3, 3, 3), ())]
+
+
+def test_right_padded_by_hand():
+    batch = right_padded([((5, 6, 7), (8, 9)), ((1,), (2,))], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 0, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    no = IGNORE_INDEX
+    assert batch.labels.tolist() == [[no, no, 8, 9, no], [2, no, no, no, no]]
+    assert (batch.response_start.tolist(), batch.response_length.tolist()) == ([3, 1], [2, 1])
+    assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values())
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+def test_labels_are_the_next_input_token_on_response_rows_only(multiple):
+    batch = right_padded(SEQUENCES, pad_id=9, multiple=multiple)
+    width = batch.input_ids.shape[1]
+    assert width % multiple == 0 and width - 5 < multiple
+    for row, (prompt, response) in enumerate(SEQUENCES):
+        start, length = int(batch.response_start[row]), int(batch.response_length[row])
+        assert (start, length) == (len(prompt), len(response or ()))
+        assert batch.input_ids[row, start : start + length].tolist() == list(response or ())
+        assert int(batch.attention_mask[row].sum()) == start + length
+        for i in range(width):
+            inside = start - 1 <= i <= start + length - 2
+            expected = int(batch.input_ids[row, i + 1]) if inside else IGNORE_INDEX
+            assert int(batch.labels[row, i]) == expected
+
+
+def test_a_pad_id_that_is_also_a_token_stays_a_label():
+    """EOS often serves as padding: the EOS of the response must be learned, the padding must not."""
+    batch = right_padded([((1,), (2, 7)), ((1, 1, 1), (2, 7))], pad_id=7)
+    assert batch.labels.tolist()[0] == [2, 7, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]
+
+
+def test_left_padded():
+    batch = left_padded([(1, 2, 3), (4,)], pad_id=9)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.lengths.tolist() == [3, 1]
+
+
+def test_a_sequence_without_prompt_is_a_defect():
+    with pytest.raises(AssertionError):
+        right_padded([((), (1,))], pad_id=0)
+    with pytest.raises(AssertionError):
+        left_padded([()], pad_id=0)
+
+
+def test_pair_mask_by_hand():
+    batch = right_padded([((5, 6, 7), (1, 2, 3, 4)), ((1,), (2, 3)), ((1,), ())], pad_id=0)
+    mask = pair_mask(batch, [[0, 0, -1, -1], [1, 1], []])
+    # Rows 2 and 3 predict response tokens 0 and 1, which share span 0; tokens 2 and 3 lie in no span.
+    assert mask.nonzero().tolist() == [[0, 2], [1, 0]]
+    assert mask.dtype == torch.bool and mask.shape == batch.labels.shape
+
+
+def test_pairs_join_two_labelled_rows_even_when_every_token_is_in_one_span():
+    batch = right_padded(SEQUENCES, pad_id=0, multiple=8)
+    mask = pair_mask(batch, [[0] * int(length) for length in batch.response_length])
+    valid = batch.labels != IGNORE_INDEX
+    assert int(mask.sum()) == sum(max(int(length) - 1, 0) for length in batch.response_length)
+    assert bool((valid | ~mask).all())
+    flat_mask, flat_valid = mask.flatten(), valid.flatten()
+    assert bool(flat_valid[1:][flat_mask[:-1]].all()) and not bool(flat_mask[-1])
+
+
+def test_span_ids_must_fit_the_response():
+    with pytest.raises(AssertionError, match="3 span ids for 2 response tokens"):
+        pair_mask(right_padded([((1,), (2, 3))], pad_id=0), [[0, 0, 0]])

@@ -1,0 +1,73 @@
+"""Means over seeds, tables and JSON."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from megadistill.errors import DataError
+from megadistill.evaluation.report import mean_std, results_table, summarise, text_table, to_jsonable, write_json
+from megadistill.evaluation.rouge import Scores
+from megadistill.evaluation.suites import SuiteResult
+
+ONE = Scores(10.0, 0.0, 50.0, 60.0, num_scored=3, num_without_references=1)
+
+
+def test_mean_and_sample_deviation():
+    result = mean_std([1.0, 2.0, 3.0, 4.0])
+    assert (result.mean, result.num_values) == (2.5, 4)
+    assert result.std == pytest.approx(math.sqrt(5 / 3))
+    assert mean_std([7.0]).std is None
+    assert str(mean_std([7.0])) == "7.00" and str(mean_std([1.0, 3.0])) == "2.00 ± 1.41"
+    with pytest.raises(DataError):
+        mean_std([])
+
+
+def test_summary_over_seeds():
+    summary = summarise([ONE, replace(ONE, rouge_l=20.0), replace(ONE, rouge_l=30.0)])
+    assert (summary.rouge_l.mean, summary.rouge_l.std) == (20.0, 10.0)
+    assert summary.exact_match.std == 0.0
+    assert (summary.num_scored, summary.num_without_references) == (3, 1)
+    assert summarise([replace(ONE, rouge_l=None)]).rouge_l is None
+
+
+def test_scores_of_different_sets_are_not_averaged():
+    with pytest.raises(DataError, match="different sets"):
+        summarise([ONE, replace(ONE, num_scored=4)])
+    with pytest.raises(DataError, match="no scores"):
+        summarise([])
+
+
+def test_table_columns_line_up():
+    table = text_table(["model", "score"], [["teacher", 12.345], ["s", None], ["t", mean_std([1.0, 3.0])]])
+    lines = table.split("\n")
+    assert lines[0] == "model          score"
+    assert lines[2] == "teacher        12.35"
+    assert lines[3] == "s                  -"
+    assert lines[4] == "t        2.00 ± 1.41"
+    assert len({len(line) for line in lines}) == 1
+    with pytest.raises(AssertionError):
+        text_table(["a"], [["b", "c"]])
+
+
+def test_results_table_shows_counts_and_gaps():
+    sampled = SuiteResult("test", summarise([ONE, ONE]), replace(ONE, rouge_l=77.0), (1, 2), 0, 0, [])
+    greedy_only = SuiteResult("vicuna", None, replace(ONE, rouge_l=None, exact_match=None, num_scored=0), (), 0, 0, [])
+    table = results_table({"student": {"test": sampled, "vicuna": greedy_only}}, {"student": {"test": 1.25}})
+    first, second = table.split("\n")[2:]
+    assert first.split()[:2] == ["student", "test"] and "10.00 ± 0.00" in first and "77.00" in first and "1.25" in first
+    assert second.split() == ["student", "vicuna", "-", "-", "-", "-", "-", "0", "1"]
+
+
+def test_json_is_plain_and_finite(tmp_path):
+    value = {"summary": summarise([ONE]), "nan": float("nan"), "inf": [float("inf")], 3: (1, 2), "text": "é"}
+    path = tmp_path / "new" / "summary.json"
+    write_json(path, value)
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    assert loaded["summary"]["rouge_l"] == {"mean": 10.0, "std": None, "num_values": 1}
+    assert (loaded["nan"], loaded["inf"], loaded["3"], loaded["text"]) == (None, [None], [1, 2], "é")
+    assert loaded == to_jsonable(value)
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["summary.json"]

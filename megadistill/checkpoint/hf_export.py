@@ -1,4 +1,5 @@
-"""A partitioned student as a Hugging Face folder: standard names, shapes and layout, so that anything else can load it."""
+"""A partitioned student as a Hugging Face folder: standard names, shapes and layout, so that anything else can load
+it."""
 
 from __future__ import annotations
 
@@ -31,9 +32,7 @@ def export_student(student: PartitionedModel, folder: Path, tokenizer: Any, cont
     loaded = student.loaded
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    tensors = (
-        (name, _standard_layout(name, tensor, loaded)) for name, tensor in full_parameters(student.engine)
-    )
+    tensors = ((name, _standard_layout(name, tensor, loaded)) for name, tensor in full_parameters(student.engine))
     if not context.is_main:
         for _ in tensors:
             pass
@@ -96,10 +95,11 @@ def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder:
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None) -> Path:
-    """Copies the Hugging Face model of a checkpoint (or of a run's latest one) to ``folder``, checked against its manifest.
+    """Copies the Hugging Face model of a checkpoint (or of a run's latest one) to ``folder``, checked against its
+    manifest.
 
-    ``dtype`` fp32 or bf16 casts the weights. Raises CheckpointError for a broken checkpoint or a folder that is not empty;
-    nothing is left behind then. Needs no processes and no GPU.
+    ``dtype`` fp32 or bf16 casts the weights. Raises CheckpointError for a broken checkpoint or a folder that is not
+    empty; nothing is left behind then. Needs no processes and no GPU.
     """
     source, target = find_checkpoint(Path(checkpoint)), Path(folder)
     manifest = read_manifest(source)
@@ -118,6 +118,18 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str 
         target.rmdir()
     beside.replace(target)
     return source
+
+
+def check_export(folder: str | Path) -> None:
+    """Loads an exported folder with plain transformers. Raises CheckpointError when weights are missing or left
+    over."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder)
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {name: sorted(keys) for name, keys in info.items() if name != "error_msgs" and keys}
+    if wrong:
+        raise CheckpointError(f"{folder}: transformers reports {wrong}")
 
 
 def _cast(folder: Path, dtype: str) -> None:

@@ -42,7 +42,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         if manifest["version"] != VERSION:
-            raise CheckpointError(f"{path}: version {manifest['version']} is not supported (this program reads {VERSION})")
+            raise CheckpointError(
+                f"{path}: version {manifest['version']} is not supported (this program reads {VERSION})"
+            )
         return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from None
@@ -51,7 +53,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> None:
-    """Compares files with the manifest. Raises CheckpointError naming the first that is missing, truncated or changed."""
+    """Compares files with the manifest. Raises CheckpointError naming the first that is missing, truncated or
+    changed."""
     for name in names:
         expected, path = manifest["files"][name], folder / name
         if not path.is_file():
@@ -64,7 +67,8 @@ def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> Non
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one checkpoint: ``path`` itself, or the latest one of a run directory or of its checkpoints folder."""
+    """The folder of one checkpoint: ``path`` itself, or the latest one of a run directory or of its checkpoints
+    folder."""
     for folder in (path, path / "checkpoints"):
         if (folder / MANIFEST).is_file():
             return folder

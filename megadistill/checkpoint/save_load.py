@@ -1,8 +1,8 @@
 """Checkpoints to resume from: written beside, renamed into place, and named by ``latest`` only when whole.
 
-A checkpoint folder ``step_N`` holds DeepSpeed's shards (student weights, optimizer), ``trainer.pt`` (gate and its optimizer),
-``hf/`` (the student as a Hugging Face folder) and ``manifest.json``. Data order, schedule and random numbers are functions of
-the step and need no state.
+A checkpoint folder ``step_N`` holds DeepSpeed's shards (student weights, optimizer), ``trainer.pt`` (gate and its
+optimizer), ``hf/`` (the student as a Hugging Face folder) and ``manifest.json``. Data order, schedule and random
+numbers are functions of the step and need no state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Built-in assets (``run.prepare``): a seeded corpus, a tokenizer trained on it, and the models of a recipe.
 
-They live below ``runs/assets/NAME_SEED`` and are made once, by rank 0, before processes wait for one another. A finished part
-is never made again; an interrupted one is made anew.
+They live below ``runs/assets/NAME_SEED`` and are made once, by rank 0, before processes wait for one another. A
+finished part is never made again; an interrupted one is made anew.
 """
 
 from __future__ import annotations
@@ -23,10 +23,20 @@ _ROOT = Path("runs/assets")
 _FAILED = "failed"
 _POLL_S = 0.5
 # Variables by which a launcher tells a process its rank: a fine-tuning run of one process must not see them.
-_RANK_VARIABLES = (
-    "RANK LOCAL_RANK WORLD_SIZE LOCAL_SIZE CROSS_RANK CROSS_SIZE MASTER_ADDR MASTER_PORT GROUP_RANK LOCAL_WORLD_SIZE "
-    "ROLE_RANK TORCHELASTIC_RUN_ID"
-).split()
+_RANK_VARIABLES = [
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "LOCAL_WORLD_SIZE",
+    "ROLE_RANK",
+    "TORCHELASTIC_RUN_ID",
+]
 
 
 def assets_folder(name: str, seed: int) -> Path:
@@ -128,7 +138,8 @@ def _write_config(folder: Path, config: dict[str, object], tokenizer: Path) -> N
 
 
 def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...]) -> None:
-    """Plain SFT by ``megadistill train`` in a process of its own (all cores, one rank); the result becomes ``folder/model``."""
+    """Plain SFT by ``megadistill train`` in a process of its own (all cores, one rank); the result becomes
+    ``folder/model``."""
     from megadistill.checkpoint.hf_export import export_checkpoint
 
     run_dir = folder / "runs" / f"{model}_sft"

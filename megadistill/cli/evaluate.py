@@ -12,24 +12,28 @@ from megadistill.cli.parsing import Parser, config_of
 def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "evaluate",
-        "Scores models on evaluation sets: sampled with every seed of eval.seeds, greedy, and the references' likelihood.",
+        "Scores models on evaluation sets: sampled with every seed of eval.seeds, greedy, and by the\n"
+        "likelihood of the references.",
         "examples:\n"
-        "  megadistill evaluate --config configs/demo.yaml --model student=runs/demo --model teacher=runs/demo/teacher\n"
+        "  megadistill evaluate --config configs/demo.yaml --model runs/demo --model teacher=runs/assets/demo_0/teacher\n"
         "  deepspeed --num_gpus 2 --no_local_rank --module megadistill evaluate --config F",
     )
     parser.add_config()
     parser.add_argument(
         "--model", action="append", default=[], metavar="[NAME=]PATH",
-        help="model folder, hub name, checkpoint or run directory; repeatable; default: the latest checkpoint of run.dir",
+        help="model folder, hub name, checkpoint or run directory; repeatable; default: run.dir",
     )  # fmt: skip
     parser.add_argument(
         "--suite", action="append", default=[], metavar="[SUITE=]PATH",
-        help="evaluation set, with SUITE one of dolly, self_inst, vicuna, sni, unni to take that suite's rows; repeatable; default: eval.path",
+        help="evaluation set; SUITE dolly, self_inst, vicuna, sni or unni takes that suite's rows; repeatable; "
+        "default: eval.path",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="JSON with every number; default: RUN.DIR/evaluation.json")
     parsed = parser.parse(arguments)
     config = config_of(parsed)
-    results = evaluate_models(config, _named(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config))
+    results = evaluate_models(
+        config, _named(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config)
+    )
     if results is not None:
         from megadistill.evaluation.report import write_json
 
@@ -98,7 +102,11 @@ def evaluate_models(
                     ) as bar:
 
                         def generate(
-                            examples: Any, seed: int | None, model: Any = model, settings: Any = settings, bar: Any = bar
+                            examples: Any,
+                            seed: int | None,
+                            model: Any = model,
+                            settings: Any = settings,
+                            bar: Any = bar,
                         ) -> list[str]:
                             return write_answers(model, examples, seed, settings, context, bar.update)
 

@@ -13,9 +13,11 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "generate",
         "Writes one JSON line (instruction, input, prompt, response) per row of a file of instructions.",
-        "example:\n  megadistill generate --model runs/demo --input prompts.jsonl --output responses.jsonl --temperature 0",
+        "example:\n  megadistill generate --model runs/demo --input prompts.jsonl --output out.jsonl --temperature 0",
     )
-    parser.add_argument("--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory"
+    )
     parser.add_argument("--input", required=True, metavar="FILE", help="rows with an instruction and perhaps an input")
     parser.add_argument("--output", metavar="FILE", help="where to write; default: standard output")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")

@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "score models on evaluation sets",
     "export": "write a checkpoint's student as a Hugging Face folder",
     "demo": "run the whole job on the built-in corpus and show the result",
+    "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
 }
 _OTHER_RANKS_WAIT_S = 5.0
 
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        print(f"megadistill: unknown verb '{verb}'; allowed: {', '.join(VERBS)}{f'; nearest: {near[0]}' if near else ''}",
-              file=sys.stderr)  # fmt: skip
+        hint = f"; nearest: {near[0]}" if near else ""
+        print(f"megadistill: unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(f"megadistill.cli.{verb}").run(rest)

@@ -29,9 +29,7 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, *, required: bool = True) -> None:
         """``--config FILE`` and ``section.field=value`` overrides."""
         self.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
-        self.add_argument(
-            "overrides", nargs="*", metavar="section.field=value", help="settings that win over the file"
-        )
+        self.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
         # The deepspeed launcher adds it; the rank comes from the environment.
         self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 

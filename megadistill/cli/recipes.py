@@ -1,4 +1,5 @@
-"""What ``run.prepare`` makes: corpus sizes, tokenizer, model configurations, and how the built-in models are fine-tuned."""
+"""What ``run.prepare`` makes: corpus sizes, tokenizer, model configurations, and how the built-in models are
+fine-tuned."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from megadistill.data.synthetic import CorpusSizes
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """A model by its configuration. ``sft`` are settings of its fine-tuning run (train file included); None: random weights."""
+    """A model by its configuration. ``sft`` are settings of its fine-tuning run (train file included); None: random
+    weights."""
 
     config: dict[str, Any]
     sft: tuple[str, ...] | None = None

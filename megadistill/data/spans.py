@@ -114,7 +114,7 @@ class SpacyPrior:
             try:
                 import spacy
 
-                pipeline = spacy.load(pipeline)
+                pipeline = spacy.load(pipeline, exclude=["ner", "lemmatizer"])
             except (ImportError, OSError) as error:
                 reason = (
                     "spaCy is not installed"

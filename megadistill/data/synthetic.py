@@ -112,26 +112,14 @@ TRADES = _trades(_TRADES)
 
 OPPOSITES = [
     tuple(pair.split("/"))
-    for pair in (
-        "old/young tall/short rich/poor happy/sad brave/timid strong/weak kind/cruel loud/quiet lazy/busy clever/foolish polite/rude "
-        "famous/unknown calm/nervous honest/dishonest careful/careless patient/impatient"
-    ).split()
+    for pair in ["old/young", "tall/short", "rich/poor", "happy/sad", "brave/timid", "strong/weak", "kind/cruel", "loud/quiet", "lazy/busy", "clever/foolish", "polite/rude", "famous/unknown", "calm/nervous", "honest/dishonest", "careful/careless", "patient/impatient"]
 ]
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
 ADJECTIVES = sorted(OPPOSITE)
-COLOURS = "red blue green black white yellow brown grey golden silver wooden heavy".split()
-OBJECTS = (
-    "basket letter lamp bottle ladder box key map drum chair coin mirror blanket candle hammer bucket clock ring book "
-    "carpet kettle rope flag guitar"
-).split()
-PLACES = (
-    "near the river|in the garden|behind the church|at the station|in the cave|under the bridge|beside the tower|on the island|"
-    "across the valley|at the harbour|outside the museum|in the tunnel"
-).split("|")
-TIMES = (
-    "at dawn|at noon|at midnight|after lunch|before supper|during the storm|in the evening|in the winter|in the summer|on Monday|"
-    "on Friday|every day"
-).split("|")
+COLOURS = ["red", "blue", "green", "black", "white", "yellow", "brown", "grey", "golden", "silver", "wooden", "heavy"]
+OBJECTS = ["basket", "letter", "lamp", "bottle", "ladder", "box", "key", "map", "drum", "chair", "coin", "mirror", "blanket", "candle", "hammer", "bucket", "clock", "ring", "book", "carpet", "kettle", "rope", "flag", "guitar"]
+PLACES = ["near the river", "in the garden", "behind the church", "at the station", "in the cave", "under the bridge", "beside the tower", "on the island", "across the valley", "at the harbour", "outside the museum", "in the tunnel"]
+TIMES = ["at dawn", "at noon", "at midnight", "after lunch", "before supper", "during the storm", "in the evening", "in the winter", "in the summer", "on Monday", "on Friday", "every day"]
 
 
 class Clause(NamedTuple):
@@ -235,10 +223,16 @@ KINDS: dict[str, tuple[Callable[[Random], tuple[str, str]], list[str]]] = {
     "negative": (_negative, ["Make the sentence negative.", "Say that this is not so."]),
     "question": (_question, ["Turn the statement into a question.", "Ask whether this is true."]),
     "plural": (_plural, ["Put the subject into the plural.", "Rewrite the sentence for several people."]),
-    "opposite": (_opposite, ["Describe the person with the opposite adjective.", "Say it about the opposite kind of person."]),
+    "opposite": (
+        _opposite,
+        ["Describe the person with the opposite adjective.", "Say it about the opposite kind of person."],
+    ),
     "passive": (_passive, ["Put the sentence into the passive voice.", "Begin the sentence with the object."]),
     "work": (_work, ["Write a sentence about the work of this person.", "Say what this person does and where."]),
-    "correction": (_correction, ["Correct the false statement about the work of this person.", "Say what this person really does."]),
+    "correction": (
+        _correction,
+        ["Correct the false statement about the work of this person.", "Say what this person really does."],
+    ),
 }
 
 

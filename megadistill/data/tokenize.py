@@ -106,7 +106,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Ids of each text without any special token; "</s>" written in a data file is text, never the control token."""
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -5,7 +5,6 @@ response that are tokenised apart concatenate to the tokens of the joined text's
 """
 
 import io
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +28,9 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         raise DataError("tokenizer training: no text was given")
     smallest = 256 + len(SPECIAL_TOKENS) + len({c for line in lines for c in line}) + 2
     if vocab_size < smallest:
-        raise DataError(f"tokenizer training: vocab_size={vocab_size} is too small for these texts, at least {smallest} is needed")
+        raise DataError(
+            f"tokenizer training: vocab_size={vocab_size} is too small for these texts, at least {smallest} is needed"
+        )
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
     sentencepiece.SentencePieceTrainer.train(

@@ -1,7 +1,7 @@
 """Parameters of a ZeRO-3 engine held whole (this rank's tensor-parallel shard of them) for a while.
 
-Decoding token by token through ZeRO-3 gathers every parameter for every token. Gathering once around the whole rollout and
-taking ZeRO's module hooks off meanwhile was five times faster on two CPU cores (docs/log.md).
+Decoding token by token through ZeRO-3 gathers every parameter for every token. Gathering once around the whole
+rollout and taking ZeRO's module hooks off meanwhile was five times faster on two CPU cores (docs/log.md).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def gathered_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[N
 def full_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor on the CPU) of every parameter, tied ones once; one parameter is whole at a time.
 
-    Every rank must run the iterator to its end: each step gathers over the data-parallel (ZeRO-3) and the tensor-parallel
-    group.
+    Every rank must run the iterator to its end: each step gathers over the data-parallel (ZeRO-3) and the
+    tensor-parallel group.
     """
     for name, parameter in engine.module.named_parameters():
         with gathered_parameters([parameter]):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
 from megadistill.errors import TopologyError
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_STALE_AFTER_S = 600.0
 
 
 def world_size() -> int:
@@ -43,10 +41,14 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     if not has_cuda:
         # DeepSpeed probes for accelerators it does not have; this also says which one its own groups are for.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        refuse_stale_lock()
     import deepspeed
 
+    from megadistill.engines.backend import leave_out_shm_op
+
+    leave_out_shm_op()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch 2.13 renames; nothing a user could do about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
@@ -62,23 +64,6 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     finally:
         # Without this a rank of another node can abort at exit and leave its launcher waiting.
         torch.distributed.destroy_process_group()
-
-
-def refuse_stale_lock() -> None:
-    """DeepSpeed's CPU extension waits for ever, silently, on the lock file of a build that was killed.
-
-    A lock is held for two minutes at most by a build and for milliseconds by a rank that loads; an old one has no owner.
-    """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
-    for lock in folder.glob("**/deepspeed_shm_comm/lock"):
-        with suppress(FileNotFoundError):
-            age_s = time.time() - lock.stat().st_mtime
-            if age_s > _STALE_AFTER_S:
-                raise TopologyError(
-                    f"{lock} is {age_s / 60:.0f} minutes old, left over from a build that was killed; DeepSpeed would "
-                    "wait for it for ever: remove it"
-                )
 
 
 def _free_port() -> int:

@@ -1,9 +1,9 @@
 """The forward pass that both engines run: hidden states, and optionally an objective that owns the head.
 
-DeepSpeed calls the model's ``forward``; ZeRO-3 gathers a parameter while the forward of its module runs. The objective needs
-the head's weight outside the head's own forward, so it is called inside the model's forward, where the weight (registered
-as an external parameter) is present, once a batch. The model object itself is passed to DeepSpeed: its names, configuration
-and tensor-parallel plan stay what AutoTP expects.
+DeepSpeed calls the model's ``forward``; ZeRO-3 gathers a parameter while the forward of its module runs. The
+objective needs the head's weight outside the head's own forward, so it is called inside the model's forward, where
+the weight (registered as an external parameter) is present, once a batch. The model object itself is passed to
+DeepSpeed: its names, configuration and tensor-parallel plan stay what AutoTP expects.
 """
 
 from __future__ import annotations

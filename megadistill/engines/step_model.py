@@ -1,4 +1,5 @@
-"""A decoder as generation sees it: prefill, decode, score. One implementation over any transformers decoder and its cache.
+"""A decoder as generation sees it: prefill, decode, score. One implementation over any transformers decoder and its
+cache.
 
 Shapes: B rows, P prompt columns (left-padded), S columns, H hidden size, Vs this rank's slice of the vocabulary.
 """
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megadistill.models.loading import new_cache
 from megadistill.parallel.vocab import VocabShard
 
 
 @dataclass
 class DecodeState:
-    """Key-value cache (this rank's heads), attention mask [B, columns so far] and next position [B] of the active rows."""
+    """Key-value cache (this rank's heads), attention mask [B, columns so far] and next position [B] of the active
+    rows."""
 
     cache: Any
     attention_mask: torch.Tensor
@@ -42,14 +45,12 @@ class HFStepModel:
     @torch.no_grad()
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[DecodeState, torch.Tensor]:
         """Reads left-padded prompts [B, P]; returns the state and the local logits [B, Vs] of the next token."""
-        from transformers.cache_utils import DynamicCache
-
         position_ids = positions_of(attention_mask)
         output = self.model.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=DynamicCache(),
+            past_key_values=new_cache(),
             use_cache=True,
         )
         state = DecodeState(output.past_key_values, attention_mask, position_ids[:, -1] + 1)

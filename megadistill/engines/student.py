@@ -12,12 +12,15 @@ from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import Objective, use_objective_forward
 from megadistill.engines.teacher import PartitionedModel, initialize
 from megadistill.models.loading import LoadedModel
+from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
 
 
 class Student(PartitionedModel):
     """A partitioned model with an optimizer. Losses are sums divided by global counts, so gradients are summed over
-    data-parallel ranks and micro-batches, never averaged."""
+    data-parallel ranks and micro-batches, never averaged. ``grad_norm`` is that of the last update, before clipping."""
+
+    grad_norm: float = float("nan")
 
     def forward(
         self,
@@ -48,12 +51,22 @@ class Student(PartitionedModel):
         assert self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        # Stage 0 in float32 has no optimizer of DeepSpeed's that would know the norm.
+        plain_norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else self._plain_grad_norm()
         self.engine.step()
+        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        self.grad_norm = float(norm) if norm is not None else float("nan")
 
-    def grad_norm(self) -> float:
-        """Norm of the last update's gradient before clipping."""
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+    def _plain_grad_norm(self) -> float:
+        """Norm over whole parameters: shards are summed over the tensor-parallel group (one all-reduce), copies count
+        once."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                is_shard = hasattr(parameter, "gather_params")
+                squares[int(is_shard)] += parameter.grad.double().square().sum()
+        shards = all_reduce_sum(squares[1:].clone(), self.context.tp_group)
+        return float((squares[0] + shards[0]).sqrt())
 
 
 def trained_model(

@@ -56,7 +56,8 @@ class PartitionedModel:
 
     @torch.no_grad()
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, H] through the engine: under ZeRO-3 every data-parallel rank must call it equally often."""
+        """Hidden states [B, S, H] through the engine: under ZeRO-3 every data-parallel rank must call it equally
+        often."""
         return self.engine(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
 

@@ -35,7 +35,8 @@ class StepModel(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every class. ``seed`` keys the random numbers."""
+    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every class. ``seed`` keys the random
+    numbers."""
 
     seed: int
     temperature: float = 1.0
@@ -47,7 +48,8 @@ class Sampling:
 class Rows:
     """Prompts of this data-parallel rank with their responses (token ids, EOS included where there is one).
 
-    ``sequence_ids`` are global and never repeat within a run: they key every random number of a row, whatever the layout.
+    ``sequence_ids`` are global and never repeat within a run: they key every random number of a row, whatever the
+    layout.
     """
 
     sequence_ids: tuple[int, ...]
@@ -62,8 +64,8 @@ class Rows:
 class Scores(NamedTuple):
     """The teacher's reading of responses, right-padded to N columns.
 
-    ``kl_map`` [B, N] float, nats: KL(teacher || student) at every response position. ``teacher_tokens`` [B, N] int64: the
-    teacher's own token there. ``mask`` [B, N] bool: positions that exist.
+    ``kl_map`` [B, N] float, nats: KL(teacher || student) at every response position. ``teacher_tokens`` [B, N] int64:
+    the teacher's own token there. ``mask`` [B, N] bool: positions that exist.
     """
 
     kl_map: torch.Tensor

@@ -1,6 +1,7 @@
 """Decoding: prompts in, responses out, the same tokens on every layout.
 
-A random number depends on (seed, sequence id, response position, stream) only, never on the batch a row happens to be in.
+A random number depends on (seed, sequence id, response position, stream) only, never on the batch a row happens to be
+in.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def rollout(
 ) -> Rows:
     """Continues every row until EOS (kept) or until its response has ``limits[row]`` tokens.
 
-    The responses in ``rows`` are prefixes that stay; a row whose prefix has ended is returned as it is. ``stream`` separates
-    the random numbers of several continuations of one row. ``progress`` is called with the number of finished rows.
-    Communicates over the tensor-parallel group only: data-parallel ranks may hold different numbers of rows and columns.
+    The responses in ``rows`` are prefixes that stay; a row whose prefix has ended is returned as it is. ``stream``
+    separates the random numbers of several continuations of one row. ``progress`` is called with the number of
+    finished rows. Communicates over the tensor-parallel group only: data-parallel ranks may hold different numbers of
+    rows and columns.
     """
     responses = [list(response) for response in rows.responses]
     todo = [

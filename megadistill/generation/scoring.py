@@ -28,16 +28,14 @@ def response_hidden(
 ) -> list[torch.Tensor]:
     """Hidden states that predict each response token: one [length of the response, H] tensor a row.
 
-    ``hidden(input_ids, attention_mask, position_ids)`` is called ceil(B / rows_per_pass) times, however long the rows are:
-    under ZeRO-3 all data-parallel ranks must make the same number of calls, so B is the same on all of them.
+    ``hidden(input_ids, attention_mask, position_ids)`` is called ceil(B / rows_per_pass) times, however long the rows
+    are: under ZeRO-3 all data-parallel ranks must make the same number of calls, so B is the same on all of them.
     """
     found: list[torch.Tensor] = []
     sequences = list(zip(rows.prompts, rows.responses, strict=True))
     for start in range(0, len(sequences), rows_per_pass):
         batch = right_padded(sequences[start : start + rows_per_pass], pad_id)
-        states = hidden(
-            batch.input_ids.to(device), batch.attention_mask.to(device), batch.position_ids.to(device)
-        )
+        states = hidden(batch.input_ids.to(device), batch.attention_mask.to(device), batch.position_ids.to(device))
         is_response = (batch.labels != IGNORE_INDEX).to(device)
         found.extend(row_states[row_mask] for row_states, row_mask in zip(states, is_response, strict=True))
     return found
@@ -57,7 +55,8 @@ def score_rows(
 ) -> Scores:
     """KL map and teacher tokens of every response position (method.md section 1).
 
-    Communicates over the tensor-parallel group as ``token_kl`` and ``sample_tokens`` do, and gathers the teacher's head once.
+    Communicates over the tensor-parallel group as ``token_kl`` and ``sample_tokens`` do, and gathers the teacher's
+    head once.
     """
     device = student_hidden[0].device
     lengths = torch.tensor([len(response) for response in rows.responses], device=device)

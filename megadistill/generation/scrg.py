@@ -1,4 +1,5 @@
-"""Sequence correction and re-generation (SCRG; paper, Eq. 3-4): the teacher replaces the worst token, the student writes on.
+"""Sequence correction and re-generation (SCRG; paper, Eq. 3-4): the teacher replaces the worst token, the student
+writes on.
 
 Shapes: B rows, N response columns.
 """
@@ -29,23 +30,22 @@ def find_error_positions(
 ) -> torch.Tensor:
     """Paper, Eq. 3: the position of the largest KL among those where student and teacher disagree.
 
-    Args: ``kl_map`` [B, N] nats; ``student_tokens``, ``teacher_tokens`` [B, N] int64; ``mask`` [B, N] bool, positions to
-    look at. Returns [B] int64; ties go to the earliest position, -1 where there is no disagreement. No communication:
-    the inputs are equal on all tensor-parallel ranks.
+    Args: ``kl_map`` [B, N] nats; ``student_tokens``, ``teacher_tokens`` [B, N] int64; ``mask`` [B, N] bool, positions
+    to look at. Returns [B] int64; ties go to the earliest position, -1 where there is no disagreement. No
+    communication: the inputs are equal on all tensor-parallel ranks.
     """
     candidates = mask.bool() & (student_tokens != teacher_tokens)
     if kl_map.shape[1] == 0:
         return torch.full(kl_map.shape[:1], NO_ERROR, dtype=torch.int64, device=kl_map.device)
     kl = torch.where(candidates, kl_map, torch.full_like(kl_map, -torch.inf))
     is_largest = candidates & (kl == kl.amax(dim=1, keepdim=True))
-    # argmax of an integer ramp: torch promises no order among equal maxima, so the ramp makes the first one the largest.
+    # argmax of an integer ramp: torch promises no order among equal maxima, so the ramp makes the first one the
+    # largest.
     ramp = torch.arange(kl_map.shape[1], 0, -1, device=kl_map.device)
     return torch.where(is_largest.any(dim=1), (is_largest * ramp).argmax(dim=1), NO_ERROR)
 
 
-def revise(
-    rows: Rows, *, score: Scorer, write_on: Callable[[Rows, int], Rows], rounds: int
-) -> Revision:
+def revise(rows: Rows, *, score: Scorer, write_on: Callable[[Rows, int], Rows], rounds: int) -> Revision:
     """Corrects every row ``rounds`` times, each later round only right of the last correction (ours: so rounds end).
 
     ``score(rows, round)`` is the teacher's reading; ``write_on(rows, round)`` is the student's continuation of the kept
@@ -60,7 +60,9 @@ def revise(
         width = scores.kl_map.shape[1]
         columns = torch.arange(width, device=scores.mask.device)
         # A row without an error in one round is unchanged and would be found without one again.
-        is_open = torch.tensor([round_index == 0 or count == round_index for count in counts], device=scores.mask.device)
+        is_open = torch.tensor(
+            [round_index == 0 or count == round_index for count in counts], device=scores.mask.device
+        )
         right_of_last = columns[None] > torch.tensor(last, device=scores.mask.device)[:, None]
         student_tokens = torch.tensor(
             [[*response, *[0] * (width - len(response))] for response in rows.responses],

@@ -46,7 +46,8 @@ class DistillOutput:
 
     Scalars are this call's sum divided by the global count, so that adding them up over data-parallel ranks and
     micro-batches gives the global mean. sft, dac_kl, span: the terms without their weights (dac_kl times
-    temperature^2). kept_mass: teacher probability that the mask keeps; mean_lower, mean_upper: quantiles l and u (0 and 1 unclipped).
+    temperature^2). kept_mass: teacher probability that the mask keeps; mean_lower, mean_upper: quantiles l and u, 0 and
+    1 without clipping.
     kl_map [T]: unclipped KL in nats at `temperature`, 0 in ignored rows; teacher_top1 [T]: argmax p, -1 there.
     """
 

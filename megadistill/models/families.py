@@ -1,4 +1,5 @@
-"""How each model family is cut: which module is the decoder, which counts tensor parallelism must divide, what AutoTP needs.
+"""How each model family is cut: which module is the decoder, which counts tensor parallelism must divide, what AutoTP
+needs.
 
 Everything that depends on a family is a row of ``FAMILIES``; nothing else in the project asks for a model type.
 """
@@ -19,9 +20,9 @@ from megadistill.errors import ConfigError
 class Family:
     """One row: everything the engines and exporters must know of a family.
 
-    ``head_counts`` names the configuration attributes whose values tp_size must divide. ``partition_config`` is AutoTP's
-    explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``after_cut`` corrects what
-    AutoTP forgets, ``export`` turns a full (name, tensor) pair back into the family's standard layout.
+    ``head_counts`` names the configuration attributes whose values tp_size must divide. ``partition_config`` is
+    AutoTP's explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``after_cut``
+    corrects what AutoTP forgets, ``export`` turns a full (name, tensor) pair back into the family's standard layout.
     """
 
     head_counts: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Models from a folder, a hub name, or a configuration alone (random weights), ready to be cut.
 
-Weights stay memory-mapped where the file's type is the run's type, so the ranks of a node share one copy of the file and
-each only copies the slice that tensor parallelism leaves it.
+Weights stay memory-mapped where the file's type is the run's type, so the ranks of a node share one copy of the file
+and each only copies the slice that tensor parallelism leaves it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ from megadistill.errors import ConfigError
 from megadistill.models.families import Family, family_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DROPOUTS = (
-    "dropout attention_dropout activation_dropout hidden_dropout attn_pdrop resid_pdrop embd_pdrop layerdrop summary_first_dropout"
-).split()
+_DROPOUTS = [
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "layerdrop",
+    "summary_first_dropout",
+]
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -28,8 +36,8 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.jso
 class LoadedModel:
     """A model on the CPU before it is cut.
 
-    ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded vocabulary
-    rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded with.
+    ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded
+    vocabulary rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded with.
     """
 
     model: nn.Module
@@ -68,10 +76,10 @@ def has_weights(path: str) -> bool:
 def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str) -> LoadedModel:
     """Loads (or, from a configuration alone, randomly makes) a causal language model with dropout off.
 
-    The head (and a tied embedding) is cut to the first ``vocab_size`` rows. ``seed`` determines random weights, which are
-    therefore the same on every rank. Raises ConfigError for unusable folders.
+    The head (and a tied embedding) is cut to the first ``vocab_size`` rows. ``seed`` determines random weights, which
+    are therefore the same on every rank. Raises ConfigError for unusable folders.
     """
-    import torch._dynamo.polyfills.loader  # noqa: F401  DeepSpeed's zero.Init crashes when this is first imported inside it
+    import torch._dynamo.polyfills.loader
     from transformers import AutoModelForCausalLM
 
     pristine = load_model_config(path, where)
@@ -103,7 +111,9 @@ def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, 
     """Drops padded rows past ``vocab_size``: they are cut, never masked with -inf (method.md section 5)."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight.shape[0] < vocab_size:
-        raise ConfigError(f"{where}: the model has {head.weight.shape[0]} vocabulary rows, the tokenizer needs {vocab_size}")
+        raise ConfigError(
+            f"{where}: the model has {head.weight.shape[0]} vocabulary rows, the tokenizer needs {vocab_size}"
+        )
     if head.weight.shape[0] == vocab_size:
         return {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -137,6 +147,13 @@ def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_siz
                 "teacher and student may differ in padded rows only"
             )
     return tokenizer_size
+
+
+def new_cache() -> Any:
+    """An empty key-value cache that grows with what a decoder reads; it holds the heads of this rank."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache()
 
 
 def _neighbours(path: Path) -> str:

@@ -13,8 +13,8 @@ from megadistill.parallel.context import ParallelContext
 class GateTrainer:
     """Keeps the quantile gate identical on all ranks.
 
-    Its inputs are merged over the tensor-parallel group, so its gradients are equal there; over the data-parallel group they
-    are summed by hand, because every loss is already divided by a global count.
+    Its inputs are merged over the tensor-parallel group, so its gradients are equal there; over the data-parallel
+    group they are summed by hand, because every loss is already divided by a global count.
     """
 
     def __init__(self, gate: QuantileGate, *, lr: float, context: ParallelContext) -> None:

@@ -42,9 +42,10 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
         dp_size=context.dp_size,
     )
     begun, metrics, last_eval = time.perf_counter(), {}, {}
-    with _Record(start.run_dir, context, first_step) as record, progress_bar(
-        description="train", total=config.train.max_steps, unit="step", rank=context.rank
-    ) as bar:
+    with (
+        _Record(start.run_dir, context, first_step) as record,
+        progress_bar(description="train", total=config.train.max_steps, unit="step", rank=context.rank) as bar,
+    ):
         bar.update(first_step)
         for step in range(first_step, config.train.max_steps):
             step_begun, done = time.perf_counter(), step + 1
@@ -173,9 +174,7 @@ def _check_finite(metrics: dict[str, float], step: int) -> None:
         )
 
 
-def _headline(
-    config: RunConfig, context: ParallelContext, data: TrainingData, first_step: int, start: Start
-) -> str:
+def _headline(config: RunConfig, context: ParallelContext, data: TrainingData, first_step: int, start: Start) -> str:
     resumed = f", resumed from {start.checkpoint} at step {first_step}" if start.checkpoint else ""
     return (
         f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "

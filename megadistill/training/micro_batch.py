@@ -1,4 +1,5 @@
-"""One forward pass of the student: reference rows for L_SFT and rows of training text for the teacher's losses, together.
+"""One forward pass of the student: reference rows for L_SFT and rows of training text for the teacher's losses,
+together.
 
 Shapes: B rows, S columns; n_sft, n_kd rows of the flattened [B * S] hidden states that carry a loss.
 """
@@ -28,8 +29,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One prompt of a step. ``text`` is what the teacher's losses are computed on (None: nothing), ``pairs[t]`` says that
-    its tokens t and t+1 are in one span, ``teacher_hidden`` [len(text), H_T] predicts its tokens."""
+    """One prompt of a step. ``text`` is what the teacher's losses are computed on (None: nothing), ``pairs[t]`` says
+    that its tokens t and t+1 are in one span, ``teacher_hidden`` [len(text), H_T] predicts its tokens."""
 
     prompt: Tokens
     reference: Tokens | None
@@ -52,13 +53,14 @@ class MicroBatch:
 
     @property
     def is_shared(self) -> bool:
-        """True when the teacher's losses are on the reference rows themselves: one pass over the head serves all three."""
+        """True when the teacher's losses are on the reference rows themselves: one pass over the head serves all
+        three."""
         return torch.equal(self.sft_index, self.kd_index)
 
 
 def build_micro_batch(rows: Sequence[TrainingRow], *, pad_id: int, device: torch.device) -> MicroBatch:
-    """Collates rows. Text that equals the reference is not repeated. A batch without any loss has one padding row, because
-    every rank makes the same number of forward passes."""
+    """Collates rows. Text that equals the reference is not repeated. A batch without any loss has one padding row,
+    because every rank makes the same number of forward passes."""
     sequences: list[tuple[Tokens, Tokens]] = []
     reference_at: dict[int, int] = {}
     for number, row in enumerate(rows):

@@ -53,7 +53,9 @@ def plan_start(config: RunConfig) -> Start:
     is_used = any((run_dir / name).exists() for name in (RESOLVED, "metrics.jsonl", "checkpoints"))
     if resume == "never":
         if is_used:
-            raise ConfigError(f"run.dir={run_dir} holds another run and train.resume=never; choose another folder or auto")
+            raise ConfigError(
+                f"run.dir={run_dir} holds another run and train.resume=never; choose another folder or auto"
+            )
         return Start(run_dir, None)
     if is_used:
         _check_same_run(config, run_dir)

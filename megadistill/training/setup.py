@@ -100,7 +100,9 @@ def run_tokenizer(config: RunConfig) -> Any:
     return loaded[first]
 
 
-def load_rows(path: str, tokenizer: Any, data: DataSection, report: dict[str, int], name: str) -> list[TokenizedExample]:
+def load_rows(
+    path: str, tokenizer: Any, data: DataSection, report: dict[str, int], name: str
+) -> list[TokenizedExample]:
     """Reads and tokenises one file as ``data`` says, adding counts to ``report``. Raises DataError."""
     fields = FieldNames(data.instruction_field, data.input_field, data.output_field)
     examples = load_examples(
@@ -127,14 +129,21 @@ def load_rows(path: str, tokenizer: Any, data: DataSection, report: dict[str, in
 
 
 def load_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
-    """All rows of a run. Raises ConfigError when there are none to train on, DataError for what is wrong with a file."""
+    """All rows of a run. Raises ConfigError when there are none to train on, DataError for what is wrong with a
+    file."""
     data, report = config.data, {}
     if data.train_path is None and data.prompts_path is None:
         raise ConfigError("data.train_path is missing: nothing to train on")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
     if config.generation.mode == "dataset" and not any(row.response_ids for row in rows["train"]):
-        raise DataError(f"{data.train_path}: no row has a reference, and generation.mode=dataset trains on nothing else")
+        raise DataError(
+            f"{data.train_path}: no row has a reference, and generation.mode=dataset trains on nothing else"
+        )
+    if config.train.eval_every and not rows["valid"]:
+        raise DataError(
+            f"{data.valid_path}: no row is left to validate on (train.eval_every={config.train.eval_every})"
+        )
     return TrainingData(rows["train"], rows["prompts"], rows["valid"], report)
 
 
@@ -186,7 +195,9 @@ def build_parts(config: RunConfig, context: ParallelContext, tokenizer: Any) -> 
     )
     gate = None
     if teacher is not None and loss.clip == "gate" and loss.dac_kl > 0:
-        gate = GateTrainer(QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context)
+        gate = GateTrainer(
+            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
+        )
     return Parts(
         config=config,
         context=context,

@@ -1,5 +1,5 @@
-"""One distillation step, top to bottom: the student writes, the teacher corrects, the student writes on; then three losses,
-one update (paper, section 3). ``rows`` are this data-parallel rank's share of the global batch.
+"""One distillation step, top to bottom: the student writes, the teacher corrects, the student writes on; then three
+losses, one update (paper, section 3). ``rows`` are this data-parallel rank's share of the global batch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import torch
 
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.data.tokenize import TokenizedExample
-from megadistill.engines.student import Student
-from megadistill.engines.teacher import PartitionedModel
 from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_ROLLOUT, student_probability, uses_student_text
 from megadistill.generation.protocols import Rows, Sampling
 from megadistill.generation.rollout import rollout
-from megadistill.generation.scoring import response_hidden, score_rows
+from megadistill.generation.scoring import score_rows
 from megadistill.generation.scrg import NO_ERROR, Revision, revise
 from megadistill.observability.timers import Timers
-from megadistill.training.gate import GateTrainer
 from megadistill.training.micro_batch import Counts, Objective, TrainingRow, build_micro_batch
 from megadistill.training.parts import Parts
 from megadistill.training.schedule import learning_rate
@@ -76,7 +73,7 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
             parts.gate.step(loss_scale=parts.context.dp_size)
 
     metrics = collect_metrics(objectives, counts, revision, parts)
-    metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm(), "phi": student_probability(config.generation)}
+    metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": student_probability(config.generation)}
     metrics |= timers.seconds()
     return StepResult(metrics, samples_of(step, rows, written, revision, parts))
 

@@ -240,5 +240,5 @@ def test_a_hanging_rank_is_named_and_ended():
         if rank == 0:
             dist.recv(torch.zeros(1), src=1)
 
-    with pytest.raises(RankError, match="were not done after 1.0 s|rank 0 of 2 failed"):
+    with pytest.raises(RankError, match="were not done after 1.0 s|rank . of 2 failed"):
         run_ranks(body, 2, timeout_s=1.0)

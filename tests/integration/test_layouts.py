@@ -24,9 +24,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _runs(assets: Path, out: Path, *more: str) -> list[tuple[str, list[str]]]:
     """One update of every family, and twenty steps of one."""
-    one_step = [
-        (str(out / family), settings(assets, family, "train.max_steps=1", *more)) for family in FAMILY_CONFIGS
-    ]
+    one_step = [(str(out / family), settings(assets, family, "train.max_steps=1", *more)) for family in FAMILY_CONFIGS]
     return [*one_step, (str(out / "long"), settings(assets, "llama", f"train.max_steps={STEPS}", SEED, *more))]
 
 
@@ -55,9 +53,7 @@ def _assert_same_run(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(("tp_size", "dp_size"), LAYOUTS)
-def test_layout_equals_one_process(
-    assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int
-) -> None:
+def test_layout_equals_one_process(assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int) -> None:
     run_layout(tp_size * dp_size, _runs(assets, tmp_path, f"parallel.tp_size={tp_size}"))
     for family in FAMILY_CONFIGS:
         _assert_same_weights(tmp_path / family, reference / family)

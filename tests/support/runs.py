@@ -25,7 +25,8 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_assets(folder: Path) -> None:
-    """A small corpus, a tokenizer of an odd size (uneven shards at every tp) and model configurations of all families."""
+    """A small corpus, a tokenizer of an odd size (uneven shards at every tp) and model configurations of all
+    families."""
     from megadistill.data.synthetic import CorpusSizes, generate_corpus, write_corpus
     from megadistill.data.tokenize import load_tokenizer
     from megadistill.data.train_tokenizer import train_tokenizer
@@ -84,8 +85,14 @@ def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]]) -> None:
     import deepspeed
     from deepspeed.utils import groups
 
+    from megadistill.engines.backend import leave_out_shm_op
+
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"WORLD_SIZE": str(torch.distributed.get_world_size()), "LOCAL_SIZE": os.environ.get("WORLD_SIZE", "1")}
+    os.environ |= {
+        "WORLD_SIZE": str(torch.distributed.get_world_size()),
+        "LOCAL_SIZE": os.environ.get("WORLD_SIZE", "1"),
+    }
+    leave_out_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for run_dir, overrides in runs:
         _train(run_dir, list(overrides))

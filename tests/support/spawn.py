@@ -22,7 +22,7 @@ class RankError(AssertionError):
     """Says which rank failed and shows its traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
     """Runs `fn(rank, *args)` on `world_size` ranks of a gloo group (dist.group.WORLD), one thread each.
 
     Returns the ranks' results in rank order; they are pickled, so hand back tensors of modest size or numbers. Raises

@@ -100,7 +100,7 @@ def test_spacy_absent_is_one_clear_line(monkeypatch):
     with pytest.raises(ConfigError, match="data.span_prior=spacy: spaCy is not installed .pip install spacy"):
         make_span_prior("spacy")
     missing = types.ModuleType("spacy")
-    missing.load = lambda name: (_ for _ in ()).throw(OSError("[E050] Can't find model"))
+    missing.load = lambda name, exclude: (_ for _ in ()).throw(OSError("[E050] Can't find model"))
     monkeypatch.setitem(sys.modules, "spacy", missing)
     with pytest.raises(ConfigError, match="its model 'en_core_web_sm' is not installed"):
         make_span_prior("spacy")

@@ -1,0 +1,50 @@
+"""Pictures of a run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_TERMS = (("loss", "total"), ("loss/sft", "SFT"), ("loss/dac_kl", "DAC-KL"), ("loss/span", "span"))
+
+
+def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = None) -> Path:
+    """Draws the losses, the validation likelihood and the gate of a run into a PNG; ``baseline_nll`` is a dashed line.
+
+    Units: nats a token for losses and likelihood, a share of 1 for kept mass.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed, on a cluster there is none
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for key, label in _TERMS:
+        steps, values = _series(records, key)
+        if steps:
+            left.plot(steps, values, label=label, linewidth=1.2)
+    left.set(title="training losses", xlabel="step", ylabel="nats a token")
+    left.set_yscale("symlog", linthresh=0.1)
+    left.legend()
+    steps, values = _series(records, "eval/nll")
+    middle.plot(steps, values, marker="o", label="student")
+    if baseline_nll is not None:
+        middle.axhline(baseline_nll, linestyle="--", color="grey", label="SFT student (test rows)")
+    middle.set(title="references of the validation rows", xlabel="step", ylabel="negative log-likelihood, nats a token")
+    middle.set_ylim(bottom=0)
+    middle.legend()
+    steps, values = _series(records, "kept_mass")
+    right.plot(steps, values, color="tab:green")
+    right.axhspan(0.9, 0.99, alpha=0.12, color="tab:green")
+    right.set(title="teacher mass that the gate keeps", xlabel="step", ylabel="share", ylim=(0.5, 1.02))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+    return target
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]

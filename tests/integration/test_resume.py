@@ -1,0 +1,128 @@
+"""Checkpoints: a resumed run is the undisturbed one, bit for bit; what is broken or foreign is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadistill.checkpoint.hf_export import check_export, export_checkpoint
+from megadistill.errors import CheckpointError
+from tests.support.runs import run_layout, samples, settings, weights, write_assets
+from tests.support.spawn import RankError
+
+TIMES = ("time/", "memory/")
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    write_assets(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps at tp 2 x dp 2 with a checkpoint in the middle."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_layout(4, [(str(out), _settings(assets))])
+    return out
+
+
+def _settings(assets: Path, *more: str) -> list[str]:
+    return settings(
+        assets, "llama", "parallel.tp_size=2", "train.max_steps=20", "train.save_every=10", "train.eval_every=5",
+        f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6", "generation.mode=mixed",
+        "generation.student_ratio=0.7", "generation.scrg.rounds=2", *more,
+    )  # fmt: skip
+
+
+def _numbers(run_dir: Path) -> list[dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)} for line in lines]
+
+
+def _state(run_dir: Path, step: int) -> list[torch.Tensor]:
+    state = torch.load(run_dir / "checkpoints" / f"step_{step}" / "trainer.pt", weights_only=True)
+    return [*state["gate"]["gate"].values()]
+
+
+def test_resume_is_bitwise_the_undisturbed_run(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Losses, tokens, weights and gate; the run directory is what a job that died after step 13 leaves behind."""
+    died = tmp_path / "died"
+    shutil.copytree(undisturbed, died)
+    shutil.rmtree(died / "checkpoints" / "step_20")
+    (died / "checkpoints" / "latest").write_text("step_10\n")
+    (died / "summary.json").unlink()
+    lines = (died / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
+    run_layout(4, [(str(died), _settings(assets))])
+    assert _numbers(died) == _numbers(undisturbed)
+    assert samples(died) == samples(undisturbed)
+    ours, theirs = weights(died, 20), weights(undisturbed, 20)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(a, b) for a, b in zip(_state(died, 20), _state(undisturbed, 20), strict=True))
+    changed = weights(undisturbed, 10)
+    assert any(not torch.equal(changed[name], theirs[name]) for name in theirs)
+
+
+def test_a_new_run_starts_from_a_named_checkpoint(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    more = f"train.resume={undisturbed / 'checkpoints' / 'step_10'}"
+    run_layout(4, [(str(tmp_path / "forked"), _settings(assets, more))])
+    assert _numbers(tmp_path / "forked") == _numbers(undisturbed)[10:]
+
+
+def test_other_layouts_and_broken_files_are_refused(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    checkpoint = undisturbed / "checkpoints" / "step_10"
+    with pytest.raises(RankError, match="saved at tp_size=2 dp_size=2 zero_stage=3; this run has tp_size=1 dp_size=2"):
+        run_layout(2, [(str(tmp_path / "a"), _settings(assets, f"train.resume={checkpoint}", "parallel.tp_size=1"))])
+    broken = tmp_path / "step_10"
+    shutil.copytree(checkpoint, broken)
+    victim = next(broken.glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(RankError, match="does not match its checksum"):
+        run_layout(4, [(str(tmp_path / "b"), _settings(assets, f"train.resume={broken}"))])
+
+
+def test_export_loads_with_plain_transformers_and_predicts_the_same(undisturbed: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "student"
+    export_checkpoint(undisturbed, folder)
+    check_export(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder)) + 2  # the padded rows are back
+    assert torch.equal(model.lm_head.weight, weights(undisturbed, 20)["lm_head.weight"])
+    export_checkpoint(undisturbed / "checkpoints" / "step_10", tmp_path / "half", dtype="bf16")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half.lm_head.weight, weights(undisturbed, 10)["lm_head.weight"].bfloat16())
+
+
+def test_export_refuses_what_it_cannot_trust(undisturbed: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        export_checkpoint(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        export_checkpoint(undisturbed, tmp_path / "full")
+    short = tmp_path / "short"
+    shutil.copytree(undisturbed / "checkpoints" / "step_20", short)
+    weights_file = short / "hf" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model.safetensors has .* bytes, expected"):
+        export_checkpoint(short, tmp_path / "out")
+    (short / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        export_checkpoint(short, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_fall(undisturbed: Path) -> None:
+    found = [n["eval/nll"] for n in _numbers(undisturbed) if "eval/nll" in n]
+    assert len(found) == 4 and found[-1] < found[0]

@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
         "Scores models on evaluation sets: sampled with every seed of eval.seeds, greedy, and by the\n"
         "likelihood of the references.",
         "examples:\n"
-        "  megadistill evaluate --config configs/demo.yaml --model runs/demo --model teacher=runs/assets/demo_0/teacher\n"
+        "  megadistill evaluate --config configs/demo.yaml --model runs/demo --suite dolly=FILE\n"
         "  deepspeed --num_gpus 2 --no_local_rank --module megadistill evaluate --config F",
     )
     parser.add_config()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megadistill.checkpoint.hf_export import HF_FOLDER
 from megadistill.checkpoint.manifest import LATEST, MANIFEST, find_checkpoint
+from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
 from megadistill.engines.launch import distributed, world_size
 from megadistill.errors import CheckpointError
@@ -19,6 +20,7 @@ from megadistill.parallel.topology import resolve_tp_size
 
 def model_folder(path: str) -> str:
     """A model folder or hub name as it is; a checkpoint or run directory becomes its Hugging Face folder."""
+    ask_hub_only_if_there([path])
     local = Path(path)
     if not local.is_dir() or (local / "config.json").exists():
         return path

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megadistill.config.load import load_config
@@ -40,3 +41,12 @@ class Parser(argparse.ArgumentParser):
 def config_of(parsed: argparse.Namespace) -> RunConfig:
     """The run configuration that the arguments name."""
     return load_config(parsed.config, parsed.overrides)
+
+
+def ask_hub_only_if_there(paths: Iterable[str | None]) -> None:
+    """Where one of the paths is no local one and the hub cannot be reached, says so at once instead of after
+    retries."""
+    if any(path is not None and not Path(path).exists() for path in paths):
+        from megadistill.data.hub import offline_if_unreachable
+
+        offline_if_unreachable()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser, config_of
+from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,6 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.training.setup import build_parts, check_models, load_training_data, run_tokenizer
 
     ensure_assets(config)
+    ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # What can be wrong with the user's files is found before processes wait for one another.
     start = plan_start(config)
     tp_size = check_models(config, world_size())

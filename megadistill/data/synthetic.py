@@ -54,17 +54,9 @@ VERBS = _verbs("""
     send sends sent sent
     take takes took taken
     forget forgets forgot forgotten
-    clean cleans cleaned cleaned
-    open opens opened opened
-    push pushes pushed pushed
     drop drops dropped dropped
     give gives gave given
     throw throws threw thrown
-    lift lifts lifted lifted
-    move moves moved moved
-    shake shakes shook shaken
-    leave leaves left left
-    need needs needed needed
 """)
 
 _TRADES = """
@@ -78,28 +70,20 @@ _TRADES = """
     writer writers | write writes wrote written | novels | in the attic
     singer singers | sing sings sang sung | ballads | on the stage
     driver drivers | drive drives drove driven | trucks | on the road
-    miner miners | dig digs dug dug | coal | under the hill
     potter potters | shape shapes shaped shaped | clay | by the kiln
-    judge judges | hear hears heard heard | cases | in the court
     waiter waiters | serve serves served served | dinner | in the restaurant
     banker bankers | lend lends lent lent | money | at the bank
     soldier soldiers | guard guards guarded guarded | gates | at the castle
-    chemist chemists | mix mixes mixed mixed | acids | in the laboratory
     builder builders | build builds built built | houses | in the suburb
-    hunter hunters | track tracks tracked tracked | deer | in the forest
     postman postmen | deliver delivers delivered delivered | parcels | along the street
-    smith smiths | forge forges forged forged | swords | in the smithy
     florist florists | sell sells sold sold | roses | at the market
     barber barbers | cut cuts cut cut | hair | in the salon
     painter painters | paint paints painted painted | portraits | in the studio
     shepherd shepherds | feed feeds fed fed | sheep | on the meadow
     cook cooks | boil boils boiled boiled | soup | in the kitchen
-    nun nuns | sweep sweeps swept swept | floors | in the convent
     king kings | wear wears wore worn | crowns | in the palace
     thief thieves | rob robs robbed robbed | travellers | in the alley
-    actor actors | play plays played played | heroes | at the theatre
     sailor sailors | steer steers steered steered | ships | on the sea
-    brewer brewers | brew brews brewed brewed | beer | in the cellar
 """
 
 
@@ -112,26 +96,93 @@ TRADES = _trades(_TRADES)
 
 OPPOSITES = [
     tuple(pair.split("/"))
-    for pair in ["old/young", "tall/short", "rich/poor", "happy/sad", "brave/timid", "strong/weak", "kind/cruel", "loud/quiet", "lazy/busy", "clever/foolish", "polite/rude", "famous/unknown", "calm/nervous", "honest/dishonest", "careful/careless", "patient/impatient"]
+    for pair in [
+        "old/young",
+        "tall/short",
+        "rich/poor",
+        "happy/sad",
+        "brave/timid",
+        "strong/weak",
+        "kind/cruel",
+        "loud/quiet",
+        "lazy/busy",
+        "clever/foolish",
+        "polite/rude",
+        "famous/unknown",
+        "calm/nervous",
+        "honest/dishonest",
+        "careful/careless",
+        "patient/impatient",
+    ]
 ]
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
 ADJECTIVES = sorted(OPPOSITE)
 COLOURS = ["red", "blue", "green", "black", "white", "yellow", "brown", "grey", "golden", "silver", "wooden", "heavy"]
-OBJECTS = ["basket", "letter", "lamp", "bottle", "ladder", "box", "key", "map", "drum", "chair", "coin", "mirror", "blanket", "candle", "hammer", "bucket", "clock", "ring", "book", "carpet", "kettle", "rope", "flag", "guitar"]
-PLACES = ["near the river", "in the garden", "behind the church", "at the station", "in the cave", "under the bridge", "beside the tower", "on the island", "across the valley", "at the harbour", "outside the museum", "in the tunnel"]
-TIMES = ["at dawn", "at noon", "at midnight", "after lunch", "before supper", "during the storm", "in the evening", "in the winter", "in the summer", "on Monday", "on Friday", "every day"]
+OBJECTS = [
+    "basket",
+    "letter",
+    "lamp",
+    "bottle",
+    "ladder",
+    "box",
+    "key",
+    "map",
+    "drum",
+    "chair",
+    "coin",
+    "mirror",
+    "blanket",
+    "candle",
+    "hammer",
+    "bucket",
+    "clock",
+    "ring",
+    "book",
+    "carpet",
+    "kettle",
+    "rope",
+    "flag",
+    "guitar",
+]
+PLACES = [
+    "near the river",
+    "in the garden",
+    "behind the church",
+    "at the station",
+    "in the cave",
+    "under the bridge",
+    "beside the tower",
+    "on the island",
+    "across the valley",
+    "at the harbour",
+    "outside the museum",
+    "in the tunnel",
+]
+TIMES = [
+    "at dawn",
+    "at noon",
+    "at midnight",
+    "after lunch",
+    "before supper",
+    "during the storm",
+    "in the evening",
+    "in the winter",
+    "in the summer",
+    "on Monday",
+    "on Friday",
+    "every day",
+]
 
 
 class Clause(NamedTuple):
-    """One sentence before it is put into words; `where` and `when` may be empty."""
+    """One sentence before it is put into words; `tail` says where or when."""
 
     adjective: str
     trade: Trade
     verb: Verb
     colour: str
     thing: str
-    where: str
-    when: str
+    tail: str
 
     @property
     def subject(self) -> str:
@@ -145,10 +196,6 @@ class Clause(NamedTuple):
     def object(self) -> str:
         return _join("the", self.colour, self.thing)
 
-    @property
-    def tail(self) -> str:
-        return _join(self.where, self.when)
-
 
 def _join(*words: str) -> str:
     return " ".join(word for word in words if word)
@@ -160,15 +207,13 @@ def _sentence(*words: str, mark: str = ".") -> str:
 
 
 def _clause(rng: Random) -> Clause:
-    tail = rng.randrange(3)
     return Clause(
         adjective=rng.choice(ADJECTIVES),
         trade=rng.choice(TRADES),
         verb=rng.choice(VERBS),
         colour=rng.choice(COLOURS),
         thing=rng.choice(OBJECTS),
-        where=rng.choice(PLACES) if tail != 1 else "",
-        when=rng.choice(TIMES) if tail != 0 else "",
+        tail=rng.choice(PLACES + TIMES),
     )
 
 

@@ -111,7 +111,7 @@ def test_the_tool_is_the_same_function(source, folder, tokenizer, tmp_path):
         assert (tmp_path / "tool" / name).read_bytes() == (tmp_path / "function" / name).read_bytes()
     refused = tool(source, tmp_path / "tool2", "--tokenizer", folder)
     assert refused.returncode == 2
-    assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
+    assert [line for line in refused.stderr.splitlines() if line.startswith("megadistill: ")] == [
         refused.stderr.splitlines()[-1]
     ]
     assert "rows.jsonl:44" in refused.stderr and "Traceback" not in refused.stderr

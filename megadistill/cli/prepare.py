@@ -1,0 +1,140 @@
+"""Check, filter and split an instruction data set into JSONL files that `megadistill train` reads, with a report.
+
+    megadistill prepare SOURCE FOLDER --tokenizer MODEL_FOLDER [--valid 400]
+    mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER
+
+SOURCE is a JSONL, JSON, CSV, TSV or Parquet file, a `datasets` folder or a hub name. Under mpirun (with mpi4py) the
+ranks share the tokenising; the files are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from megadistill.cli.parsing import Parser
+from megadistill.data.convert import ConvertedShare, ConvertOptions, convert_share, report_text, write_converted
+from megadistill.data.dataset import FieldNames
+from megadistill.data.prompts import TEMPLATES
+from megadistill.data.tokenize import load_tokenizer
+from megadistill.errors import ConfigError, MegadistillError
+from megadistill.observability.progress import progress_bar
+
+# What Open MPI, MPICH and Intel MPI, and PMIx set for every rank they start.
+_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+def parser_of() -> Parser:
+    """All arguments of the verb."""
+    parser = Parser("prepare", __doc__ or "")
+    parser.add_argument("source", help="file, `datasets` folder or hub name")
+    parser.add_argument("folder", help="where train.jsonl, valid.jsonl and report.json go")
+    parser.add_argument(
+        "--tokenizer", required=True, help="model folder or hub name; its tokens are the unit of limits"
+    )
+    parser.add_argument("--valid", type=int, default=0, metavar="N", help="rows set aside for validation (default 0)")
+    parser.add_argument(
+        "--template", default="alpaca", choices=list(TEMPLATES), help="prompt template (default alpaca)"
+    )
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, default=256, metavar="N", help="leave out longer prompts (256)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="limit of prompt + response (512)")
+    parser.add_argument("--drop-long-responses", action="store_true", help="leave out rows over --max-tokens, too")
+    parser.add_argument("--min-reference-words", type=int, default=0, metavar="N", help="leave out shorter references")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="keep the first N rows that pass")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep rows whose prompt was seen before")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="count and skip malformed rows instead of stopping"
+    )
+    parser.add_argument("--instruction-field", default="instruction", metavar="NAME")
+    parser.add_argument("--input-field", default="input", metavar="NAME")
+    parser.add_argument("--output-field", default="output", metavar="NAME")
+    parser.add_argument("--split", default="train", help="split of a folder or hub data set (default train)")
+    parser.add_argument("--config-name", help="configuration of a hub data set")
+    parser.add_argument("--seed", type=int, default=0, help="draws the validation rows (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
+    return parser
+
+
+def options_of(arguments: argparse.Namespace) -> ConvertOptions:
+    return ConvertOptions(
+        path=arguments.source,
+        fields=FieldNames(arguments.instruction_field, arguments.input_field, arguments.output_field),
+        split=arguments.split,
+        config_name=arguments.config_name,
+        skip_bad_rows=arguments.skip_bad_rows,
+        template=arguments.template,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        max_tokens=arguments.max_tokens,
+        drop_long_responses=arguments.drop_long_responses,
+        min_reference_words=arguments.min_reference_words,
+        drop_duplicates=not arguments.keep_duplicates,
+        max_rows=arguments.max_rows,
+        num_valid=arguments.valid,
+        seed=arguments.seed,
+    )
+
+
+def communicator() -> Any | None:
+    """MPI's world where a launcher started this process, else None."""
+    if not any(name in os.environ for name in _LAUNCHER_VARIABLES):
+        return None
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise ConfigError(
+            "started by mpirun, but mpi4py is not installed: pip install mpi4py, or start without"
+        ) from None
+    return MPI.COMM_WORLD
+
+
+def run(arguments: Sequence[str]) -> int:
+    parsed = parser_of().parse(arguments)
+    world = communicator()
+    if world is None:
+        return finish([check(parsed, 0, 1)], parsed)
+    try:
+        outcomes = world.gather(check(parsed, world.Get_rank(), world.Get_size()), root=0)
+        code = finish_quietly(outcomes, parsed) if outcomes is not None else None
+        return int(world.bcast(code, root=0))
+    except Exception:
+        traceback.print_exc()
+        # A rank that dies of a defect would leave the others waiting in the gather.
+        world.Abort(1)
+        raise
+
+
+def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
+    """This rank's share, or the error that stopped it: errors travel to rank 0 as results do."""
+    try:
+        tokenizer = load_tokenizer(parsed.tokenizer)
+        bar = partial(progress_bar, description="checking rows", unit="batch", rank=rank)
+        return convert_share(options_of(parsed), tokenizer, share=rank, num_shares=size, progress=bar)
+    except MegadistillError as error:
+        return error
+
+
+def finish(outcomes: Sequence[ConvertedShare | MegadistillError], parsed: argparse.Namespace) -> int:
+    """Writes the files and prints the report; raises the first rank's error."""
+    shares = []
+    for outcome in outcomes:
+        if isinstance(outcome, MegadistillError):
+            raise outcome
+        shares.append(outcome)
+    print(report_text(write_converted(shares, options_of(parsed), parsed.folder, overwrite=parsed.overwrite)))
+    return 0
+
+
+def finish_quietly(outcomes: Sequence[ConvertedShare | MegadistillError], parsed: argparse.Namespace) -> int:
+    """``finish`` on MPI's rank 0: an error becomes its line and its exit code, which the other ranks are told."""
+    try:
+        return finish(outcomes, parsed)
+    except MegadistillError as error:
+        print(f"megadistill: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,165 @@
+"""What a user can cause ends with exit code 2 and one clear line, never a traceback and never a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megadistill.cli.main import main
+from tests.support.runs import settings, write_assets
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    write_assets(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs ``train`` with changed settings and returns its only line of error."""
+
+    def run(*more: str) -> str:
+        overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", "train.max_steps=1", *more)
+        assert main(["train", "--config", str(ROOT / "configs" / "base.yaml"), *overrides]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megadistill: ")]
+        assert len(lines) == 1
+        assert not (tmp_path / "run").exists()
+        return lines[0]
+
+    return run
+
+
+def test_keys_types_and_values(refused: Callable[..., str]) -> None:
+    line = refused("loss.dac_k=1")
+    assert "loss.dac_k" in line and "dac_kl" in line and "command line" in line
+    assert "train.max_steps" in refused("train.max_steps=many")
+    assert "minimise" in refused("loss.gate_objective=minimize")
+    assert "on_policy" in refused("generation.mode=replay")
+    assert "train.micro_batch_size" in refused("train.micro_batch_size=3")
+    assert "no such" in refused("model.student.path=./nowhere")
+    assert "128 positions" in refused("data.max_tokens=4096")
+
+
+def test_topology(refused: Callable[..., str]) -> None:
+    line = refused("parallel.tp_size=2")
+    assert "parallel.tp_size=2 does not divide the number of processes, 1" in line
+
+
+def test_missing_files_name_the_nearest(refused: Callable[..., str], assets: Path) -> None:
+    line = refused(f"data.train_path={assets / 'data' / 'trian.jsonl'}")
+    assert "trian.jsonl" in line and "train.jsonl" in line
+    line = refused(f"model.teacher.path={assets / 'llama' / 'techer'}")
+    assert "model.teacher.path" in line and "teacher" in line
+    assert "model.tokenizer" in refused("model.tokenizer=null")
+    assert "no such checkpoint" in refused("train.resume=/no/such/checkpoint")
+    assert "config.json" in refused(f"model.student.path={assets}")
+
+
+def test_bad_rows_name_file_and_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps({"instruction": "Say hello.", "input": "", "output": "Hello."})
+    for bad in ("{", '{"instruction": ""}', "[1]", '{"output": "x"}'):
+        file.write_text(f"{good}\n{bad}\n{good}\n")
+        line = refused(f"data.train_path={file}")
+        assert f"{file}:2" in line
+    file.write_text("")
+    assert str(file) in refused(f"data.train_path={file}")
+
+
+def test_long_prompts(refused: Callable[..., str]) -> None:
+    line = refused("data.max_prompt_tokens=20", "data.long_prompt=error")
+    assert "20" in line and "data.max_prompt_tokens" in line
+    assert "no row is left" in refused("data.max_prompt_tokens=2", "data.long_prompt=drop")
+
+
+def test_tokenizers_that_differ(refused: Callable[..., str], assets: Path, tmp_path: Path) -> None:
+    from megadistill.data.train_tokenizer import train_tokenizer
+
+    other = tmp_path / "other"
+    train_tokenizer(["quite another text, with other words in it " * 30], other, vocab_size=300)
+    (other / "config.json").write_text((assets / "llama" / "student" / "config.json").read_text())
+    line = refused(f"model.student.path={other}")
+    assert "vocabular" in line and "token" in line
+
+
+def test_too_few_vocabulary_rows(refused: Callable[..., str], assets: Path, tmp_path: Path) -> None:
+    config = json.loads((assets / "llama" / "student" / "config.json").read_text())
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    assert "padded rows" in refused(f"model.student.path={tmp_path / 'small'}")
+
+
+def test_unknown_model_types(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    line = refused(f"model.student.path={tmp_path / 'bert'}")
+    assert "bert" in line and "llama" in line
+
+
+def test_folder_of_another_run(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megadistill.config.load import dump_resolved, load_config
+
+    base, run_dir = str(ROOT / "configs" / "base.yaml"), tmp_path / "run"
+    overrides = settings(assets, "llama", f"run.dir={run_dir}", "train.max_steps=1")
+    run_dir.mkdir()
+    dump_resolved(load_config(base, overrides), run_dir / "resolved.yaml")
+    before = sorted(run_dir.iterdir())
+    for more, words in (
+        (["loss.span=0.5"], "holds another run: loss.span=1.0 there, 0.5 here"),
+        (["train.resume=never"], "holds another run and train.resume=never"),
+    ):
+        assert main(["train", "--config", base, *overrides, *more]) == 2
+        assert words in capsys.readouterr().err
+    (run_dir / "resolved.yaml").rename(run_dir / "metrics.jsonl")
+    assert main(["train", "--config", base, *overrides]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert len(before) == len(list(run_dir.iterdir()))
+
+
+def test_verbs_and_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["trian"]) == 2
+    assert "nearest: train" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "--config" in capsys.readouterr().err
+    assert main(["train", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err
+    for verb in ("prepare", "train", "generate", "evaluate", "export", "demo", "study"):
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0 and f"megadistill {verb}" in capsys.readouterr().out
+
+
+def test_empty_evaluation_set(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", f"eval.path={empty}")
+    model = str(assets / "llama" / "student")
+    assert main(["evaluate", "--config", str(ROOT / "configs" / "base.yaml"), "--model", model, *overrides]) == 2
+    assert str(empty) in capsys.readouterr().err
+
+
+def test_the_launcher_passes_the_exit_code_on(assets: Path, tmp_path: Path) -> None:
+    """Two real processes whose layout does not fit: both leave, the launcher says 2, one line says why."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29871"]
+    overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", "parallel.tp_size=3")
+    done = subprocess.run(
+        [*command, "launchers/run.sh", "--config", "configs/base.yaml", *overrides],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("megadistill: ")]
+    assert len(lines) == 1 and "parallel.tp_size=3 does not divide" in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr

@@ -94,84 +94,30 @@ def _trades(table: str) -> list[Trade]:
 
 TRADES = _trades(_TRADES)
 
+
+def _list(table: str) -> list[str]:
+    return [cell.strip() for cell in table.split("|")]
+
+
 OPPOSITES = [
-    tuple(pair.split("/"))
-    for pair in [
-        "old/young",
-        "tall/short",
-        "rich/poor",
-        "happy/sad",
-        "brave/timid",
-        "strong/weak",
-        "kind/cruel",
-        "loud/quiet",
-        "lazy/busy",
-        "clever/foolish",
-        "polite/rude",
-        "famous/unknown",
-        "calm/nervous",
-        "honest/dishonest",
-        "careful/careless",
-        "patient/impatient",
-    ]
+    pair.split("/")
+    for pair in _list(
+        "old/young | tall/short | rich/poor | happy/sad | brave/timid | strong/weak | kind/cruel | loud/quiet | lazy/busy | "
+        "clever/foolish | polite/rude | famous/unknown"
+    )
 ]
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
 ADJECTIVES = sorted(OPPOSITE)
-COLOURS = ["red", "blue", "green", "black", "white", "yellow", "brown", "grey", "golden", "silver", "wooden", "heavy"]
-OBJECTS = [
-    "basket",
-    "letter",
-    "lamp",
-    "bottle",
-    "ladder",
-    "box",
-    "key",
-    "map",
-    "drum",
-    "chair",
-    "coin",
-    "mirror",
-    "blanket",
-    "candle",
-    "hammer",
-    "bucket",
-    "clock",
-    "ring",
-    "book",
-    "carpet",
-    "kettle",
-    "rope",
-    "flag",
-    "guitar",
-]
-PLACES = [
-    "near the river",
-    "in the garden",
-    "behind the church",
-    "at the station",
-    "in the cave",
-    "under the bridge",
-    "beside the tower",
-    "on the island",
-    "across the valley",
-    "at the harbour",
-    "outside the museum",
-    "in the tunnel",
-]
-TIMES = [
-    "at dawn",
-    "at noon",
-    "at midnight",
-    "after lunch",
-    "before supper",
-    "during the storm",
-    "in the evening",
-    "in the winter",
-    "in the summer",
-    "on Monday",
-    "on Friday",
-    "every day",
-]
+COLOURS = _list("red | blue | green | black | white | yellow | golden | silver | wooden | heavy")
+OBJECTS = _list(
+    "basket | letter | lamp | bottle | ladder | box | key | map | drum | chair | coin | mirror | blanket | candle | hammer | "
+    "bucket | clock | ring | book | flag"
+)
+PLACES = _list(
+    "near the river | in the garden | behind the church | at the station | in the cave | under the bridge | beside the tower | "
+    "on the island"
+)
+TIMES = _list("at dawn | at noon | at midnight | after lunch | before supper | during the storm | in the winter | on Monday")
 
 
 class Clause(NamedTuple):

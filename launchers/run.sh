@@ -11,7 +11,10 @@ if ! command -v deepspeed >/dev/null; then
     echo "launchers/run.sh: deepspeed is not installed; set it up with: bash launchers/setup.sh" >&2
     exit 2
 fi
-if [ -z "${NPROC:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then NPROC=2; fi
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    NPROC=${NPROC:-2}
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
 # A port of its own: two runs on one machine would meet on deepspeed's fixed one.
 port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 exec deepspeed --log_level warning --master_port "$port" ${NPROC:+--num_gpus "$NPROC"} "$root/launchers/run.sh" "$@"

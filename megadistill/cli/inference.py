@@ -10,7 +10,7 @@ from megadistill.checkpoint.hf_export import HF_FOLDER
 from megadistill.checkpoint.manifest import LATEST, MANIFEST, find_checkpoint
 from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
-from megadistill.engines.launch import distributed, world_size
+from megadistill.engines.launch import distributed, name_accelerator, world_size
 from megadistill.errors import CheckpointError
 from megadistill.models.families import head_counts
 from megadistill.models.loading import load_model_config
@@ -35,12 +35,11 @@ def model_folder(path: str) -> str:
 @contextmanager
 def inference_context(parallel: ParallelSection, models: dict[str, str]) -> Iterator[ParallelContext]:
     """The processes of a launcher, or this one. ``models`` maps a name for messages to a model's path."""
-    import torch
-
+    has_cuda = name_accelerator()
     counts = [n for name, path in models.items() for n in head_counts(load_model_config(path, name), name)]
     tp_size = resolve_tp_size(parallel.tp_size, world_size(), counts)
     if world_size() == 1:
-        yield ParallelContext.single("cuda" if torch.cuda.is_available() else "cpu")
+        yield ParallelContext.single("cuda" if has_cuda else "cpu")
         return
     with distributed(parallel.timeout_s) as device:
         yield ParallelContext.build(tp_size, parallel.timeout_s, device)

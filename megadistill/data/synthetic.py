@@ -1,10 +1,10 @@
 """The demo's corpus: short English rewriting and knowledge tasks, made from a seed.
 
-Every answer is a function of its prompt, so exact match is a fair score. What a model has to know is spread over a lexicon: past tenses,
-participles, plurals, opposites and who does what where. A handful of rows with references cannot show all of it; a teacher's judgement on
-many prompts can. That gap is what the demo measures.
+Every answer is a function of its prompt, so exact match is a fair score. What a model has to know is spread over a
+lexicon: past tenses, participles, plurals, opposites, and who does what where. A handful of rows with references cannot
+show all of it; a teacher's judgement on many prompts can. That gap is what the demo measures.
 
-Randomness is `random.Random(seed)` over sorted tables only: the same seed gives the same corpus in every process and Python version.
+Randomness is `random.Random(seed)` over ordered tables only: the same seed gives the same corpus in every process.
 """
 
 import json
@@ -88,8 +88,12 @@ _TRADES = """
 
 
 def _trades(table: str) -> list[Trade]:
-    rows = [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
-    return [Trade(*names.split(), Verb(*verb.split()), product, place) for names, verb, product, place in rows]
+    trades = []
+    for line in table.strip().splitlines():
+        names, verb, product, place = (cell.strip() for cell in line.split("|"))
+        person, people = names.split()
+        trades.append(Trade(person, people, Verb(*verb.split()), product, place))
+    return trades
 
 
 TRADES = _trades(_TRADES)
@@ -102,22 +106,24 @@ def _list(table: str) -> list[str]:
 OPPOSITES = [
     pair.split("/")
     for pair in _list(
-        "old/young | tall/short | rich/poor | happy/sad | brave/timid | strong/weak | kind/cruel | loud/quiet | lazy/busy | "
-        "clever/foolish | polite/rude | famous/unknown"
+        "old/young | tall/short | rich/poor | happy/sad | brave/timid | strong/weak | kind/cruel | loud/quiet | "
+        "lazy/busy | clever/foolish | polite/rude | famous/unknown"
     )
 ]
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
 ADJECTIVES = sorted(OPPOSITE)
 COLOURS = _list("red | blue | green | black | white | yellow | golden | silver | wooden | heavy")
 OBJECTS = _list(
-    "basket | letter | lamp | bottle | ladder | box | key | map | drum | chair | coin | mirror | blanket | candle | hammer | "
-    "bucket | clock | ring | book | flag"
+    "basket | letter | lamp | bottle | ladder | box | key | map | drum | chair | coin | mirror | blanket | candle | "
+    "hammer | bucket | clock | ring | book | flag"
 )
 PLACES = _list(
-    "near the river | in the garden | behind the church | at the station | in the cave | under the bridge | beside the tower | "
-    "on the island"
+    "near the river | in the garden | behind the church | at the station | in the cave | under the bridge | "
+    "beside the tower | on the island"
 )
-TIMES = _list("at dawn | at noon | at midnight | after lunch | before supper | during the storm | in the winter | on Monday")
+TIMES = _list(
+    "at dawn | at noon | at midnight | after lunch | before supper | during the storm | in the winter | on Monday"
+)
 
 
 class Clause(NamedTuple):
@@ -204,9 +210,10 @@ def _work(rng: Random) -> tuple[str, str]:
 
 
 def _correction(rng: Random) -> tuple[str, str]:
-    trade, other, adjective, when = rng.choice(TRADES), rng.choice(TRADES), rng.choice(ADJECTIVES), rng.choice(TIMES)
-    wrong = _sentence("the", adjective, trade.person, other.verb.third, other.product, other.place, when)
-    return wrong, _sentence("the", adjective, trade.person, trade.verb.third, trade.product, trade.place, when)
+    trade, other = rng.sample(TRADES, 2)
+    subject, when = _join("the", rng.choice(ADJECTIVES), trade.person), rng.choice(TIMES)
+    wrong = _sentence(subject, other.verb.third, other.product, other.place, when)
+    return wrong, _sentence(subject, trade.verb.third, trade.product, trade.place, when)
 
 
 KINDS: dict[str, tuple[Callable[[Random], tuple[str, str]], list[str]]] = {
@@ -227,23 +234,28 @@ KINDS: dict[str, tuple[Callable[[Random], tuple[str, str]], list[str]]] = {
 }
 
 
+MAX_MISSES = 1000  # draws in a row that gave a known prompt: the kind counts as used up
+
+
 @dataclass(frozen=True)
 class CorpusSizes:
-    """Rows of each split: `teacher` and `references` have outputs, `prompts` has none, `valid` and `test` are held out."""
+    """Rows of each split: `teacher` and `references` carry outputs, `prompts` none; `valid` and `test` are held out."""
 
     teacher: int = 8000
-    references: int = 240
+    references: int = 128
     prompts: int = 6000
     valid: int = 128
     test: int = 160
 
 
 def generate_corpus(seed: int, sizes: CorpusSizes) -> dict[str, list[dict[str, str]]]:
-    """Rows {"instruction", "input", "output"} by split; no prompt occurs twice, within a split or across splits.
+    """Rows {"instruction", "input", "output"} by split, every kind of task equally often.
 
-    Keys: teacher_train, train (rows with references for the student), prompts (output is empty), valid, test.
+    Keys: teacher_train, train (rows with references for the student), prompts (output is empty), valid, test. No task
+    is given the same input twice, within a split or across splits, however its instruction is worded.
     Raises DataError when the grammar cannot give that many different prompts.
     """
+    # The held-out splits come first, so they stay the same when the training splits change in size.
     counts = {
         "test": sizes.test,
         "valid": sizes.valid,
@@ -251,31 +263,34 @@ def generate_corpus(seed: int, sizes: CorpusSizes) -> dict[str, list[dict[str, s
         "prompts": sizes.prompts,
         "teacher_train": sizes.teacher,
     }
-    rng, seen = Random(seed), set()
-    splits: dict[str, list[dict[str, str]]] = {}
-    for key, count in counts.items():
-        if count < 0:
-            raise DataError(f"synthetic corpus: {key} must have 0 rows or more, got {count}")
-        splits[key] = []
+    rng = Random(seed)
+    seen: set[tuple[str, str]] = set()
+    return {key: _split(rng, key, count, seen) for key, count in counts.items()}
+
+
+def _split(rng: Random, key: str, count: int, seen: set[tuple[str, str]]) -> list[dict[str, str]]:
+    if count < 0:
+        raise DataError(f"synthetic corpus: {key} must have 0 rows or more, got {count}")
+    kinds = list(KINDS)
+    rows: list[dict[str, str]] = []
+    misses = 0
+    while len(rows) < count:
+        kind = kinds[len(rows) % len(kinds)]
+        make, instructions = KINDS[kind]
+        prompt, answer = make(rng)
+        if (kind, prompt) in seen:
+            misses += 1
+            if misses > MAX_MISSES:
+                raise DataError(
+                    f"synthetic corpus: no more new prompts of kind {kind!r} after {len(rows)} of {count} {key} rows"
+                )
+            continue
         misses = 0
-        while len(splits[key]) < count:
-            row = _row(rng, kind=list(KINDS)[len(splits[key]) % len(KINDS)])
-            prompt = (row["instruction"], row["input"])
-            if prompt in seen:
-                misses += 1
-                if misses > 100 * (count + 1):
-                    raise DataError(f"synthetic corpus: no {count} new prompts left for {key}; ask for fewer rows")
-                continue
-            seen.add(prompt)
-            splits[key].append(row | {"output": ""} if key == "prompts" else row)
-        rng.shuffle(splits[key])
-    return splits
-
-
-def _row(rng: Random, kind: str) -> dict[str, str]:
-    make, instructions = KINDS[kind]
-    prompt, answer = make(rng)
-    return {"instruction": rng.choice(instructions), "input": prompt, "output": answer}
+        seen.add((kind, prompt))
+        output = "" if key == "prompts" else answer
+        rows.append({"instruction": rng.choice(instructions), "input": prompt, "output": output})
+    rng.shuffle(rows)
+    return rows
 
 
 def write_corpus(folder: str | Path, corpus: dict[str, list[dict[str, str]]]) -> None:

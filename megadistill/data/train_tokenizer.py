@@ -1,7 +1,7 @@
 """Trains a SentencePiece tokenizer and stores it as a fast tokenizer folder.
 
-Spaces are ordinary text here: no dummy prefix, no whitespace clean-up, no normalisation. So decode(encode(text)) == text, and a prompt and a
-response that are tokenised apart concatenate to the tokens of the joined text's parts without a stray space between them.
+Spaces are ordinary text here: no dummy prefix, no whitespace clean-up, no normalisation. So decode(encode(text)) is the
+text, and a prompt and a response that are tokenised apart decode together to the joined text, without a stray space.
 """
 
 import io
@@ -17,9 +17,11 @@ SPECIAL_TOKENS = (PAD, UNK, BOS, EOS)
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int, seed: int = 0) -> None:
     """Writes a folder that `AutoTokenizer.from_pretrained` loads as a fast tokenizer of at most `vocab_size` tokens.
 
-    BPE pieces (frequent words become one token) with byte fallback, so every text can be written. Same texts, same files. `seed` is accepted for symmetry with the other
-    preparation steps: nothing is sampled from the texts, so it does not change the result.
-    Raises DataError when there is no text or `vocab_size` leaves no room for special tokens and the 256 bytes.
+    BPE pieces (a frequent word becomes one token) with byte fallback, so every text can be written; only U+2581, which
+    SentencePiece itself uses for the space, reads back as one. Same texts, same files: nothing is sampled, so `seed`
+    only fixes SentencePiece's own generator. Beside the fast tokenizer the folder holds SentencePiece's own
+    `tokenizer.model`; both give the same ids.
+    Raises DataError when there is no text, or no room for the special tokens, the 256 bytes and the texts' characters.
     """
     import sentencepiece
 
@@ -89,7 +91,7 @@ def _save_fast(model_proto: bytes, folder: Path) -> None:
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece keeps only the merged pieces, in the order of their merging; a merge joins any two pieces that spell one."""
+    """SentencePiece stores only merged pieces, in merging order; any two pieces that spell a piece merge into it."""
     found = []
     for piece, rank in vocab.items():
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]

@@ -37,10 +37,7 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     if is_alone:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
-    has_cuda = torch.cuda.is_available()
-    if not has_cuda:
-        # DeepSpeed probes for accelerators it does not have; this also says which one its own groups are for.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    has_cuda = name_accelerator()
     import deepspeed
 
     from megadistill.engines.backend import leave_out_shm_op
@@ -64,6 +61,15 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     finally:
         # Without this a rank of another node can abort at exit and leave its launcher waiting.
         torch.distributed.destroy_process_group()
+
+
+def name_accelerator() -> bool:
+    """Whether there are GPUs. Where there are none DeepSpeed, which transformers imports too, is told instead of
+    guessing."""
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return has_cuda
 
 
 def _free_port() -> int:

@@ -81,7 +81,9 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     """
     import torch._dynamo.polyfills.loader
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     pristine = load_model_config(path, where)
     config = copy.deepcopy(pristine)
     for name in _DROPOUTS:

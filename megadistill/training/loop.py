@@ -32,6 +32,9 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
     log = get_logger(context.rank)
     first_step = _restore(parts, start)
     log.info(_headline(config, context, data, first_step, start))
+    if first_step == config.train.max_steps:
+        log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
+        return {}
     sampler = BatchSampler(
         num_rows=len(data.train),
         num_prompt_rows=len(data.prompts),

@@ -12,6 +12,7 @@ import torch
 
 from tests.support.spawn import run_ranks
 
+ROOT = Path(__file__).parents[2]
 HEADS = 4
 COMMON = {"num_attention_heads": HEADS, "max_position_embeddings": 128}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": HEADS}
@@ -68,20 +69,26 @@ def settings(assets: Path, family: str, *more: str) -> list[str]:
         "train.micro_batch_size=2",
         "train.samples_every=1",
         "train.samples_rows=8",
-        "optim.lr=1e-3",
+        "optim.lr=5e-4",
         "optim.warmup_ratio=0",
         *more,
     ]
 
 
-def run_layout(world_size: int, runs: Sequence[tuple[str, Sequence[str]]], *, timeout_s: float = 400.0) -> None:
+def run_layout(
+    world_size: int,
+    runs: Sequence[tuple[str, Sequence[str]]],
+    *,
+    config: Path = ROOT / "configs" / "base.yaml",
+    timeout_s: float = 600.0,
+) -> None:
     """Carries out training runs, (run.dir, overrides) each, one after the other on ``world_size`` forked ranks."""
     import deepspeed  # noqa: F401  imported once, before the forks
 
-    run_ranks(_train_all, world_size, runs, timeout_s=timeout_s)
+    run_ranks(_train_all, world_size, runs, config, timeout_s=timeout_s)
 
 
-def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]]) -> None:
+def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path) -> None:
     import deepspeed
     from deepspeed.utils import groups
 
@@ -95,21 +102,20 @@ def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]]) -> None:
     leave_out_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for run_dir, overrides in runs:
-        _train(run_dir, list(overrides))
+        _train(config, run_dir, list(overrides))
         # DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next run may have another layout.
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
             setattr(groups, name, None)
 
 
-def _train(run_dir: str, overrides: list[str]) -> None:
+def _train(file: Path, run_dir: str, overrides: list[str]) -> None:
     from megadistill.config.load import load_config
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
     from megadistill.training.setup import build_parts, check_models, load_training_data, run_tokenizer
 
-    base = Path(__file__).parents[2] / "configs" / "base.yaml"
-    config = load_config(base, [f"run.dir={run_dir}", *overrides])
+    config = load_config(file, [f"run.dir={run_dir}", *overrides])
     start = plan_start(config)
     world_size = torch.distributed.get_world_size()
     tp_size = check_models(config, world_size)

@@ -82,7 +82,7 @@ RECIPES: dict[str, Recipe] = {
                 ),
             ),
             "student": ModelRecipe(
-                _llama(128, 3, 4, 256, tied=True),
+                _llama(128, 2, 4, 256, tied=True),
                 sft=(
                     "data.train_path={data}/train.jsonl",
                     "optim.lr=3e-3",

@@ -1,6 +1,6 @@
 """Instruction data: reading, prompting, tokenising, sampling, batching, and the spans of responses."""
 
-from megadistill.data.collate import IGNORE_INDEX, PromptBatch, SequenceBatch, left_padded, pair_mask, right_padded
+from megadistill.data.collate import IGNORE_INDEX, PromptBatch, SequenceBatch, left_padded, right_padded
 from megadistill.data.dataset import Example, FieldNames, LoadedExamples, load_examples
 from megadistill.data.prompts import TEMPLATES, render_prompt
 from megadistill.data.sampler import BatchSampler, SampledRow
@@ -36,7 +36,6 @@ __all__ = [
     "load_examples",
     "load_tokenizer",
     "make_span_prior",
-    "pair_mask",
     "pair_mask_from_span_ids",
     "render_prompt",
     "right_padded",

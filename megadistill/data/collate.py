@@ -1,6 +1,6 @@
 """Token rows to padded tensors.
 
-Suffixes and shapes: B sequences, S padded length. Row (b, i) of `labels` and `pair_mask` belongs to the prediction made
+Suffixes and shapes: B sequences, S padded length. Row (b, i) of `labels` belongs to the prediction made
 at position i, which is the token at position i + 1: labels are already shifted.
 """
 
@@ -83,20 +83,3 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
         attention_mask[row, width - len(prompt) :] = 1
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
     return PromptBatch(input_ids, attention_mask, position_ids, attention_mask.sum(dim=1))
-
-
-def pair_mask(batch: SequenceBatch, span_ids: Sequence[Sequence[int]]) -> Tensor:
-    """[B, S] bool: rows i and i + 1 predict two response tokens of one span.
-
-    `span_ids[b]` holds one id per response token, -1 for tokens in no span. True only where both rows carry labels, so
-    no pair crosses the prompt boundary or, once rows are flattened, a sequence boundary.
-    """
-    mask = torch.zeros(batch.labels.shape, dtype=torch.bool)
-    for row, ids in enumerate(span_ids):
-        length = int(batch.response_length[row])
-        assert len(ids) == length, f"sequence {row}: {len(ids)} span ids for {length} response tokens"
-        if length > 1:
-            spans = torch.tensor(list(ids), dtype=torch.int64)
-            first = int(batch.response_start[row]) - 1
-            mask[row, first : first + length - 1] = (spans[:-1] == spans[1:]) & (spans[:-1] >= 0)
-    return mask.to(batch.labels.device)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megadistill.data.collate import left_padded
 from megadistill.generation.protocols import Rows, Sampling, StepModel
 from megadistill.generation.sampling import sample_tokens
 
@@ -61,11 +62,8 @@ def _decode(
     stream: int,
 ) -> None:
     """Decodes the rows ``part`` together, appending to ``responses``; finished rows leave the batch."""
-    contexts = [[*rows.prompts[i], *responses[i]] for i in part]
-    width = max(len(context) for context in contexts)
-    input_ids = torch.tensor([[pad_id] * (width - len(c)) + c for c in contexts], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
-    state, logits = model.prefill(input_ids, attention_mask)
+    batch = left_padded([[*rows.prompts[i], *responses[i]] for i in part], pad_id).to(model.device)
+    state, logits = model.prefill(batch.input_ids, batch.attention_mask)
     active = list(part)
     while True:
         tokens = sample_tokens(

@@ -4,14 +4,12 @@ from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.metrics import JsonLines, MetricsWriter
 from megadistill.observability.progress import progress_bar
-from megadistill.observability.table import format_table
 from megadistill.observability.timers import Timers
 
 __all__ = [
     "JsonLines",
     "MetricsWriter",
     "Timers",
-    "format_table",
     "get_logger",
     "peak_bytes",
     "progress_bar",

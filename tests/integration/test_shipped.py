@@ -47,7 +47,7 @@ def test_every_pair_of_the_paper_is_shipped() -> None:
 
 @pytest.mark.parametrize(("name", "family"), PAIRS.items())
 def test_pairs_train_with_small_models_in_their_place(name: str, family: str, tmp_path: Path) -> None:
-    """One step with everything the file sets but models, sizes and layout (bf16, checkpointing, Alpaca template stay)."""
+    """One step with all the file sets but models, sizes and layout (bf16, checkpointing, Alpaca template stay)."""
     write_assets(tmp_path)
     small = [
         "data.max_prompt_tokens=120",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megadistill.data.collate import IGNORE_INDEX, left_padded, pair_mask, right_padded
+from megadistill.data.collate import IGNORE_INDEX, left_padded, right_padded
 
 SEQUENCES = [((5, 6, 7), (8, 9)), ((1,), (2, 3, 4, 0)), ((4, 4), None), ((3, 3, 3), ())]
 
@@ -54,26 +54,3 @@ def test_a_sequence_without_prompt_is_a_defect():
         right_padded([((), (1,))], pad_id=0)
     with pytest.raises(AssertionError):
         left_padded([()], pad_id=0)
-
-
-def test_pair_mask_by_hand():
-    batch = right_padded([((5, 6, 7), (1, 2, 3, 4)), ((1,), (2, 3)), ((1,), ())], pad_id=0)
-    mask = pair_mask(batch, [[0, 0, -1, -1], [1, 1], []])
-    # Rows 2 and 3 predict response tokens 0 and 1, which share span 0; tokens 2 and 3 lie in no span.
-    assert mask.nonzero().tolist() == [[0, 2], [1, 0]]
-    assert mask.dtype == torch.bool and mask.shape == batch.labels.shape
-
-
-def test_pairs_join_two_labelled_rows_even_when_every_token_is_in_one_span():
-    batch = right_padded(SEQUENCES, pad_id=0, multiple=8)
-    mask = pair_mask(batch, [[0] * int(length) for length in batch.response_length])
-    valid = batch.labels != IGNORE_INDEX
-    assert int(mask.sum()) == sum(max(int(length) - 1, 0) for length in batch.response_length)
-    assert bool((valid | ~mask).all())
-    flat_mask, flat_valid = mask.flatten(), valid.flatten()
-    assert bool(flat_valid[1:][flat_mask[:-1]].all()) and not bool(flat_mask[-1])
-
-
-def test_span_ids_must_fit_the_response():
-    with pytest.raises(AssertionError, match="3 span ids for 2 response tokens"):
-        pair_mask(right_padded([((1,), (2, 3))], pad_id=0), [[0, 0, 0]])

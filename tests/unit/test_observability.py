@@ -10,7 +10,6 @@ from megadistill.observability import (
     JsonLines,
     MetricsWriter,
     Timers,
-    format_table,
     get_logger,
     peak_bytes,
     progress_bar,
@@ -143,9 +142,3 @@ def test_peak_memory_counts_bytes_and_does_not_fall() -> None:
     del block
     reset_peak("cpu")
     assert peak_bytes(torch.device("cpu")) > before + 50_000_000
-
-
-def test_tables_are_aligned() -> None:
-    assert format_table(["model", "ROUGE-L"], [["teacher", "81.25"], ["student", "7.5"]]) == (
-        "model    ROUGE-L\n----------------\nteacher    81.25\nstudent      7.5"
-    )

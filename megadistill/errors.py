@@ -21,3 +21,7 @@ class DataError(MegadistillError):
 
 class CheckpointError(MegadistillError):
     """A checkpoint or a run directory that is missing, broken, or belongs to another run."""
+
+
+class DivergenceError(MegadistillError):
+    """A loss or gradient that is not finite: nothing after it would mean anything."""

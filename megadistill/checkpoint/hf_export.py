@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+from megadistill.data.tokenize import tokenizes_otherwise
 from megadistill.engines.gathered import full_parameters
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import CheckpointError
 from megadistill.models.loading import DTYPES, LoadedModel
+from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
 
 HF_FOLDER = "hf"
@@ -40,6 +42,11 @@ def export_student(student: PartitionedModel, folder: Path, tokenizer: Any, cont
     write_safetensors(tensors, folder)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
+    if tokenizes_otherwise(folder):
+        get_logger().warning(
+            f"{folder}: AutoTokenizer cuts text otherwise than this run did, because it takes its own class for "
+            f"{loaded.config.model_type}; elsewhere load PreTrainedTokenizerFast (megadistill does)"
+        )
 
 
 def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:

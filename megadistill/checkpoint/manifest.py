@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: version {manifest['version']} is not supported (this program reads {VERSION})"
             )
+        for entry in manifest["files"].values():
+            int(entry["bytes"]), str(entry["blake2b"])
+        int(manifest["step"]), dict(manifest["layout"])
         return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from None
@@ -73,7 +77,10 @@ def find_checkpoint(path: Path) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
         if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text().strip()
+            name = (folder / LATEST).read_text(errors="replace").strip()
+            if not re.fullmatch(r"step_\d+", name):
+                raise CheckpointError(f"{folder / LATEST} is damaged: it names no step_N folder")
+            return folder / name
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     raise CheckpointError(f"{path} holds no whole checkpoint (no {MANIFEST}, no {LATEST})")

@@ -7,6 +7,8 @@ numbers are functions of the step and need no state.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,23 @@ from megadistill.errors import CheckpointError
 from megadistill.parallel.context import ParallelContext
 
 _TRAINER = "trainer.pt"
+_GRID = ("tp_size", "dp_size", "zero_stage")
 
 
-def layout_of(student: Student, context: ParallelContext) -> dict[str, int]:
-    """What a checkpoint can be loaded by: the same grid and ZeRO stage."""
+def layout_of(student: Student, trainer_state: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
+    """What a checkpoint can be loaded by: the same grid and ZeRO stage, the same parameters, the same gate.
+
+    ``model`` is the model type with a checksum of this rank's parameter names and shapes, ``gate`` the gate's size.
+    """
+    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in student.module.named_parameters()]
+    checksum = hashlib.blake2b(repr(sorted(shapes)).encode(), digest_size=4).hexdigest()
+    gate = trainer_state.get("gate", {}).get("gate", {})
     return {
         "tp_size": context.tp_size,
         "dp_size": context.dp_size,
         "zero_stage": student.engine.zero_optimization_stage(),
+        "model": f"{student.loaded.config.model_type}-{checksum}",
+        "gate": sum(tensor.numel() for tensor in gate.values()),
     }
 
 
@@ -53,7 +64,8 @@ def save_checkpoint(
     """Writes ``folder/step_N`` after ``step`` updates (collective over the world) and removes all but the last ones."""
     beside, target = folder / f"step_{step}.partial", folder / f"step_{step}"
     if context.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
+        for stale in folder.glob("step_*.partial"):
+            shutil.rmtree(stale)
         beside.mkdir(parents=True)
     context.barrier()
     student.engine.save_checkpoint(str(folder), tag=beside.name, save_latest=False)
@@ -65,41 +77,53 @@ def save_checkpoint(
     digests = context.gather_objects({name: digest(beside / name) for name in files})
     if context.is_main:
         merged = {name: entry for part in digests for name, entry in part.items()}
-        write_manifest(beside, step, layout_of(student, context), dict(sorted(merged.items())))
+        layout = layout_of(student, trainer_state, context)
+        write_manifest(beside, step, layout, dict(sorted(merged.items())))
         shutil.rmtree(target, ignore_errors=True)
         beside.replace(target)
         write_atomically(folder / LATEST, target.name + "\n")
-        _remove_old(folder, keep_last)
+        _remove_old(folder, step, keep_last)
     context.barrier()
     return target
 
 
-def load_checkpoint(folder: Path, student: Student, context: ParallelContext) -> tuple[int, dict[str, Any]]:
+def load_checkpoint(
+    folder: Path, student: Student, trainer_state: dict[str, Any], context: ParallelContext
+) -> tuple[int, dict[str, Any]]:
     """Restores the student; returns (number of updates done, trainer state). Collective over the world.
 
-    Raises CheckpointError, on all ranks, for a broken checkpoint or one of another layout.
+    ``trainer_state`` is that of the run as it is now: what is loaded must fit it. Raises CheckpointError, on all
+    ranks, for a broken checkpoint or one of another layout, model or gate.
     """
     error: CheckpointError | None = None
     manifest: dict[str, Any] = {}
     try:
         manifest = read_manifest(folder)
-        layout = layout_of(student, context)
-        if manifest["layout"] != layout:
-            raise CheckpointError(
-                f"{folder} was saved at {_words(manifest['layout'])}; this run has {_words(layout)}. "
-                "Resume at the saved layout, or start a new run from its hf/ folder"
-            )
+        _check_layout(folder, manifest["layout"], layout_of(student, trainer_state, context))
         check_files(folder, manifest, _share(sorted(manifest["files"]), context))
     except CheckpointError as found:
         error = found
     context.raise_together(error)
     loaded, _ = student.engine.load_checkpoint(str(folder.parent), tag=folder.name)
     assert loaded is not None, f"DeepSpeed found nothing in {folder}, though its manifest is whole"
-    trainer_state = torch.load(folder / _TRAINER, map_location=context.device, weights_only=True)
-    return int(manifest["step"]), trainer_state
+    saved_state = torch.load(folder / _TRAINER, map_location=context.device, weights_only=True)
+    return int(manifest["step"]), saved_state
 
 
-def _words(layout: dict[str, int]) -> str:
+def _check_layout(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    for what, keys, advice in (
+        ("model", ("model",), "it belongs to another model"),
+        ("gate", ("gate",), "loss.clip and loss.top_k must be those of the run that saved it"),
+        ("layout", _GRID, "resume at the saved layout, or start a new run from its hf/ folder"),
+    ):
+        theirs, ours = ({key: layout.get(key) for key in keys} for layout in (saved, here))
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder} was saved at {_words(theirs)}; this run has {_words(ours)} ({what}): {advice}"
+            )
+
+
+def _words(layout: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in layout.items())
 
 
@@ -108,7 +132,10 @@ def _share(names: list[str], context: ParallelContext) -> list[str]:
     return names[context.rank :: context.world_size]
 
 
-def _remove_old(folder: Path, keep_last: int) -> None:
-    whole = [p for p in folder.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).is_file()]
-    for old in sorted(whole, key=lambda p: int(p.name.removeprefix("step_")))[:-keep_last]:
+def _remove_old(folder: Path, step: int, keep_last: int) -> None:
+    """Keeps the last checkpoints up to ``step``. Later ones are of a branch that was left by an earlier resume, and a
+    folder with any other name is the user's: both stay."""
+    found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    steps = sorted((int(match[1]), path) for match, path in found if match and int(match[1]) <= step)
+    for _, old in steps[:-keep_last]:
         shutil.rmtree(old)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.cli.parsing import Parser, config_of
+from megadistill.errors import ConfigError
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -31,13 +32,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FILE", help="JSON with every number; default: RUN.DIR/evaluation.json")
     parsed = parser.parse(arguments)
     config = config_of(parsed)
-    results = evaluate_models(
-        config, _named(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config)
-    )
+    models, suites = _named(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config)
+    output = Path(parsed.output or Path(config.run.dir) / "evaluation.json")
+    refuse_unwritable(output, is_file=True)
+    results = evaluate_models(config, models, suites)
     if results is not None:
         from megadistill.evaluation.report import write_json
 
-        output = Path(parsed.output or Path(config.run.dir) / "evaluation.json")
         write_json(output, results["json"])
         print(results["table"])
         print(f"written to {output}")
@@ -45,10 +46,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:
-    named = {}
+    """[NAME=]PATH arguments; without a name, the path's last part is one. Raises ConfigError for a name given twice."""
+    named: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
-        named[name if separator else Path(value).name] = path if separator else value
+        if not separator or Path(value).exists():
+            name, path = Path(value).name, value
+        if name in named:
+            raise ConfigError(f"two arguments have the name '{name}' ({named[name]}, {path}); write NAME=PATH")
+        named[name] = path
     return named
 
 
@@ -70,8 +76,8 @@ def evaluate_models(
     config: Any, models: dict[str, str], suites: dict[str, tuple[str, str | None]]
 ) -> dict[str, Any] | None:
     """Evaluates every model on every set with the processes at hand; the results on rank 0, None elsewhere."""
-    from megadistill.cli.inference import inference_context, model_folder
-    from megadistill.data.tokenize import load_tokenizer
+    from megadistill.cli.inference import check_length, inference_context, model_folder
+    from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
     from megadistill.evaluation.report import results_table, to_jsonable
@@ -81,6 +87,8 @@ def evaluate_models(
     folders = {name: model_folder(path) for name, path in models.items()}
     results: dict[str, dict[str, Any]] = {}
     likelihoods: dict[str, dict[str, float]] = {}
+    for name, folder in folders.items():
+        check_length(folder, name, config.data.max_tokens, "data.max_tokens")
     with inference_context(config.parallel, folders) as context:
         for name, folder in folders.items():
             tokenizer = load_tokenizer(config.model.tokenizer or folder)
@@ -90,7 +98,7 @@ def evaluate_models(
                 config.eval.top_p, batch_size=config.eval.batch_size,
             )  # fmt: skip
             with open_model(
-                folder, context, vocab_size=len(tokenizer), dtype=config.model.student.dtype, where=name,
+                folder, context, vocab_size=vocabulary_size(tokenizer), dtype=config.model.student.dtype, where=name,
                 attention=config.model.attention,
             ) as model:  # fmt: skip
                 results[name], likelihoods[name] = {}, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser
+from megadistill.cli.parsing import Parser, refuse_unwritable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,6 +20,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from megadistill.checkpoint.hf_export import export_checkpoint
 
+    refuse_unwritable(parsed.folder, is_file=False)
     source = export_checkpoint(parsed.checkpoint, parsed.folder, dtype=parsed.dtype)
     print(f"exported {source} to {parsed.folder}; load it with AutoModelForCausalLM.from_pretrained('{parsed.folder}')")
     return 0

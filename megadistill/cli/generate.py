@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser
+from megadistill.cli.parsing import Parser, natural, positive, refuse_unwritable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,31 +22,34 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FILE", help="where to write; default: standard output")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
     parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca")
-    parser.add_argument("--max-prompt-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--max-prompt-tokens", type=positive, default=256, metavar="N")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
+    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="0: all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--tp-size", type=int, default=None, metavar="N", help="default: the largest that fits")
+    parser.add_argument("--tp-size", type=positive, default=None, metavar="N", help="default: the largest that fits")
     parser.add_argument("--skip-bad-rows", action="store_true")
     parser.add_argument("--local_rank", type=int, default=-1, help="added by the deepspeed launcher")
     parsed = parser.parse(arguments)
 
-    from megadistill.cli.inference import inference_context, model_folder
+    from megadistill.cli.inference import check_length, inference_context, model_folder
     from megadistill.config.schema import ParallelSection
     from megadistill.data.dataset import load_examples
-    from megadistill.data.tokenize import load_tokenizer, tokenize_examples
+    from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, write_answers
     from megadistill.observability.progress import progress_bar
 
+    if parsed.output is not None:
+        refuse_unwritable(parsed.output, is_file=True)
     folder = model_folder(parsed.model)
+    limit = parsed.max_prompt_tokens + parsed.max_new_tokens
+    check_length(folder, "--model", limit, "--max-prompt-tokens + --max-new-tokens")
     tokenizer = load_tokenizer(parsed.tokenizer or folder)
     examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows)
-    limit = parsed.max_prompt_tokens + parsed.max_new_tokens
     rows = tokenize_examples(
         examples.examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
         max_tokens=limit, long_prompt="error",
@@ -57,7 +60,9 @@ def run(arguments: Sequence[str]) -> int:
     parallel = ParallelSection(tp_size=parsed.tp_size or "auto")
     with (
         inference_context(parallel, {"--model": folder}) as context,
-        open_model(folder, context, vocab_size=len(tokenizer), dtype=parsed.dtype, where="--model") as model,
+        open_model(
+            folder, context, vocab_size=vocabulary_size(tokenizer), dtype=parsed.dtype, where="--model"
+        ) as model,
     ):
         mine = len(range(context.dp_rank, len(rows), context.dp_size))
         with progress_bar(description="generate", total=mine, unit="row", rank=context.rank) as bar:

@@ -38,16 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f"megadistill.cli.{verb}").run(rest)
     except MegadistillError as error:
-        _report(error)
+        _report(str(error))
         return error.exit_code
+    except OSError as error:
+        # A file or folder that cannot be read or written; an OSError without a name is a fault of ours.
+        if error.filename is None:
+            raise
+        _report(f"{error.filename}: {error.strerror}")
+        return MegadistillError.exit_code
 
 
-def _report(error: MegadistillError) -> None:
-    """One line from rank 0. Other ranks wait first: a launcher that sees one rank leave ends the others at once."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("megadistill: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    else:
+def _report(message: str) -> None:
+    """One line. Ranks but the first wait before theirs: what all ranks meet is said once, because a launcher ends the
+    others when one leaves; what only this rank meets is said by it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
         time.sleep(_OTHER_RANKS_WAIT_S)
+    where = f" [rank {rank}]" if rank else ""
+    print(f"megadistill{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _help() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -36,6 +37,36 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         return self.parse_intermixed_args(list(arguments))
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
+    """Raises ConfigError for a place that cannot be written, before any work is done for it."""
+    target = Path(path)
+    if target.exists() and target.is_dir() == is_file:
+        raise ConfigError(f"{target} is a {'folder; a file' if is_file else 'file; a folder'} is needed")
+    above = target if target.exists() else target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not target.exists() and not above.is_dir():
+        raise ConfigError(f"{target}: {above} is no folder")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{target}: no permission to write in {above}")
 
 
 def config_of(parsed: argparse.Namespace) -> RunConfig:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from megadistill.cli.parsing import Parser
+from megadistill.cli.parsing import Parser, natural, positive
 from megadistill.data.convert import ConvertedShare, ConvertOptions, convert_share, report_text, write_converted
 from megadistill.data.dataset import FieldNames
 from megadistill.data.prompts import TEMPLATES
@@ -37,7 +37,9 @@ def parser_of() -> Parser:
     parser.add_argument(
         "--tokenizer", required=True, help="model folder or hub name; its tokens are the unit of limits"
     )
-    parser.add_argument("--valid", type=int, default=0, metavar="N", help="rows set aside for validation (default 0)")
+    parser.add_argument(
+        "--valid", type=natural, default=0, metavar="N", help="rows set aside for validation (default 0)"
+    )
     parser.add_argument(
         "--template", default="alpaca", choices=list(TEMPLATES), help="prompt template (default alpaca)"
     )
@@ -47,7 +49,7 @@ def parser_of() -> Parser:
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="limit of prompt + response (512)")
     parser.add_argument("--drop-long-responses", action="store_true", help="leave out rows over --max-tokens, too")
     parser.add_argument("--min-reference-words", type=int, default=0, metavar="N", help="leave out shorter references")
-    parser.add_argument("--max-rows", type=int, metavar="N", help="keep the first N rows that pass")
+    parser.add_argument("--max-rows", type=positive, metavar="N", help="keep the first N rows that pass")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep rows whose prompt was seen before")
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="count and skip malformed rows instead of stopping"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of
+from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of, refuse_unwritable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -23,8 +23,9 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
-    from megadistill.training.setup import build_parts, check_models, load_training_data, run_tokenizer
+    from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
 
+    refuse_unwritable(config.run.dir, is_file=False)
     ensure_assets(config)
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # What can be wrong with the user's files is found before processes wait for one another.
@@ -32,6 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     tp_size = check_models(config, world_size())
     tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
+    make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         train(build_parts(config, context, tokenizer), data, start)

@@ -32,7 +32,9 @@ class Section(BaseModel):
 
 class RunSection(Section):
     dir: Text = Field(description="Folder of this run: resolved.yaml, metrics, samples, checkpoints.")
-    seed: Natural = Field(0, description="Seed of everything random: data order, sampling, gate, random models.")
+    seed: Annotated[int, Field(ge=0, le=2**40)] = Field(
+        0, description="Seed of everything random: data order, sampling, gate, random models."
+    )
     prepare: Literal["none", "demo", "smoke"] = Field(
         "none",
         description="Built-in corpus, tokenizer and models to make on first use; none: nothing.",
@@ -264,6 +266,11 @@ class RunConfig(Section):
         _require(
             data.prompts_path is not None or data.prompts_ratio == 0,
             f"data.prompts_ratio={data.prompts_ratio:g} needs data.prompts_path",
+            ("data.prompts_ratio", "data.prompts_path"),
+        )
+        _require(
+            data.prompts_path is None or data.prompts_ratio > 0,
+            f"data.prompts_path is set and data.prompts_ratio={data.prompts_ratio:g}: none of its rows would be used",
             ("data.prompts_ratio", "data.prompts_path"),
         )
         _require(

@@ -56,6 +56,14 @@ class BatchSampler:
                 f"train.global_batch_size={self.global_batch_size} must be a multiple of the data-parallel size "
                 f"{self.dp_size}"
             )
+        shares = {"data.train_path": (1.0 - self.prompts_ratio, self.num_train_per_step),
+                  "data.prompts_path": (self.prompts_ratio, self.num_prompts_per_step)}  # fmt: skip
+        for source, (share, count) in shares.items():
+            if share > 0 and count == 0:
+                raise ConfigError(
+                    f"data.prompts_ratio={self.prompts_ratio} leaves no row of {source} in a step of "
+                    f"train.global_batch_size={self.global_batch_size}; use larger batches or another ratio"
+                )
         if self.num_train_per_step and self.num_rows < 1:
             raise ConfigError(f"each step takes {self.num_train_per_step} row(s) from data.train_path, which has none")
         if self.num_prompts_per_step and self.num_prompt_rows < 1:

@@ -9,6 +9,7 @@ SentencePiece tokenizer puts no artificial space before the response.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,11 +76,39 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             raise ConfigError(f"tokenizer {text!r}: the folder holds no usable tokenizer: {reason}") from None
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {reason}"
         raise ConfigError(f"tokenizer {text!r}: no such folder, and {hub}{_near_folders(Path(text))}") from None
+    if _differs_from_file(tokenizer, Path(text)):
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(text)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {text!r} has no EOS token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of classes a model needs for this tokenizer: its largest id and one (ids may have gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizes_otherwise(folder: str | Path) -> bool:
+    """Whether AutoTokenizer cuts text otherwise than ``tokenizer.json`` in a local folder says.
+
+    For some model types (Qwen2) it takes the family's own class, which replaces parts of what the file describes: a
+    model trained with another tokenizer would silently read other ids.
+    """
+    from transformers import AutoTokenizer
+
+    return _differs_from_file(AutoTokenizer.from_pretrained(folder), Path(folder))
+
+
+def _differs_from_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    file = folder / "tokenizer.json"
+    if not file.is_file() or not tokenizer.is_fast:
+        return False
+    written, loaded = json.loads(file.read_text()), json.loads(tokenizer.backend_tokenizer.to_str())
+    return any(written.get(part) != loaded.get(part) for part in ("normalizer", "pre_tokenizer", "decoder"))
 
 
 def _near_folders(path: Path) -> str:

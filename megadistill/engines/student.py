@@ -20,7 +20,7 @@ class Student(PartitionedModel):
     """A partitioned model with an optimizer. Losses are sums divided by global counts, so gradients are summed over
     data-parallel ranks and micro-batches, never averaged. ``grad_norm`` is that of the last update, before clipping."""
 
-    grad_norm: float = float("nan")
+    grad_norm: float | None = None
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class Student(PartitionedModel):
         plain_norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else self._plain_grad_norm()
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
-        self.grad_norm = float(norm) if norm is not None else float("nan")
+        self.grad_norm = float(norm) if norm is not None else None
 
     def _plain_grad_norm(self) -> float:
         """Norm over whole parameters: shards are summed over the tensor-parallel group (one all-reduce), copies count

@@ -7,6 +7,7 @@ and each only copies the slice that tensor parallelism leaves it.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from megadistill.errors import ConfigError
 from megadistill.models.families import Family, family_of
+from megadistill.observability.log import get_logger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DROPOUTS = [
@@ -92,13 +94,17 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     config.use_cache = False
     if has_weights(path):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=DTYPES[dtype], attn_implementation=attention
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
             )
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
+        if info["missing_keys"]:
+            names = sorted(info["missing_keys"])
+            raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
     else:
+        get_logger(int(os.environ.get("RANK", "0"))).info(f"{where}: {path} has no weights; random ones are made")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(DTYPES[dtype])

@@ -10,8 +10,7 @@ from typing import Any
 from megadistill.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
-from megadistill.data.sampler import BatchSampler
-from megadistill.errors import CheckpointError
+from megadistill.errors import CheckpointError, DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
@@ -22,7 +21,7 @@ from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.parts import Parts
 from megadistill.training.resume import RESOLVED, Start
-from megadistill.training.setup import TrainingData
+from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
 
 
@@ -30,20 +29,12 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
     """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world)."""
     config, context = parts.config, parts.context
     log = get_logger(context.rank)
+    sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
     first_step = _restore(parts, start)
     log.info(_headline(config, context, data, first_step, start))
     if first_step == config.train.max_steps:
         log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
         return {}
-    sampler = BatchSampler(
-        num_rows=len(data.train),
-        num_prompt_rows=len(data.prompts),
-        prompts_ratio=config.data.prompts_ratio,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.run.seed,
-        dp_rank=context.dp_rank,
-        dp_size=context.dp_size,
-    )
     begun, metrics, last_eval = time.perf_counter(), {}, {}
     with (
         _Record(start.run_dir, context, first_step) as record,
@@ -135,10 +126,8 @@ def _restore(parts: Parts, start: Start) -> int:
     config, context = parts.config, parts.context
     first_step = 0
     if start.checkpoint is not None:
-        first_step, state = load_checkpoint(start.checkpoint, parts.student, context)
+        first_step, state = load_checkpoint(start.checkpoint, parts.student, _trainer_state(parts), context)
         if parts.gate is not None:
-            if "gate" not in state:
-                raise CheckpointError(f"{start.checkpoint} was saved without a gate, and loss.clip=gate needs one")
             parts.gate.load_state_dict(state["gate"])
         if first_step > config.train.max_steps:
             raise CheckpointError(
@@ -156,25 +145,30 @@ def _saves(config: RunConfig, done: int) -> bool:
     return done == config.train.max_steps or (every > 0 and done % every == 0)
 
 
+def _trainer_state(parts: Parts) -> dict[str, Any]:
+    return {} if parts.gate is None else {"gate": parts.gate.state_dict()}
+
+
 def _save(parts: Parts, run_dir: Path, step: int) -> None:
-    state = {} if parts.gate is None else {"gate": parts.gate.state_dict()}
     save_checkpoint(
         run_dir / "checkpoints",
         step,
         parts.student,
-        state,
+        _trainer_state(parts),
         parts.tokenizer,
         parts.context,
         keep_last=parts.config.checkpoint.keep_last,
     )
 
 
-def _check_finite(metrics: dict[str, float], step: int) -> None:
-    if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(
-            f"step {step}: the loss is {metrics['loss']} (sft {metrics['loss/sft']}, dac_kl {metrics['loss/dac_kl']}, "
-            f"span {metrics['loss/span']}); lower optim.lr or look at the data of this step"
+def _check_finite(metrics: dict[str, float | None], step: int) -> None:
+    """Before the checkpoint of the step: what is saved can be gone on with. Raises DivergenceError."""
+    wrong = [name for name in ("loss", "grad_norm") if metrics[name] is not None and not math.isfinite(metrics[name])]
+    if wrong:
+        terms = ", ".join(
+            f"{name} {metrics[name]}" for name in ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm")
         )
+        raise DivergenceError(f"step {step} is not finite ({terms}); lower optim.lr, or look at the data of this step")
 
 
 def _headline(config: RunConfig, context: ParallelContext, data: TrainingData, first_step: int, start: Start) -> str:

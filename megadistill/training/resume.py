@@ -50,7 +50,10 @@ def plan_start(config: RunConfig) -> Start:
     run_dir, resume = Path(config.run.dir), config.train.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file; a folder is needed")
-    is_used = any((run_dir / name).exists() for name in (RESOLVED, "metrics.jsonl", "checkpoints"))
+    # A run that ended before its first step has left nothing that another could harm.
+    metrics = run_dir / "metrics.jsonl"
+    has_checkpoint = (run_dir / "checkpoints" / LATEST).is_file()
+    is_used = has_checkpoint or (metrics.is_file() and metrics.stat().st_size > 0)
     if resume == "never":
         if is_used:
             raise ConfigError(
@@ -60,8 +63,9 @@ def plan_start(config: RunConfig) -> Start:
     if is_used:
         _check_same_run(config, run_dir)
     if resume != "auto":
-        return Start(run_dir, find_checkpoint(Path(resume)))
-    has_checkpoint = (run_dir / "checkpoints" / LATEST).is_file()
+        own = has_checkpoint and not Path(resume).resolve().is_relative_to(run_dir.resolve())
+        # A job that is started again with the same words goes on from its own checkpoints.
+        return Start(run_dir, find_checkpoint(run_dir if own else Path(resume)))
     return Start(run_dir, find_checkpoint(run_dir) if has_checkpoint else None)
 
 

@@ -10,10 +10,16 @@ from megadistill.config.schema import DataSection, LossSection, RunConfig
 from megadistill.data.dataset import FieldNames, load_examples
 from megadistill.data.sampler import BatchSampler
 from megadistill.data.spans import make_span_prior
-from megadistill.data.tokenize import TokenizedExample, assert_same_vocabulary, load_tokenizer, tokenize_examples
+from megadistill.data.tokenize import (
+    TokenizedExample,
+    assert_same_vocabulary,
+    load_tokenizer,
+    tokenize_examples,
+    vocabulary_size,
+)
 from megadistill.engines.student import trained_model
 from megadistill.engines.teacher import frozen_model
-from megadistill.errors import ConfigError, DataError, TopologyError
+from megadistill.errors import ConfigError, DataError
 from megadistill.losses import LossConfig, QuantileGate
 from megadistill.models.families import head_counts
 from megadistill.models.loading import LoadedModel, load_model, load_model_config, shared_vocab_size
@@ -132,8 +138,8 @@ def load_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     """All rows of a run. Raises ConfigError when there are none to train on, DataError for what is wrong with a
     file."""
     data, report = config.data, {}
-    if data.train_path is None and data.prompts_path is None:
-        raise ConfigError("data.train_path is missing: nothing to train on")
+    if data.train_path is None:
+        raise ConfigError("data.train_path is missing: nothing to train on (rows without references are welcome there)")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
     if config.generation.mode == "dataset" and not any(row.response_ids for row in rows["train"]):
@@ -147,6 +153,19 @@ def load_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     return TrainingData(rows["train"], rows["prompts"], rows["valid"], report)
 
 
+def make_sampler(config: RunConfig, data: TrainingData, dp_rank: int = 0, dp_size: int = 1) -> BatchSampler:
+    """The order of the rows. Raises ConfigError for streams that have no rows or no share of a batch."""
+    return BatchSampler(
+        num_rows=len(data.train),
+        num_prompt_rows=len(data.prompts),
+        prompts_ratio=config.data.prompts_ratio,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
 def loss_config(loss: LossSection) -> LossConfig:
     """The loss section as the losses want it."""
     return LossConfig(**loss.model_dump())
@@ -156,7 +175,9 @@ def load_models(config: RunConfig, tokenizer: Any) -> tuple[LoadedModel, LoadedM
     """Student and teacher on the CPU, cut to the shared vocabulary."""
     paths = model_paths(config)
     rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
-    vocab_size = shared_vocab_size(rows.get("model.teacher.path"), rows["model.student.path"], len(tokenizer))
+    vocab_size = shared_vocab_size(
+        rows.get("model.teacher.path"), rows["model.student.path"], vocabulary_size(tokenizer)
+    )
 
     def load(key: str, dtype: str, seed: int) -> LoadedModel:
         return load_model(
@@ -178,8 +199,6 @@ def build_parts(config: RunConfig, context: ParallelContext, tokenizer: Any) -> 
     """Loads and partitions both models and makes the gate (collective over the world)."""
     loss = loss_config(config.loss)
     student_model, teacher_model = load_models(config, tokenizer)
-    if context.tp_size > len(tokenizer):
-        raise TopologyError(f"tp_size {context.tp_size} is more than the vocabulary of {len(tokenizer)}")
     zero_stage = config.parallel.zero_stage
     teacher = None
     if teacher_model is not None:

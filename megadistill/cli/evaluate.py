@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megadistill.cli.parsing import Parser, config_of
+from megadistill.cli.parsing import Parser, config_of, refuse_unwritable
 from megadistill.errors import ConfigError
 
 

@@ -111,15 +111,16 @@ def load_checkpoint(
 
 
 def _check_layout(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    for what, keys, advice in (
-        ("model", ("model",), "it belongs to another model"),
-        ("gate", ("gate",), "loss.clip and loss.top_k must be those of the run that saved it"),
-        ("layout", _GRID, "resume at the saved layout, or start a new run from its hf/ folder"),
+    # The grid first: another one changes the shapes of the shards, too.
+    for keys, advice in (
+        (_GRID, "resume at the saved layout, or start a new run from its hf/ folder"),
+        (("model",), "it belongs to another model"),
+        (("gate",), "loss.clip and loss.top_k must be those of the run that saved it"),
     ):
         theirs, ours = ({key: layout.get(key) for key in keys} for layout in (saved, here))
         if theirs != ours:
             raise CheckpointError(
-                f"{folder} was saved at {_words(theirs)}; this run has {_words(ours)} ({what}): {advice}"
+                f"{folder} was saved at {_words(theirs)}; this run has {_words(ours)}: {advice}"
             )
 
 

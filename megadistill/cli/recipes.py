@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
                 sft=(
                     "data.train_path={data}/teacher_train.jsonl",
                     "optim.lr=4e-3",
-                    "train.max_steps=240",
+                    "train.max_steps=320",
                     "train.global_batch_size=32",
                     "train.micro_batch_size=32",
                 ),

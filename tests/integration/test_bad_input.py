@@ -113,6 +113,7 @@ def test_folder_of_another_run(assets: Path, tmp_path: Path, capsys: pytest.Capt
     overrides = settings(assets, "llama", f"run.dir={run_dir}", "train.max_steps=1")
     run_dir.mkdir()
     dump_resolved(load_config(base, overrides), run_dir / "resolved.yaml")
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     before = sorted(run_dir.iterdir())
     for more, words in (
         (["loss.span=0.5"], "holds another run: loss.span=1.0 there, 0.5 here"),
@@ -120,10 +121,62 @@ def test_folder_of_another_run(assets: Path, tmp_path: Path, capsys: pytest.Capt
     ):
         assert main(["train", "--config", base, *overrides, *more]) == 2
         assert words in capsys.readouterr().err
-    (run_dir / "resolved.yaml").rename(run_dir / "metrics.jsonl")
+    assert sorted(run_dir.iterdir()) == before
+    (run_dir / "resolved.yaml").unlink()
     assert main(["train", "--config", base, *overrides]) == 2
     assert "holds another run" in capsys.readouterr().err
-    assert len(before) == len(list(run_dir.iterdir()))
+
+
+def test_folders_that_cannot_be_used(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    base = str(ROOT / "configs" / "base.yaml")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
+        overrides = settings(assets, "llama", f"run.dir={run_dir}", "train.max_steps=1")
+        assert main(["train", "--config", base, *overrides]) == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err
+    arguments = ["--model", str(assets / "llama" / "student"), "--tokenizer", str(assets / "tokenizer")]
+    rows = ["--input", str(assets / "data" / "test.jsonl"), "--template", "plain"]
+    for more, words in (
+        (["--output", str(tmp_path)], "is a folder"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--tp-size", "-1"], "--tp-size"),
+        (["--max-new-tokens", "500"], "reads at most 128 positions"),
+    ):
+        assert main(["generate", *arguments, *rows, *more]) == 2
+        assert words in capsys.readouterr().err
+    two = ["--model", str(assets / "llama" / "student"), "--model", str(assets / "opt" / "student")]
+    overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", "eval.path=x.jsonl")
+    assert main(["evaluate", "--config", base, *two, *overrides]) == 2
+    assert "two arguments have the name 'student'" in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_weights(refused: Callable[..., str], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "half")
+    file = tmp_path / "half" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "gate_proj" in name)
+    save_file({n: t for n, t in tensors.items() if n != name}, file, metadata={"format": "pt"})
+    from megadistill.errors import ConfigError
+    from megadistill.models.loading import load_model
+
+    with pytest.raises(ConfigError, match="lacks 1 weights of its model, .*gate_proj"):
+        load_model(str(tmp_path / "half"), dtype="fp32", vocab_size=400, seed=0, attention="sdpa", where="model.x.path")
+
+
+def test_shares_that_leave_no_row(refused: Callable[..., str]) -> None:
+    line = refused("data.prompts_ratio=0.95", "train.global_batch_size=4")
+    assert "leaves no row of data.train_path" in line
+    assert "none of its rows would be used" in refused("data.prompts_ratio=0")
+    assert "data.train_path is missing" in refused("data.train_path=null")
 
 
 def test_verbs_and_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

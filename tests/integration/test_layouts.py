@@ -74,6 +74,22 @@ def test_one_update_moves_every_weight(assets: Path, reference: Path) -> None:
     assert last < first
 
 
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_exports_are_the_familys_own(assets: Path, reference: Path, family: str) -> None:
+    """Names, shapes and layout: plain transformers finds every weight, the padded rows, and the same tokens."""
+    from transformers import AutoModelForCausalLM
+
+    from megadistill.data.tokenize import load_tokenizer, vocabulary_size
+
+    folder = reference / family / "checkpoints" / "step_1" / "hf"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = load_tokenizer(folder)
+    assert model.get_output_embeddings().weight.shape[0] == vocabulary_size(tokenizer) + 2
+    text = "The young driver opened the brown kettle outside the museum."
+    assert tokenizer(text)["input_ids"] == load_tokenizer(assets / "tokenizer")(text)["input_ids"]
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_zero_stages_equal_one_process(assets: Path, reference: Path, tmp_path: Path, zero_stage: int) -> None:
     more = ("parallel.tp_size=2", f"parallel.zero_stage={zero_stage}", "train.max_steps=1")
@@ -81,6 +97,21 @@ def test_zero_stages_equal_one_process(assets: Path, reference: Path, tmp_path: 
     run_layout(4, [(str(tmp_path / family), settings(assets, family, *more)) for family in families])
     for family in families:
         _assert_same_weights(tmp_path / family, reference / family)
+
+
+def test_clipping_is_the_same_everywhere(assets: Path, tmp_path: Path) -> None:
+    """Adam's first step hides the scale of a gradient; with a large epsilon it does not."""
+    common = ("train.max_steps=2", "optim.eps=1", "optim.lr=0.5", "optim.gradient_clipping=0.5")
+    run_layout(1, [(str(tmp_path / "one"), settings(assets, "llama", *common)),
+                   (str(tmp_path / "free"), settings(assets, "llama", *common[:-1], "optim.gradient_clipping=0"))])  # fmt: skip
+    stages = [(str(tmp_path / f"z{stage}"), settings(assets, "llama", *common, "parallel.tp_size=2",
+               f"parallel.zero_stage={stage}")) for stage in (0, 2, 3)]  # fmt: skip
+    run_layout(4, stages)
+    for run_dir, _ in stages:
+        _assert_same_weights(Path(run_dir), tmp_path / "one", step=2)
+        assert losses(Path(run_dir), "grad_norm") == pytest.approx(losses(tmp_path / "one", "grad_norm"), rel=1e-4)
+    one, free = weights(tmp_path / "one", 2), weights(tmp_path / "free", 2)
+    assert max(float((one[name] - free[name]).abs().max()) for name in one) > 1e-2
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

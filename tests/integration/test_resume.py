@@ -89,6 +89,18 @@ def test_other_layouts_and_broken_files_are_refused(assets: Path, undisturbed: P
         run_layout(4, [(str(tmp_path / "b"), _settings(assets, f"train.resume={broken}"))])
 
 
+def test_going_back_keeps_what_is_written(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Resuming from an earlier checkpoint leaves a branch with later steps; the new ones must not make way for it."""
+    run_dir = tmp_path / "back"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "checkpoints" / "step_mine").mkdir()
+    more = (f"train.resume={run_dir / 'checkpoints' / 'step_10'}", "checkpoint.keep_last=1", "train.max_steps=11")
+    run_layout(4, [(str(run_dir), _settings(assets, *more))])
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_11\n"
+    assert {p.name for p in (run_dir / "checkpoints").glob("step_*")} == {"step_11", "step_20", "step_mine"}
+    export_checkpoint(run_dir, tmp_path / "student")
+
+
 def test_export_loads_with_plain_transformers_and_predicts_the_same(undisturbed: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

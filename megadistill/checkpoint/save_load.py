@@ -119,9 +119,7 @@ def _check_layout(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> 
     ):
         theirs, ours = ({key: layout.get(key) for key in keys} for layout in (saved, here))
         if theirs != ours:
-            raise CheckpointError(
-                f"{folder} was saved at {_words(theirs)}; this run has {_words(ours)}: {advice}"
-            )
+            raise CheckpointError(f"{folder} was saved at {_words(theirs)}; this run has {_words(ours)}: {advice}")
 
 
 def _words(layout: dict[str, Any]) -> str:

@@ -102,8 +102,14 @@ def test_zero_stages_equal_one_process(assets: Path, reference: Path, tmp_path: 
 def test_clipping_is_the_same_everywhere(assets: Path, tmp_path: Path) -> None:
     """Adam's first step hides the scale of a gradient; with a large epsilon it does not."""
     common = ("train.max_steps=2", "optim.eps=1", "optim.lr=0.5", "optim.gradient_clipping=0.5")
-    run_layout(1, [(str(tmp_path / "one"), settings(assets, "llama", *common)),
-                   (str(tmp_path / "free"), settings(assets, "llama", *common[:-1], "optim.gradient_clipping=0"))])  # fmt: skip
+    unclipped = (*common[:-1], "optim.gradient_clipping=0")
+    run_layout(
+        1,
+        [
+            (str(tmp_path / "one"), settings(assets, "llama", *common)),
+            (str(tmp_path / "free"), settings(assets, "llama", *unclipped)),
+        ],
+    )
     stages = [(str(tmp_path / f"z{stage}"), settings(assets, "llama", *common, "parallel.tp_size=2",
                f"parallel.zero_stage={stage}")) for stage in (0, 2, 3)]  # fmt: skip
     run_layout(4, stages)

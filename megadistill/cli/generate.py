@@ -13,7 +13,10 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "generate",
         "Writes one JSON line (instruction, input, prompt, response) per row of a file of instructions.",
-        "example:\n  megadistill generate --model runs/demo --input prompts.jsonl --output out.jsonl --temperature 0",
+        "example:\n"
+        "  megadistill generate --model runs/demo --template plain --max-prompt-tokens 64 --max-new-tokens 32 \\\n"
+        "      --input prompts.jsonl --output out.jsonl --temperature 0\n\n"
+        "It reads no run configuration: template, limits and type are those of the command line.",
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from megadistill.errors import MegadistillError
 
 VERBS = {
-    "prepare": "turn instruction data into checked train and validation files, or make the built-in assets",
+    "prepare": "turn instruction data into checked train and validation files",
     "train": "distil a teacher into a student (what launchers/run.sh starts)",
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",

@@ -80,13 +80,13 @@ class ParallelSection(Section):
 
 class DataSection(Section):
     train_path: Text | None = Field(
-        None, description="Training rows: a .jsonl, .json, .csv or .parquet file, or a hub data set."
+        None, description="Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub data set."
     )
     prompts_path: Text | None = Field(
         None, description="Extra rows of which only the prompts are used: token and span losses, no SFT."
     )
     prompts_ratio: BelowOne = Field(0.0, description="Share of each global batch that comes from data.prompts_path.")
-    valid_path: Text | None = Field(None, description="Validation rows, for train.eval_every and samples.")
+    valid_path: Text | None = Field(None, description="Validation rows, for train.eval_every.")
     max_prompt_tokens: Count = Field(256, description="Longest prompt, template included, in tokens.")
     max_tokens: Count = Field(512, description="Longest prompt plus response, in tokens.")
     skip_bad_rows: bool = Field(False, description="Count and skip malformed rows instead of stopping at the first.")
@@ -180,7 +180,9 @@ class TrainSection(Section):
     save_every: Natural = Field(0, description="Steps between checkpoints; 0: only at the end.")
     eval_every: Natural = Field(0, description="Steps between validations on data.valid_path; 0: never.")
     eval_rows: Count = Field(64, description="Rows of data.valid_path that a validation reads.")
-    log_every: Count = Field(1, description="Steps between lines on the screen; metrics.jsonl has every step.")
+    log_every: Count = Field(
+        1, description="Steps between updates of the loss beside the progress bar; metrics.jsonl has every step."
+    )
     samples_every: Natural = Field(10, description="Steps between entries in samples.jsonl; 0: none.")
     samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
     resume: Text = Field(

@@ -79,7 +79,9 @@ def load_examples(
     rows = _open_rows(str(path), fields, split, config_name)
     examples: list[Example] = []
     skipped: list[str] = []
+    absent = {name for name in (fields.input, fields.output) if name not in ("input", "output")}
     for row_id, (where, row) in enumerate(progress(rows) if progress else rows):
+        absent -= row.keys() if isinstance(row, dict) else set()
         try:
             examples.append(_to_example(row, row_id, where, fields))
         except _BadRow as error:
@@ -90,6 +92,9 @@ def load_examples(
     if not examples:
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
         raise DataError(f"{path}: nothing to read: {reason}")
+    if absent:
+        # Whoever names a column means one: without this the references would be missing in silence.
+        raise DataError(f"{path}: no row has a field {sorted(absent)[0]!r} (data.input_field, data.output_field)")
     return LoadedExamples(examples, skipped)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.cli.main import main
-from tests.support.runs import settings, write_assets
+from tests.support.runs import free_port, settings, write_assets
 
 ROOT = Path(__file__).parents[2]
 
@@ -205,7 +205,7 @@ def test_empty_evaluation_set(assets: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_the_launcher_passes_the_exit_code_on(assets: Path, tmp_path: Path) -> None:
     """Two real processes whose layout does not fit: both leave, the launcher says 2, one line says why."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29871"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
     overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", "parallel.tp_size=3")
     done = subprocess.run(
         [*command, "launchers/run.sh", "--config", "configs/base.yaml", *overrides],

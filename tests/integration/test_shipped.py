@@ -14,7 +14,7 @@ import pytest
 
 from megadistill.cli.main import VERBS, main
 from megadistill.config.load import load_config
-from tests.support.runs import losses, run_layout, settings, write_assets
+from tests.support.runs import free_port, losses, run_layout, settings, write_assets
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -53,8 +53,7 @@ def test_pairs_train_with_small_models_in_their_place(name: str, family: str, tm
         "data.max_prompt_tokens=120",
         "data.max_tokens=127",
         "data.long_prompt=truncate",
-        "data.input_field=input",
-        "data.output_field=output",
+        f"data.valid_path={tmp_path / 'data' / 'valid.jsonl'}",
         "data.template=alpaca",
         "parallel.tp_size=1",
     ]
@@ -124,7 +123,7 @@ def test_generate_evaluate_and_export(smoke: Path, monkeypatch: pytest.MonkeyPat
     assert main(["evaluate", *config, "--model", "runs/smoke", "--model", "teacher=runs/assets/smoke_0/teacher"]) == 0
     alone = json.loads(Path("runs/smoke/evaluation.json").read_text())["results"]
     assert set(alone) == {"smoke", "teacher"}
-    two = ["torchrun", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", "29877"]
+    two = ["torchrun", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
     command = [str(Path(sys.executable).parent / two[0]), *two[1:], "-m", "megadistill", "evaluate", *config]
     for tp_size in (1, 2):
         more = ["--model", "runs/smoke", "--output", f"two_{tp_size}.json", f"parallel.tp_size={tp_size}"]
@@ -143,7 +142,7 @@ def test_generate_evaluate_and_export(smoke: Path, monkeypatch: pytest.MonkeyPat
 def test_a_finished_run_is_not_repeated(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (smoke / "runs" / "smoke" / "metrics.jsonl").read_bytes()
     summary = (smoke / "runs" / "smoke" / "summary.json").read_bytes()
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29878", "-m"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m"]
     command = [*run, "megadistill", "train", "--config", str(ROOT / "configs" / "smoke.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=smoke, env=environment, check=True, timeout=300, capture_output=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,13 @@ def _train(file: Path, run_dir: str, overrides: list[str]) -> None:
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
     train(build_parts(config, context, tokenizer), data, start)
     torch.distributed.barrier()
+
+
+def free_port() -> str:
+    """A port on the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def losses(run_dir: Path, key: str = "loss") -> list[float]:

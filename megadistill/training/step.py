@@ -44,7 +44,8 @@ class StepResult:
 
 def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> StepResult:
     """Runs update ``step`` (0-based) and returns its metrics, equal on all ranks, and this rank's samples."""
-    config, timers = parts.config, Timers()
+    config = parts.config
+    timers = Timers(torch.cuda.synchronize if parts.context.device.type == "cuda" else None)
 
     # 1. Sequence level: the text to train on.
     if uses_student_text(config.generation, seed=config.run.seed, step=step):

@@ -7,7 +7,6 @@ numbers are functions of the step and need no state.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -37,16 +36,14 @@ _GRID = ("tp_size", "dp_size", "zero_stage")
 def layout_of(student: Student, trainer_state: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
     """What a checkpoint can be loaded by: the same grid and ZeRO stage, the same parameters, the same gate.
 
-    ``model`` is the model type with a checksum of this rank's parameter names and shapes, ``gate`` the gate's size.
+    ``model`` is the fingerprint of the whole model, the same on every rank; ``gate`` is the gate's size.
     """
-    shapes = [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in student.module.named_parameters()]
-    checksum = hashlib.blake2b(repr(sorted(shapes)).encode(), digest_size=4).hexdigest()
     gate = trainer_state.get("gate", {}).get("gate", {})
     return {
         "tp_size": context.tp_size,
         "dp_size": context.dp_size,
         "zero_stage": student.engine.zero_optimization_stage(),
-        "model": f"{student.loaded.config.model_type}-{checksum}",
+        "model": student.loaded.fingerprint,
         "gate": sum(tensor.numel() for tensor in gate.values()),
     }
 

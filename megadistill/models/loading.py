@@ -7,6 +7,7 @@ and each only copies the slice that tensor parallelism leaves it.
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,15 @@ class LoadedModel:
     """A model on the CPU before it is cut.
 
     ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded
-    vocabulary rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded with.
+    vocabulary rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded
+    with. ``fingerprint`` stands for the names and shapes of all parameters.
     """
 
     model: nn.Module
     family: Family
     config: Any
     removed_rows: dict[str, torch.Tensor]
+    fingerprint: str
 
 
 def load_model_config(path: str, where: str) -> Any:
@@ -112,7 +115,9 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     if family.prepare is not None:
         family.prepare(model)
     removed = _cut_vocabulary(model, vocab_size, where)
-    return LoadedModel(model, family, pristine, removed)
+    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    checksum = hashlib.blake2b(repr(shapes).encode(), digest_size=4).hexdigest()
+    return LoadedModel(model, family, pristine, removed, f"{pristine.model_type}-{checksum}")
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def _runs(assets: Path, out: Path, *more: str) -> list[tuple[str, list[str]]]:
 def reference(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, ZeRO-3, and in "wide" another split of the same global batch."""
     out = tmp_path_factory.mktemp("one_process")
-    wide = settings(assets, "llama", f"train.max_steps={STEPS}", SEED, "train.micro_batch_size=8")
+    wide = settings(assets, "llama", f"train.max_steps={STEPS}", SEED, "train.micro_batch_size=4")
     run_layout(1, [*_runs(assets, out), (str(out / "wide"), wide)])
     return out
 
@@ -46,7 +46,7 @@ def _assert_same_weights(found: Path, expected: Path, step: int = 1) -> None:
 
 
 def _assert_same_run(found: Path, expected: Path) -> None:
-    assert len(samples(expected)) == 8 * STEPS
+    assert len(samples(expected)) == 4 * STEPS
     assert samples(found) == samples(expected)
     for key in ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm", "kept_mass"):
         assert losses(found, key) == pytest.approx(losses(expected, key), rel=1e-4), key
@@ -70,8 +70,8 @@ def test_one_update_moves_every_weight(assets: Path, reference: Path) -> None:
     for family in FAMILY_CONFIGS:
         before = weights(reference / family, 1)
         assert all(float(tensor.abs().max()) > 0 for tensor in before.values())
-    first, last = losses(reference / "long")[0], losses(reference / "long")[-1]
-    assert last < first
+    moved, start = weights(reference / "long", STEPS), weights(reference / "llama", 1)
+    assert all(float((moved[name] - start[name]).abs().max()) > 1e-4 for name in moved)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

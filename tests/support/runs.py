@@ -49,7 +49,7 @@ def write_assets(folder: Path) -> None:
             model = folder / family / role
             model.mkdir(parents=True)
             # Wide initial weights: distributions that are far from uniform, so that wrong tokens would show.
-            tree = {**config, **width, "vocab_size": rows, "initializer_range": 0.3, "init_std": 0.3}
+            tree = {**config, **width, "vocab_size": rows, "initializer_range": 0.2, "init_std": 0.2}
             (model / "config.json").write_text(json.dumps(tree))
 
 
@@ -65,12 +65,12 @@ def settings(assets: Path, family: str, *more: str) -> list[str]:
         "data.template=plain",
         "data.max_prompt_tokens=64",
         "data.max_tokens=84",
-        "generation.max_new_tokens=12",
-        "train.global_batch_size=8",
-        "train.micro_batch_size=2",
+        "generation.max_new_tokens=8",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=1",
         "train.samples_every=1",
-        "train.samples_rows=8",
-        "optim.lr=5e-4",
+        "train.samples_rows=4",
+        "optim.lr=2e-4",
         "optim.warmup_ratio=0",
         *more,
     ]

@@ -20,7 +20,8 @@ def sampler(**changes):
 @given(
     num_rows=st.integers(1, 30),
     num_prompt_rows=st.integers(1, 30),
-    ratio=st.floats(0, 0.99),
+    # Shares that leave both streams a row; others are refused (next test).
+    ratio=st.one_of(st.just(0.0), st.floats(0.05, 0.95)),
     dp_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
     step=st.integers(0, 50),
 )
@@ -39,6 +40,12 @@ def test_ranks_together_have_the_global_batch_at_every_layout(num_rows, num_prom
     assert sorted(row for part in parts for row in part) == whole
     assert sum(row.stream == "train" for row in whole) == round(12 * (1 - ratio))
     assert all(0 <= row.row_index < (num_rows if row.stream == "train" else num_prompt_rows) for row in whole)
+
+
+@pytest.mark.parametrize(("ratio", "stream"), [(0.01, "prompts"), (0.99, "train")])
+def test_a_share_that_leaves_a_stream_no_row_is_refused(ratio, stream):
+    with pytest.raises(ConfigError, match=f"leaves no row of data.{stream}_path"):
+        sampler(prompts_ratio=ratio)
 
 
 def test_every_epoch_of_each_stream_holds_every_row_once_in_a_new_order():

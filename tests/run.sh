@@ -6,5 +6,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 bash "$root/launchers/setup.sh" test
 cd "$root"
 export PATH="$root/.venv/bin:$PATH" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
-# Two workers; tests/conftest.py keeps the integration tests, which start processes of their own, on one of them.
-exec python -m pytest -n 2 --dist loadgroup "$@"
+if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
+# The integration tests start several processes each: they run one by one, after the others.
+status=0
+python -m pytest -n 2 tests/unit tests/distributed || status=$?
+python -m pytest tests/integration || status=$?
+exit $status

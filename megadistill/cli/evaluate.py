@@ -76,19 +76,22 @@ def evaluate_models(
     config: Any, models: dict[str, str], suites: dict[str, tuple[str, str | None]]
 ) -> dict[str, Any] | None:
     """Evaluates every model on every set with the processes at hand; the results on rank 0, None elsewhere."""
-    from megadistill.cli.inference import check_length, inference_context, model_folder
+    from megadistill.cli.inference import inference_context, model_folder
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
     from megadistill.evaluation.report import results_table, to_jsonable
     from megadistill.evaluation.suites import run_suite
+    from megadistill.models.loading import check_positions, load_model_config
     from megadistill.observability.progress import progress_bar
 
     folders = {name: model_folder(path) for name, path in models.items()}
     results: dict[str, dict[str, Any]] = {}
     likelihoods: dict[str, dict[str, float]] = {}
     for name, folder in folders.items():
-        check_length(folder, name, config.data.max_tokens, "data.max_tokens")
+        check_positions(
+            load_model_config(folder, name), config.data.max_tokens, "data.max_tokens", f"{name} ({folder})"
+        )
     with inference_context(config.parallel, folders) as context:
         for name, folder in folders.items():
             tokenizer = load_tokenizer(config.model.tokenizer or folder)

@@ -38,19 +38,21 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--local_rank", type=int, default=-1, help="added by the deepspeed launcher")
     parsed = parser.parse(arguments)
 
-    from megadistill.cli.inference import check_length, inference_context, model_folder
+    from megadistill.cli.inference import inference_context, model_folder
     from megadistill.config.schema import ParallelSection
     from megadistill.data.dataset import load_examples
     from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, write_answers
+    from megadistill.models.loading import check_positions, load_model_config
     from megadistill.observability.progress import progress_bar
 
     if parsed.output is not None:
         refuse_unwritable(parsed.output, is_file=True)
     folder = model_folder(parsed.model)
     limit = parsed.max_prompt_tokens + parsed.max_new_tokens
-    check_length(folder, "--model", limit, "--max-prompt-tokens + --max-new-tokens")
+    asked = "--max-prompt-tokens + --max-new-tokens"
+    check_positions(load_model_config(folder, "--model"), limit, asked, f"--model ({folder})")
     tokenizer = load_tokenizer(parsed.tokenizer or folder)
     examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows)
     rows = tokenize_examples(

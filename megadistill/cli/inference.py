@@ -11,7 +11,7 @@ from megadistill.checkpoint.manifest import LATEST, MANIFEST, find_checkpoint
 from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
 from megadistill.engines.launch import distributed, name_accelerator, world_size
-from megadistill.errors import CheckpointError, ConfigError
+from megadistill.errors import CheckpointError
 from megadistill.models.families import head_counts
 from megadistill.models.loading import load_model_config
 from megadistill.parallel.context import ParallelContext
@@ -30,13 +30,6 @@ def model_folder(path: str) -> str:
             raise CheckpointError(f"{path} holds no model: {folder} is missing")
         return str(folder)
     return path
-
-
-def check_length(path: str, name: str, max_tokens: int, what: str) -> None:
-    """Raises ConfigError when a model reads fewer positions than prompt and answer may have."""
-    longest = getattr(load_model_config(path, name), "max_position_embeddings", None)
-    if longest is not None and max_tokens > longest:
-        raise ConfigError(f"{what} is {max_tokens}, but {name} ({path}) reads at most {longest} positions")
 
 
 @contextmanager

@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
-    def add_config(self, *, required: bool = True) -> None:
+    def add_config(self) -> None:
         """``--config FILE`` and ``section.field=value`` overrides."""
-        self.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
+        self.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
         self.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
         # The deepspeed launcher adds it; the rank comes from the environment.
         self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)

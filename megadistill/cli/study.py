@@ -6,8 +6,8 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megadistill.cli.assets import assets_folder, make_assets, run_alone
 from megadistill.cli.demo import CONFIG, enter_repository, evaluate_once, launch_training, scores_of
 from megadistill.cli.parsing import Parser
 
@@ -57,7 +57,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str, float]]:
     """Scores of every arm for one seed; finished parts are read, not repeated."""
-    from megadistill.cli.assets import assets_folder, make_assets, run_alone
     from megadistill.config.load import load_config
 
     done = folder / "scores.json"
@@ -70,10 +69,10 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
     config = load_config(CONFIG, overrides)
     launch_training(CONFIG, overrides, distilled, config.train.max_steps)
     seconds = _seconds(distilled)
-    _train_control(run_alone, common, updates, config.train.max_steps)
+    _train_control(common, updates, config.train.max_steps)
     # As much time: the speed of the control just run, on the same cores.
     steps = max(1, round(config.train.max_steps * seconds / _seconds(updates)))
-    _train_control(run_alone, common, timed, steps)
+    _train_control(common, timed, steps)
     assets = assets_folder("demo", seed)
     models = {
         "teacher": str(assets / "teacher"),
@@ -95,7 +94,7 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
     return scores
 
 
-def _train_control(run_alone: Any, common: list[str], run_dir: Path, steps: int) -> None:
+def _train_control(common: list[str], run_dir: Path, steps: int) -> None:
     if not (run_dir / "summary.json").is_file():
         run_alone(["train", "--config", CONTROL, *common, f"run.dir={run_dir}", f"train.max_steps={steps}"])
 

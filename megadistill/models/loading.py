@@ -72,6 +72,14 @@ def load_model_config(path: str, where: str) -> Any:
     return config
 
 
+def check_positions(config: Any, max_tokens: int, what: str, where: str) -> None:
+    """Raises ConfigError when a model reads fewer positions than ``max_tokens``; ``what`` says which setting asks for
+    them."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max_tokens > longest:
+        raise ConfigError(f"{what}={max_tokens}, but {where} reads at most {longest} positions")
+
+
 def has_weights(path: str) -> bool:
     """False for a configuration alone: a .json file, or a local folder without weight files."""
     local = Path(path)

@@ -93,14 +93,6 @@ class ParallelContext:
         dist.all_gather_object(items, item)
         return items
 
-    def broadcast_object(self, item: Any) -> Any:
-        """Rank 0's picklable ``item`` on every rank of the world (one broadcast)."""
-        if self.world_size == 1:
-            return item
-        box = [item]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def barrier(self) -> None:
         """Waits for every rank of the world."""
         if self.world_size > 1:

@@ -22,7 +22,7 @@ from megadistill.engines.teacher import frozen_model
 from megadistill.errors import ConfigError, DataError
 from megadistill.losses import LossConfig, QuantileGate
 from megadistill.models.families import head_counts
-from megadistill.models.loading import LoadedModel, load_model, load_model_config, shared_vocab_size
+from megadistill.models.loading import LoadedModel, check_positions, load_model, load_model_config, shared_vocab_size
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.gate import GateTrainer
@@ -69,11 +69,7 @@ def check_models(config: RunConfig, world_size: int) -> int:
     for key, path in model_paths(config).items():
         model_config = load_model_config(path, key)
         counts += head_counts(model_config, key)
-        longest = getattr(model_config, "max_position_embeddings", None)
-        if longest is not None and config.data.max_tokens > longest:
-            raise ConfigError(
-                f"data.max_tokens={config.data.max_tokens}, but {key} ({path}) reads at most {longest} positions"
-            )
+        check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
     gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tp_size)
     return tp_size

@@ -4,6 +4,7 @@ from megadistill.losses.head import Head
 from megadistill.losses.objective import DistillOutput, distill_loss
 from megadistill.losses.quantile_gate import QuantileGate
 from megadistill.losses.token_kl import token_kl
+from megadistill.losses.topk_teacher import TeacherTopK
 
 __all__ = [
     "IGNORE_INDEX",
@@ -11,6 +12,7 @@ __all__ = [
     "Head",
     "LossConfig",
     "QuantileGate",
+    "TeacherTopK",
     "cross_entropy",
     "distill_loss",
     "token_kl",

@@ -14,6 +14,16 @@ Clip = Literal["gate", "fixed", "off"]
 Remainder = Literal["bucket", "renormalise"]
 Quantile = Literal["mass", "rank"]
 GateObjective = Literal["minimise", "maximise", "frozen"]
+Divergence = Literal[
+    "dac_kl",
+    "forward_kl",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+]
+Backend = Literal["auto", "torch", "compile", "triton"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,14 @@ class LossConfig:
     """Weight of the dynamically clipped KL from teacher to student."""
     span: float = 1.0
     """Weight of the span correlation term."""
+    divergence: Divergence = "dac_kl"
+    """The token-level loss: dac_kl is the method's; the others are baselines. They have no mask and no gate, take the
+    weight `dac_kl` and are reported in its place."""
+    skew: float = 0.1
+    """Share alpha of skewed_forward_kl, KL(p || alpha p + (1-alpha) q), and skewed_reverse_kl, KL(q || alpha q +
+    (1-alpha) p)."""
+    jensen_shannon_beta: float = 0.5
+    """Share beta of jensen_shannon: beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q."""
     temperature: float = 1.0
     """Divides the logits of both models in DAC-KL (whose term is multiplied by its square) and in the span term."""
     clip: Clip = "gate"
@@ -47,6 +65,8 @@ class LossConfig:
     """Width of the mask's sigmoid edges, in nats."""
     chunk_tokens: int | Literal["auto"] = "auto"
     """Rows whose logits exist at once; `auto` chooses by shard size and device."""
+    backend: Backend = "auto"
+    """What runs the work between the matrix products: eager torch, torch.compile, Triton, or the best of them here."""
     gate_objective: GateObjective = "minimise"
     """What the gate does to DAC-KL; the coverage guard is added to either direction."""
     guards: bool = True
@@ -69,8 +89,10 @@ class LossConfig:
             self._number(name, "a number > 0", lambda value: value > 0)
         for name in ("lower", "upper", "coverage_target"):
             self._number(name, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        for name in ("lower_max", "upper_min"):
+        for name in ("lower_max", "upper_min", "skew", "jensen_shannon_beta"):
             self._number(name, "a number in (0, 1)", lambda value: 0 < value < 1)
+        self._choice("divergence", Divergence)
+        self._choice("backend", Backend)
         self._choice("clip", Clip)
         self._choice("remainder", Remainder)
         self._choice("quantile", Quantile)
@@ -86,6 +108,16 @@ class LossConfig:
             raise ConfigError(f"loss.chunk_tokens={self.chunk_tokens!r} must be 'auto' or an integer >= 1")
         if not isinstance(self.guards, bool):
             raise ConfigError(f"loss.guards={self.guards!r} must be true or false")
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether a mask is computed at all."""
+        return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def uses_gate(self) -> bool:
+        """Whether the mask's quantiles come from the gate."""
+        return self.is_clipped and self.clip == "gate"
 
     def _number(self, name: str, allowed: str, accept: Any) -> None:
         value = getattr(self, name)

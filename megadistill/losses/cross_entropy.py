@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megadistill.losses.backends import row_kernels
+from megadistill.losses.config import Backend
+from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import (
     Count,
     StudentGradients,
@@ -23,8 +26,8 @@ from megadistill.losses.fused import (
     valid_rows,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
-from megadistill.losses.statistics import label_columns, local_target
-from megadistill.parallel.collectives import all_gather_rows
+from megadistill.losses.statistics import label_columns, merge_student
+from megadistill.losses.tiles import RowWeights, TileSpec
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -35,19 +38,20 @@ def cross_entropy(
     *,
     num_tokens: Count,
     chunk_tokens: int | Literal["auto"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Sum over the rows of -log q(label), in nats, divided by `num_tokens`: a differentiable scalar.
 
     student: hidden [T, H] and head shard; labels: [T] int64, -100 ignores a row (its contents do not matter);
     num_tokens: the global count (over data-parallel ranks and micro-batches) that divides the sum. The same value on
     every tensor-parallel rank; every rank must call backward on it. float32 or better whatever the inputs.
-    Communicates over `shard.group`: 2 floats a row in one all-gather a chunk, and one all-reduce of the hidden
+    Communicates over `shard.group`: 3 floats a row in one all-gather a chunk, and one all-reduce of the hidden
     gradient. Raises ValueError for shapes and DataError for labels that do not fit.
     """
     check_shard(shard)
     student.check("student", len(labels), shard.size)
     needs = needs_gradient(student, torch.is_grad_enabled())
-    arguments = (labels, shard, num_tokens, chunk_tokens, needs)
+    arguments = (labels, shard, num_tokens, chunk_tokens, backend, needs)
     return _CrossEntropy.apply(student.hidden, student.weight, student.bias, *arguments)
 
 
@@ -69,6 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
         shard: VocabShard,
         num_tokens: Count,
         chunk_tokens: int | Literal["auto"],
+        backend: Backend,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         head = Head(hidden, weight, bias)
@@ -78,17 +83,22 @@ class _CrossEntropy(torch.autograd.Function):
         inverse = inverse_count(num_tokens, hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
+            spec, kernels = TileSpec(), row_kernels(backend, shard, hidden.device)
             projector = LogitsProjector(head, rows, dtype)
             gradients = StudentGradients(projector, needs)
-            for chunk, _ in chunks(len(rows), chunk_size(chunk_tokens, shard, hidden.device)):
-                logits_CV = projector.logits(chunk)
-                local = torch.stack([torch.logsumexp(logits_CV, -1), local_target(logits_CV, labels[chunk], shard)], -1)
-                lse, target = all_gather_rows(local, shard.group).unbind(-1)
-                lse = torch.logsumexp(lse, 0)
-                total += (lse - target.sum(0)).sum(dtype=torch.float64)
+            size = chunk_size(chunk_tokens, shard, hidden.device)
+            room, gradient_room = (projector.new_tile(min(size, len(rows))) for _ in range(2))
+            for chunk, _ in chunks(len(rows), size):
+                logits_CV = projector.logits(chunk, room)
+                local = local_statistics(spec, kernels, logits_CV, None)
+                stats = merge_student(spec, local, logits_CV, labels[chunk], shard)
+                total += stats.label_nats.sum()
                 if gradients.is_wanted:
-                    gradient_CV = logits_CV.sub_(lse.unsqueeze(-1)).exp_().mul_(inverse)
-                    add_label_gradient(gradient_CV, labels[chunk], inverse.to(dtype).expand(len(lse)), shard)
+                    gradient_CV = gradient_room[: len(logits_CV)]
+                    weight = inverse.to(dtype).expand(len(logits_CV)).contiguous()
+                    if shard.size:
+                        kernels.gradient(spec, logits_CV, None, stats.constants, RowWeights(weight), gradient_CV)
+                    add_label_gradient(gradient_CV, labels[chunk], weight, shard)
                     gradients.add(chunk, gradient_CV)
             gradients.reduce(shard.group)
         keep_for_backward(ctx, head, rows, gradients, [])
@@ -96,4 +106,4 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_gradients(ctx, upstream), None, None, None, None, None
+        return *scaled_gradients(ctx, upstream), *[None] * 6

@@ -7,6 +7,7 @@ Suffixes: T rows that count, C rows of one chunk, H hidden size, V this rank's c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from torch import Tensor
 from megadistill.errors import ConfigError, DataError
 from megadistill.losses.config import IGNORE_INDEX
 from megadistill.losses.head import Head, LogitsProjector
-from megadistill.parallel.collectives import Group, all_reduce_sum
+from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
-# Elements of one [C, V] tile under chunk_tokens="auto": a few such tiles exist at once.
-_TILE_ELEMENTS_CPU = 2**22
-_TILE_ELEMENTS_ACCELERATOR = 2**26
+# Elements of one [C, V] tile under chunk_tokens="auto", of which two or three exist at once: enough rows for products at
+# full speed. Never more of the memory than one part in _MEMORY_PARTS.
+_TILE_ELEMENTS_CPU = 2**23
+_TILE_ELEMENTS_ACCELERATOR = 2**27
+_MEMORY_PARTS = 64
 _MIN_CHUNK, _MAX_CHUNK = 16, 4096
 
 Count = int | float | Tensor
@@ -47,12 +50,25 @@ def valid_rows(labels: Tensor, total: int) -> Tensor:
 
 
 def chunk_size(chunk_tokens: int | Literal["auto"], shard: VocabShard, device: torch.device) -> int:
-    """Rows of a chunk. From group-wide quantities alone: ranks with unequal shards must agree on the collectives."""
+    """Rows of a chunk, the same on all ranks of `shard.group`, whose collectives have to meet.
+
+    auto: from the widest shard and the memory; ranks agree on the smallest wish in one all-reduce of one number.
+    """
     if chunk_tokens != "auto":
         return chunk_tokens
     elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
+    elements = min(elements, _total_memory(device) // (_MEMORY_PARTS * 4))
     widest = max(1, -(-shard.total // shard.tp_size))
-    return min(max(elements // widest, _MIN_CHUNK), _MAX_CHUNK)
+    size = min(max(elements // widest, _MIN_CHUNK), _MAX_CHUNK)
+    if shard.group is None:
+        return size
+    return -int(all_reduce_max(torch.tensor(-size, device=device), shard.group))
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def chunks(num_rows: int, size: int, halo: int = 0) -> Iterator[tuple[slice, int]]:
@@ -75,7 +91,7 @@ class StudentGradients:
         self._head = head
         sources = (head.hidden_TH, head.weight_VH, head.bias_V)
         self.hidden_TH, self.weight_VH, self.bias_V = (
-            torch.zeros_like(source) if want and source is not None else None
+            torch.zeros_like(source, dtype=head.dtype) if want and source is not None else None
             for source, want in zip(sources, wanted, strict=True)
         )
 
@@ -85,12 +101,14 @@ class StudentGradients:
 
     def add(self, chunk: slice, gradient_CV: Tensor) -> None:
         """Adds what the derivative by the chunk's logits contributes."""
-        if self.hidden_TH is not None:
-            self.hidden_TH[chunk].addmm_(gradient_CV, self._head.weight_VH)
-        if self.weight_VH is not None:
-            self.weight_VH.addmm_(gradient_CV.T, self._head.hidden_TH[chunk])
+        head = self._head
         if self.bias_V is not None:
             self.bias_V += gradient_CV.sum(0)
+        factor_CV = gradient_CV.to(head.hidden_TH.dtype)
+        if self.hidden_TH is not None:
+            head.add_product(self.hidden_TH[chunk], factor_CV, head.weight_VH)
+        if self.weight_VH is not None:
+            head.add_product(self.weight_VH, factor_CV.T, head.hidden_TH[chunk])
 
     def reduce(self, group: Group) -> None:
         """Completes the hidden gradient, to which every shard contributes: one all-reduce."""

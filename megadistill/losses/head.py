@@ -40,16 +40,40 @@ def loss_dtype(*heads: Head) -> torch.dtype:
 
 
 class LogitsProjector:
-    """The rows that count of one head, in the dtype of the loss, and its logits chunk by chunk."""
+    """The rows that count of one head, and its logits chunk by chunk in the dtype of the loss.
+
+    On CUDA bfloat16 inputs stay as they are: the products read them and accumulate and write float32. Elsewhere, and for
+    float16 (whose range the scaled derivatives leave), inputs are converted once.
+    """
 
     def __init__(self, head: Head, rows: Tensor | None, dtype: torch.dtype) -> None:
-        hidden = head.hidden.detach()
-        self.hidden_TH = (hidden if rows is None else hidden[rows]).to(dtype)
-        self.weight_VH = head.weight.detach().to(dtype)
+        hidden, weight = head.hidden.detach(), head.weight.detach()
+        self.dtype = dtype
+        self.is_mixed = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
+        kept = torch.bfloat16 if self.is_mixed else dtype
+        self.hidden_TH = (hidden if rows is None else hidden[rows]).to(kept)
+        self.weight_VH = weight.to(kept)
         self.bias_V = None if head.bias is None else head.bias.detach().to(dtype)
 
-    def logits(self, chunk: slice) -> Tensor:
-        """[C, V] logits of the rows in `chunk`; the caller owns them."""
-        if self.bias_V is None:
-            return self.hidden_TH[chunk] @ self.weight_VH.T
-        return torch.addmm(self.bias_V, self.hidden_TH[chunk], self.weight_VH.T)
+    def new_tile(self, num_rows: int) -> Tensor:
+        """Room for the logits of `num_rows` rows."""
+        return self.hidden_TH.new_empty((num_rows, self.weight_VH.shape[0]), dtype=self.dtype)
+
+    def logits(self, chunk: slice, out: Tensor) -> Tensor:
+        """[C, V] logits of the rows in `chunk`, written to the first rows of `out`."""
+        hidden_CH = self.hidden_TH[chunk]
+        logits_CV = out[: hidden_CH.shape[0]]
+        if self.is_mixed:
+            torch.ops.aten.mm.dtype_out(hidden_CH, self.weight_VH.T, self.dtype, out=logits_CV)
+        elif self.bias_V is not None:
+            return torch.addmm(self.bias_V, hidden_CH, self.weight_VH.T, out=logits_CV)
+        else:
+            torch.mm(hidden_CH, self.weight_VH.T, out=logits_CV)
+        return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """total += left @ right, accumulated in the dtype of the loss."""
+        if self.is_mixed:
+            torch.ops.aten.addmm.dtype_out(total, left, right, self.dtype, out=total)
+        else:
+            total.addmm_(left, right)

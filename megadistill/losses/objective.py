@@ -1,7 +1,8 @@
 """The whole objective in one pass over chunks of rows: L = w_sft L_SFT + w_dac L_DAC-KL + w_span L_span.
 
 Paper: section 3 and Eq. 6-10; docs/method.md fixes what it leaves open. Three student products and one teacher product
-a chunk, no recomputation, and no tensor as large as the logits of all rows.
+a chunk, no recomputation, and no tensor as large as the logits of all rows. What lies between the products is done by
+the kernels of `backends.py`.
 Suffixes: T rows of the call, C rows of one chunk (a halo row of the chunk before included), V this rank's classes.
 """
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from megadistill.errors import ConfigError
-from megadistill.losses.clipping import ClipMask, ClipTerms, clip_gradient, clip_mask, clip_sums, merge_clip_sums
+from megadistill.losses.backends import row_kernels
+from megadistill.losses.clipping import ClipTerms, merge_clip_sums
 from megadistill.losses.config import LossConfig
 from megadistill.losses.cross_entropy import add_label_gradient
+from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Count,
     StudentGradients,
@@ -32,12 +35,14 @@ from megadistill.losses.fused import (
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
-from megadistill.losses.span import span_gradient, span_sums, span_value
-from megadistill.losses.statistics import RowStatistics, row_statistics
-from megadistill.parallel.collectives import all_gather_rows
+from megadistill.losses.span import span_value
+from megadistill.losses.statistics import RowStatistics
+from megadistill.losses.tiles import RowWeights, TileSpec
+from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
 from megadistill.parallel.vocab import VocabShard
 
 _GATE_SIGN = {"minimise": 1.0, "maximise": -1.0}
+_FARTHEST = 1e4  # nats; a threshold at infinity is one that every class is on the right side of
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class DistillOutput:
 
 def distill_loss(
     student: Head,
-    teacher: Head,
+    teacher: Head | TeacherTopK,
     labels: Tensor,
     pair_mask: Tensor,
     gate: nn.Module | None,
@@ -76,29 +81,33 @@ def distill_loss(
 ) -> DistillOutput:
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
-    student, teacher: hidden states [T, H] and head shard; labels: [T] int64, -100 = the row is ignored by all terms,
+    student, teacher: hidden states [T, H] and head shard; or the teacher's top classes, `TeacherTopK`; labels: [T] int64, -100 = the row is ignored by all terms,
     whatever it contains; pair_mask: [T] bool, rows t and t+1 are one span pair (counts only when both are valid);
-    gate: needed for clip="gate" and dac_kl > 0 only, called with (sorted_log_probs [C, K], log_tail [C]);
+    gate: needed where `config.uses_gate`, called with (sorted_log_probs [C, K], log_tail [C]);
     num_tokens, num_pairs: global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the
     caller's.
     Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
-    Communicates over `shard.group`: two all-gathers a chunk (6 + K and at most 14 floats a row) and one all-reduce of
-    the hidden gradient; the number depends on `labels` alone.
-    Raises ConfigError for a missing or unfitting gate, ValueError for shapes, DataError for labels that do not fit.
+    Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row), one all-reduce of the
+    hidden gradient, and with chunk_tokens="auto" one of a single number; how many depends on `labels` and `config` alone.
+    Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
+    DataError for labels that do not fit.
     """
     check_shard(shard)
     num_rows = len(labels)
     student.check("student", num_rows, shard.size)
-    teacher.check("teacher", num_rows, shard.size)
+    if isinstance(teacher, TeacherTopK):
+        teacher.check(num_rows, config)
+    else:
+        teacher.check("teacher", num_rows, shard.size)
     if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
         raise ValueError(
             f"pair_mask must be bool of shape ({num_rows},), got {pair_mask.dtype} {tuple(pair_mask.shape)}"
         )
     parameters: list[Tensor] = []
     if config.clip == "gate":
-        if gate is None and config.dac_kl > 0:
+        if gate is None and config.uses_gate:
             raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
         if getattr(gate, "top_k", config.top_k) != config.top_k:
             raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
@@ -113,7 +122,7 @@ def distill_loss(
 class _Call:
     """Arguments that get no gradient."""
 
-    teacher: Head
+    teacher: Head | TeacherTopK
     labels: Tensor
     pair_mask: Tensor
     gate: nn.Module | None
@@ -121,6 +130,16 @@ class _Call:
     shard: VocabShard
     num_tokens: Count
     num_pairs: Count
+
+
+@dataclass(frozen=True)
+class _RowTerms:
+    """Per row [C]: KL(p || q), the token-level loss, the sum of its slopes (divergences) and the mask's terms."""
+
+    kl: Tensor
+    value: Tensor
+    slope: Tensor | None
+    clip: ClipTerms | None
 
 
 class _Distill(torch.autograd.Function):
@@ -155,75 +174,76 @@ class _FusedPass:
 
     def __init__(self, call: _Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
         self.call, self.config, self.shard = call, call.config, call.shard
+        config = call.config
         self.parameters = parameters
         device = self.device = head.hidden.device
-        self.dtype = loss_dtype(head, call.teacher)
+        is_dense = isinstance(call.teacher, Head)
+        self.dtype = loss_dtype(head, call.teacher) if isinstance(call.teacher, Head) else loss_dtype(head)
         # Ignored rows go before any product: they cost nothing, and whatever they hold cannot leak.
         self.rows = valid_rows(call.labels, call.shard.total)
         self.labels = call.labels[self.rows]
         follows = torch.zeros_like(call.pair_mask[self.rows])
         follows[:-1] = self.rows[1:] == self.rows[:-1] + 1
         self.is_pair = call.pair_mask[self.rows] & follows
-        self.student = LogitsProjector(head, self.rows, self.dtype)
-        self.teacher = LogitsProjector(call.teacher, self.rows, self.dtype)
         self.per_token = inverse_count(call.num_tokens, device)
         self.per_pair = inverse_count(call.num_pairs, device)
-        self.clip = self.config.clip if self.config.dac_kl > 0 else "off"
+        self.spec = TileSpec.of(config, has_edges=bool(parameters) and config.uses_gate)
+        self.kernels = row_kernels(config.backend, call.shard, device)
+        self.chunk_size = chunk_size(config.chunk_tokens, call.shard, device)
+        self.student = LogitsProjector(head, self.rows, self.dtype)
+        self.gradients = StudentGradients(self.student, needs)
+        max_rows = min(len(self.rows), self.chunk_size + int(config.span > 0))
+        self.room = self.student.new_tile(max_rows)
+        self.gradient_room = self.student.new_tile(max_rows if self.gradients.is_wanted else 0)
+        sides = {"spec": self.spec, "kernels": self.kernels, "shard": call.shard}
+        top_k = config.top_k if config.is_clipped else 0
+        self.teacher: DenseTeacher | TopKTeacher = (
+            DenseTeacher(call.teacher, self.rows, self.dtype, top_k=top_k, max_rows=max_rows, **sides)
+            if is_dense
+            else TopKTeacher(call.teacher, self.rows, self.dtype, top_k=top_k, **sides)
+        )
         names = ("sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
         self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         self.kl_map = torch.zeros(len(self.rows), dtype=self.dtype, device=device)
         self.top1 = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
-        self.gradients = StudentGradients(self.student, needs)
         self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
     def chunks(self) -> Iterator[tuple[slice, int]]:
         # One halo row carries a span pair over the border between two chunks.
-        size = chunk_size(self.config.chunk_tokens, self.shard, self.device)
-        return chunks(len(self.rows), size, halo=int(self.config.span > 0))
+        return chunks(len(self.rows), self.chunk_size, halo=int(self.config.span > 0))
 
     def step(self, chunk: slice, num_halo: int) -> None:
         """Adds one chunk to the totals and gradients; halo rows take part in span pairs only."""
         config, labels = self.config, self.labels[chunk]
         is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
         is_own[:num_halo] = 0.0
-        plain_CV, teacher_CV = self.student.logits(chunk), self.teacher.logits(chunk)
-        student_CV = plain_CV
-        if config.temperature != 1.0:
-            student_CV, teacher_CV = plain_CV / config.temperature, teacher_CV.div_(config.temperature)
-        top_k = config.top_k if self.clip != "off" else 0
-        stats = row_statistics(student_CV, plain_CV, teacher_CV, labels, self.shard, top_k)
-        log_p_CV = teacher_CV.sub_(stats.teacher_lse.unsqueeze(-1))
-        log_q_CV = student_CV - stats.student_lse.unsqueeze(-1)
-
-        mask: ClipMask | None = None
-        thetas: tuple[Tensor, ...] = ()
-        if self.clip != "off":
-            mask, thetas = self._mask(log_p_CV, stats, is_own)
-        sums = [_kl_sums(log_p_CV, log_q_CV) if mask is None else clip_sums(log_p_CV, log_q_CV, mask)]
-        if config.span > 0:
-            sums.append(span_sums(log_p_CV, log_q_CV))
-        gathered = all_gather_rows(torch.cat(sums, -1), self.shard.group)
-        terms = None
-        if mask is not None:
-            terms = merge_clip_sums(gathered[..., : sums[0].shape[-1]], config.remainder, config.softness)
-            if self.parameters:
-                self._gate_gradient(terms, thetas, is_own)
-        kl = gathered[..., 0].sum(0) if terms is None else terms.kl
-        self._add_totals(stats, kl, terms, is_own)
-        self.kl_map[chunk.start + num_halo : chunk.stop] = kl[num_halo:].clamp_min(0.0)
+        has_span = config.span > 0
+        student_CV = self.student.logits(chunk, self.room)
+        stats = self.teacher.statistics(chunk, student_CV, labels)
+        rows, thetas = stats.constants, ()
+        if config.is_clipped:
+            thetas = self._thresholds(stats, is_own)
+            theta_l, theta_u = (theta.detach().to(self.dtype).clamp(-_FARTHEST, _FARTHEST) for theta in thetas)
+            top_column = stats.teacher_top1 - self.shard.start
+            rows = rows._replace(theta_l=theta_l, theta_u=theta_u, top_column=top_column)
+        sums, span_sums = self.teacher.sums(student_CV, rows, has_span)
+        terms = self._terms(sums)
+        if self.parameters and thetas:
+            assert terms.clip is not None
+            self._gate_gradient(terms.clip, thetas, is_own)
+        self._add_totals(stats, terms, is_own)
+        self.kl_map[chunk.start + num_halo : chunk.stop] = terms.kl[num_halo:].clamp_min(0.0)
         self.top1[chunk] = stats.teacher_top1
-
-        span_weights = None
-        if config.span > 0:
-            span_weights = self._span(gathered[..., -2:].sum(0), chunk)
-        if self.gradients.is_wanted:
-            gradient_CV = self._logit_gradient(log_p_CV, log_q_CV, mask, terms, span_weights, is_own)
-            if config.sft > 0:
-                weight = is_own * (config.sft * self.per_token)
-                q_CV = log_q_CV if student_CV is plain_CV else plain_CV.sub_(stats.student_lse_plain.unsqueeze(-1))
-                gradient_CV += q_CV.exp().mul_(weight.unsqueeze(-1))
-                add_label_gradient(gradient_CV, labels, weight, self.shard)
-            self.gradients.add(chunk, gradient_CV)
+        span_weights = None if span_sums is None else self._span(span_sums, chunk)
+        if not self.gradients.is_wanted:
+            return
+        gradient_CV = self.gradient_room[: len(labels)]
+        self.teacher.gradient(student_CV, rows, self._weights(terms, is_own), gradient_CV)
+        if span_weights is not None:
+            self.teacher.span_gradient(student_CV, rows, *span_weights, gradient_CV)
+        if config.sft > 0:
+            add_label_gradient(gradient_CV, labels, is_own * (config.sft * self.per_token), self.shard)
+        self.gradients.add(chunk, gradient_CV)
 
     def outputs(self) -> tuple[Tensor, ...]:
         """The fields of DistillOutput."""
@@ -239,12 +259,12 @@ class _FusedPass:
         )
         return loss.to(self.dtype), sft, dac_kl, span, kept_mass, kl_map, top1, mean_lower, mean_upper
 
-    def _mask(self, log_p_CV: Tensor, stats: RowStatistics, is_own: Tensor) -> tuple[ClipMask, tuple[Tensor, Tensor]]:
-        """The chunk's mask, and its thresholds [C] with their graph back to the gate."""
+    def _thresholds(self, stats: RowStatistics, is_own: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask's thresholds [C] with their graph back to the gate."""
         config = self.config
         quantile = QuantileFunction(stats.top_log_probs, stats.log_tail, config.quantile, self.shard.total)
         with torch.set_grad_enabled(bool(self.parameters)):
-            if self.clip == "gate":
+            if config.clip == "gate":
                 assert self.call.gate is not None
                 lambda_l, lambda_u = self.call.gate(stats.top_log_probs, stats.log_tail)
             else:
@@ -252,9 +272,39 @@ class _FusedPass:
             thetas = quantile(lambda_l), quantile(lambda_u)
         self._add("mean_lower", torch.sigmoid(lambda_l.detach()), is_own)
         self._add("mean_upper", torch.sigmoid(lambda_u.detach()), is_own)
-        theta_l, theta_u = (theta.detach().to(self.dtype) for theta in thetas)
-        top_column = stats.teacher_top1 - self.shard.start
-        return clip_mask(log_p_CV, theta_l, theta_u, top_column, config.softness, config.remainder), thetas
+        return thetas
+
+    def _terms(self, sums: Tensor) -> _RowTerms:
+        """What the shards' row sums [R, C, num_sums] say of each row."""
+        kl = sums[..., 0].sum(0)
+        if self.spec.kind == "clipped":
+            clip = merge_clip_sums(self.spec, sums)
+            return _RowTerms(kl, clip.value, None, clip)
+        if self.spec.kind == "forward_kl":
+            return _RowTerms(kl, kl, None, None)
+        _, value, slope = sums.sum(0).unbind(-1)
+        return _RowTerms(kl, value, slope, None)
+
+    def _weights(self, terms: _RowTerms, is_own: Tensor) -> RowWeights:
+        """Factors of the parts of the derivative by the untempered logits."""
+        config = self.config
+        reference = is_own * (config.sft * self.per_token) if config.sft > 0 else torch.zeros_like(is_own)
+        plain = reference if self.spec.has_plain else None
+        student = torch.zeros_like(is_own) if self.spec.has_plain else reference
+        if config.dac_kl == 0:
+            return RowWeights(student, plain=plain)
+        weight = is_own * (config.dac_kl * config.temperature * self.per_token)  # temperature^2, and 1/temperature
+        if terms.clip is not None:
+            clip, is_bucket = terms.clip, config.remainder == "bucket"
+            return RowWeights(
+                student=student + weight if is_bucket else student,
+                teacher=weight if is_bucket else weight / clip.kept_mass,
+                share=-weight * clip.clipped_mass if is_bucket else weight,
+                log_norm=clip.log_norm,
+                plain=plain,
+            )
+        of_student = weight if terms.slope is None else -weight * terms.slope
+        return RowWeights(student + of_student, teacher=weight, plain=plain)
 
     def _gate_gradient(self, terms: ClipTerms, thetas: tuple[Tensor, ...], is_own: Tensor) -> None:
         """Gradient of the gate's own objective: DAC-KL in the configured direction plus the coverage penalty."""
@@ -271,14 +321,14 @@ class _FusedPass:
             if gradient is not None:
                 total += gradient
 
-    def _add_totals(self, stats: RowStatistics, kl: Tensor, terms: ClipTerms | None, is_own: Tensor) -> None:
+    def _add_totals(self, stats: RowStatistics, terms: _RowTerms, is_own: Tensor) -> None:
         config = self.config
         if config.sft > 0:
-            self._add("sft", stats.student_lse_plain - stats.target_logit, is_own)
+            self._add("sft", stats.label_nats, is_own)
         if config.dac_kl > 0:
-            self._add("dac_kl", config.temperature**2 * (kl if terms is None else terms.value), is_own)
-        self._add("kept_mass", is_own if terms is None else terms.kept_mass, is_own)
-        if terms is None:
+            self._add("dac_kl", config.temperature**2 * terms.value, is_own)
+        self._add("kept_mass", is_own if terms.clip is None else terms.clip.kept_mass, is_own)
+        if terms.clip is None:
             self._add("mean_upper", is_own, is_own)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
@@ -287,35 +337,8 @@ class _FusedPass:
         weight[-1] = 0.0  # that pair's second row is in the next chunk, which sees it through its halo
         value, root = span_value(sums[:, 0], self.config.span_eps)
         self._add("span", value, weight)
-        return sums[:, 1], weight / root * (self.config.span * self.per_pair)
-
-    def _logit_gradient(
-        self,
-        log_p_CV: Tensor,
-        log_q_CV: Tensor,
-        mask: ClipMask | None,
-        terms: ClipTerms | None,
-        span_weights: tuple[Tensor, Tensor] | None,
-        is_own: Tensor,
-    ) -> Tensor:
-        """Derivative of the weighted DAC-KL and span terms by the student's logits before tempering."""
-        config = self.config
-        weight = is_own * (config.dac_kl * config.temperature * self.per_token)  # temperature^2, and 1/temperature
-        if config.dac_kl == 0:
-            gradient_CV = torch.zeros_like(log_q_CV)
-        elif mask is None or terms is None:
-            gradient_CV = log_q_CV.exp().sub_(log_p_CV.exp()).mul_(weight.unsqueeze(-1))
-        else:
-            gradient_CV = clip_gradient(log_p_CV, log_q_CV, mask, terms, config.remainder).mul_(weight.unsqueeze(-1))
-        if span_weights is not None and len(log_q_CV) > 1:
-            inner, pair_weight = span_weights
-            gradient_CV += span_gradient(log_p_CV, log_q_CV, inner, pair_weight).div_(config.temperature)
-        return gradient_CV
+        # Over the temperature: the derivative is by the untempered logits.
+        return sums[:, 1], weight / root * (self.config.span * self.per_pair / self.config.temperature)
 
     def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.totals[name] += (value * weight).sum(dtype=torch.float64)
-
-
-def _kl_sums(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
-    """[C, 1] local part of KL(p || q)."""
-    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(-1, keepdim=True)

@@ -1,6 +1,6 @@
 """Row statistics of logits that are split over the vocabulary (docs/method.md, "Across vocabulary shards").
 
-Suffixes: C rows of one chunk, V this rank's classes, K merged top classes. Values in nats.
+Suffixes: C rows of one chunk, V this rank's classes, G groups of classes, K merged top classes, R ranks. Values in nats.
 """
 
 from __future__ import annotations
@@ -12,71 +12,149 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megadistill.losses.tiles import LocalStatistics, RowConstants, TileSpec, group_width
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
 
 @dataclass(frozen=True)
-class RowStatistics:
-    """Per row [C] (top_log_probs [C, K]), merged over the shards and identical on every rank.
+class StudentStatistics:
+    """Per row [C], merged and identical on every rank: normalisers for the kernels, and -log q(label) at temperature 1."""
 
-    student_lse, teacher_lse: log-sum-exp of the tempered logits; student_lse_plain and target_logit belong to the
-    student at temperature 1. top_log_probs are the teacher's largest log-probabilities, descending; log_tail is the
-    log of the sum of all others (a sum, never 1 - sum). teacher_top1: class of the largest teacher logit, ties lowest.
-    """
+    constants: RowConstants
+    label_nats: Tensor
 
-    student_lse: Tensor
-    student_lse_plain: Tensor
-    target_logit: Tensor
-    teacher_lse: Tensor
+
+@dataclass(frozen=True)
+class RowStatistics(StudentStatistics):
+    """With the teacher's. top_log_probs: [C, K] its largest log-probabilities, descending; log_tail: [C] log of the
+    sum of all others (a sum, never 1 - sum); teacher_top1: [C] its first class, the lowest when tied."""
+
     teacher_top1: Tensor
     top_log_probs: Tensor
     log_tail: Tensor
 
 
-def row_statistics(
-    student_CV: Tensor, plain_CV: Tensor, teacher_CV: Tensor, labels: Tensor, shard: VocabShard, top_k: int
+def merge_student(
+    spec: TileSpec, local: LocalStatistics, student_CV: Tensor, labels: Tensor, shard: VocabShard
+) -> StudentStatistics:
+    """Statistics of a chunk without a teacher; 3 floats a row in one all-gather over `shard.group`."""
+    gathered = all_gather_rows(torch.stack(student_columns(local, student_CV, labels, shard), -1), shard.group)
+    return merged_student(spec, gathered.unbind(-1))
+
+
+def student_columns(local: LocalStatistics, student_CV: Tensor, labels: Tensor, shard: VocabShard) -> list[Tensor]:
+    """What a shard tells the others about the student."""
+    columns = [local.student_max, local.student_sum, local_target(student_CV, labels, shard)]
+    return columns if local.plain_sum is None else [*columns, local.plain_sum]
+
+
+def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatistics:
+    """`student_columns` of all ranks, each [R, C], merged in float64."""
+    student_max, total, target = (column.double() for column in columns[:3])
+    largest = student_max.amax(0)
+    log_sum = log_total(student_max, total, largest, spec.temperature)
+    plain_log = log_sum
+    if len(columns) > 3:
+        plain_log = log_total(student_max, columns[3].double(), largest, 1.0)
+    dtype = columns[0].dtype
+    constants = RowConstants(largest.to(dtype), log_sum.to(dtype), plain_log.to(dtype))
+    return StudentStatistics(constants, plain_log + (largest - target.sum(0)))
+
+
+def merge_both(
+    spec: TileSpec,
+    local: LocalStatistics,
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    labels: Tensor,
+    shard: VocabShard,
+    top_k: int,
 ) -> RowStatistics:
-    """Statistics of one chunk; communicates 6 + K floats a row in one all-gather over `shard.group`.
+    """Statistics of a chunk; 6 + K floats a row (one more when tempered) in one all-gather over `shard.group`."""
+    columns = student_columns(local, student_CV, labels, shard)
+    top_CK, tail, top1 = local_top(spec, local, teacher_CV, shard, min(top_k, shard.total))
+    assert local.teacher_max is not None
+    columns += [local.teacher_max, tail, top1.to(student_CV.dtype)]
+    gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), top_CK], -1), shard.group)
+    num_columns = len(columns)
+    student = merged_student(spec, gathered[..., : num_columns - 3].unbind(-1))
+    teacher_max, tail, top1 = gathered[..., num_columns - 3 : num_columns].unbind(-1)
 
-    student_CV, teacher_CV: tempered logits; plain_CV: the student's at temperature 1 (the same tensor when that is the
-    temperature). labels: [C] classes, all valid. teacher_CV is written to and restored.
-    """
-    largest, top1 = local_argmax(teacher_CV, shard)
-    top_CK, tail = _split_top(teacher_CV, min(top_k, shard.total))
-    student_lse = torch.logsumexp(student_CV, -1)
-    plain_lse = student_lse if plain_CV is student_CV else torch.logsumexp(plain_CV, -1)
-    target = local_target(plain_CV, labels, shard)
-    columns = torch.stack([student_lse, plain_lse, target, tail, largest, top1.to(student_CV.dtype)], -1)
-    gathered = all_gather_rows(torch.cat([columns, top_CK], -1), shard.group)
-    student_lse, plain_lse, target, tail, largest, top1 = gathered[..., :6].unbind(-1)
-
-    candidates = gathered[..., 6:].transpose(0, 1).flatten(1).sort(-1, descending=True)[0]
+    largest = teacher_max.double().amax(0)
+    tails = tail.double() + (teacher_max.double() - largest) / spec.temperature
+    candidates = gathered[..., num_columns:].transpose(0, 1).flatten(1).sort(-1, descending=True)[0].double()
+    gaps = (candidates - largest.unsqueeze(-1)) / spec.temperature
     kept = top_CK.shape[-1]
-    log_tail = torch.logsumexp(torch.cat([tail.T, candidates[:, kept:]], -1), -1)
-    teacher_lse = torch.logaddexp(log_tail, torch.logsumexp(candidates[:, :kept], -1))
+    log_tail = torch.cat([tails.T, gaps[:, kept:]], -1).logsumexp(-1)
+    teacher_log = torch.logaddexp(log_tail, gaps[:, :kept].logsumexp(-1))
+    dtype = student_CV.dtype
+    constants = student.constants._replace(teacher_max=largest.to(dtype), teacher_log=teacher_log.to(dtype))
     return RowStatistics(
-        student_lse=torch.logsumexp(student_lse, 0),
-        student_lse_plain=torch.logsumexp(plain_lse, 0),
-        target_logit=target.sum(0),
-        teacher_lse=teacher_lse,
-        teacher_top1=merge_argmax(largest, top1, shard),
-        top_log_probs=candidates[:, :kept] - teacher_lse.unsqueeze(-1),
-        log_tail=log_tail - teacher_lse,
+        constants=constants,
+        label_nats=student.label_nats,
+        teacher_top1=merge_argmax(teacher_max, top1, shard),
+        top_log_probs=(gaps[:, :kept] - teacher_log.unsqueeze(-1)).to(dtype),
+        log_tail=(log_tail - teacher_log).to(dtype),
     )
 
 
-def local_argmax(logits_CV: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Largest logit [C] of this shard and its class [C] in the whole vocabulary; the lowest class when tied."""
-    if shard.size == 0:
-        nothing = logits_CV.new_full((logits_CV.shape[0],), -math.inf)
-        return nothing, torch.full_like(nothing, shard.start, dtype=torch.int64)
-    index = logits_CV.argmax(-1, keepdim=True)
-    return logits_CV.gather(-1, index).squeeze(-1), index.squeeze(-1) + shard.start
+def log_total(maxima: Tensor, totals: Tensor, largest: Tensor, temperature: float) -> Tensor:
+    """[C] log of the sum of all shards' exponentials, relative to the largest logit; maxima and totals are [R, C]."""
+    return torch.log((totals * ((maxima - largest) / temperature).exp()).sum(0))
+
+
+def local_top(
+    spec: TileSpec, local: LocalStatistics, teacher_CV: Tensor, shard: VocabShard, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shard's `top_k` largest teacher logits [C, top_k], filled up with -inf; the tempered log-sum-exp [C] of all
+    others, relative to the maximum; and its first class [C] in the whole vocabulary."""
+    num_rows, width = teacher_CV.shape
+    largest = local.teacher_max
+    assert largest is not None
+    if width == 0:
+        top_CK = teacher_CV.new_full((num_rows, top_k), -math.inf)
+        return top_CK, torch.full_like(largest, -math.inf), torch.full_like(largest, shard.start, dtype=torch.int64)
+    if local.group_max is None or local.group_sum is None:
+        top1 = teacher_CV.argmax(-1)
+        if top_k == 0:
+            assert local.teacher_sum is not None
+            return teacher_CV[:, :0], local.teacher_sum.log(), top1 + shard.start
+        candidates, tails = teacher_CV, teacher_CV[:, :0]
+    else:
+        columns, is_outside, top1 = _candidate_columns(local.group_max, largest, teacher_CV, max(top_k, 1))
+        if top_k == 0:
+            assert local.teacher_sum is not None
+            return teacher_CV[:, :0], local.teacher_sum.log(), top1 + shard.start
+        candidates = teacher_CV.gather(-1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, -math.inf)
+        tails = local.group_sum.log() + (local.group_max - largest.unsqueeze(-1)) / spec.temperature
+        tails = tails.masked_fill(~is_outside, -math.inf)
+    values, index = candidates.topk(min(top_k, candidates.shape[-1]), -1)
+    others = ((candidates - largest.unsqueeze(-1)) / spec.temperature).scatter(-1, index, -math.inf)
+    filled = F.pad(values, (0, top_k - values.shape[-1]), value=-math.inf)
+    return filled, torch.cat([tails, others], -1).logsumexp(-1), top1 + shard.start
+
+
+def _candidate_columns(
+    group_max: Tensor, largest: Tensor, teacher_CV: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns [C, .] of the groups that hold the top classes (columns beyond the last are to be ignored), which groups
+    [C, G] lie outside them, and the column [C] of the first maximum."""
+    width = group_width(teacher_CV.shape[-1])
+    inside = torch.arange(width, device=teacher_CV.device)
+    groups = group_max.topk(min(num_groups, group_max.shape[-1]), -1).indices
+    columns = (groups.unsqueeze(-1) * width + inside).flatten(1)
+    is_outside = torch.ones_like(group_max, dtype=torch.bool).scatter_(-1, groups, False)
+    # The first group with the maximum, then the first column in it: the lowest class when tied.
+    first = (group_max == largest.unsqueeze(-1)).to(torch.int32).argmax(-1, keepdim=True) * width + inside
+    last = teacher_CV.shape[-1] - 1
+    is_largest = teacher_CV.gather(-1, first.clamp(max=last)) == largest.unsqueeze(-1)
+    top1 = first.gather(-1, is_largest.to(torch.int32).argmax(-1, keepdim=True)).squeeze(-1)
+    return columns, is_outside, top1.clamp(max=last)
 
 
 def merge_argmax(largest: Tensor, classes: Tensor, shard: VocabShard) -> Tensor:
-    """[tp, C] results of `local_argmax` -> [C] int64 class of the overall maximum; the lowest class when tied."""
+    """[R, C] local maxima and their classes -> [C] int64 class of the overall maximum; the lowest class when tied."""
     is_best = largest == largest.amax(0)
     lowest = torch.where(is_best, classes.to(torch.int64), shard.total).amin(0)
     return lowest.clamp_max(shard.total - 1)  # a row of NaN has no best class
@@ -94,16 +172,3 @@ def label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Whether this shard holds the label, and its column (a valid one in any case)."""
     column = labels - shard.start
     return (column >= 0) & (column < shard.size), column.clamp(0, max(shard.size - 1, 0))
-
-
-def _split_top(logits_CV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The `top_k` largest logits [C, top_k], filled up with -inf, and the log-sum-exp [C] of all others."""
-    if top_k == 0:
-        return logits_CV[:, :0], torch.logsumexp(logits_CV, -1)
-    width = logits_CV.shape[-1]
-    values, index = logits_CV.topk(min(top_k, width), -1)
-    # In place and back: a masked copy of the tile would be as large as the tile.
-    logits_CV.scatter_(-1, index, -math.inf)
-    tail = torch.logsumexp(logits_CV, -1)
-    logits_CV.scatter_(-1, index, values)
-    return F.pad(values, (0, top_k - values.shape[-1]), value=-math.inf), tail

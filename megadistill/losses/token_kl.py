@@ -7,59 +7,75 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megadistill.losses.backends import row_kernels
+from megadistill.losses.config import Backend
+from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import check_shard, chunk_size, chunks
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
-from megadistill.losses.statistics import local_argmax, merge_argmax
+from megadistill.losses.statistics import local_top, merge_argmax
+from megadistill.losses.tiles import RowConstants, TileSpec
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
 
 @torch.no_grad()
 def token_kl(
-    student: Head, teacher: Head, shard: VocabShard, *, chunk_tokens: int | Literal["auto"] = "auto"
+    student: Head,
+    teacher: Head,
+    shard: VocabShard,
+    *,
+    chunk_tokens: int | Literal["auto"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(kl_map [T] in nats, teacher_top1 [T] int64): sum_c p_c (log p_c - log q_c), and argmax p (lowest class if tied).
 
     At temperature 1, without gradient, float32 or better; every row counts. Rows whose hidden state is not finite
-    give a map that is not finite there and nowhere else. Communicates 5 floats a row in one all-gather a chunk over
+    give a map that is not finite there and nowhere else. Communicates 6 floats a row in one all-gather a chunk over
     `shard.group`. Raises ValueError for shapes that do not fit.
     """
     check_shard(shard)
     num_rows = len(student.hidden)
     student.check("student", num_rows, shard.size)
     teacher.check("teacher", num_rows, shard.size)
-    dtype = loss_dtype(student, teacher)
-    device = student.hidden.device
+    dtype, device = loss_dtype(student, teacher), student.hidden.device
+    spec, kernels = TileSpec(), row_kernels(backend, shard, device)
     kl_map = torch.zeros(num_rows, dtype=dtype, device=device)
     top1 = torch.zeros(num_rows, dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False):
+        size = chunk_size(chunk_tokens, shard, device)
         heads = [LogitsProjector(head, None, dtype) for head in (student, teacher)]
-        for chunk, _ in chunks(num_rows, chunk_size(chunk_tokens, shard, device)):
-            student_CV, teacher_CV = (head.logits(chunk) for head in heads)
-            largest, index = local_argmax(teacher_CV, shard)
-            student_lse, teacher_lse = torch.logsumexp(student_CV, -1), torch.logsumexp(teacher_CV, -1)
-            # Each shard's KL between the distributions within it needs no merged normaliser: one exchange is enough.
-            log_q, log_p = (
-                tile.sub_(_finite(lse).unsqueeze(-1))
-                for tile, lse in ((student_CV, student_lse), (teacher_CV, teacher_lse))
-            )
-            local_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-            local = torch.stack([student_lse, teacher_lse, local_kl, largest, index.to(dtype)], -1)
-            gathered = all_gather_rows(local, shard.group)
-            kl_map[chunk] = _merge_kl(gathered[..., 0], gathered[..., 1], gathered[..., 2])
-            top1[chunk] = merge_argmax(gathered[..., 3], gathered[..., 4], shard)
+        rooms = [head.new_tile(min(size, num_rows)) for head in heads]
+        for chunk, _ in chunks(num_rows, size):
+            student_CV, teacher_CV = (head.logits(chunk, room) for head, room in zip(heads, rooms, strict=True))
+            local = local_statistics(spec, kernels, student_CV, teacher_CV)
+            assert local.teacher_max is not None and local.teacher_sum is not None
+            logs = local.student_sum.log(), local.teacher_sum.log()
+            local_kl = torch.zeros_like(local.student_max)
+            if shard.size:
+                # Each shard's KL between the distributions within it needs no merged normaliser: one exchange is enough.
+                rows = RowConstants(local.student_max, logs[0], None, local.teacher_max, logs[1])
+                local_kl = kernels.sums(spec, student_CV, teacher_CV, rows)[:, 0]
+            classes = local_top(spec, local, teacher_CV, shard, 0)[2].to(dtype)
+            columns = [local.student_max, logs[0], local.teacher_max, logs[1], local_kl, classes]
+            gathered = all_gather_rows(torch.stack(columns, -1), shard.group)
+            kl_map[chunk] = _merge_kl(*gathered[..., :5].double().unbind(-1)).to(dtype)
+            top1[chunk] = merge_argmax(gathered[..., 2], gathered[..., 5], shard)
     return kl_map, top1
 
 
-def _merge_kl(student_lse: Tensor, teacher_lse: Tensor, local_kl: Tensor) -> Tensor:
+def _merge_kl(
+    student_max: Tensor, student_log: Tensor, teacher_max: Tensor, teacher_log: Tensor, local_kl: Tensor
+) -> Tensor:
     """Chain rule over the shards: KL = sum_r P_r (KL_r + log P_r - log Q_r), P_r and Q_r the mass of shard r."""
-    log_mass_p = teacher_lse - torch.logsumexp(teacher_lse, 0)
-    log_mass_q = student_lse - torch.logsumexp(student_lse, 0)
+    log_mass_p = _log_mass(teacher_max, teacher_log)
+    log_mass_q = _log_mass(student_max, student_log)
     mass = log_mass_p.exp()
     terms = torch.where(mass > 0, mass * (local_kl + log_mass_p - log_mass_q), 0.0)
     terms = torch.where(mass.isnan(), mass, terms)
     return terms.sum(0).clamp_min(0.0)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    return torch.where(torch.isneginf(lse), 0.0, lse)
+def _log_mass(largest: Tensor, log_sum: Tensor) -> Tensor:
+    """[R, C] log of each shard's share."""
+    local = log_sum + (largest - largest.amax(0))
+    return local - torch.logsumexp(local, 0)

@@ -163,7 +163,9 @@ class Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.products += func in (
             torch.ops.aten.mm.default,
+            torch.ops.aten.mm.out,
             torch.ops.aten.addmm.default,
+            torch.ops.aten.addmm.out,
             torch.ops.aten.addmm_.default,
         )
         for tensor in result if isinstance(result, tuple | list) else [result]:

@@ -1,0 +1,254 @@
+"""The work between the matrix products, as plain functions of tiles: eager torch runs them, torch.compile fuses them.
+
+Each is one pass over tiles that stay in the cache row by row. Everything is exact in the log domain: probabilities that
+underflow still carry their share of log Rq. Suffixes: C rows, V this rank's classes, G groups of classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec, group_width, limit_of
+
+_NEVER = 1e30  # an edge so far away that exp(-edge) = 0, and finite: inf - inf is not a number
+
+
+def statistics(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor | None) -> LocalStatistics:
+    """Maxima and sums of exponentials of one shard, and those of the teacher's groups of classes."""
+    inverse = 1.0 / spec.temperature
+    student_max = student_CV.amax(-1)
+    gap_CV = student_CV - student_max.unsqueeze(-1)
+    student_sum = _tempered(gap_CV, inverse).exp().sum(-1)
+    plain_sum = gap_CV.exp().sum(-1) if spec.has_plain else None
+    if teacher_CV is None:
+        return LocalStatistics(student_max, student_sum, plain_sum, None, None, None, None)
+    width = group_width(teacher_CV.shape[-1])
+    if width == 1:
+        teacher_max = teacher_CV.amax(-1)
+        teacher_sum = _tempered(teacher_CV - teacher_max.unsqueeze(-1), inverse).exp().sum(-1)
+        return LocalStatistics(student_max, student_sum, plain_sum, teacher_max, teacher_sum, None, None)
+    group_max, group_sum = _groups(teacher_CV, width, inverse)
+    teacher_max = group_max.amax(-1)
+    relative_CG = _tempered(group_max - teacher_max.unsqueeze(-1), inverse).exp()
+    return LocalStatistics(
+        student_max, student_sum, plain_sum, teacher_max, (group_sum * relative_CG).sum(-1), group_max, group_sum
+    )
+
+
+def sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> Tensor:
+    """[C, num_sums] sums over this shard's classes; the first is KL's.
+
+    clipped: KL, D, P, Rp, with edges the sums of m nl p d, m nl p, m nu p d, m nu p; then the shift of the student's
+    log-domain sum, that sum, and with edges its two edge sums. Others than forward KL: KL, value, slope.
+    """
+    lp, lq = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), log_q(spec, student_CV, rows)
+    p = lp.exp()
+    p_gap = p * (lp - lq)
+    if spec.kind == "forward_kl":
+        return p_gap.sum(-1, keepdim=True)
+    if spec.kind != "clipped":
+        value, slope = value_and_slope(spec, lp, lq)
+        return torch.stack([p_gap.sum(-1), value.sum(-1), slope.sum(-1)], -1)
+    # An upper bound of each term is enough to shift by, and costs no exponential.
+    shift = (lq + _log_weight(spec, *_edges(spec, lp, rows))).amax(-1)
+    mask = soft_mask(spec, lp, rows)
+    mp, mp_gap = mask.kept * p, mask.kept * p_gap
+    term = (lq + mask.log_weight - shift.unsqueeze(-1)).exp()
+    columns = [p_gap.sum(-1), mp_gap.sum(-1), mp.sum(-1), (mask.clipped * p).sum(-1)]
+    if spec.has_edges:
+        columns += [(mask.below * mp_gap).sum(-1), (mask.below * mp).sum(-1)]
+        columns += [(mask.above * mp_gap).sum(-1), (mask.above * mp).sum(-1)]
+    columns += [shift, (term * mask.factor).sum(-1)]
+    if spec.has_edges:
+        columns += [(term * mask.factor_l).sum(-1), (term * mask.factor_u).sum(-1)]
+    return torch.stack(columns, -1)
+
+
+def gradient(
+    spec: TileSpec,
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    rows: RowConstants,
+    weights: RowWeights,
+    out_CV: Tensor,
+) -> None:
+    """Writes the derivative by the student's logits (span and label terms left out) to `out_CV`."""
+    lq = log_q(spec, student_CV, rows)
+    result = weights.student.unsqueeze(-1) * lq.exp()
+    if weights.plain is not None and rows.plain_log is not None:
+        plain = (student_CV - rows.student_max.unsqueeze(-1)) - rows.plain_log.unsqueeze(-1)
+        result = result + weights.plain.unsqueeze(-1) * plain.exp()
+    if weights.teacher is not None and teacher_CV is not None:
+        lp = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log)
+        factor = weights.teacher.unsqueeze(-1)
+        if spec.kind == "forward_kl":
+            result = result - factor * lp.exp()
+        elif spec.kind == "clipped":
+            assert weights.share is not None and weights.log_norm is not None
+            mask = soft_mask(spec, lp, rows)
+            share = (lq + mask.log_weight - weights.log_norm.unsqueeze(-1)).exp() * mask.factor
+            result = result - factor * mask.kept * lp.exp() + weights.share.unsqueeze(-1) * share
+        else:
+            result = result + factor * value_and_slope(spec, lp, lq)[1]
+    out_CV.copy_(result)
+
+
+def span_sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> Tensor:
+    """[C - 1, 2] of each pair of neighbours: ||r^S - r^T||^2 and <r^S - r^T, r^S>, r = the product of both rows."""
+    difference, student = _products(spec, student_CV, teacher_CV, rows)
+    return torch.stack([(difference * difference).sum(-1), (difference * student).sum(-1)], -1)
+
+
+def span_gradient(
+    spec: TileSpec,
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    rows: RowConstants,
+    inner: Tensor,
+    pair_weight: Tensor,
+    out_CV: Tensor,
+) -> None:
+    """Adds the span term's derivative to `out_CV`. inner: [C] merged <r^S - r^T, r^S>, pair_weight: [C] weight over
+    root of the pair that a row starts (the last row starts none)."""
+    q = log_q(spec, student_CV, rows).exp()
+    p = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log).exp()
+    student = q[:-1] * q[1:]
+    weight = pair_weight[:-1].unsqueeze(-1)
+    through_pair = (student - p[:-1] * p[1:]) * student * weight
+    normaliser = weight * inner[:-1].unsqueeze(-1)
+    nothing = torch.zeros_like(through_pair[:1])
+    nothing_1 = torch.zeros_like(normaliser[:1])
+    # Each row belongs to the pair that it starts and to the one that it ends.
+    through = torch.cat([through_pair, nothing]) + torch.cat([nothing, through_pair])
+    norm = torch.cat([normaliser, nothing_1]) + torch.cat([nothing_1, normaliser])
+    out_CV.add_(through - q * norm)
+
+
+class SoftMask(NamedTuple):
+    """[C, V] parts of the mask m = sigmoid((log p - theta_l)/s) sigmoid((theta_u - log p)/s), 1 at the top class.
+
+    kept, clipped: m and 1 - m, each formed directly; below, above: 1 minus the lower and the upper sigmoid.
+    The weight of q in the loss's log-domain sum (1 - m with a bucket, m when renormalising) is exp(log_weight) * factor
+    with factor within [1/4, 3], so that it never underflows; factor_l and factor_u likewise belong to the parts of that
+    weight which move with theta_l and theta_u.
+    """
+
+    kept: Tensor
+    clipped: Tensor
+    below: Tensor
+    above: Tensor
+    log_weight: Tensor
+    factor: Tensor
+    factor_l: Tensor
+    factor_u: Tensor
+
+
+def soft_mask(spec: TileSpec, lp: Tensor, rows: RowConstants) -> SoftMask:
+    """The mask at teacher log-probabilities [C, V]. With x = exp(-lower edge), y = exp(-upper edge):
+    m = 1/((1+x)(1+y)) and 1 - m = (x + y + x y) m: no difference, so nothing cancels."""
+    lower, upper = _edges(spec, lp, rows)
+    limit = limit_of(lp.dtype)
+    log_weight = _log_weight(spec, lower, upper)
+    if spec.remainder == "bucket":
+        # x and y relative to the larger of them (where that is below 1).
+        x_relative = (-lower - log_weight).clamp(max=limit).exp()
+        y_relative = (-upper - log_weight).clamp(max=limit).exp()
+        scale = log_weight.exp()
+        x, y = x_relative * scale, y_relative * scale
+        inverse_x, inverse_y = 1.0 / (1.0 + x), 1.0 / (1.0 + y)
+        kept = inverse_x * inverse_y
+        factor = (x_relative + y_relative + x_relative * y) * kept
+        factor_l, factor_u = x_relative * inverse_x * kept, y_relative * inverse_y * kept
+    else:
+        x, y = (-lower).clamp(max=limit).exp(), (-upper).clamp(max=limit).exp()
+        inverse_x, inverse_y = 1.0 / (1.0 + x), 1.0 / (1.0 + y)
+        kept = inverse_x * inverse_y
+        factor = (x.clamp(min=1.0) * inverse_x) * (y.clamp(min=1.0) * inverse_y)
+        factor_l, factor_u = factor * x * inverse_x, factor * y * inverse_y
+    clipped = (x + y + x * y) * kept
+    return SoftMask(kept, clipped, x * inverse_x, y * inverse_y, log_weight, factor, factor_l, factor_u)
+
+
+def value_and_slope(spec: TileSpec, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms phi [C, V] of a divergence sum_c phi(p_c, q_c), and q dphi/dq up to a multiple of q (which the row's
+    normalisation takes out again): the derivative by a logit is slope - q * sum(slope)."""
+    p, q = lp.exp(), lq.exp()
+    if spec.kind == "reverse_kl":
+        value = q * (lq - lp)
+        return value, value
+    if spec.kind == "total_variation":
+        difference = q - p
+        return 0.5 * difference.abs(), 0.5 * q * difference.sign()
+    # log(mixture / q) and log(mixture / p) from the gap: near p = q a quotient would lose all digits of its logarithm.
+    share, gap = spec.mix, lp - lq
+    if spec.kind == "skewed_forward_kl":
+        log_mixture = _log_mixture(-gap, 1.0 - share)
+        return -p * log_mixture, (share - 1.0) * q * (-log_mixture).exp()
+    if spec.kind == "skewed_reverse_kl":
+        log_mixture = _log_mixture(gap, 1.0 - share)
+        return -q * log_mixture, -q * (log_mixture + share * (-log_mixture).exp())
+    assert spec.kind == "jensen_shannon"
+    of_student = (share - 1.0) * q * _log_mixture(gap, share)
+    return of_student - share * p * _log_mixture(-gap, 1.0 - share), of_student
+
+
+def log_probs(spec: TileSpec, tile_CV: Tensor, largest: Tensor | None, log_sum: Tensor | None) -> Tensor:
+    """Log-probabilities of a tile. Largest logit and log-sum are taken off one after the other: their sum would round
+    to the size of the logits."""
+    assert largest is not None and log_sum is not None
+    return _tempered(tile_CV - largest.unsqueeze(-1), 1.0 / spec.temperature) - log_sum.unsqueeze(-1)
+
+
+def log_q(spec: TileSpec, student_CV: Tensor, rows: RowConstants) -> Tensor:
+    """The student's log-probabilities."""
+    return log_probs(spec, student_CV, rows.student_max, rows.student_log)
+
+
+def _edges(spec: TileSpec, lp: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor]:
+    assert rows.theta_l is not None and rows.theta_u is not None and rows.top_column is not None
+    column = torch.arange(lp.shape[-1], device=lp.device)
+    is_top = column == rows.top_column.unsqueeze(-1)
+    lower = torch.where(is_top, _NEVER, (lp - rows.theta_l.unsqueeze(-1)) * (1.0 / spec.softness))
+    upper = torch.where(is_top, _NEVER, (rows.theta_u.unsqueeze(-1) - lp) * (1.0 / spec.softness))
+    if spec.has_bucket:
+        lower = torch.where(column == lp.shape[-1] - 1, -_NEVER, lower)
+    return lower, upper
+
+
+def _log_weight(spec: TileSpec, lower: Tensor, upper: Tensor) -> Tensor:
+    """log(1 - m) or log m to within a factor of 4, without an exponential."""
+    if spec.remainder == "bucket":
+        return torch.maximum(-lower, -upper).clamp(max=0.0)
+    return lower.clamp(max=0.0) + upper.clamp(max=0.0)
+
+
+def _products(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor]:
+    q = log_q(spec, student_CV, rows).exp()
+    p = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log).exp()
+    student = q[:-1] * q[1:]
+    return student - p[:-1] * p[1:], student
+
+
+def _groups(teacher_CV: Tensor, width: int, inverse: float) -> tuple[Tensor, Tensor]:
+    """[C, G] maximum and tempered sum of each group of `width` neighbours; a last, shorter group takes the rest."""
+    whole = teacher_CV.shape[-1] // width * width
+    largest, total = [], []
+    parts = [teacher_CV[:, :whole].unflatten(1, (whole // width, width))]
+    if whole < teacher_CV.shape[-1]:
+        parts.append(teacher_CV[:, whole:].unsqueeze(1))
+    for part in parts:
+        largest.append(part.amax(-1))
+        total.append(_tempered(part - largest[-1].unsqueeze(-1), inverse).exp().sum(-1))
+    return (largest[0], total[0]) if len(parts) == 1 else (torch.cat(largest, -1), torch.cat(total, -1))
+
+
+def _tempered(values: Tensor, inverse: float) -> Tensor:
+    return values if inverse == 1.0 else values * inverse
+
+
+def _log_mixture(gap: Tensor, share: float) -> Tensor:
+    """log((1 - share) + share exp(gap)). Where the gap is too large for exp, the other side is 0 and so is its term."""
+    return (share * gap.clamp(max=2.0 * limit_of(gap.dtype)).expm1()).log1p()

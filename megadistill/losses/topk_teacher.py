@@ -1,0 +1,197 @@
+"""A teacher of which only the likeliest classes are known: cached on disk, or asked over a network.
+
+The classes that are not listed form one class, the rest, with the teacher's tail as its probability and the sum of the
+student's as its own. Every formula of the token level is the usual one on these K' + 1 classes; the mask never keeps the
+rest. That problem is small and the same on every rank, so it needs no second exchange.
+Suffixes: C rows of one chunk, V this rank's classes, L listed classes, M = L + 1, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megadistill.errors import ConfigError, DataError
+from megadistill.losses.backends import TorchKernels
+from megadistill.losses.config import LossConfig
+from megadistill.losses.dense_teacher import local_statistics, span_sums
+from megadistill.losses.statistics import RowStatistics, local_target, log_total
+from megadistill.losses.tiles import RowConstants, RowWeights, TileSpec
+from megadistill.parallel.collectives import all_gather_rows
+from megadistill.parallel.vocab import VocabShard
+
+_ABSENT = -1e30  # a log-probability of nothing that is still a number
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """ids: [T, L] int64 classes, no class twice in a row; log_probs: [T, L] their log-probabilities, in any order;
+    log_tail: [T] log of the probability of all other classes, -inf for none. `temperature` is the one at which they
+    were taken: tempering later needs all classes. The same on every tensor-parallel rank."""
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+
+    def check(self, num_rows: int, config: LossConfig) -> None:
+        """Raises ValueError for shapes that do not fit and ConfigError for another temperature than the loss's."""
+        if self.ids.dim() != 2 or self.ids.shape != self.log_probs.shape or self.ids.shape[0] != num_rows:
+            raise ValueError(
+                f"teacher.ids and teacher.log_probs have shapes {tuple(self.ids.shape)} and "
+                f"{tuple(self.log_probs.shape)}, expected [{num_rows}, L] twice"
+            )
+        if self.ids.shape[1] < 1 or self.ids.dtype != torch.int64 or self.log_tail.shape != (num_rows,):
+            raise ValueError(
+                f"teacher.ids must be int64 with at least one column and teacher.log_tail of shape ({num_rows},); got "
+                f"{self.ids.dtype} {tuple(self.ids.shape)} and {tuple(self.log_tail.shape)}"
+            )
+        if self.temperature != config.temperature:
+            raise ConfigError(
+                f"the teacher's top classes were taken at temperature {self.temperature}, and loss.temperature="
+                f"{config.temperature} needs others: take them again at that temperature"
+            )
+
+
+class TopKTeacher:
+    """`DenseTeacher` for a `TeacherTopK`."""
+
+    def __init__(
+        self,
+        top: TeacherTopK,
+        row_index: Tensor,
+        dtype: torch.dtype,
+        *,
+        spec: TileSpec,
+        kernels: TorchKernels,
+        shard: VocabShard,
+        top_k: int,
+    ) -> None:
+        self.spec, self.kernels, self.shard, self.top_k, self.dtype = spec, kernels, shard, top_k, dtype
+        self._ids = top.ids[row_index]
+        if len(self._ids) and not 0 <= int(self._ids.min()) <= int(self._ids.max()) < shard.total:
+            raise DataError(f"teacher.ids holds a class outside 0 to {shard.total - 1}")
+        log_probs = torch.cat([top.log_probs[row_index], top.log_tail[row_index].unsqueeze(-1)], -1)
+        self._log_probs = log_probs.to(dtype).clamp_min(_ABSENT)
+        self._small_spec = replace(spec, temperature=1.0, has_plain=False, has_bucket=spec.kind == "clipped")
+        self._small_kernels = TorchKernels()
+
+    def statistics(self, chunk: slice, student_CV: Tensor, labels: Tensor) -> RowStatistics:
+        """Reads a chunk; one all-gather of 3 + L floats a row (one more when tempered)."""
+        self._chunk = self._ids[chunk], self._log_probs[chunk]
+        ids_CL = self._chunk[0]
+        here = (ids_CL >= self.shard.start) & (ids_CL < self.shard.stop)
+        row, place = torch.nonzero(here, as_tuple=True)
+        self._here = row, place, ids_CL[row, place] - self.shard.start
+        row, place, column = self._here
+        target = local_target(student_CV, labels, self.shard)
+        listed_CL = student_CV.new_zeros(ids_CL.shape)
+        listed_CL[row, place] = student_CV[row, column]
+        # Without the listed classes, in place and back: a masked copy would be as large as the tile.
+        student_CV[row, column] = _ABSENT
+        local = local_statistics(self.spec, self.kernels, student_CV, None)
+        student_CV[row, column] = listed_CL[row, place]
+        is_none = local.student_max <= 0.5 * _ABSENT
+        columns = [local.student_max.masked_fill(is_none, -torch.inf), local.student_sum.masked_fill(is_none, 0.0)]
+        columns.append(target)
+        if local.plain_sum is not None:
+            columns.append(local.plain_sum.masked_fill(is_none, 0.0))
+        gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), listed_CL], -1), self.shard.group)
+        width = len(columns)
+        return self._merge(gathered[..., :width].double(), gathered[..., width:].sum(0).double())
+
+    def sums(self, student_CV: Tensor, rows: RowConstants, has_span: bool) -> tuple[Tensor, Tensor | None]:
+        """Row sums [1, C, num_sums] and, in one all-gather, merged span sums [C, 2]. The teacher's probability of a class
+        that is not listed counts as 0 in a span's product."""
+        self._small = self._small_rows(rows)
+        sums = self._small_kernels.sums(self._small_spec, self._log_q_CM, self._chunk[1], self._small).unsqueeze(0)
+        if not has_span:
+            return sums, None
+        row, place, column = self._here
+        self._tile_CV = torch.full_like(student_CV, _ABSENT)
+        self._tile_CV[row, column] = self._chunk[1][row, place] * self.spec.temperature
+        local = span_sums(self.spec, self.kernels, student_CV, self._tile_CV, self._span_rows(rows))
+        return sums, all_gather_rows(local, self.shard.group).sum(0)
+
+    def gradient(self, student_CV: Tensor, rows: RowConstants, weights: RowWeights, out_CV: Tensor) -> None:
+        """Writes the derivative by the student's logits: the derivative by the rest's logit is spread over its classes by
+        their shares of it."""
+        small_CM = torch.empty_like(self._log_q_CM)
+        self._small_kernels.gradient(
+            self._small_spec, self._log_q_CM, self._chunk[1], self._small, weights._replace(plain=None), small_CM
+        )
+        if student_CV.shape[1] == 0:
+            return
+        spread = RowWeights(small_CM[:, -1], plain=weights.plain)
+        self.kernels.gradient(replace(self.spec, kind="forward_kl"), student_CV, None, self._rest, spread, out_CV)
+        row, place, column = self._here
+        listed = small_CM[row, place]
+        if weights.plain is not None:
+            assert rows.plain_log is not None
+            log_q = (student_CV[row, column] - rows.student_max[row]) - rows.plain_log[row]
+            listed = listed + weights.plain[row] * log_q.exp()
+        out_CV[row, column] = listed
+
+    def span_gradient(
+        self, student_CV: Tensor, rows: RowConstants, inner: Tensor, pair_weight: Tensor, out_CV: Tensor
+    ) -> None:
+        """Adds the span term's derivative."""
+        if student_CV.shape[1] and len(student_CV) > 1:
+            span_rows = self._span_rows(rows)
+            self.kernels.span_gradient(self.spec, student_CV, self._tile_CV, span_rows, inner, pair_weight, out_CV)
+
+    def _merge(self, rest: Tensor, listed_CL: Tensor) -> RowStatistics:
+        """Statistics from the shards' rests [R, C, .] and the student's logits of the listed classes."""
+        temperature, dtype = self.spec.temperature, self.dtype
+        ids_CL, log_p_CM = self._chunk
+        rest_max, rest_sum, target = rest[..., 0], rest[..., 1], rest[..., 2]
+        largest = rest_max.amax(0)
+        has_rest = largest > -torch.inf
+        base = torch.where(has_rest, largest, 0.0)
+        student_max = torch.maximum(largest, listed_CL.amax(-1))
+
+        def log_sums(total: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+            """Of the rest relative to `base`, of everything relative to `student_max`."""
+            log_rest = log_total(rest_max, total, base, tau)
+            gaps = (listed_CL - student_max.unsqueeze(-1)) / tau
+            return log_rest, torch.logaddexp(log_rest + (base - student_max) / tau, gaps.logsumexp(-1))
+
+        rest_log, student_log = log_sums(rest_sum, temperature)
+        plain_log = log_sums(rest[..., 3], 1.0)[1] if self.spec.has_plain else student_log
+        if temperature != 1.0 and not self.spec.has_plain:
+            label_nats = torch.zeros_like(plain_log)  # no cross-entropy is wanted
+        else:
+            label_nats = plain_log + (student_max - target.sum(0))
+        gaps = torch.cat([listed_CL, base.unsqueeze(-1)], -1) - student_max.unsqueeze(-1)
+        log_q = gaps / temperature - student_log.unsqueeze(-1)
+        log_q[:, -1] += rest_log
+        self._log_q_CM = log_q.to(dtype).clamp_min(_ABSENT)
+        # Where there is no rest its factor is 0 and its base any number.
+        rest_log = torch.where(has_rest, rest_log, 0.0)
+        self._rest = RowConstants(base.to(dtype), rest_log.to(dtype), (plain_log + (student_max - base)).to(dtype))
+        return RowStatistics(
+            RowConstants(student_max.to(dtype), student_log.to(dtype), plain_log.to(dtype)),
+            label_nats,
+            *self._top(ids_CL, log_p_CM),
+        )
+
+    def _top(self, ids_CL: Tensor, log_p_CM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First class, top log-probabilities and the log of everything else."""
+        log_p_CL = log_p_CM[:, :-1]
+        is_best = log_p_CL == log_p_CL.amax(-1, keepdim=True)
+        top1 = torch.where(is_best, ids_CL, self.shard.total).amin(-1)
+        self._top_place = (ids_CL == top1.unsqueeze(-1)).to(torch.int32).argmax(-1)
+        ordered = log_p_CL.sort(-1, descending=True)[0]
+        tail = torch.cat([ordered[:, self.top_k :], log_p_CM[:, -1:]], -1).double().logsumexp(-1)
+        log_tail = torch.where(tail <= 0.5 * _ABSENT, -torch.inf, tail)
+        return top1.clamp_max(self.shard.total - 1), ordered[:, : self.top_k], log_tail.to(self.dtype)
+
+    def _small_rows(self, rows: RowConstants) -> RowConstants:
+        nothing = torch.zeros_like(rows.student_max)
+        return RowConstants(nothing, nothing, None, nothing, nothing, rows.theta_l, rows.theta_u, self._top_place)
+
+    def _span_rows(self, rows: RowConstants) -> RowConstants:
+        nothing = torch.zeros_like(rows.student_max)
+        return RowConstants(rows.student_max, rows.student_log, None, nothing, nothing)

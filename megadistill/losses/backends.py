@@ -23,7 +23,9 @@ from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, 
 from megadistill.parallel.vocab import VocabShard
 
 # Elements of the pieces that the eager backend cuts a CPU tile into: a few such temporaries fit a core's cache.
-_BLOCK_ELEMENTS = 2**17
+_EAGER_BLOCK = 2**17
+# The same for compiled code: on CPUs the compiler keeps whatever holds an exponential as a tensor of its own.
+_COMPILED_BLOCK = 2**19
 # Classes a rank from which compiling, which costs seconds once, is worth its while on a CPU.
 _COMPILE_FROM = 8192
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
@@ -66,23 +68,20 @@ class TorchKernels:
         self._run(rowmath.span_gradient, 1, spec, student_CV, teacher_CV, rows, inner, pair_weight, out_CV)
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
-        """Calls `function` on blocks of rows; with overlap 1 each block shares its last row with the next one."""
-        num_rows, width = arguments[0].shape
-        size = max(1 + overlap, _BLOCK_ELEMENTS // max(width, 1))
-        if arguments[0].device.type != "cpu" or num_rows <= size:
-            return function(spec, *arguments)
-        starts = range(0, num_rows - overlap, size - overlap)
-        return _joined([function(spec, *(_rows(a, start, start + size) for a in arguments)) for start in starts])
+        return _in_blocks(functools.partial(function, spec), overlap, _EAGER_BLOCK, arguments)
 
 
 class CompiledKernels(TorchKernels):
     """torch.compile over the functions of `rowmath`. A single row goes the eager way: torch.compile specialises on 1."""
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
-        if arguments[0].shape[0] < 2:
-            return function(spec, *arguments)
+        compiled, eager = _compiled(function, spec), functools.partial(function, spec)
+
+        def run(*block: Any) -> Any:
+            return (compiled if block[0].shape[0] > 1 else eager)(*block)
+
         with torch._dynamo.config.patch(recompile_limit=_MAX_VERSIONS, accumulated_recompile_limit=16 * _MAX_VERSIONS):
-            return _compiled(function, spec)(*arguments)
+            return _in_blocks(run, overlap, _COMPILED_BLOCK, arguments)
 
 
 @functools.cache
@@ -141,6 +140,16 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _in_blocks(function: Callable[..., Any], overlap: int, elements: int, arguments: tuple[Any, ...]) -> Any:
+    """Calls `function` on blocks of rows of CPU tiles; with overlap 1 a block's last row is the next one's first."""
+    num_rows, width = arguments[0].shape
+    size = max(1 + overlap, elements // max(width, 1))
+    if arguments[0].device.type != "cpu" or num_rows <= size:
+        return function(*arguments)
+    starts = range(0, num_rows - overlap, size - overlap)
+    return _joined([function(*(_rows(argument, start, start + size) for argument in arguments)) for start in starts])
 
 
 def _rows(argument: Any, start: int, stop: int) -> Any:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec, group_width, limit_of
+from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec, group_width
 
-_NEVER = 1e30  # an edge so far away that exp(-edge) = 0, and finite: inf - inf is not a number
+_NEVER = 1e12  # an edge beyond all others, and finite: inf - inf is not a number
 
 
 def statistics(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor | None) -> LocalStatistics:
@@ -45,7 +45,7 @@ def sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConsta
     log-domain sum, that sum, and with edges its two edge sums. Others than forward KL: KL, value, slope.
     """
     lp, lq = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), log_q(spec, student_CV, rows)
-    p = lp.exp()
+    p = _exp(lp)
     p_gap = p * (lp - lq)
     if spec.kind == "forward_kl":
         return p_gap.sum(-1, keepdim=True)
@@ -53,10 +53,10 @@ def sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConsta
         value, slope = value_and_slope(spec, lp, lq)
         return torch.stack([p_gap.sum(-1), value.sum(-1), slope.sum(-1)], -1)
     # An upper bound of each term is enough to shift by, and costs no exponential.
-    shift = (lq + _log_weight(spec, *_edges(spec, lp, rows))).amax(-1)
+    shift = (lq + _log_weight(spec, _edges(spec, lp, rows)[0])).amax(-1)
     mask = soft_mask(spec, lp, rows)
     mp, mp_gap = mask.kept * p, mask.kept * p_gap
-    term = (lq + mask.log_weight - shift.unsqueeze(-1)).exp()
+    term = _exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
     columns = [p_gap.sum(-1), mp_gap.sum(-1), mp.sum(-1), (mask.clipped * p).sum(-1)]
     if spec.has_edges:
         columns += [(mask.below * mp_gap).sum(-1), (mask.below * mp).sum(-1)]
@@ -77,20 +77,20 @@ def gradient(
 ) -> None:
     """Writes the derivative by the student's logits (span and label terms left out) to `out_CV`."""
     lq = log_q(spec, student_CV, rows)
-    result = weights.student.unsqueeze(-1) * lq.exp()
+    result = weights.student.unsqueeze(-1) * _exp(lq)
     if weights.plain is not None and rows.plain_log is not None:
         plain = (student_CV - rows.student_max.unsqueeze(-1)) - rows.plain_log.unsqueeze(-1)
-        result = result + weights.plain.unsqueeze(-1) * plain.exp()
+        result = result + weights.plain.unsqueeze(-1) * _exp(plain)
     if weights.teacher is not None and teacher_CV is not None:
         lp = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log)
         factor = weights.teacher.unsqueeze(-1)
         if spec.kind == "forward_kl":
-            result = result - factor * lp.exp()
+            result = result - factor * _exp(lp)
         elif spec.kind == "clipped":
             assert weights.share is not None and weights.log_norm is not None
             mask = soft_mask(spec, lp, rows)
-            share = (lq + mask.log_weight - weights.log_norm.unsqueeze(-1)).exp() * mask.factor
-            result = result - factor * mask.kept * lp.exp() + weights.share.unsqueeze(-1) * share
+            share = _exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
+            result = result - factor * mask.kept * _exp(lp) + weights.share.unsqueeze(-1) * share
         else:
             result = result + factor * value_and_slope(spec, lp, lq)[1]
     out_CV.copy_(result)
@@ -113,8 +113,8 @@ def span_gradient(
 ) -> None:
     """Adds the span term's derivative to `out_CV`. inner: [C] merged <r^S - r^T, r^S>, pair_weight: [C] weight over
     root of the pair that a row starts (the last row starts none)."""
-    q = log_q(spec, student_CV, rows).exp()
-    p = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log).exp()
+    q = _exp(log_q(spec, student_CV, rows), 20.0)
+    p = _exp(log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), 20.0)
     student = q[:-1] * q[1:]
     weight = pair_weight[:-1].unsqueeze(-1)
     through_pair = (student - p[:-1] * p[1:]) * student * weight
@@ -132,8 +132,8 @@ class SoftMask(NamedTuple):
 
     kept, clipped: m and 1 - m, each formed directly; below, above: 1 minus the lower and the upper sigmoid.
     The weight of q in the loss's log-domain sum (1 - m with a bucket, m when renormalising) is exp(log_weight) * factor
-    with factor within [1/4, 3], so that it never underflows; factor_l and factor_u likewise belong to the parts of that
-    weight which move with theta_l and theta_u.
+    with a factor between 1/4 and 2, so that it never underflows; factor_l and factor_u likewise belong to the parts of
+    that weight which move with theta_l and theta_u.
     """
 
     kept: Tensor
@@ -147,35 +147,46 @@ class SoftMask(NamedTuple):
 
 
 def soft_mask(spec: TileSpec, lp: Tensor, rows: RowConstants) -> SoftMask:
-    """The mask at teacher log-probabilities [C, V]. With x = exp(-lower edge), y = exp(-upper edge):
-    m = 1/((1+x)(1+y)) and 1 - m = (x + y + x y) m: no difference, so nothing cancels."""
-    lower, upper = _edges(spec, lp, rows)
-    limit = limit_of(lp.dtype)
-    log_weight = _log_weight(spec, lower, upper)
+    """The mask at teacher log-probabilities [C, V].
+
+    Of the two edges the nearer one may be on either side of 0, the farther one is not negative. With e = exp(-|near|)
+    all that is needed of the near sigmoid is e and r = 1/(1+e): no overflow, and no difference that could cancel.
+    """
+    near, far, is_lower = _edges(spec, lp, rows)
+    log_weight = _log_weight(spec, near)
+    e = _exp(-near.abs(), 24.0)
+    far_relative = _exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
+    is_inside = near > 0
+    r = 1.0 / (1.0 + e)
+    er = e * r
+    near_kept, near_clipped = torch.where(is_inside, r, er), torch.where(is_inside, er, r)
+    far_kept = 1.0 / (1.0 + torch.where(is_inside, far_relative * e, far_relative))
+    far_clipped_relative = far_relative * far_kept
+    far_clipped = torch.where(is_inside, far_clipped_relative * e, far_clipped_relative)
+    kept = near_kept * far_kept
+    clipped = near_clipped + near_kept * far_clipped
     if spec.remainder == "bucket":
-        # x and y relative to the larger of them (where that is below 1).
-        x_relative = (-lower - log_weight).clamp(max=limit).exp()
-        y_relative = (-upper - log_weight).clamp(max=limit).exp()
-        scale = log_weight.exp()
-        x, y = x_relative * scale, y_relative * scale
-        inverse_x, inverse_y = 1.0 / (1.0 + x), 1.0 / (1.0 + y)
-        kept = inverse_x * inverse_y
-        factor = (x_relative + y_relative + x_relative * y) * kept
-        factor_l, factor_u = x_relative * inverse_x * kept, y_relative * inverse_y * kept
+        factor = r + near_kept * far_clipped_relative
+        factor_near, factor_far = kept * r, kept * far_clipped_relative
     else:
-        x, y = (-lower).clamp(max=limit).exp(), (-upper).clamp(max=limit).exp()
-        inverse_x, inverse_y = 1.0 / (1.0 + x), 1.0 / (1.0 + y)
-        kept = inverse_x * inverse_y
-        factor = (x.clamp(min=1.0) * inverse_x) * (y.clamp(min=1.0) * inverse_y)
-        factor_l, factor_u = factor * x * inverse_x, factor * y * inverse_y
-    clipped = (x + y + x * y) * kept
-    return SoftMask(kept, clipped, x * inverse_x, y * inverse_y, log_weight, factor, factor_l, factor_u)
+        factor = r * far_kept
+        factor_near, factor_far = factor * near_clipped, factor * far_clipped
+    return SoftMask(
+        kept,
+        clipped,
+        torch.where(is_lower, near_clipped, far_clipped),
+        torch.where(is_lower, far_clipped, near_clipped),
+        log_weight,
+        factor,
+        torch.where(is_lower, factor_near, factor_far),
+        torch.where(is_lower, factor_far, factor_near),
+    )
 
 
 def value_and_slope(spec: TileSpec, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
     """Terms phi [C, V] of a divergence sum_c phi(p_c, q_c), and q dphi/dq up to a multiple of q (which the row's
     normalisation takes out again): the derivative by a logit is slope - q * sum(slope)."""
-    p, q = lp.exp(), lq.exp()
+    p, q = _exp(lp), _exp(lq)
     if spec.kind == "reverse_kl":
         value = q * (lq - lp)
         return value, value
@@ -207,27 +218,36 @@ def log_q(spec: TileSpec, student_CV: Tensor, rows: RowConstants) -> Tensor:
     return log_probs(spec, student_CV, rows.student_max, rows.student_log)
 
 
-def _edges(spec: TileSpec, lp: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor]:
+def _edges(spec: TileSpec, lp: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances to the nearer and the farther edge in units of the softness, positive inside, and whether the nearer one
+    is the lower."""
     assert rows.theta_l is not None and rows.theta_u is not None and rows.top_column is not None
+    inverse = 1.0 / spec.softness
+    lower, upper = (lp - rows.theta_l.unsqueeze(-1)) * inverse, (rows.theta_u.unsqueeze(-1) - lp) * inverse
     column = torch.arange(lp.shape[-1], device=lp.device)
     is_top = column == rows.top_column.unsqueeze(-1)
-    lower = torch.where(is_top, _NEVER, (lp - rows.theta_l.unsqueeze(-1)) * (1.0 / spec.softness))
-    upper = torch.where(is_top, _NEVER, (rows.theta_u.unsqueeze(-1) - lp) * (1.0 / spec.softness))
+    near, far = torch.minimum(lower, upper), torch.maximum(lower, upper)
+    near, far = torch.where(is_top, _NEVER, near), torch.where(is_top, _NEVER, far)
     if spec.has_bucket:
-        lower = torch.where(column == lp.shape[-1] - 1, -_NEVER, lower)
-    return lower, upper
+        is_rest = column == lp.shape[-1] - 1
+        near, far = torch.where(is_rest, -_NEVER, near), torch.where(is_rest, _NEVER, far)
+    return near, far, lower < upper
 
 
-def _log_weight(spec: TileSpec, lower: Tensor, upper: Tensor) -> Tensor:
+def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
     """log(1 - m) or log m to within a factor of 4, without an exponential."""
-    if spec.remainder == "bucket":
-        return torch.maximum(-lower, -upper).clamp(max=0.0)
-    return lower.clamp(max=0.0) + upper.clamp(max=0.0)
+    return (-near if spec.remainder == "bucket" else near).clamp(max=0.0)
+
+
+def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
+    """exp, not below exp(-floor) (float64: its eighth power). The floors are chosen such that what they add is far below
+    round-off and no product of the objective is a denormal number: those are computed many times slower."""
+    return values.clamp(min=-floor * (8.0 if values.dtype == torch.float64 else 1.0)).exp()
 
 
 def _products(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor]:
-    q = log_q(spec, student_CV, rows).exp()
-    p = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log).exp()
+    q = _exp(log_q(spec, student_CV, rows), 20.0)
+    p = _exp(log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), 20.0)
     student = q[:-1] * q[1:]
     return student - p[:-1] * p[1:], student
 
@@ -251,4 +271,4 @@ def _tempered(values: Tensor, inverse: float) -> Tensor:
 
 def _log_mixture(gap: Tensor, share: float) -> Tensor:
     """log((1 - share) + share exp(gap)). Where the gap is too large for exp, the other side is 0 and so is its term."""
-    return (share * gap.clamp(max=2.0 * limit_of(gap.dtype)).expm1()).log1p()
+    return (share * gap.clamp(max=640.0 if gap.dtype == torch.float64 else 80.0).expm1()).log1p()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from megadistill.losses.config import LossConfig, Remainder
@@ -121,8 +120,3 @@ class RowWeights(NamedTuple):
     share: Tensor | None = None
     log_norm: Tensor | None = None
     plain: Tensor | None = None
-
-
-def limit_of(dtype: torch.dtype) -> float:
-    """Largest exponent of an edge: two factors of exp(limit) still have a finite product."""
-    return 340.0 if dtype == torch.float64 else 41.0

@@ -22,7 +22,7 @@ from megadistill.losses.tiles import RowConstants, RowWeights, TileSpec
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
-_ABSENT = -1e30  # a log-probability of nothing that is still a number
+_ABSENT = -1e6  # a log-probability of nothing, small enough that its product with exp(-80) is still nothing
 
 
 @dataclass(frozen=True)

@@ -53,19 +53,28 @@ class TorchKernels:
         weights: RowWeights,
         out_CV: Tensor,
     ) -> None:
+        """Writes the whole derivative: token terms, span, labels."""
         self._run(rowmath.gradient, 0, spec, student_CV, teacher_CV, rows, weights, out_CV)
+        if teacher_CV is not None:
+            self.add_span(spec, student_CV, teacher_CV, rows, weights, out_CV)
+        add_labels(weights, out_CV)
 
-    def span_gradient(
+    def add_span(
         self,
         spec: TileSpec,
         student_CV: Tensor,
         teacher_CV: Tensor,
         rows: RowConstants,
-        inner: Tensor,
-        pair_weight: Tensor,
+        weights: RowWeights,
         out_CV: Tensor,
     ) -> None:
-        self._run(rowmath.span_gradient, 1, spec, student_CV, teacher_CV, rows, inner, pair_weight, out_CV)
+        """Adds the span part of the derivative, where there is one."""
+        if weights.span_pair is not None and len(student_CV) > 1:
+            self._run(rowmath.span_gradient, 1, spec, student_CV, teacher_CV, rows, weights, out_CV)
+
+    def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
+        """dtype in which the derivative is written, for products that read `factor` and accumulate `total`."""
+        return total
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         return _in_blocks(functools.partial(function, spec), overlap, _EAGER_BLOCK, arguments)
@@ -140,6 +149,16 @@ def has_triton() -> bool:
     except ImportError:
         return False
     return True
+
+
+def add_labels(weights: RowWeights, out_CV: Tensor) -> None:
+    """Takes each row's label weight off the derivative at its label, where this tile holds it."""
+    if weights.label is None or weights.label_column is None:
+        return
+    num_classes = out_CV.shape[1]
+    is_here = (weights.label_column >= 0) & (weights.label_column < num_classes)
+    column = weights.label_column.clamp(0, num_classes - 1).unsqueeze(-1)
+    out_CV.scatter_add_(-1, column, torch.where(is_here, -weights.label, 0.0).unsqueeze(-1).to(out_CV.dtype))
 
 
 def _in_blocks(function: Callable[..., Any], overlap: int, elements: int, arguments: tuple[Any, ...]) -> Any:

@@ -46,7 +46,7 @@ def merge_clip_sums(spec: TileSpec, sums: Tensor) -> ClipTerms:
     log_norm = torch.log(total) + shift
     if spec.remainder == "bucket":
         log_ratio = torch.where(clipped_p > 0, torch.log(clipped_p) - log_norm, 0.0)
-        value, factor, divisor = kept_gap + clipped_p * log_ratio, 1 + log_ratio, 1.0
+        value, factor, divisor = kept_gap + clipped_p * log_ratio, 1 + log_ratio, torch.ones_like(kept_p)
     else:
         mean_gap = kept_gap / kept_p
         value, factor, divisor = mean_gap - torch.log(kept_p) + log_norm, mean_gap + 1, kept_p

@@ -26,7 +26,7 @@ from megadistill.losses.fused import (
     valid_rows,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
-from megadistill.losses.statistics import label_columns, merge_student
+from megadistill.losses.statistics import merge_student
 from megadistill.losses.tiles import RowWeights, TileSpec
 from megadistill.parallel.vocab import VocabShard
 
@@ -55,13 +55,6 @@ def cross_entropy(
     return _CrossEntropy.apply(student.hidden, student.weight, student.bias, *arguments)
 
 
-def add_label_gradient(gradient_CV: Tensor, labels: Tensor, weight: Tensor, shard: VocabShard) -> None:
-    """Subtracts weight [C] at each row's label, in place, where this shard holds it."""
-    if shard.size:
-        is_here, column = label_columns(labels, shard)
-        gradient_CV.scatter_add_(-1, column.unsqueeze(-1), torch.where(is_here, -weight, 0.0).unsqueeze(-1))
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,7 +80,9 @@ class _CrossEntropy(torch.autograd.Function):
             projector = LogitsProjector(head, rows, dtype)
             gradients = StudentGradients(projector, needs)
             size = chunk_size(chunk_tokens, shard, hidden.device)
-            room, gradient_room = (projector.new_tile(min(size, len(rows))) for _ in range(2))
+            room = projector.new_tile(min(size, len(rows)))
+            gradient_dtype = kernels.gradient_dtype(projector.hidden_TH.dtype, dtype)
+            gradient_room = projector.new_tile(min(size, len(rows)), gradient_dtype)
             for chunk, _ in chunks(len(rows), size):
                 logits_CV = projector.logits(chunk, room)
                 local = local_statistics(spec, kernels, logits_CV, None)
@@ -96,9 +91,9 @@ class _CrossEntropy(torch.autograd.Function):
                 if gradients.is_wanted:
                     gradient_CV = gradient_room[: len(logits_CV)]
                     weight = inverse.to(dtype).expand(len(logits_CV)).contiguous()
+                    weights = RowWeights(weight, label=weight, label_column=labels[chunk] - shard.start)
                     if shard.size:
-                        kernels.gradient(spec, logits_CV, None, stats.constants, RowWeights(weight), gradient_CV)
-                    add_label_gradient(gradient_CV, labels[chunk], weight, shard)
+                        kernels.gradient(spec, logits_CV, None, stats.constants, weights, gradient_CV)
                     gradients.add(chunk, gradient_CV)
             gradients.reduce(shard.group)
         keep_for_backward(ctx, head, rows, gradients, [])

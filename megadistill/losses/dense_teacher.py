@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadistill.losses.backends import TorchKernels
-from megadistill.losses.head import Head, LogitsProjector
+from megadistill.losses.head import LogitsProjector
 from megadistill.losses.statistics import RowStatistics, merge_both
 from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec
 from megadistill.parallel.collectives import all_gather_rows
@@ -24,10 +24,7 @@ class DenseTeacher:
 
     def __init__(
         self,
-        head: Head,
-        row_index: Tensor | None,
-        dtype: torch.dtype,
-        *,
+        projector: LogitsProjector,
         spec: TileSpec,
         kernels: TorchKernels,
         shard: VocabShard,
@@ -35,8 +32,8 @@ class DenseTeacher:
         max_rows: int,
     ) -> None:
         self.spec, self.kernels, self.shard, self.top_k = spec, kernels, shard, top_k
-        self._projector = LogitsProjector(head, row_index, dtype)
-        self._room = self._projector.new_tile(max_rows)
+        self._projector = projector
+        self._room = projector.new_tile(max_rows)
         self.tile_CV = self._room
 
     def statistics(self, chunk: slice, student_CV: Tensor, labels: Tensor) -> RowStatistics:
@@ -53,16 +50,9 @@ class DenseTeacher:
         return gathered[..., :width], gathered[..., width:].sum(0) if has_span else None
 
     def gradient(self, student_CV: Tensor, rows: RowConstants, weights: RowWeights, out_CV: Tensor) -> None:
-        """Writes the derivative by the student's logits, span and label terms left out."""
+        """Writes the derivative by the student's logits."""
         if student_CV.shape[1]:
             self.kernels.gradient(self.spec, student_CV, self.tile_CV, rows, weights, out_CV)
-
-    def span_gradient(
-        self, student_CV: Tensor, rows: RowConstants, inner: Tensor, pair_weight: Tensor, out_CV: Tensor
-    ) -> None:
-        """Adds the span term's derivative."""
-        if student_CV.shape[1] and len(student_CV) > 1:
-            self.kernels.span_gradient(self.spec, student_CV, self.tile_CV, rows, inner, pair_weight, out_CV)
 
     def _local_sums(self, student_CV: Tensor, rows: RowConstants, has_span: bool) -> Tensor:
         num_rows, num_classes = student_CV.shape
@@ -94,5 +84,7 @@ def local_statistics(
     if num_classes:
         return kernels.statistics(spec, student_CV, teacher_CV)
     lowest, nothing = student_CV.new_full((num_rows,), -math.inf), student_CV.new_zeros(num_rows)
-    teacher = (None, None) if teacher_CV is None else (lowest, nothing)
-    return LocalStatistics(lowest, nothing, nothing if spec.has_plain else None, *teacher, None, None)
+    plain = nothing if spec.has_plain else None
+    if teacher_CV is None:
+        return LocalStatistics(lowest, nothing, plain, None, None, None, None)
+    return LocalStatistics(lowest, nothing, plain, lowest, nothing, None, None)

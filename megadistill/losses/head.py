@@ -33,9 +33,10 @@ class Head:
             raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}, expected ({num_classes},)")
 
 
-def loss_dtype(*heads: Head) -> torch.dtype:
+def loss_dtype(student: Head, teacher: object = None) -> torch.dtype:
     """float64 as soon as one input is float64, else float32: losses are never computed in half precision."""
-    is_double = any(head.hidden.dtype == torch.float64 or head.weight.dtype == torch.float64 for head in heads)
+    heads = [head for head in (student, teacher) if isinstance(head, Head)]
+    is_double = any(torch.float64 in (head.hidden.dtype, head.weight.dtype) for head in heads)
     return torch.float64 if is_double else torch.float32
 
 
@@ -55,9 +56,9 @@ class LogitsProjector:
         self.weight_VH = weight.to(kept)
         self.bias_V = None if head.bias is None else head.bias.detach().to(dtype)
 
-    def new_tile(self, num_rows: int) -> Tensor:
-        """Room for the logits of `num_rows` rows."""
-        return self.hidden_TH.new_empty((num_rows, self.weight_VH.shape[0]), dtype=self.dtype)
+    def new_tile(self, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for the logits of `num_rows` rows, or for their derivatives in another dtype."""
+        return self.hidden_TH.new_empty((num_rows, self.weight_VH.shape[0]), dtype=dtype or self.dtype)
 
     def logits(self, chunk: slice, out: Tensor) -> Tensor:
         """[C, V] logits of the rows in `chunk`, written to the first rows of `out`."""

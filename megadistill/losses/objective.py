@@ -19,7 +19,6 @@ from megadistill.errors import ConfigError
 from megadistill.losses.backends import row_kernels
 from megadistill.losses.clipping import ClipTerms, merge_clip_sums
 from megadistill.losses.config import LossConfig
-from megadistill.losses.cross_entropy import add_label_gradient
 from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Count,
@@ -177,8 +176,7 @@ class _FusedPass:
         config = call.config
         self.parameters = parameters
         device = self.device = head.hidden.device
-        is_dense = isinstance(call.teacher, Head)
-        self.dtype = loss_dtype(head, call.teacher) if isinstance(call.teacher, Head) else loss_dtype(head)
+        self.dtype = loss_dtype(head, call.teacher)
         # Ignored rows go before any product: they cost nothing, and whatever they hold cannot leak.
         self.rows = valid_rows(call.labels, call.shard.total)
         self.labels = call.labels[self.rows]
@@ -194,14 +192,19 @@ class _FusedPass:
         self.gradients = StudentGradients(self.student, needs)
         max_rows = min(len(self.rows), self.chunk_size + int(config.span > 0))
         self.room = self.student.new_tile(max_rows)
-        self.gradient_room = self.student.new_tile(max_rows if self.gradients.is_wanted else 0)
-        sides = {"spec": self.spec, "kernels": self.kernels, "shard": call.shard}
-        top_k = config.top_k if config.is_clipped else 0
-        self.teacher: DenseTeacher | TopKTeacher = (
-            DenseTeacher(call.teacher, self.rows, self.dtype, top_k=top_k, max_rows=max_rows, **sides)
-            if is_dense
-            else TopKTeacher(call.teacher, self.rows, self.dtype, top_k=top_k, **sides)
+        self.gradient_room = self.student.new_tile(
+            max_rows if self.gradients.is_wanted else 0,
+            self.kernels.gradient_dtype(self.student.hidden_TH.dtype, self.dtype),
         )
+        top_k = config.top_k if config.is_clipped else 0
+        self.teacher: DenseTeacher | TopKTeacher
+        if isinstance(call.teacher, Head):
+            projector = LogitsProjector(call.teacher, self.rows, self.dtype)
+            self.teacher = DenseTeacher(projector, self.spec, self.kernels, call.shard, top_k, max_rows)
+        else:
+            self.teacher = TopKTeacher(
+                call.teacher, self.rows, self.dtype, spec=self.spec, kernels=self.kernels, shard=call.shard, top_k=top_k
+            )
         names = ("sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
         self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         self.kl_map = torch.zeros(len(self.rows), dtype=self.dtype, device=device)
@@ -220,7 +223,8 @@ class _FusedPass:
         has_span = config.span > 0
         student_CV = self.student.logits(chunk, self.room)
         stats = self.teacher.statistics(chunk, student_CV, labels)
-        rows, thetas = stats.constants, ()
+        rows = stats.constants
+        thetas: tuple[Tensor, ...] = ()
         if config.is_clipped:
             thetas = self._thresholds(stats, is_own)
             theta_l, theta_u = (theta.detach().to(self.dtype).clamp(-_FARTHEST, _FARTHEST) for theta in thetas)
@@ -234,15 +238,14 @@ class _FusedPass:
         self._add_totals(stats, terms, is_own)
         self.kl_map[chunk.start + num_halo : chunk.stop] = terms.kl[num_halo:].clamp_min(0.0)
         self.top1[chunk] = stats.teacher_top1
-        span_weights = None if span_sums is None else self._span(span_sums, chunk)
+        weights = self._weights(terms, labels, is_own)
+        if span_sums is not None:
+            pair, inner = self._span(span_sums, chunk)
+            weights = weights._replace(span_pair=pair, span_inner=inner)
         if not self.gradients.is_wanted:
             return
         gradient_CV = self.gradient_room[: len(labels)]
-        self.teacher.gradient(student_CV, rows, self._weights(terms, is_own), gradient_CV)
-        if span_weights is not None:
-            self.teacher.span_gradient(student_CV, rows, *span_weights, gradient_CV)
-        if config.sft > 0:
-            add_label_gradient(gradient_CV, labels, is_own * (config.sft * self.per_token), self.shard)
+        self.teacher.gradient(student_CV, rows, weights, gradient_CV)
         self.gradients.add(chunk, gradient_CV)
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -285,26 +288,27 @@ class _FusedPass:
         _, value, slope = sums.sum(0).unbind(-1)
         return _RowTerms(kl, value, slope, None)
 
-    def _weights(self, terms: _RowTerms, is_own: Tensor) -> RowWeights:
-        """Factors of the parts of the derivative by the untempered logits."""
+    def _weights(self, terms: _RowTerms, labels: Tensor, is_own: Tensor) -> RowWeights:
+        """Factors of the parts of the derivative by the untempered logits, the span's left out."""
         config = self.config
-        reference = is_own * (config.sft * self.per_token) if config.sft > 0 else torch.zeros_like(is_own)
-        plain = reference if self.spec.has_plain else None
-        student = torch.zeros_like(is_own) if self.spec.has_plain else reference
+        weights = RowWeights(torch.zeros_like(is_own))
+        if config.sft > 0:
+            reference = is_own * (config.sft * self.per_token)
+            name = "plain" if self.spec.has_plain else "student"
+            weights = weights._replace(label=reference, label_column=labels - self.shard.start, **{name: reference})
         if config.dac_kl == 0:
-            return RowWeights(student, plain=plain)
+            return weights
         weight = is_own * (config.dac_kl * config.temperature * self.per_token)  # temperature^2, and 1/temperature
-        if terms.clip is not None:
-            clip, is_bucket = terms.clip, config.remainder == "bucket"
-            return RowWeights(
-                student=student + weight if is_bucket else student,
-                teacher=weight if is_bucket else weight / clip.kept_mass,
-                share=-weight * clip.clipped_mass if is_bucket else weight,
-                log_norm=clip.log_norm,
-                plain=plain,
-            )
-        of_student = weight if terms.slope is None else -weight * terms.slope
-        return RowWeights(student + of_student, teacher=weight, plain=plain)
+        clip = terms.clip
+        if clip is None:
+            of_student = weight if terms.slope is None else -weight * terms.slope
+            return weights._replace(student=weights.student + of_student, teacher=weight)
+        if config.remainder == "bucket":
+            weights = weights._replace(student=weights.student + weight, share=-weight * clip.clipped_mass)
+        else:
+            weights = weights._replace(share=weight)
+            weight = weight / clip.kept_mass
+        return weights._replace(teacher=weight, log_norm=clip.log_norm)
 
     def _gate_gradient(self, terms: ClipTerms, thetas: tuple[Tensor, ...], is_own: Tensor) -> None:
         """Gradient of the gate's own objective: DAC-KL in the configured direction plus the coverage penalty."""
@@ -332,13 +336,14 @@ class _FusedPass:
             self._add("mean_upper", is_own, is_own)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Adds the chunk's pairs; returns (merged inner product, weight over root), both [C]."""
+        """Adds the chunk's pairs; returns (weight over root, merged inner product), both [C]."""
         weight = self.is_pair[chunk].to(self.dtype)
         weight[-1] = 0.0  # that pair's second row is in the next chunk, which sees it through its halo
         value, root = span_value(sums[:, 0], self.config.span_eps)
         self._add("span", value, weight)
         # Over the temperature: the derivative is by the untempered logits.
-        return sums[:, 1], weight / root * (self.config.span * self.per_pair / self.config.temperature)
+        factor = self.config.span * self.per_pair / self.config.temperature
+        return weight / root * factor, sums[:, 1]
 
     def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.totals[name] += (value * weight).sum(dtype=torch.float64)

@@ -44,7 +44,7 @@ def sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConsta
     clipped: KL, D, P, Rp, with edges the sums of m nl p d, m nl p, m nu p d, m nu p; then the shift of the student's
     log-domain sum, that sum, and with edges its two edge sums. Others than forward KL: KL, value, slope.
     """
-    lp, lq = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), log_q(spec, student_CV, rows)
+    lp, lq = log_p(spec, teacher_CV, rows), log_q(spec, student_CV, rows)
     p = _exp(lp)
     p_gap = p * (lp - lq)
     if spec.kind == "forward_kl":
@@ -75,14 +75,14 @@ def gradient(
     weights: RowWeights,
     out_CV: Tensor,
 ) -> None:
-    """Writes the derivative by the student's logits (span and label terms left out) to `out_CV`."""
+    """Writes the derivative by the student's logits to `out_CV`, but for its label and span parts."""
     lq = log_q(spec, student_CV, rows)
     result = weights.student.unsqueeze(-1) * _exp(lq)
     if weights.plain is not None and rows.plain_log is not None:
         plain = (student_CV - rows.student_max.unsqueeze(-1)) - rows.plain_log.unsqueeze(-1)
         result = result + weights.plain.unsqueeze(-1) * _exp(plain)
     if weights.teacher is not None and teacher_CV is not None:
-        lp = log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log)
+        lp = log_p(spec, teacher_CV, rows)
         factor = weights.teacher.unsqueeze(-1)
         if spec.kind == "forward_kl":
             result = result - factor * _exp(lp)
@@ -98,7 +98,9 @@ def gradient(
 
 def span_sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> Tensor:
     """[C - 1, 2] of each pair of neighbours: ||r^S - r^T||^2 and <r^S - r^T, r^S>, r = the product of both rows."""
-    difference, student = _products(spec, student_CV, teacher_CV, rows)
+    q, p = _span_factors(spec, student_CV, teacher_CV, rows)
+    student = q[:-1] * q[1:]
+    difference = student - p[:-1] * p[1:]
     return torch.stack([(difference * difference).sum(-1), (difference * student).sum(-1)], -1)
 
 
@@ -107,18 +109,16 @@ def span_gradient(
     student_CV: Tensor,
     teacher_CV: Tensor,
     rows: RowConstants,
-    inner: Tensor,
-    pair_weight: Tensor,
+    weights: RowWeights,
     out_CV: Tensor,
 ) -> None:
-    """Adds the span term's derivative to `out_CV`. inner: [C] merged <r^S - r^T, r^S>, pair_weight: [C] weight over
-    root of the pair that a row starts (the last row starts none)."""
-    q = _exp(log_q(spec, student_CV, rows), 20.0)
-    p = _exp(log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), 20.0)
+    """Adds the span part of the derivative to `out_CV`."""
+    assert weights.span_pair is not None and weights.span_inner is not None
+    q, p = _span_factors(spec, student_CV, teacher_CV, rows)
     student = q[:-1] * q[1:]
-    weight = pair_weight[:-1].unsqueeze(-1)
+    weight = weights.span_pair[:-1].unsqueeze(-1)
     through_pair = (student - p[:-1] * p[1:]) * student * weight
-    normaliser = weight * inner[:-1].unsqueeze(-1)
+    normaliser = weight * weights.span_inner[:-1].unsqueeze(-1)
     nothing = torch.zeros_like(through_pair[:1])
     nothing_1 = torch.zeros_like(normaliser[:1])
     # Each row belongs to the pair that it starts and to the one that it ends.
@@ -206,16 +206,20 @@ def value_and_slope(spec: TileSpec, lp: Tensor, lq: Tensor) -> tuple[Tensor, Ten
     return of_student - share * p * _log_mixture(-gap, 1.0 - share), of_student
 
 
-def log_probs(spec: TileSpec, tile_CV: Tensor, largest: Tensor | None, log_sum: Tensor | None) -> Tensor:
-    """Log-probabilities of a tile. Largest logit and log-sum are taken off one after the other: their sum would round
-    to the size of the logits."""
-    assert largest is not None and log_sum is not None
-    return _tempered(tile_CV - largest.unsqueeze(-1), 1.0 / spec.temperature) - log_sum.unsqueeze(-1)
-
-
 def log_q(spec: TileSpec, student_CV: Tensor, rows: RowConstants) -> Tensor:
     """The student's log-probabilities."""
-    return log_probs(spec, student_CV, rows.student_max, rows.student_log)
+    return _log_probs(spec, student_CV, rows.student_max, rows.student_log)
+
+
+def log_p(spec: TileSpec, teacher_CV: Tensor, rows: RowConstants) -> Tensor:
+    """The teacher's log-probabilities."""
+    assert rows.teacher_max is not None and rows.teacher_log is not None
+    return _log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log)
+
+
+def _log_probs(spec: TileSpec, tile_CV: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
+    # One after the other: the sum of the two would be rounded to the size of the logits.
+    return _tempered(tile_CV - largest.unsqueeze(-1), 1.0 / spec.temperature) - log_sum.unsqueeze(-1)
 
 
 def _edges(spec: TileSpec, lp: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,11 +249,9 @@ def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
     return values.clamp(min=-floor * (8.0 if values.dtype == torch.float64 else 1.0)).exp()
 
 
-def _products(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor]:
-    q = _exp(log_q(spec, student_CV, rows), 20.0)
-    p = _exp(log_probs(spec, teacher_CV, rows.teacher_max, rows.teacher_log), 20.0)
-    student = q[:-1] * q[1:]
-    return student - p[:-1] * p[1:], student
+def _span_factors(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor]:
+    """q and p as factors of a span's product."""
+    return _exp(log_q(spec, student_CV, rows), 20.0), _exp(log_p(spec, teacher_CV, rows), 20.0)
 
 
 def _groups(teacher_CV: Tensor, width: int, inverse: float) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,10 @@ class RowConstants(NamedTuple):
 class RowWeights(NamedTuple):
     """Factors [C] of the parts of the derivative by a row's logits; None: that part is absent.
 
-    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; share: of exp(log_norm's share);
-    plain: of softmax(student) at temperature 1.
+    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; share: of the mask's weight of q
+    over exp(log_norm); plain: of softmax(student) at temperature 1. label: what the derivative loses at label_column (a
+    column of this tile, outside it when elsewhere). span_pair: weight over root of the span pair that a row starts (the
+    last row starts none), span_inner: its merged <r^S - r^T, r^S>.
     """
 
     student: Tensor
@@ -120,3 +122,7 @@ class RowWeights(NamedTuple):
     share: Tensor | None = None
     log_norm: Tensor | None = None
     plain: Tensor | None = None
+    label: Tensor | None = None
+    label_column: Tensor | None = None
+    span_pair: Tensor | None = None
+    span_inner: Tensor | None = None

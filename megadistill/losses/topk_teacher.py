@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import ConfigError, DataError
-from megadistill.losses.backends import TorchKernels
+from megadistill.losses.backends import TorchKernels, add_labels
 from megadistill.losses.config import LossConfig
 from megadistill.losses.dense_teacher import local_statistics, span_sums
 from megadistill.losses.statistics import RowStatistics, local_target, log_total
@@ -119,12 +119,11 @@ class TopKTeacher:
         """Writes the derivative by the student's logits: the derivative by the rest's logit is spread over its classes by
         their shares of it."""
         small_CM = torch.empty_like(self._log_q_CM)
-        self._small_kernels.gradient(
-            self._small_spec, self._log_q_CM, self._chunk[1], self._small, weights._replace(plain=None), small_CM
-        )
+        token = RowWeights(weights.student, weights.teacher, weights.share, weights.log_norm)
+        self._small_kernels.gradient(self._small_spec, self._log_q_CM, self._chunk[1], self._small, token, small_CM)
         if student_CV.shape[1] == 0:
             return
-        spread = RowWeights(small_CM[:, -1], plain=weights.plain)
+        spread = RowWeights(small_CM[:, -1].contiguous(), plain=weights.plain)
         self.kernels.gradient(replace(self.spec, kind="forward_kl"), student_CV, None, self._rest, spread, out_CV)
         row, place, column = self._here
         listed = small_CM[row, place]
@@ -132,15 +131,10 @@ class TopKTeacher:
             assert rows.plain_log is not None
             log_q = (student_CV[row, column] - rows.student_max[row]) - rows.plain_log[row]
             listed = listed + weights.plain[row] * log_q.exp()
-        out_CV[row, column] = listed
-
-    def span_gradient(
-        self, student_CV: Tensor, rows: RowConstants, inner: Tensor, pair_weight: Tensor, out_CV: Tensor
-    ) -> None:
-        """Adds the span term's derivative."""
-        if student_CV.shape[1] and len(student_CV) > 1:
-            span_rows = self._span_rows(rows)
-            self.kernels.span_gradient(self.spec, student_CV, self._tile_CV, span_rows, inner, pair_weight, out_CV)
+        out_CV[row, column] = listed.to(out_CV.dtype)
+        if weights.span_pair is not None:
+            self.kernels.add_span(self.spec, student_CV, self._tile_CV, self._span_rows(rows), weights, out_CV)
+        add_labels(weights, out_CV)
 
     def _merge(self, rest: Tensor, listed_CL: Tensor) -> RowStatistics:
         """Statistics from the shards' rests [R, C, .] and the student's logits of the listed classes."""

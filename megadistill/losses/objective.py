@@ -313,6 +313,8 @@ class _FusedPass:
     def _gate_gradient(self, terms: ClipTerms, thetas: tuple[Tensor, ...], is_own: Tensor) -> None:
         """Gradient of the gate's own objective: DAC-KL in the configured direction plus the coverage penalty."""
         config = self.config
+        assert terms.d_theta_l is not None and terms.d_theta_u is not None
+        assert terms.d_mass_l is not None and terms.d_mass_u is not None
         value_weight = _GATE_SIGN[config.gate_objective] * config.dac_kl * config.temperature**2
         d_theta_l, d_theta_u = value_weight * terms.d_theta_l, value_weight * terms.d_theta_u
         if config.guards:

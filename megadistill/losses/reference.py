@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megadistill.losses.config import IGNORE_INDEX, LossConfig
 from megadistill.losses.head import Head
+from megadistill.losses.topk_teacher import TeacherTopK
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ReferenceOutput:
 
 def reference_loss(
     student: Head,
-    teacher: Head,
+    teacher: Head | TeacherTopK,
     labels: Tensor,
     pair_mask: Tensor,
     gate: nn.Module | None,
@@ -49,21 +50,29 @@ def reference_loss(
     is_valid = labels != IGNORE_INDEX
     rows = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[rows]
-    log_q = F.log_softmax(logits_TV / config.temperature, -1)
-    log_p = F.log_softmax(_logits(teacher)[rows].detach() / config.temperature, -1)
+    full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
+    if isinstance(teacher, TeacherTopK):
+        log_p, log_q, full_p = _listed(teacher, rows, full_log_q)
+    else:
+        log_p, log_q = F.log_softmax(_logits(teacher)[rows].detach() / config.temperature, -1), full_log_q
+        full_p = log_p.exp()
     p = log_p.exp()
 
     sft = F.cross_entropy(logits_TV, labels[rows], reduction="sum") / num_tokens
-    lower, upper, mask, complement = _masks(log_p, gate, config)
-    dac_rows = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
-    dac_kl = config.temperature**2 * dac_rows.sum() / num_tokens
+    has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
+    lower, upper, mask, complement = _masks(log_p, gate, config, has_rest)
+    if config.is_clipped or config.divergence == "dac_kl":
+        token_rows = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
+    else:
+        token_rows = divergence_rows(log_p, log_q, config)
+    dac_kl = config.temperature**2 * token_rows.sum() / num_tokens
     clipped_mass = (complement * p).sum(-1)
     coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
 
     pair_rows = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
     position = is_valid.cumsum(0) - 1  # of a valid row among the valid rows
     first = position[:-1][pair_rows]
-    difference = (log_q[first] + log_q[first + 1]).exp() - (log_p[first] + log_p[first + 1]).exp()
+    difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
     eps = config.span_eps
     span_rows = (difference.square().sum(-1) + eps**2).sqrt() - eps
     span = span_rows.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
@@ -72,8 +81,8 @@ def reference_loss(
     guard = config.coverage_weight * coverage if config.guards else 0.0
     kl_map = torch.zeros(len(labels), dtype=log_p.dtype)
     top1 = torch.full_like(labels, -1)
-    kl_map[rows] = (p * (log_p - log_q)).sum(-1).detach()
-    top1[rows] = log_p.argmax(-1)
+    kl_map[rows] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
+    top1[rows] = full_p.argmax(-1)
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
         gate_objective=sign * config.dac_kl * dac_kl + guard,
@@ -86,6 +95,30 @@ def reference_loss(
         mean_lower=lower.sum() / num_tokens,
         mean_upper=upper.sum() / num_tokens,
     )
+
+
+def divergence_rows(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
+    """[T] the baseline divergences, each as in its definition. Sources: MiniLLM (reverse), DistiLLM (skewed), GKD
+    (generalised Jensen-Shannon), f-distill (total variation)."""
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    alpha, beta = config.skew, config.jensen_shannon_beta
+    if config.divergence == "forward_kl":
+        return kl(log_p, log_q)
+    if config.divergence == "reverse_kl":
+        return kl(log_q, log_p)
+    if config.divergence == "skewed_forward_kl":
+        return kl(log_p, (alpha * p + (1 - alpha) * q).log())
+    if config.divergence == "skewed_reverse_kl":
+        return kl(log_q, (alpha * q + (1 - alpha) * p).log())
+    if config.divergence == "jensen_shannon":
+        mixture = (beta * p + (1 - beta) * q).log()
+        return beta * kl(log_p, mixture) + (1 - beta) * kl(log_q, mixture)
+    assert config.divergence == "total_variation"
+    return 0.5 * (p - q).abs().sum(-1)
 
 
 def quantile_thresholds(
@@ -125,12 +158,28 @@ def _logits(head: Head) -> Tensor:
     return F.linear(head.hidden, head.weight, head.bias)
 
 
-def _masks(log_p: Tensor, gate: nn.Module | None, config: LossConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping."""
-    if config.clip == "off" or config.dac_kl == 0:
+def _listed(teacher: TeacherTopK, rows: Tensor, full_log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p and log q over the listed classes and the rest, and the teacher over all classes (0 where not listed)."""
+    ids, log_probs, log_tail = teacher.ids[rows], teacher.log_probs[rows], teacher.log_tail[rows]
+    full_p = torch.zeros_like(full_log_q).detach().scatter(-1, ids, log_probs.exp())
+    if ids.shape[-1] == full_log_q.shape[-1]:  # nothing is left for a rest
+        return log_probs, full_log_q.gather(-1, ids), full_p
+    log_p = torch.cat([log_probs, log_tail.unsqueeze(-1)], -1)
+    rest = full_log_q.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    log_q = torch.cat([full_log_q.gather(-1, ids), rest], -1)
+    return log_p, log_q, full_p
+
+
+def _masks(
+    log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping. The rest of a TeacherTopK, the last
+    class, is never kept."""
+    if not config.is_clipped:
         nothing = torch.zeros_like(log_p)
         return nothing[:, 0], nothing[:, 0] + 1, nothing + 1, nothing
-    top, index = log_p.topk(min(config.top_k, log_p.shape[-1]), -1)
+    listed = log_p[:, :-1] if has_rest else log_p
+    top, index = listed.topk(min(config.top_k, listed.shape[-1]), -1)
     log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
     if config.clip == "gate":
         assert gate is not None
@@ -144,8 +193,11 @@ def _masks(log_p: Tensor, gate: nn.Module | None, config: LossConfig) -> tuple[T
     lower_edge, upper_edge = (log_p - theta_l) / config.softness, (theta_u - log_p) / config.softness
     mask = torch.sigmoid(lower_edge) * torch.sigmoid(upper_edge)
     complement = torch.sigmoid(-lower_edge) + torch.sigmoid(lower_edge) * torch.sigmoid(-upper_edge)
-    is_top = F.one_hot(log_p.argmax(-1), log_p.shape[-1]).bool()
+    is_top = F.one_hot(listed.argmax(-1), log_p.shape[-1]).bool()
     mask, complement = mask.masked_fill(is_top, 1.0), complement.masked_fill(is_top, 0.0)
+    if has_rest:
+        mask = torch.cat([mask[:, :-1], torch.zeros_like(mask[:, -1:])], -1)
+        complement = torch.cat([complement[:, :-1], torch.ones_like(mask[:, -1:])], -1)
     return torch.sigmoid(lambda_l), torch.sigmoid(lambda_u), mask, complement
 
 

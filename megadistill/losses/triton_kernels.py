@@ -178,6 +178,8 @@ def _sums_kernel(
         is_class = at < num_classes
         lq = (tl.load(student + row * stride + at, mask=is_class, other=0.0) - max_s) * inverse - log_s
         lp = (tl.load(teacher + row * stride + at, mask=is_class, other=0.0) - max_t) * inverse - log_t
+        # Beyond the last class anything finite will do.
+        lq, lp = tl.where(is_class, lq, -1.0), tl.where(is_class, lp, -1.0)
         p = tl.where(is_class, _exp(lp, 41.0 * F), 0.0)
         p_gap = p * (lp - lq)
         kl += tl.sum(p_gap, 0)
@@ -233,7 +235,7 @@ def _sums_kernel(
 def _factor(tile, largest, log_sum, row, at, is_class, stride, inverse: tl.constexpr, F: tl.constexpr):
     """A row's probabilities as factors of a span's product."""
     gap = tl.load(tile + row * stride + at, mask=is_class, other=0.0) - tl.load(largest + row)
-    return _exp(gap * inverse - tl.load(log_sum + row), 20.0 * F)
+    return tl.where(is_class, _exp(gap * inverse - tl.load(log_sum + row), 20.0 * F), 0.0)
 
 
 @triton.jit
@@ -270,14 +272,16 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_class = at < num_classes
+    # Beyond the last class anything finite will do: nothing is stored there.
     gap = tl.load(student + row * stride + at, mask=is_class, other=0.0) - tl.load(student_max + row)
+    gap = tl.where(is_class, gap, 0.0)
     lq = gap * inverse - tl.load(student_log + row)
     result = tl.load(w_student + row) * _exp(lq, 41.0 * F)
     if HAS_PLAIN:
         result += tl.load(w_plain + row) * _exp(gap - tl.load(plain_log + row), 41.0 * F)
     if HAS_TOKEN:
         gap_t = tl.load(teacher + row * stride + at, mask=is_class, other=0.0) - tl.load(teacher_max + row)
-        lp = gap_t * inverse - tl.load(teacher_log + row)
+        lp = tl.where(is_class, gap_t, 0.0) * inverse - tl.load(teacher_log + row)
         factor_t = tl.load(w_teacher + row)
         if KIND == 0:
             near, far, is_lower = _edges(

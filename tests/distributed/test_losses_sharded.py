@@ -2,16 +2,37 @@
 
 import itertools
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megadistill.errors import DataError
-from megadistill.losses import IGNORE_INDEX, Head, LossConfig, QuantileGate, cross_entropy, distill_loss, token_kl
+from megadistill.losses import (
+    IGNORE_INDEX,
+    Head,
+    LossConfig,
+    QuantileGate,
+    cross_entropy,
+    distill_loss,
+    fused,
+    token_kl,
+)
+from megadistill.losses.config import Divergence
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
-from tests.support.objective import TOP_K, assert_same, leaf, make_gate, make_problem, run_fused, run_reference
+from tests.support.backends import BACKENDS
+from tests.support.objective import (
+    TOP_K,
+    assert_same,
+    leaf,
+    make_gate,
+    make_problem,
+    run_fused,
+    run_reference,
+    with_top_k,
+)
 from tests.support.spawn import RankError, run_ranks
 
 CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, chunk_tokens=5)
@@ -40,7 +61,8 @@ def check(rank, problem, config, gate, dtype, tolerance):
     gate = None if gate is None else gate.to(dtype)
     output, gradients, teacher = run_fused(problem, config, gate, shard=shard, dtype=dtype)
     assert_same(output, gradients, expected, tolerance)
-    assert teacher.hidden.grad is None and teacher.weight.grad is None and teacher.bias.grad is None
+    if isinstance(teacher, Head):
+        assert teacher.hidden.grad is None and teacher.weight.grad is None and teacher.bias.grad is None
     for name, value in vars(output).items():
         assert same_everywhere(value.detach()), f"{name} differs between the ranks"
     for name, gradient in gradients.items():
@@ -55,6 +77,58 @@ def test_float64_equals_the_reference(tp_size):
             check(rank, make_problem(), replace(CONFIG, **case), make_gate(), torch.float64, 1e-10)
 
     run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("tp_size", [2, 3])
+def test_every_backend_equals_the_reference(tp_size, backend):
+    def body(rank):
+        for remainder, temperature in [("bucket", 1.0), ("renormalise", 2.0)]:
+            config = replace(CONFIG, remainder=remainder, temperature=temperature, backend=backend)
+            check(rank, make_problem(), config, make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size, timeout_s=400.0)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_divergences_equal_the_reference(tp_size):
+    def body(rank):
+        for divergence, temperature in itertools.product(get_args(Divergence), [1.0, 2.0]):
+            config = replace(CONFIG, divergence=divergence, temperature=temperature, clip="off")
+            check(rank, make_problem(), config, None, torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_a_teacher_of_top_classes_equals_the_reference(tp_size):
+    def body(rank):
+        for case, num_listed in itertools.product(CASES, [1, 20, 53]):
+            if case["quantile"] == "mass":
+                problem = with_top_k(make_problem(), num_listed, case["temperature"])
+                check(rank, problem, replace(CONFIG, **case), make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", [2, 3])
+def test_grouped_statistics_across_shards(tp_size):
+    """Shards of 9,000 classes and more find the top K through groups; the last group is a short one."""
+
+    def body(rank):
+        problem = make_problem(num_rows=5, num_classes=9001 * tp_size - 1)
+        check(rank, problem, CONFIG, make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+def test_ranks_with_unlike_memory_agree_on_the_chunks(monkeypatch):
+    def body(rank):
+        monkeypatch.setattr(fused, "_total_memory", lambda device: 2**22 if rank == 1 else 2**40)
+        return fused.chunk_size("auto", VocabShard.split(2**12, 2, rank, dist.group.WORLD), torch.device("cpu"))
+
+    sizes = run_ranks(body, 2)
+    assert sizes == [16, 16]  # the small one's: 4 MiB would not hold even that
 
 
 @pytest.mark.parametrize("tp_size", SIZES)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from megadistill.losses import IGNORE_INDEX, DistillOutput, Head, LossConfig, QuantileGate, distill_loss
+from megadistill.losses import IGNORE_INDEX, DistillOutput, Head, LossConfig, QuantileGate, TeacherTopK, distill_loss
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 
@@ -22,7 +22,7 @@ class Problem:
     """Whole, unsharded heads in float64; the teacher is wider than the student."""
 
     student: Head
-    teacher: Head
+    teacher: Head | TeacherTopK
     labels: Tensor
     pair_mask: Tensor
     num_tokens: int
@@ -55,6 +55,17 @@ def make_problem(
     return Problem(student, teacher, labels, pair_mask, int(is_valid.sum()), num_pairs)
 
 
+def with_top_k(problem: Problem, num_listed: int, temperature: float = 1.0) -> Problem:
+    """The same problem with a teacher of which only `num_listed` classes a row are known, in no order."""
+    assert isinstance(problem.teacher, Head)
+    logits = torch.nn.functional.linear(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
+    log_probs = (logits / temperature).log_softmax(-1)
+    values, ids = log_probs.topk(num_listed, -1)
+    tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    order = torch.randperm(num_listed, generator=torch.Generator().manual_seed(0))
+    return replace(problem, teacher=TeacherTopK(ids[:, order], values[:, order], tail, temperature))
+
+
 def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards: bool = True) -> nn.Module:
     """A float64 gate moved off its starting point, so that every parameter matters."""
     gate = QuantileGate(top_k, guards=guards, seed=seed).double()
@@ -84,7 +95,8 @@ def run_fused(
 ) -> tuple[DistillOutput, dict[str, Tensor], Head]:
     """(output, gradients by name, the teacher's leaves) of one call and its backward pass."""
     shard = shard or VocabShard(0, problem.num_classes, problem.num_classes)
-    student, teacher = leaf(problem.student, dtype, shard), leaf(problem.teacher, dtype, shard)
+    student = leaf(problem.student, dtype, shard)
+    teacher = leaf(problem.teacher, dtype, shard) if isinstance(problem.teacher, Head) else problem.teacher
     if gate is not None:
         gate.zero_grad(set_to_none=True)
     output = distill_loss(
@@ -93,7 +105,7 @@ def run_fused(
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT}
-    if gate is not None and config.clip == "gate":
+    if gate is not None and config.uses_gate:
         gradients |= {f"gate.{name}": parameter.grad for name, parameter in gate.named_parameters()}
     return output, gradients, teacher
 
@@ -111,7 +123,7 @@ def run_reference(
     gradients = dict(zip(STUDENT, torch.autograd.grad(output.loss, sources, retain_graph=True), strict=True))
     if shard is not None:
         gradients |= {name: gradients[name][shard.start : shard.stop] for name in ("weight", "bias")}
-    if gate is not None and config.clip == "gate":
+    if gate is not None and config.uses_gate:
         names, parameters = zip(*gate.named_parameters(), strict=True)
         found: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
         gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, found, strict=True)}

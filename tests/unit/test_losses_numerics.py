@@ -7,6 +7,7 @@ import torch
 
 from megadistill.losses import Head, LossConfig, distill_loss
 from megadistill.parallel import VocabShard
+from tests.support.backends import BACKENDS
 from tests.support.objective import (
     TOP_K,
     assert_same,
@@ -19,12 +20,17 @@ from tests.support.objective import (
 CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, chunk_tokens=5)
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
 @pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_float32_is_close_to_float64(clip, remainder, temperature):
+def test_float32_is_close_to_float64(backend, clip, remainder, temperature):
     problem, gate = make_problem(seed=5, num_rows=64, num_classes=500), make_gate()
-    config = replace(CONFIG, clip=clip, remainder=remainder, temperature=temperature)
+    config = replace(CONFIG, clip=clip, remainder=remainder, temperature=temperature, backend=backend)
     expected = run_reference(problem, config, gate)
     output, gradients, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
     assert output.loss.dtype == torch.float32
@@ -63,7 +69,7 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
 @pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
 @pytest.mark.parametrize(("scale", "offset"), [(1e-3, 0.0), (20.0, 0.0), (100.0, 0.0), (2.0, 1000.0), (2.0, -1000.0)])
-def test_extreme_logits_stay_right_in_float32(clip, remainder, scale, offset):
+def test_extreme_logits_stay_right_in_float32(backend, clip, remainder, scale, offset):
     """Far beyond where probabilities underflow: finite, and close to float64 as far as the logits themselves are."""
     problem = make_problem(seed=9, num_rows=32, num_classes=200, scale=scale)
     problem = replace(
@@ -71,7 +77,7 @@ def test_extreme_logits_stay_right_in_float32(clip, remainder, scale, offset):
         student=Head(problem.student.hidden, problem.student.weight, problem.student.bias + offset),
         teacher=Head(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias - offset),
     )
-    gate, config = make_gate(spread=0.05), replace(CONFIG, clip=clip, remainder=remainder)
+    gate, config = make_gate(spread=0.05), replace(CONFIG, clip=clip, remainder=remainder, backend=backend)
     exact, exact_gradients, _ = run_fused(problem, config, gate)
     exact_gradients = {name: gradient.clone() for name, gradient in exact_gradients.items()}
     output, gradients, _ = run_fused(problem, config, make_gate(spread=0.05).float(), dtype=torch.float32)
@@ -87,12 +93,14 @@ def test_extreme_logits_stay_right_in_float32(clip, remainder, scale, offset):
             assert float(error) <= 10 * tolerance, name
 
 
-def test_clipped_student_mass_may_underflow():
+def test_clipped_student_mass_may_underflow(backend):
     """The bucket's log-ratio is exact although every clipped student probability is far below float32's range."""
     teacher = torch.tensor([[0.0, -1.0, -4.0, -4.0]], dtype=torch.float64)
     student = torch.tensor([[0.0, -1.0, -500.0, -600.0]], dtype=torch.float64)
     eye = torch.eye(4, dtype=torch.float64)
-    config = LossConfig(sft=0.0, span=0.0, clip="fixed", lower=0.05, upper=1.0, top_k=4, softness=0.002)
+    config = LossConfig(
+        sft=0.0, span=0.0, clip="fixed", lower=0.05, upper=1.0, top_k=4, softness=0.002, backend=backend
+    )
     for remainder in ("bucket", "renormalise"):
         results = []
         for dtype in (torch.float64, torch.float32):

@@ -2,7 +2,7 @@
 
 torch     eager; on CPUs a few rows at a time, so that what happens between two products stays in the cache
 compile   the same functions through torch.compile; on CPUs this needs a C++ compiler
-triton    kernels written for CUDA (`triton_kernels.py`); Triton's interpreter runs them in tests
+triton    kernels written for CUDA (`triton_backend.py`); Triton's interpreter runs them in tests
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TorchKernels:
 
 
 class CompiledKernels(TorchKernels):
-    """torch.compile over the functions of `rowmath`. A single row goes the eager way: torch.compile specialises on 1."""
+    """torch.compile over the functions of `rowmath`. A single row goes the eager way: a 1 would be compiled in."""
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         compiled, eager = _compiled(function, spec), functools.partial(function, spec)
@@ -113,16 +113,16 @@ def row_kernels(backend: Backend, shard: VocabShard, device: torch.device) -> To
     if backend == "compile":
         if not is_cuda and not has_compiler():
             raise ConfigError(
-                "loss.backend=compile needs a C++ compiler on a CPU (g++, or the one that CXX names) and there is none; "
+                "loss.backend=compile needs a C++ compiler on a CPU (g++, or what CXX names), and there is none; "
                 "Debian, Ubuntu: apt-get install -y g++; or set loss.backend to torch"
             )
         return CompiledKernels()
     if not has_triton() or not (is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise ConfigError(
-            f"loss.backend=triton needs a CUDA device and the package triton; the device is {device.type} and triton is "
+            f"loss.backend=triton needs a CUDA device and the package triton; the device is {device.type}, triton is "
             f"{'installed' if has_triton() else 'not installed'}; set loss.backend to auto, torch or compile"
         )
-    from megadistill.losses.triton_kernels import TritonKernels
+    from megadistill.losses.triton_backend import TritonKernels
 
     return TritonKernels()
 

@@ -20,8 +20,8 @@ from megadistill.losses.head import Head, LogitsProjector
 from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
-# Elements of one [C, V] tile under chunk_tokens="auto", of which two or three exist at once: enough rows for products at
-# full speed. Never more of the memory than one part in _MEMORY_PARTS.
+# Elements of one [C, V] tile under chunk_tokens="auto", of which three exist at once: enough rows for products at full
+# speed. Never more of the memory than one part in _MEMORY_PARTS.
 _TILE_ELEMENTS_CPU = 2**23
 _TILE_ELEMENTS_ACCELERATOR = 2**27
 _MEMORY_PARTS = 64

@@ -43,8 +43,8 @@ def loss_dtype(student: Head, teacher: object = None) -> torch.dtype:
 class LogitsProjector:
     """The rows that count of one head, and its logits chunk by chunk in the dtype of the loss.
 
-    On CUDA bfloat16 inputs stay as they are: the products read them and accumulate and write float32. Elsewhere, and for
-    float16 (whose range the scaled derivatives leave), inputs are converted once.
+    On CUDA bfloat16 inputs stay as they are: the products read them, and accumulate and write float32. Elsewhere, and
+    for float16 (whose range the scaled derivatives leave), inputs are converted once.
     """
 
     def __init__(self, head: Head, rows: Tensor | None, dtype: torch.dtype) -> None:

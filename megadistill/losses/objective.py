@@ -80,16 +80,17 @@ def distill_loss(
 ) -> DistillOutput:
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
-    student, teacher: hidden states [T, H] and head shard; or the teacher's top classes, `TeacherTopK`; labels: [T] int64, -100 = the row is ignored by all terms,
-    whatever it contains; pair_mask: [T] bool, rows t and t+1 are one span pair (counts only when both are valid);
-    gate: needed where `config.uses_gate`, called with (sorted_log_probs [C, K], log_tail [C]);
+    student, teacher: hidden states [T, H] and head shard, or for the teacher its top classes (`TeacherTopK`);
+    labels: [T] int64, -100 = the row is ignored by all terms, whatever it contains; pair_mask: [T] bool, rows t and t+1
+    are one span pair (counts only when both are valid); gate: needed where `config.uses_gate`, called with
+    (sorted_log_probs [C, K], log_tail [C]);
     num_tokens, num_pairs: global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the
     caller's.
     Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
     Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row), one all-reduce of the
-    hidden gradient, and with chunk_tokens="auto" one of a single number; how many depends on `labels` and `config` alone.
+    hidden gradient, and with chunk_tokens="auto" one of a single number; how many follows from `labels` and `config`.
     Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
     DataError for labels that do not fit.
     """

@@ -223,8 +223,8 @@ def _log_probs(spec: TileSpec, tile_CV: Tensor, largest: Tensor, log_sum: Tensor
 
 
 def _edges(spec: TileSpec, lp: Tensor, rows: RowConstants) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances to the nearer and the farther edge in units of the softness, positive inside, and whether the nearer one
-    is the lower."""
+    """Distances to the nearer and the farther edge in units of the softness, positive inside; whether the nearer one is
+    the lower."""
     assert rows.theta_l is not None and rows.theta_u is not None and rows.top_column is not None
     inverse = 1.0 / spec.softness
     lower, upper = (lp - rows.theta_l.unsqueeze(-1)) * inverse, (rows.theta_u.unsqueeze(-1) - lp) * inverse
@@ -244,8 +244,8 @@ def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
 
 
 def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
-    """exp, not below exp(-floor) (float64: its eighth power). The floors are chosen such that what they add is far below
-    round-off and no product of the objective is a denormal number: those are computed many times slower."""
+    """exp, not below exp(-floor) (float64: its eighth power). The floors are such that what they add is far below
+    round-off, and that no product here is a denormal number: those are computed many times slower."""
     return values.clamp(min=-floor * (8.0 if values.dtype == torch.float64 else 1.0)).exp()
 
 

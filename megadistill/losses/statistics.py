@@ -1,6 +1,7 @@
 """Row statistics of logits that are split over the vocabulary (docs/method.md, "Across vocabulary shards").
 
-Suffixes: C rows of one chunk, V this rank's classes, G groups of classes, K merged top classes, R ranks. Values in nats.
+Suffixes: C rows of one chunk, V this rank's classes, G groups of classes, K merged top classes, R ranks. Values in
+nats.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megadistill.parallel.vocab import VocabShard
 
 @dataclass(frozen=True)
 class StudentStatistics:
-    """Per row [C], merged and identical on every rank: normalisers for the kernels, and -log q(label) at temperature 1."""
+    """Per row [C], merged and identical on every rank: normalisers for the kernels, and -log q(label) untempered."""
 
     constants: RowConstants
     label_nats: Tensor

@@ -94,8 +94,8 @@ class LocalStatistics(NamedTuple):
 class RowConstants(NamedTuple):
     """What a kernel needs to know of each row [C]: log q = (student - student_max) / tau - student_log, and so on.
 
-    plain_log is student_log at temperature 1. theta_l, theta_u: thresholds of the mask in nats; top_column: the teacher's
-    top class as a column of this tile, outside it when elsewhere.
+    plain_log is student_log at temperature 1. theta_l, theta_u: thresholds of the mask in nats; top_column: the
+    teacher's top class as a column of this tile, outside it when elsewhere.
     """
 
     student_max: Tensor
@@ -111,10 +111,10 @@ class RowConstants(NamedTuple):
 class RowWeights(NamedTuple):
     """Factors [C] of the parts of the derivative by a row's logits; None: that part is absent.
 
-    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; share: of the mask's weight of q
-    over exp(log_norm); plain: of softmax(student) at temperature 1. label: what the derivative loses at label_column (a
-    column of this tile, outside it when elsewhere). span_pair: weight over root of the span pair that a row starts (the
-    last row starts none), span_inner: its merged <r^S - r^T, r^S>.
+    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; share: of the mask's weight of
+    q over exp(log_norm); plain: of softmax(student) at temperature 1. label: what the derivative loses at label_column
+    (a column of this tile, outside it when elsewhere). span_pair: weight over root of the span pair that a row starts
+    (the last row starts none), span_inner: its merged <r^S - r^T, r^S>.
     """
 
     student: Tensor

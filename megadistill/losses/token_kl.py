@@ -52,7 +52,7 @@ def token_kl(
             logs = local.student_sum.log(), local.teacher_sum.log()
             local_kl = torch.zeros_like(local.student_max)
             if shard.size:
-                # Each shard's KL between the distributions within it needs no merged normaliser: one exchange is enough.
+                # Each shard's KL between the distributions within it needs no merged normaliser: one exchange does.
                 rows = RowConstants(local.student_max, logs[0], None, local.teacher_max, logs[1])
                 local_kl = kernels.sums(spec, student_CV, teacher_CV, rows)[:, 0]
             classes = local_top(spec, local, teacher_CV, shard, 0)[2].to(dtype)

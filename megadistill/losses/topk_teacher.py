@@ -1,8 +1,8 @@
 """A teacher of which only the likeliest classes are known: cached on disk, or asked over a network.
 
 The classes that are not listed form one class, the rest, with the teacher's tail as its probability and the sum of the
-student's as its own. Every formula of the token level is the usual one on these K' + 1 classes; the mask never keeps the
-rest. That problem is small and the same on every rank, so it needs no second exchange.
+student's as its own. Every formula of the token level is the usual one on these L + 1 classes; the mask never keeps
+the rest. That problem is small and the same on every rank, so it needs no second exchange.
 Suffixes: C rows of one chunk, V this rank's classes, L listed classes, M = L + 1, R ranks.
 """
 
@@ -103,8 +103,8 @@ class TopKTeacher:
         return self._merge(gathered[..., :width].double(), gathered[..., width:].sum(0).double())
 
     def sums(self, student_CV: Tensor, rows: RowConstants, has_span: bool) -> tuple[Tensor, Tensor | None]:
-        """Row sums [1, C, num_sums] and, in one all-gather, merged span sums [C, 2]. The teacher's probability of a class
-        that is not listed counts as 0 in a span's product."""
+        """Row sums [1, C, num_sums] and, in one all-gather, merged span sums [C, 2]. In a span's product the teacher's
+        probability of a class that is not listed counts as 0."""
         self._small = self._small_rows(rows)
         sums = self._small_kernels.sums(self._small_spec, self._log_q_CM, self._chunk[1], self._small).unsqueeze(0)
         if not has_span:
@@ -116,7 +116,7 @@ class TopKTeacher:
         return sums, all_gather_rows(local, self.shard.group).sum(0)
 
     def gradient(self, student_CV: Tensor, rows: RowConstants, weights: RowWeights, out_CV: Tensor) -> None:
-        """Writes the derivative by the student's logits: the derivative by the rest's logit is spread over its classes by
+        """Writes the derivative by the student's logits: the one by the rest's logit is spread over its classes by
         their shares of it."""
         small_CM = torch.empty_like(self._log_q_CM)
         token = RowWeights(weights.student, weights.teacher, weights.share, weights.log_norm)

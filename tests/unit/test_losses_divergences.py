@@ -85,7 +85,8 @@ def test_divergences_vanish_between_equal_models(divergence):
 
 @pytest.mark.parametrize("num_listed", [1, 5, 20, 53])
 @pytest.mark.parametrize(
-    ("clip", "remainder", "temperature"), list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalise"], [1.0, 2.0]))
+    ("clip", "remainder", "temperature"),
+    list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalise"], [1.0, 2.0])),
 )  # fmt: skip
 def test_a_teacher_of_top_classes_equals_the_reference(backend, num_listed, clip, remainder, temperature):
     problem, gate = with_top_k(make_problem(), num_listed, temperature), make_gate()

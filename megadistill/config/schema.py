@@ -130,7 +130,25 @@ class LossSection(Section):
     sft: NonNegative = Field(1.0, description="Weight of the cross-entropy on the references.")
     dac_kl: NonNegative = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
     span: NonNegative = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
-    temperature: Positive = Field(1.0, description="Distillation temperature tau; DAC-KL is multiplied by tau squared.")
+    divergence: Literal[
+        "dac_kl",
+        "forward_kl",
+        "reverse_kl",
+        "skewed_forward_kl",
+        "skewed_reverse_kl",
+        "jensen_shannon",
+        "total_variation",
+    ] = Field(
+        "dac_kl",
+        description="The token loss: DAC-KL, or a baseline with its weight and its place in the metrics (no gate).",
+    )
+    skew: OpenUnitInterval = Field(
+        0.1, description="alpha of the skewed divergences: the first side's share of the mixture."
+    )
+    jensen_shannon_beta: OpenUnitInterval = Field(0.5, description="beta of jensen_shannon: the teacher's share.")
+    temperature: Positive = Field(
+        1.0, description="Distillation temperature tau; the token loss is multiplied by tau squared."
+    )
     clip: Literal["gate", "fixed", "off"] = Field(
         "gate", description="Quantiles predicted by the gate, fixed at lower and upper, or plain forward KL."
     )
@@ -143,6 +161,9 @@ class LossSection(Section):
     top_k: Count = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
     softness: Positive = Field(0.25, description="Width of the mask's edges, in nats.")
     chunk_tokens: Literal["auto"] | Count = Field("auto", description="Tokens whose logits are held at a time.")
+    backend: Literal["auto", "torch", "compile", "triton"] = Field(
+        "auto", description="What runs the losses between the matrix products; auto picks by device and vocabulary."
+    )
     gate_objective: Literal["minimise", "maximise", "frozen"] = Field(
         "minimise", description="What the gate does with DAC-KL."
     )

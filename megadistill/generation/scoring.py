@@ -16,6 +16,7 @@ from megadistill.generation.policy import STREAM_TEACHER_TOKEN
 from megadistill.generation.protocols import Rows, Scores
 from megadistill.generation.sampling import sample_tokens
 from megadistill.losses import Head, token_kl
+from megadistill.losses.config import Backend
 from megadistill.parallel.vocab import VocabShard
 
 HiddenFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -52,6 +53,7 @@ def score_rows(
     seed: int,
     round_index: int,
     sample_teacher: bool,
+    backend: Backend = "auto",
 ) -> Scores:
     """KL map and teacher tokens of every response position (method.md section 1).
 
@@ -64,7 +66,7 @@ def score_rows(
     student = Head(torch.cat(list(student_hidden)), *student_head)
     with teacher_head() as (weight, bias):
         teacher = Head(torch.cat(list(teacher_hidden)), weight, bias)
-        kl, teacher_tokens = token_kl(student, teacher, shard)
+        kl, teacher_tokens = token_kl(student, teacher, shard, backend=backend)
         if sample_teacher:
             sequence_ids = torch.tensor(rows.sequence_ids, device=device).repeat_interleave(lengths)
             positions = torch.cat([torch.arange(n, device=device) for n in lengths.tolist()])

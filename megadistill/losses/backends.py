@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -81,16 +83,38 @@ class TorchKernels:
 
 
 class CompiledKernels(TorchKernels):
-    """torch.compile over the functions of `rowmath`. A single row goes the eager way: a 1 would be compiled in."""
+    """torch.compile over the functions of `rowmath`. A single row goes the eager way: a 1 would be compiled in.
+
+    Where compiling fails: with `may_fall_back` one warning, and eager torch from then on; else ConfigError.
+    """
+
+    def __init__(self, may_fall_back: bool = False) -> None:
+        self._may_fall_back, self._is_broken = may_fall_back, False
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
+        if self._is_broken:
+            return super()._run(function, overlap, spec, *arguments)
         compiled, eager = _compiled(function, spec), functools.partial(function, spec)
 
         def run(*block: Any) -> Any:
-            return (compiled if block[0].shape[0] > 1 else eager)(*block)
+            if block[0].shape[0] < 2 or self._is_broken:
+                return eager(*block)
+            try:
+                return compiled(*block)
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
+                self._give_up(error)
+                return eager(*block)
 
         with torch._dynamo.config.patch(recompile_limit=_MAX_VERSIONS, accumulated_recompile_limit=16 * _MAX_VERSIONS):
             return _in_blocks(run, overlap, _COMPILED_BLOCK, arguments)
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+        if not self._may_fall_back:
+            raise ConfigError(f"loss.backend=compile: {reason}; mend it, or set loss.backend to torch") from error
+        message = f"the losses run in eager torch, which is slower: {reason} (loss.backend=torch silences this)"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._is_broken = True
 
 
 @functools.cache
@@ -99,37 +123,46 @@ def _compiled(function: Callable[..., Any], spec: TileSpec) -> Callable[..., Any
 
 
 def row_kernels(backend: Backend, shard: VocabShard, device: torch.device) -> TorchKernels:
-    """The kernels of a configuration. Raises ConfigError for one that this machine cannot run.
+    """The kernels of a configuration. Raises ConfigError as `check_backend` does.
 
     `auto`: Triton on CUDA where it is installed; torch.compile on a CPU with a C++ compiler and at least 8192 classes a
     rank; eager torch otherwise. The same on every rank of a homogeneous job; ranks that differ still agree on every
     collective.
     """
-    is_cuda = device.type == "cuda"
-    if backend == "auto":
-        backend = _best(shard, is_cuda)
+    is_auto = backend == "auto"
+    if is_auto:
+        backend = _best(shard, device)
+    check_backend(backend, device)
+    return _kernels(backend, is_auto)
+
+
+@functools.cache
+def _kernels(backend: Backend, may_fall_back: bool) -> TorchKernels:
     if backend == "torch":
         return TorchKernels()
     if backend == "compile":
-        if not is_cuda and not has_compiler():
-            raise ConfigError(
-                "loss.backend=compile needs a C++ compiler on a CPU (g++, or what CXX names), and there is none; "
-                "Debian, Ubuntu: apt-get install -y g++; or set loss.backend to torch"
-            )
-        return CompiledKernels()
-    if not has_triton() or not (is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ConfigError(
-            f"loss.backend=triton needs a CUDA device and the package triton; the device is {device.type}, triton is "
-            f"{'installed' if has_triton() else 'not installed'}; set loss.backend to auto, torch or compile"
-        )
+        return CompiledKernels(may_fall_back)
     from megadistill.losses.triton_backend import TritonKernels
 
     return TritonKernels()
 
 
-def _best(shard: VocabShard, is_cuda: bool) -> Backend:
-    if is_cuda:
-        return "triton" if has_triton() else "compile"
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """Raises ConfigError for a backend that cannot run on this machine and device."""
+    is_cuda = device.type == "cuda"
+    if backend == "compile" and not (has_triton() if is_cuda else has_compiler()):
+        what = "the package triton" if is_cuda else "a C++ compiler and Python's headers (apt: g++ python3-dev)"
+        raise ConfigError(f"loss.backend=compile needs {what}, not found here; set loss.backend to auto or torch")
+    if backend == "triton" and not (has_triton() and (is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        raise ConfigError(
+            f"loss.backend=triton needs a CUDA device and the package triton; the device is {device.type}, triton is "
+            f"{'installed' if has_triton() else 'not installed'}; set loss.backend to auto, torch or compile"
+        )
+
+
+def _best(shard: VocabShard, device: torch.device) -> Backend:
+    if device.type == "cuda":
+        return "triton" if has_triton() else "torch"
     # From a group-wide quantity: shards differ by a class.
     is_large = shard.total >= _COMPILE_FROM * shard.tp_size
     return "compile" if is_large and has_compiler() else "torch"
@@ -137,8 +170,9 @@ def _best(shard: VocabShard, is_cuda: bool) -> Backend:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler for CPU code."""
-    return shutil.which(os.environ.get("CXX") or "g++") is not None
+    """Whether torch.compile finds what it needs for CPU code: a C++ compiler and Python's headers."""
+    headers = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    return shutil.which(os.environ.get("CXX") or "g++") is not None and os.path.exists(headers)
 
 
 @functools.cache

@@ -136,7 +136,14 @@ class Objective:
     def _reference_loss(self, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         micro = self.micro_batch
         head = Head(flat[micro.sft_index], weight, bias)
-        loss = cross_entropy(head, micro.sft_labels, self.shard, num_tokens=self.counts.num_sft)
+        loss = cross_entropy(
+            head,
+            micro.sft_labels,
+            self.shard,
+            num_tokens=self.counts.num_sft,
+            chunk_tokens=self.config.chunk_tokens,
+            backend=self.config.backend,
+        )
         self.sft = loss.detach()
         return self.config.sft * loss
 

@@ -21,6 +21,7 @@ from megadistill.engines.student import trained_model
 from megadistill.engines.teacher import frozen_model
 from megadistill.errors import ConfigError, DataError
 from megadistill.losses import LossConfig, QuantileGate
+from megadistill.losses.backends import check_backend
 from megadistill.models.families import head_counts
 from megadistill.models.loading import LoadedModel, check_positions, load_model, load_model_config, shared_vocab_size
 from megadistill.parallel.context import ParallelContext
@@ -194,6 +195,7 @@ def load_models(config: RunConfig, tokenizer: Any) -> tuple[LoadedModel, LoadedM
 def build_parts(config: RunConfig, context: ParallelContext, tokenizer: Any) -> Parts:
     """Loads and partitions both models and makes the gate (collective over the world)."""
     loss = loss_config(config.loss)
+    check_backend(loss.backend, context.device)
     student_model, teacher_model = load_models(config, tokenizer)
     zero_stage = config.parallel.zero_stage
     teacher = None
@@ -209,7 +211,7 @@ def build_parts(config: RunConfig, context: ParallelContext, tokenizer: Any) -> 
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
     gate = None
-    if teacher is not None and loss.clip == "gate" and loss.dac_kl > 0:
+    if teacher is not None and loss.uses_gate:
         gate = GateTrainer(
             QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
         )

@@ -115,6 +115,7 @@ def write_and_revise(rows: Sequence[BatchRow], parts: Parts, timers: Timers) -> 
                     seed=parts.config.run.seed,
                     round_index=round_index,
                     sample_teacher=generation.scrg.teacher_token == "sample",
+                    backend=parts.loss.backend,
                 )
 
         written = write(empty, STREAM_ROLLOUT)

@@ -1,0 +1,162 @@
+"""Which backend runs, what is said when it cannot, and what it may cost in memory."""
+
+import threading
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from megadistill.errors import ConfigError
+from megadistill.losses import Head, LossConfig, backends, distill_loss, fused
+from megadistill.losses.backends import CompiledKernels, TorchKernels, check_backend, row_kernels
+from megadistill.losses.tiles import TileSpec
+from megadistill.parallel import VocabShard
+from tests.support.objective import TOP_K, assert_same, make_gate, make_problem, run_fused, run_reference
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CONFIG = LossConfig(top_k=TOP_K, chunk_tokens=5)
+
+
+def shard(num_classes: int) -> VocabShard:
+    return VocabShard(0, num_classes, num_classes)
+
+
+@pytest.fixture
+def has(monkeypatch):
+    """Pretends that a machine has the named things and nothing else."""
+
+    def pretend(*names: str) -> None:
+        monkeypatch.setattr(backends, "has_compiler", lambda: "compiler" in names)
+        monkeypatch.setattr(backends, "has_triton", lambda: "triton" in names)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    return pretend
+
+
+def test_auto_compiles_large_vocabularies_where_there_is_a_compiler(has):
+    has("compiler")
+    assert type(row_kernels("auto", shard(8192), CPU)) is CompiledKernels
+    assert type(row_kernels("auto", shard(8191), CPU)) is TorchKernels
+    has()
+    assert type(row_kernels("auto", shard(8192), CPU)) is TorchKernels
+
+
+def test_auto_on_cuda_is_triton_where_it_is_installed(has):
+    has()
+    assert type(row_kernels("auto", shard(99), CUDA)) is TorchKernels
+    pytest.importorskip("triton")
+    has("triton")
+    assert type(row_kernels("auto", shard(99), CUDA)).__name__ == "TritonKernels"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "there", "message"),
+    [
+        ("compile", CPU, [], "loss.backend=compile needs a C[+][+] compiler"),
+        ("compile", CUDA, ["compiler"], "loss.backend=compile needs the package triton"),
+        ("triton", CPU, ["triton"], "needs a CUDA device and the package triton; the device is cpu"),
+        ("triton", CUDA, [], "triton is not installed"),
+    ],
+)
+def test_what_cannot_run_is_refused(has, backend, device, there, message):
+    has(*there)
+    with pytest.raises(ConfigError, match=message):
+        check_backend(backend, device)
+
+
+def test_a_compiler_that_fails(monkeypatch):
+    """auto goes on in eager torch with one warning; whoever asked for `compile` is told."""
+    calls = []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no space left"), None)
+
+    monkeypatch.setattr(backends, "_compiled", lambda function, spec: broken)
+    problem, gate = make_problem(), make_gate()
+    kernels = CompiledKernels(may_fall_back=True)
+    monkeypatch.setattr(backends, "_kernels", lambda backend, may_fall_back: kernels)
+    with pytest.warns(RuntimeWarning, match="eager torch, which is slower: .*no space left"):
+        output, gradients, _ = run_fused(problem, CONFIG, gate)
+    assert len(calls) == 1
+    assert_same(output, gradients, run_reference(problem, CONFIG, gate), 1e-10)
+    monkeypatch.setattr(backends, "_kernels", lambda backend, may_fall_back: CompiledKernels())
+    with pytest.raises(ConfigError, match="loss.backend=compile: .*no space left"):
+        run_fused(problem, CONFIG, gate)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    problem, gate = make_problem(ignored=0.0), make_gate()
+    config = replace(CONFIG, chunk_tokens=100)
+    whole = run_fused(problem, config, gate)[0]
+    for elements in (1, 53 * 3, 53 * 7):
+        monkeypatch.setattr(backends, "_EAGER_BLOCK", elements)
+        output, gradients, _ = run_fused(problem, config, gate)
+        assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
+        torch.testing.assert_close(output.loss, whole.loss, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, "clipped"),
+        ({"dac_kl": 0.0}, "forward_kl"),
+        ({"clip": "off"}, "forward_kl"),
+        ({"divergence": "reverse_kl"}, "reverse_kl"),
+    ],
+)
+def test_a_term_of_weight_0_has_no_kernel(change, kind):
+    assert TileSpec.of(replace(CONFIG, **change), has_edges=False).kind == kind
+
+
+def test_the_automatic_chunk(monkeypatch):
+    """From the shard's width and the memory."""
+    monkeypatch.setattr(fused, "_total_memory", lambda device: 2**40)
+    assert [fused.chunk_size("auto", shard(v), CPU) for v in (2**15, 2**17, 2**20, 100)] == [256, 64, 16, 4096]
+    monkeypatch.setattr(fused, "_total_memory", lambda device: 2**30)
+    assert fused.chunk_size("auto", shard(2**15), CPU) == 128
+    assert fused.chunk_size(7, shard(2**15), CPU) == 7
+
+
+def peak_bytes(function) -> int:
+    """Most resident memory above the start while `function` runs, sampled."""
+    process, done, seen = psutil.Process(), threading.Event(), [0]
+    base = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.is_set():
+            seen[0] = max(seen[0], process.memory_info().rss - base)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        function()
+    finally:
+        done.set()
+        thread.join()
+    return seen[0]
+
+
+def test_memory_does_not_grow_with_the_rows():
+    """Many times as many rows need no more than their hidden gradient."""
+    generator = torch.Generator().manual_seed(0)
+    num_classes, width, chunk = 20_000, 16, 32
+    weights = [torch.randn(num_classes, width, generator=generator) for _ in range(2)]
+
+    def run(num_rows: int) -> int:
+        hidden = [torch.randn(num_rows, width, generator=generator) for _ in range(2)]
+        labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
+        pairs = torch.ones(num_rows, dtype=torch.bool)
+        student = Head(hidden[0].requires_grad_(), weights[0].requires_grad_())
+        config = LossConfig(clip="fixed", chunk_tokens=chunk, backend="torch")
+        arguments = (student, Head(hidden[1], weights[1]), labels, pairs, None, config, shard(num_classes))
+        call = lambda: distill_loss(*arguments, num_tokens=num_rows, num_pairs=num_rows).loss.backward()  # noqa: E731
+        call()
+        return peak_bytes(call)
+
+    tile = 4 * num_classes * chunk
+    few, many = run(4 * chunk), run(40 * chunk)
+    assert many < few + 3 * tile  # all logits of one model would be 40 tiles

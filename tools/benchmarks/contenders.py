@@ -1,0 +1,235 @@
+"""What is measured: the product floor, ours, dense code as a user would write it, and peers where they are installed.
+
+Every contender does forward and backward of one call on the same inputs and leaves gradients in `problem.student`.
+`work` names what it computes: "products", "ce+kl" (cross-entropy and forward KL), "kl" or "full" (with DAC-KL, gate and
+span).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megadistill.losses import Head, LossConfig, QuantileGate, distill_loss
+from megadistill.losses.backends import has_compiler, has_triton
+from megadistill.losses.fused import chunk_size
+from megadistill.losses.quantile_gate import QuantileFunction
+from megadistill.parallel import VocabShard
+
+FULL = LossConfig()
+CE_KL = replace(FULL, clip="off", span=0.0)
+
+
+@dataclass
+class Problem:
+    """Two heads of one size, labels and span pairs; logits of a language model's spread."""
+
+    student: Head
+    teacher: Head
+    labels: Tensor
+    pairs: Tensor
+    gate: QuantileGate
+    shard: VocabShard
+    num_pairs: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.labels)
+
+    def clear(self) -> None:
+        """Forgets all gradients."""
+        for part in (self.student.hidden, self.student.weight, *self.gate.parameters()):
+            part.grad = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`scale`: what its gradients must be multiplied by to be those of CE + KL (or KL) with weights 1, mean over rows.
+    `dense_tiles`: how many [T, V] float32 tensors it holds at its peak. `on`: the same on another problem."""
+
+    name: str
+    work: str
+    run: Callable[[], Any]
+    scale: float = 1.0
+    dense_tiles: float = 0.0
+    on: Callable[[Problem], Contender] | None = None
+
+
+def make_problem(
+    num_rows: int, shard: VocabShard, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Problem:
+    """Student logits of standard deviation about 2.3, teacher's about 6.8, half of the rows start a span pair."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    spread = (512 / width) ** 0.5
+    hidden = normal(num_rows, width, scale=0.1 * spread), normal(num_rows, width, scale=0.3 * spread)
+    weights = normal(shard.size, width), normal(shard.size, width)
+    labels = torch.randint(0, shard.total, (num_rows,), generator=generator).to(device)
+    pairs = (torch.rand(num_rows, generator=generator) < 0.5).to(device)
+    pairs[-1] = False
+    student = Head(hidden[0].requires_grad_(), weights[0].requires_grad_())
+    gate = QuantileGate().to(device)
+    return Problem(student, Head(hidden[1], weights[1]), labels, pairs, gate, shard, int(pairs.sum()))
+
+
+def first_rows(problem: Problem) -> Problem:
+    """Two chunks and a row of it: every kind of chunk that there is."""
+    rows = slice(2 * chunk_size("auto", problem.shard, problem.labels.device) + 1)
+    student, teacher = (replace(head, hidden=head.hidden[rows]) for head in (problem.student, problem.teacher))
+    pairs = problem.pairs[rows]
+    return replace(problem, student=student, teacher=teacher, labels=problem.labels[rows], pairs=pairs)
+
+
+def floor(problem: Problem) -> Contender:
+    """The four products of a chunk and nothing else, at the chunk size of ours."""
+    student, teacher = problem.student, problem.teacher
+    size = chunk_size("auto", problem.shard, student.hidden.device)
+    is_half = student.hidden.dtype == torch.bfloat16
+
+    @torch.no_grad()
+    def run() -> None:
+        hidden_grad = torch.zeros_like(student.hidden, dtype=torch.float32)
+        weight_grad = torch.zeros_like(student.weight, dtype=torch.float32)
+        for start in range(0, problem.num_rows, size):
+            rows = slice(start, start + size)
+            hidden = student.hidden[rows]
+            if is_half:
+                torch.mm(teacher.hidden[rows], teacher.weight.T, out_dtype=torch.float32)
+                tile = torch.mm(hidden, student.weight.T, out_dtype=torch.float32).to(hidden.dtype)
+                hidden_grad[rows] = torch.mm(tile, student.weight, out_dtype=torch.float32)
+                torch.ops.aten.addmm.dtype_out(weight_grad, tile.T, hidden, torch.float32, out=weight_grad)
+                continue
+            tile = hidden.new_empty(len(hidden), len(student.weight))
+            torch.mm(teacher.hidden[rows], teacher.weight.T, out=tile)
+            torch.mm(hidden, student.weight.T, out=tile)
+            torch.mm(tile, student.weight, out=hidden_grad[rows])
+            weight_grad.addmm_(tile.T, hidden)
+
+    return Contender("floor: the four products", "products", run, on=floor)
+
+
+def ours(problem: Problem, backends: list[str]) -> Iterator[Contender]:
+    """The objective on each backend."""
+    for backend in backends:
+        for work, config in (("ce+kl", CE_KL), ("full", FULL)):
+            chosen = replace(config, backend=backend)  # type: ignore[arg-type]
+            yield _one_of_ours(backend, work, chosen, problem)
+
+
+def _one_of_ours(backend: str, work: str, config: LossConfig, problem: Problem) -> Contender:
+    def run() -> None:
+        distill_loss(
+            problem.student, problem.teacher, problem.labels, problem.pairs, problem.gate, config, problem.shard,
+            num_tokens=problem.num_rows, num_pairs=problem.num_pairs,
+        ).loss.backward()  # fmt: skip
+
+    return Contender(f"megadistill, {backend}", work, run, on=lambda other: _one_of_ours(backend, work, config, other))
+
+
+def usable_backends(device: torch.device) -> list[str]:
+    """The backends of this machine, the fast one first."""
+    found = ["triton"] if device.type == "cuda" and has_triton() else []
+    if has_triton() if device.type == "cuda" else has_compiler():
+        found.append("compile")
+    return [*found, "torch"]
+
+
+def dense(problem: Problem) -> Iterator[Contender]:
+    """Plain torch over whole logits, eager and through torch.compile."""
+    if problem.shard.tp_size > 1:
+        return
+    compiled_plain = torch.compile(_dense_ce_kl, dynamic=False)
+    compiled_full = torch.compile(_dense_full, dynamic=False)
+    yield Contender("dense, eager", "ce+kl", lambda: _dense_ce_kl(problem).backward(), dense_tiles=8)
+    yield Contender("dense, torch.compile", "ce+kl", lambda: compiled_plain(problem).backward(), dense_tiles=5)
+    yield Contender("dense, eager", "full", lambda: _dense_full(problem).backward(), dense_tiles=24)
+    yield Contender("dense, torch.compile", "full", lambda: compiled_full(problem).backward(), dense_tiles=14)
+
+
+def peers(problem: Problem) -> Iterator[Contender]:
+    """Liger's and TRL's chunked losses, where they are installed; neither knows shards."""
+    if problem.shard.tp_size > 1:
+        return
+    student, teacher = problem.student, problem.teacher
+    rows, size = problem.num_rows, chunk_size("auto", problem.shard, student.hidden.device)
+    tiles = 8 * size / rows
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError:
+        LigerFusedLinearJSDLoss = None
+    if LigerFusedLinearJSDLoss is not None:
+        for is_compiled in (False, True):
+            loss = LigerFusedLinearJSDLoss(beta=0.0, compiled=is_compiled, chunk_size=size)
+            yield Contender(
+                f"Liger chunked JSD, {'compiled' if is_compiled else 'eager'}",
+                "ce+kl",
+                lambda loss=loss: loss(
+                    student.hidden, student.weight, teacher.hidden, teacher.weight, problem.labels
+                ).backward(),
+                scale=2.0,  # it weighs both terms with a half
+                dense_tiles=tiles,
+            )
+    try:
+        import trl.kernels.chunked_divergence as trl_kernels
+    except ImportError:
+        return
+
+    def run_trl() -> None:
+        arguments = (student.hidden, student.weight, None, teacher.hidden, teacher.weight, None, 0.0)
+        trl_kernels.ChunkedDivergenceFunction.apply(*arguments)[0].mean().backward()
+
+    yield Contender("TRL chunked divergence (KL alone)", "kl", run_trl, dense_tiles=4 * 32768 / len(student.weight))
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("liger-kernel", "trl", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _dense_ce_kl(problem: Problem) -> Tensor:
+    with torch.no_grad():
+        log_p = (problem.teacher.hidden @ problem.teacher.weight.T).float().log_softmax(-1)
+    logits = (problem.student.hidden @ problem.student.weight.T).float()
+    kl = F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="batchmean")
+    return F.cross_entropy(logits, problem.labels) + kl
+
+
+def _dense_full(problem: Problem) -> Tensor:
+    """The whole objective, as short as it can be written."""
+    config = FULL
+    with torch.no_grad():
+        log_p = (problem.teacher.hidden @ problem.teacher.weight.T).float().log_softmax(-1)
+        top, index = log_p.topk(config.top_k, -1)
+        log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
+    logits = (problem.student.hidden @ problem.student.weight.T).float()
+    log_q = logits.log_softmax(-1)
+    quantile = QuantileFunction(top, log_tail, config.quantile, log_p.shape[-1])
+    lower, upper = (quantile(bound).float().unsqueeze(-1) for bound in problem.gate(top, log_tail))
+    mask = torch.sigmoid((log_p - lower) / config.softness) * torch.sigmoid((upper - log_p) / config.softness)
+    mask = mask.scatter(-1, log_p.argmax(-1, keepdim=True), 1.0)
+    p, q = log_p.exp(), log_q.exp()
+    clipped_p, clipped_q = ((1 - mask) * p).sum(-1), ((1 - mask) * q).sum(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    dac = (mask * p * (log_p - log_q)).sum(-1)
+    dac = dac + clipped_p * (clipped_p.clamp_min(tiny).log() - clipped_q.clamp_min(tiny).log())
+    coverage = config.coverage_weight * F.relu(clipped_p - config.coverage_target).square()
+    distance = ((q[:-1] * q[1:] - p[:-1] * p[1:]).square().sum(-1) + config.span_eps**2).sqrt() - config.span_eps
+    span = (distance * problem.pairs[:-1]).sum() / problem.num_pairs
+    return F.cross_entropy(logits, problem.labels) + (dac + coverage).mean() + span

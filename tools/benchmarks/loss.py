@@ -1,0 +1,287 @@
+"""`python tools/benchmark.py loss`: the objective against its matrix products, dense code and peers."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megadistill.errors import ConfigError
+from megadistill.losses import Head
+from megadistill.losses.reference import reference_loss
+from megadistill.parallel import VocabShard
+from tools.benchmarks import contenders as field
+from tools.benchmarks.measure import machine, peak_bytes, seconds
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ERROR_ELEMENTS = 2**22  # rows times classes of the problem on which gradients are compared with float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem size."""
+
+    num_rows: int
+    num_classes: int
+    tp_size: int
+    width: int
+    dtype: str
+
+    @property
+    def sizes(self) -> tuple[int, int, int, str]:
+        """All but the number of shards."""
+        return self.num_rows, self.num_classes, self.width, self.dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `ratio`: median over the rounds of its time over the floor's in the same round; `seconds`:
+    the best round; `peak_bytes` includes the gradients, `gradient_bytes` is their share; `error`: of the worse of
+    hidden and weight gradient against float64, relative to the largest entry. `skipped`: why there are no numbers."""
+
+    case: Case
+    name: str
+    work: str
+    seconds: float | None = None
+    ratio: float | None = None
+    peak_bytes: int | None = None
+    gradient_bytes: int | None = None
+    error: float | None = None
+    skipped: str = ""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the grid and prints the table; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: this machine has no CUDA device; allowed here: cpu")
+    except (ConfigError, RuntimeError) as error:
+        print(f"benchmark.py loss: {error}")
+        return 2
+    torch.set_num_threads(1)
+    grid = itertools.product(options.tokens, options.vocab, options.tp, options.hidden)
+    cases = [Case(tokens, vocab, tp, width, options.dtype) for tokens, vocab, tp, width in grid]
+    rows: list[Row] = []
+    with tqdm(total=len(cases), unit="size") as bar:
+        for case in cases:
+            bar.set_postfix_str(f"T={case.num_rows} V={case.num_classes} tp={case.tp_size}")
+            rows += _measure(case, options, device)
+            bar.update()
+    command = "python tools/benchmark.py loss " + shlex.join(arguments)
+    text = table(rows, command, machine(device))
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"command": command.strip(), "machine": machine(device), "peers": field.versions()}
+        record["rows"] = [asdict(row) for row in rows]
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py loss", description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="rows, T")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 131072, 262144], help="classes, V")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512], help="hidden size of both models, H")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="vocabulary shards, one process each")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="of hidden states and heads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="each contender runs once a round, after a warm-up")
+    parser.add_argument(
+        "--max-tera-flops", type=float, default=4.0, help="larger problems: the floor and ours, one round"
+    )
+    parser.add_argument("--memory-gib", type=float, default=16.0, help="dense code that needs more is skipped")
+    parser.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
+    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
+    return parser
+
+
+def _measure(case: Case, options: Any, device: torch.device) -> list[Row]:
+    if case.tp_size == 1:
+        return _measure_here(case, VocabShard(0, case.num_classes, case.num_classes), options, device)
+    if device.type == "cuda" and torch.cuda.device_count() < case.tp_size:
+        return [Row(case, "all", "all", skipped=f"{torch.cuda.device_count()} CUDA devices")]
+    # One process a shard, with a file as their meeting point: nothing listens on an outside address.
+    with tempfile.TemporaryDirectory() as folder:
+        context = torch.multiprocessing.get_context("spawn")
+        results = context.Queue()
+        arguments = (case, options, device.type, folder, results)
+        ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(case.tp_size)]
+        for process in ranks:
+            process.start()
+        while not results.empty() or any(process.is_alive() for process in ranks):
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.kill()
+                raise RuntimeError(f"a rank of {case} ended with exit code {[p.exitcode for p in ranks]}")
+            try:
+                rows = results.get(timeout=1.0)
+                break
+            except Exception:  # queue.Empty: not done yet
+                continue
+        for process in ranks:
+            process.join()
+        return rows
+
+
+def _rank(rank: int, case: Case, options: Any, device_type: str, folder: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    store = dist.FileStore(f"{folder}/store", case.tp_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=case.tp_size, timeout=timedelta(minutes=30))
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    shard = VocabShard.split(case.num_classes, case.tp_size, rank, dist.group.WORLD)
+    rows = _measure_here(case, shard, options, device)
+    if rank == 0:
+        results.put(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure_here(case: Case, shard: VocabShard, options: Any, device: torch.device) -> list[Row]:
+    dtype = _DTYPES[case.dtype]
+    problem = field.make_problem(case.num_rows, shard, case.width, dtype, device)
+    is_small = 8e-12 * case.num_rows * case.num_classes * case.width <= options.max_tera_flops
+    backends = field.usable_backends(device)
+    kept = [field.floor(problem), *field.ours(problem, backends if is_small else backends[:1])]
+    rows = []
+    for contender in [*field.dense(problem), *field.peers(problem)]:
+        need = 4 * case.num_rows * shard.size * contender.dense_tiles / 2**30
+        reason = f"about {need:.0f} GiB" if need > options.memory_gib else "too long" if not is_small else ""
+        if reason:
+            rows.append(Row(case, contender.name, contender.work, skipped=reason))
+        else:
+            kept.append(contender)
+    _warm_up(problem, kept, rows, case, device)
+    gradients = 4 * (problem.student.weight.numel() + problem.student.hidden.numel())
+    peaks: dict[int, int] = {}
+    times: dict[int, list[float]] = {id(contender): [] for contender in kept}
+    for number in range(options.rounds if is_small else 1):
+        for contender in kept:
+            problem.clear()
+            mine = times[id(contender)]
+            if number == 0:
+                call = lambda: mine.append(seconds(contender.run, device))  # noqa: E731, B023
+                peaks[id(contender)] = peak_bytes(call, device)
+            else:
+                mine.append(seconds(contender.run, device))
+    base = times[id(kept[0])]
+    errors = {} if options.no_error or not is_small or shard.tp_size > 1 else _errors(case, device)
+    measured = [
+        Row(
+            case,
+            contender.name,
+            contender.work,
+            seconds=min(times[id(contender)]),
+            ratio=statistics.median(mine / floor for mine, floor in zip(times[id(contender)], base, strict=True)),
+            peak_bytes=peaks[id(contender)],
+            gradient_bytes=gradients,
+            error=errors.get((contender.name, contender.work)),
+        )
+        for contender in kept
+    ]
+    return measured + rows
+
+
+def _warm_up(
+    problem: field.Problem, kept: list[field.Contender], rows: list[Row], case: Case, device: torch.device
+) -> None:
+    """Compiles and fills the allocator. A contender that fails leaves `kept` for `rows`. Ours compile for any number of
+    rows, so a few do; the others compile for this one."""
+    few = field.first_rows(problem)
+    for contender in list(kept):
+        problem.clear()
+        try:
+            (contender.on(few) if contender.on else contender).run()
+        except Exception as error:
+            kept.remove(contender)
+            reason = f"failed: {str(error).splitlines()[0][:80]}"
+            rows.append(Row(case, contender.name, contender.work, skipped=reason))
+    problem.clear()
+
+
+def _errors(case: Case, device: torch.device) -> dict[tuple[str, str], float]:
+    """Largest gradient error of each contender on a problem small enough for the dense float64 reference."""
+    num_rows = max(8, min(case.num_rows, _ERROR_ELEMENTS // case.num_classes))
+    shard = VocabShard(0, case.num_classes, case.num_classes)
+    problem = field.make_problem(num_rows, shard, case.width, _DTYPES[case.dtype], device, seed=1)
+    expected = {work: _expected(problem, work) for work in ("ce+kl", "kl", "full")}
+    found = {}
+    for contender in [
+        *field.ours(problem, field.usable_backends(device)), *field.dense(problem), *field.peers(problem)
+    ]:  # fmt: skip
+        problem.clear()
+        try:
+            contender.run()
+        except Exception:
+            continue  # the table says why
+        worst = 0.0
+        for part, exact in zip((problem.student.hidden, problem.student.weight), expected[contender.work], strict=True):
+            gradient = part.grad.double().cpu() * contender.scale
+            worst = max(worst, float((gradient - exact).abs().max() / exact.abs().max()))
+        found[contender.name, contender.work] = worst
+    return found
+
+
+def _expected(problem: field.Problem, work: str) -> tuple[torch.Tensor, ...]:
+    """Hidden and weight gradient from the dense reference in float64."""
+
+    def double(head: Head) -> Head:
+        return Head(head.hidden.detach().double().cpu(), head.weight.detach().double().cpu())
+
+    student, teacher = double(problem.student), double(problem.teacher)
+    sources = (student.hidden.requires_grad_(), student.weight.requires_grad_())
+    config = field.FULL if work == "full" else field.CE_KL
+    output = reference_loss(
+        student, teacher, problem.labels.cpu(), problem.pairs.cpu(), problem.gate.cpu(), config,
+        num_tokens=problem.num_rows, num_pairs=problem.num_pairs,
+    )  # fmt: skip
+    problem.gate.to(problem.labels.device)
+    loss = output.dac_kl if work == "kl" else output.loss
+    return torch.autograd.grad(loss, sources)
+
+
+def table(rows: list[Row], command: str, where: dict[str, Any]) -> str:
+    """Markdown, one block a size."""
+    lines = [f"`{command.strip()}`", "", ", ".join(f"{key} {value}" for key, value in where.items()), ""]
+    lines.append("Ratio: median over rounds of time over that of the four products in the same round.")
+    columns = ["", "work", "s", "ratio", "s over tp 1's", "peak GB", "without gradients", "gradient error"]
+    alone = {(row.case.sizes, row.name, row.work): row.seconds for row in rows if row.case.tp_size == 1}
+    for case, group in itertools.groupby(rows, key=lambda row: row.case):
+        tokens, classes, width, dtype = case.sizes
+        lines += ["", f"T = {tokens}, V = {classes}, H = {width}, {dtype}, tp {case.tp_size}", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for row in group:
+            cells = [row.name, row.work, row.skipped] if row.skipped else _cells(row, alone)
+            lines.append("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: Row, alone: dict[Any, float | None]) -> list[str]:
+    assert row.seconds is not None and row.ratio is not None
+    assert row.peak_bytes is not None and row.gradient_bytes is not None
+    one = alone.get((row.case.sizes, row.name, row.work)) if row.case.tp_size > 1 else None
+    return [
+        row.name,
+        row.work,
+        f"{row.seconds:.3f}",
+        f"{row.ratio:.2f}",
+        f"{row.seconds / one:.2f}" if one else "",
+        f"{row.peak_bytes / 1e9:.2f}",
+        f"{max(row.peak_bytes - row.gradient_bytes, 0) / 1e9:.2f}",
+        "" if row.error is None else f"{row.error:.1e}",
+    ]

@@ -1,0 +1,77 @@
+"""Time and peak memory of one call, on a CPU thread or on a CUDA device, and what machine that was."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """CPU seconds of this process, or seconds between CUDA events."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Most memory held above the start of the call: the allocator's on CUDA, resident memory's high-water mark else."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - base
+    _trim()
+    base = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    call()
+    return _status("VmHWM") - base
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on, without names of hosts or paths."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    found = {
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system, so that it is not mistaken for free room."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:  # not glibc
+        return
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(name + ":")) * 1024
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()

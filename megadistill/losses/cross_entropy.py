@@ -16,6 +16,7 @@ from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import (
     Count,
     StudentGradients,
+    bias_shifts,
     check_shard,
     chunk_size,
     chunks,
@@ -77,7 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             spec, kernels = TileSpec(), row_kernels(backend, shard, hidden.device)
-            projector = LogitsProjector(head, rows, dtype)
+            projector = LogitsProjector(head, rows, dtype, *bias_shifts([head], shard.group))
             gradients = StudentGradients(projector, needs)
             size = chunk_size(chunk_tokens, shard, hidden.device)
             room = projector.new_tile(min(size, len(rows)))

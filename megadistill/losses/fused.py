@@ -8,7 +8,7 @@ Suffixes: T rows that count, C rows of one chunk, H hidden size, V this rank's c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,19 @@ def inverse_count(count: Count, device: torch.device) -> Tensor:
     """1 / count as a float64 scalar on the device, 0 where there is nothing to count."""
     number = torch.as_tensor(count, dtype=torch.float64, device=device).detach()
     return torch.where(number > 0, 1.0 / number, 0.0)
+
+
+def bias_shifts(heads: Sequence[Head], group: Group) -> list[Tensor | None]:
+    """The largest bias of each head, None without one: one all-reduce of a number a head where there is a bias."""
+    if all(head.bias is None for head in heads):
+        return [None] * len(heads)
+    device = heads[0].hidden.device
+    largest = torch.full((len(heads),), -torch.inf, dtype=torch.float64, device=device)
+    for i, head in enumerate(heads):
+        if head.bias is not None and len(head.bias):
+            largest[i] = head.bias.detach().max()
+    largest = all_reduce_max(largest, group)
+    return [None if head.bias is None else largest[i] for i, head in enumerate(heads)]
 
 
 class StudentGradients:

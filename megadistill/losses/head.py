@@ -44,10 +44,11 @@ class LogitsProjector:
     """The rows that count of one head, and its logits chunk by chunk in the dtype of the loss.
 
     On CUDA bfloat16 inputs stay as they are: the products read them, and accumulate and write float32. Elsewhere, and
-    for float16 (whose range the scaled derivatives leave), inputs are converted once.
+    for float16 (whose range the scaled derivatives leave), inputs are converted once. `bias_shift` is taken off every
+    bias: no loss depends on it, and large logits are coarse.
     """
 
-    def __init__(self, head: Head, rows: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, head: Head, rows: Tensor | None, dtype: torch.dtype, bias_shift: Tensor | None = None) -> None:
         hidden, weight = head.hidden.detach(), head.weight.detach()
         self.dtype = dtype
         self.is_mixed = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
@@ -55,6 +56,8 @@ class LogitsProjector:
         self.hidden_TH = (hidden if rows is None else hidden[rows]).to(kept)
         self.weight_VH = weight.to(kept)
         self.bias_V = None if head.bias is None else head.bias.detach().to(dtype)
+        if self.bias_V is not None and bias_shift is not None:
+            self.bias_V = self.bias_V - bias_shift.to(dtype)
 
     def new_tile(self, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for the logits of `num_rows` rows, or for their derivatives in another dtype."""

@@ -23,6 +23,7 @@ from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Count,
     StudentGradients,
+    bias_shifts,
     check_shard,
     chunk_size,
     chunks,
@@ -90,7 +91,8 @@ def distill_loss(
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
     Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row), one all-reduce of the
-    hidden gradient, and with chunk_tokens="auto" one of a single number; how many follows from `labels` and `config`.
+    hidden gradient; one more of a number or two a call with a bias, and with chunk_tokens="auto". How many follows from
+    `labels`, `config` and what has a bias.
     Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
     DataError for labels that do not fit.
     """
@@ -189,7 +191,9 @@ class _FusedPass:
         self.spec = TileSpec.of(config, has_edges=bool(parameters) and config.uses_gate)
         self.kernels = row_kernels(config.backend, call.shard, device)
         self.chunk_size = chunk_size(config.chunk_tokens, call.shard, device)
-        self.student = LogitsProjector(head, self.rows, self.dtype)
+        heads = [head, call.teacher] if isinstance(call.teacher, Head) else [head]
+        shifts = bias_shifts(heads, call.shard.group)
+        self.student = LogitsProjector(head, self.rows, self.dtype, shifts[0])
         self.gradients = StudentGradients(self.student, needs)
         max_rows = min(len(self.rows), self.chunk_size + int(config.span > 0))
         self.room = self.student.new_tile(max_rows)
@@ -200,7 +204,7 @@ class _FusedPass:
         top_k = config.top_k if config.is_clipped else 0
         self.teacher: DenseTeacher | TopKTeacher
         if isinstance(call.teacher, Head):
-            projector = LogitsProjector(call.teacher, self.rows, self.dtype)
+            projector = LogitsProjector(call.teacher, self.rows, self.dtype, shifts[1])
             self.teacher = DenseTeacher(projector, self.spec, self.kernels, call.shard, top_k, max_rows)
         else:
             self.teacher = TopKTeacher(

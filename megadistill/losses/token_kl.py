@@ -10,7 +10,7 @@ from torch import Tensor
 from megadistill.losses.backends import row_kernels
 from megadistill.losses.config import Backend
 from megadistill.losses.dense_teacher import local_statistics
-from megadistill.losses.fused import check_shard, chunk_size, chunks
+from megadistill.losses.fused import bias_shifts, check_shard, chunk_size, chunks
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.statistics import local_top, merge_argmax
 from megadistill.losses.tiles import RowConstants, TileSpec
@@ -43,7 +43,9 @@ def token_kl(
     top1 = torch.zeros(num_rows, dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False):
         size = chunk_size(chunk_tokens, shard, device)
-        heads = [LogitsProjector(head, None, dtype) for head in (student, teacher)]
+        shifts = bias_shifts([student, teacher], shard.group)
+        pairs = zip((student, teacher), shifts, strict=True)
+        heads = [LogitsProjector(head, None, dtype, shift) for head, shift in pairs]
         rooms = [head.new_tile(min(size, num_rows)) for head in heads]
         for chunk, _ in chunks(num_rows, size):
             student_CV, teacher_CV = (head.logits(chunk, room) for head, room in zip(heads, rooms, strict=True))

@@ -104,7 +104,7 @@ def run_fused(
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
     )  # fmt: skip
     output.loss.backward()
-    gradients = {name: getattr(student, name).grad for name in STUDENT}
+    gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
     if gate is not None and config.uses_gate:
         gradients |= {f"gate.{name}": parameter.grad for name, parameter in gate.named_parameters()}
     return output, gradients, teacher
@@ -119,10 +119,12 @@ def run_reference(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
     )  # fmt: skip
-    sources = [student.hidden, student.weight, student.bias]
-    gradients = dict(zip(STUDENT, torch.autograd.grad(output.loss, sources, retain_graph=True), strict=True))
+    names = [name for name in STUDENT if getattr(student, name) is not None]
+    sources = [getattr(student, name) for name in names]
+    gradients = dict(zip(names, torch.autograd.grad(output.loss, sources, retain_graph=True), strict=True))
     if shard is not None:
-        gradients |= {name: gradients[name][shard.start : shard.stop] for name in ("weight", "bias")}
+        of_classes = [name for name in names if name != "hidden"]
+        gradients |= {name: gradients[name][shard.start : shard.stop] for name in of_classes}
     if gate is not None and config.uses_gate:
         names, parameters = zip(*gate.named_parameters(), strict=True)
         found: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)

@@ -13,6 +13,8 @@ import deepspeed
 import torch
 from torch import nn
 
+_KEEPER = -1  # no module has this number
+
 
 @contextmanager
 def gathered_module(engine: deepspeed.DeepSpeedEngine) -> Iterator[nn.Module]:
@@ -35,6 +37,22 @@ def gathered_module(engine: deepspeed.DeepSpeedEngine) -> Iterator[nn.Module]:
             yield engine.module
         finally:
             offload._register_deepspeed_module(offload.module)
+
+
+@contextmanager
+def kept_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[None]:
+    """`gathered_parameters` around forward and backward passes of the same engine, which find the parameters present
+    and leave them so: one gathering for all of them."""
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    with gathered_parameters(partitioned):
+        # ZeRO-3 releases what no module is using; this stands for one that goes on using it.
+        for parameter in partitioned:
+            parameter.ds_active_sub_modules.add(_KEEPER)
+        try:
+            yield
+        finally:
+            for parameter in partitioned:
+                parameter.ds_active_sub_modules.discard(_KEEPER)
 
 
 @contextmanager

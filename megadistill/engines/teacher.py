@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megadistill.engines.ds_config import teacher_config
-from megadistill.engines.gathered import gathered_module, gathered_parameters
+from megadistill.engines.gathered import gathered_module, kept_parameters
 from megadistill.engines.lm_forward import use_objective_forward
 from megadistill.engines.step_model import HFStepModel
 from megadistill.models.loading import LoadedModel
@@ -48,10 +48,11 @@ class PartitionedModel:
 
     @contextmanager
     def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """This rank's head shard, weight [Vs, H] and bias, gathered once over the data-parallel group."""
+        """This rank's head shard, weight [Vs, H] and bias, gathered once over the data-parallel group; passes of the
+        engine meanwhile neither gather nor release it."""
         head = self.module.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        with gathered_parameters([head.weight, bias]):
+        with kept_parameters([head.weight, bias]):
             yield head.weight, bias
 
     @torch.no_grad()

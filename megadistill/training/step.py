@@ -170,10 +170,10 @@ def global_counts(rows: Sequence[TrainingRow], parts: Parts) -> Counts:
 
 
 def accumulate_gradients(rows: Sequence[TrainingRow], counts: Counts, parts: Parts) -> list[Objective]:
-    """Forward and backward of every micro-batch; the teacher's head is gathered once for all of them."""
+    """Forward and backward of every micro-batch; both heads are gathered once for all of them."""
     size, objectives = parts.config.train.micro_batch_size, []
     gate = parts.gate.gate if parts.gate is not None else None
-    with parts.teacher_head() as teacher_head:
+    with parts.teacher_head() as teacher_head, parts.student.head():
         for start in range(0, len(rows), size):
             micro = build_micro_batch(rows[start : start + size], pad_id=parts.pad_id, device=parts.context.device)
             objective = Objective(micro, counts, parts.loss, gate, parts.student.shard, teacher_head)

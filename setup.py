@@ -39,10 +39,13 @@ setup(
             "hypothesis",
             "mypy",
             "pre-commit",
+            "psutil",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist>=3.6",
             "ruff",
+            # Torch for CUDA brings it along; the tests run its kernels in their interpreter where there is no GPU.
+            "triton>=3.7; sys_platform == 'linux'",
             "types-PyYAML",
         ],
     },

@@ -76,13 +76,15 @@ def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards:
     return gate
 
 
-def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | None = None) -> Head:
+def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | None = None, device: str = "cpu") -> Head:
     """Fresh leaves that want gradients, cut to a shard."""
     rows = slice(None) if shard is None else slice(shard.start, shard.stop)
-    bias = None if head.bias is None else head.bias[rows].to(dtype).clone().requires_grad_()
-    return Head(
-        head.hidden.to(dtype).clone().requires_grad_(), head.weight[rows].to(dtype).clone().requires_grad_(), bias
-    )
+
+    def fresh(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype).clone().requires_grad_()
+
+    bias = None if head.bias is None else fresh(head.bias[rows])
+    return Head(fresh(head.hidden), fresh(head.weight[rows]), bias)
 
 
 def run_fused(
@@ -92,15 +94,16 @@ def run_fused(
     *,
     shard: VocabShard | None = None,
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
 ) -> tuple[DistillOutput, dict[str, Tensor], Head]:
     """(output, gradients by name, the teacher's leaves) of one call and its backward pass."""
     shard = shard or VocabShard(0, problem.num_classes, problem.num_classes)
-    student = leaf(problem.student, dtype, shard)
-    teacher = leaf(problem.teacher, dtype, shard) if isinstance(problem.teacher, Head) else problem.teacher
+    student = leaf(problem.student, dtype, shard, device)
+    teacher = leaf(problem.teacher, dtype, shard, device) if isinstance(problem.teacher, Head) else problem.teacher
     if gate is not None:
         gate.zero_grad(set_to_none=True)
     output = distill_loss(
-        student, teacher, problem.labels, problem.pair_mask, gate, config, shard,
+        student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
     )  # fmt: skip
     output.loss.backward()
@@ -153,5 +156,5 @@ def _assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float) 
     if expected.numel() == 0:
         return
     scale = max(float(expected.abs().max()), 1e-4)  # what cancels to nothing is compared absolutely
-    error = float((found.double() - expected.double()).abs().max()) / scale
+    error = float((found.double().cpu() - expected.double()).abs().max()) / scale
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

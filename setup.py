@@ -39,7 +39,6 @@ setup(
             "hypothesis",
             "mypy",
             "pre-commit",
-            "psutil",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist>=3.6",

@@ -60,10 +60,11 @@ def test_cross_entropy_and_token_kl(backend):
 def test_memory_is_that_of_a_chunk():
     """No [T, V] tensor: three tiles, the gradients, and what their rounding to the inputs' dtype needs."""
     num_rows, num_classes, width, chunk = 4096, 32768, 256, 256
-    heads = [
-        Head(torch.randn(num_rows, width, device="cuda").bfloat16(), torch.randn(num_classes, width, device="cuda").bfloat16())
-        for _ in range(2)
-    ]  # fmt: skip
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    heads = [Head(normal(num_rows, width), normal(num_classes, width)) for _ in range(2)]
     student = Head(heads[0].hidden.requires_grad_(), heads[0].weight.requires_grad_())
     labels = torch.randint(0, num_classes, (num_rows,), device="cuda")
     pairs = torch.ones(num_rows, dtype=torch.bool, device="cuda")

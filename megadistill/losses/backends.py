@@ -123,17 +123,25 @@ def _compiled(function: Callable[..., Any], spec: TileSpec) -> Callable[..., Any
 
 
 def row_kernels(backend: Backend, shard: VocabShard, device: torch.device) -> TorchKernels:
-    """The kernels of a configuration. Raises ConfigError as `check_backend` does.
+    """The kernels of a configuration. Raises ConfigError as `check_backend` does."""
+    check_backend(backend, device)
+    return _kernels(choose_backend(backend, shard, device), backend == "auto")
 
-    `auto`: Triton on CUDA where it is installed; torch.compile on a CPU with a C++ compiler and at least 8192 classes a
-    rank; eager torch otherwise. The same on every rank of a homogeneous job; ranks that differ still agree on every
+
+def choose_backend(backend: Backend, shard: VocabShard, device: torch.device) -> Backend:
+    """What `auto` stands for; any other backend is itself.
+
+    Triton on CUDA where it is installed; torch.compile on a CPU with a C++ compiler and at least 8192 classes a rank;
+    eager torch otherwise. The same on every rank of a homogeneous job; ranks that differ still agree on every
     collective.
     """
-    is_auto = backend == "auto"
-    if is_auto:
-        backend = _best(shard, device)
-    check_backend(backend, device)
-    return _kernels(backend, is_auto)
+    if backend != "auto":
+        return backend
+    if device.type == "cuda":
+        return "triton" if has_triton() else "torch"
+    # From a group-wide quantity: shards differ by a class.
+    is_large = shard.total >= _COMPILE_FROM * shard.tp_size
+    return "compile" if is_large and has_compiler() else "torch"
 
 
 @functools.cache
@@ -158,14 +166,6 @@ def check_backend(backend: Backend, device: torch.device) -> None:
             f"loss.backend=triton needs a CUDA device and the package triton; the device is {device.type}, triton is "
             f"{'installed' if has_triton() else 'not installed'}; set loss.backend to auto, torch or compile"
         )
-
-
-def _best(shard: VocabShard, device: torch.device) -> Backend:
-    if device.type == "cuda":
-        return "triton" if has_triton() else "torch"
-    # From a group-wide quantity: shards differ by a class.
-    is_large = shard.total >= _COMPILE_FROM * shard.tp_size
-    return "compile" if is_large and has_compiler() else "torch"
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from megadistill.losses.fused import (
     Count,
     StudentGradients,
     bias_shifts,
+    check_labels,
     check_shard,
     chunk_size,
     chunks,
@@ -50,6 +51,7 @@ def cross_entropy(
     gradient. Raises ValueError for shapes and DataError for labels that do not fit.
     """
     check_shard(shard)
+    check_labels(labels)
     student.check("student", len(labels), shard.size)
     needs = needs_gradient(student, torch.is_grad_enabled())
     arguments = (labels, shard, num_tokens, chunk_tokens, backend, needs)

@@ -38,6 +38,12 @@ def check_shard(shard: VocabShard) -> None:
         )
 
 
+def check_labels(labels: Tensor) -> None:
+    """Raises ValueError for labels that are not one int64 a row."""
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 of shape [T], got {labels.dtype} {tuple(labels.shape)}")
+
+
 def valid_rows(labels: Tensor, total: int) -> Tensor:
     """[T] indices of the rows whose label is not ignored. Raises DataError for a label outside the vocabulary."""
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)

@@ -24,6 +24,7 @@ from megadistill.losses.fused import (
     Count,
     StudentGradients,
     bias_shifts,
+    check_labels,
     check_shard,
     chunk_size,
     chunks,
@@ -103,6 +104,7 @@ def distill_loss(
         teacher.check(num_rows, config)
     else:
         teacher.check("teacher", num_rows, shard.size)
+    check_labels(labels)
     if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
         raise ValueError(
             f"pair_mask must be bool of shape ({num_rows},), got {pair_mask.dtype} {tuple(pair_mask.shape)}"

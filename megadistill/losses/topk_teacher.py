@@ -23,18 +23,28 @@ from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
 _ABSENT = -1e6  # a log-probability of nothing, small enough that its product with exp(-80) is still nothing
+_MAX_EXCESS = 0.02  # half-precision caches are off by less
 
 
 @dataclass(frozen=True)
 class TeacherTopK:
     """ids: [T, L] int64 classes, no class twice in a row; log_probs: [T, L] their log-probabilities, in any order;
     log_tail: [T] log of the probability of all other classes, -inf for none. `temperature` is the one at which they
-    were taken: tempering later needs all classes. The same on every tensor-parallel rank."""
+    were taken: tempering later needs all classes. The same on every tensor-parallel rank. In rows that count,
+    probabilities and tail add up to one; a tail of 0 with classes that are not listed says that the teacher excludes
+    them, which `reverse_kl` cannot digest."""
 
     ids: Tensor
     log_probs: Tensor
     log_tail: Tensor
     temperature: float = 1.0
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, num_listed: int, temperature: float = 1.0) -> TeacherTopK:
+        """The `num_listed` likeliest classes of whole logits [T, V]."""
+        log_probs = (logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        values, ids = log_probs.topk(num_listed, -1)
+        return cls(ids, values, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1), temperature)
 
     def check(self, num_rows: int, config: LossConfig) -> None:
         """Raises ValueError for shapes that do not fit and ConfigError for another temperature than the loss's."""
@@ -71,9 +81,9 @@ class TopKTeacher:
     ) -> None:
         self.spec, self.kernels, self.shard, self.top_k, self.dtype = spec, kernels, shard, top_k, dtype
         self._ids = top.ids[row_index]
-        if len(self._ids) and not 0 <= int(self._ids.min()) <= int(self._ids.max()) < shard.total:
-            raise DataError(f"teacher.ids holds a class outside 0 to {shard.total - 1}")
         log_probs = torch.cat([top.log_probs[row_index], top.log_tail[row_index].unsqueeze(-1)], -1)
+        if len(self._ids):
+            _check_rows(self._ids, log_probs, spec.kind, shard.total)
         self._log_probs = log_probs.to(dtype).clamp_min(_ABSENT)
         self._small_spec = replace(spec, temperature=1.0, has_plain=False, has_bucket=spec.kind == "clipped")
         self._small_kernels = TorchKernels()
@@ -189,3 +199,21 @@ class TopKTeacher:
     def _span_rows(self, rows: RowConstants) -> RowConstants:
         nothing = torch.zeros_like(rows.student_max)
         return RowConstants(rows.student_max, rows.student_log, None, nothing, nothing)
+
+
+def _check_rows(ids: Tensor, log_probs: Tensor, kind: str, num_classes: int) -> None:
+    """Raises DataError where rows that count are not distributions over classes of the vocabulary."""
+    if not 0 <= int(ids.min()) <= int(ids.max()) < num_classes:
+        raise DataError(f"teacher.ids holds a class outside 0 to {num_classes - 1}")
+    ordered = ids.sort(-1)[0]
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise DataError("teacher.ids holds a class twice in a row")
+    total = log_probs.double().exp().sum(-1)
+    if not bool((total - 1.0).abs().max() < _MAX_EXCESS):  # NaN is not below it either
+        worst = float(total[(total - 1.0).abs().argmax()])
+        raise DataError(
+            f"probabilities of teacher.log_probs and teacher.log_tail add up to {worst:.4g} in a row, not to 1: "
+            "both are natural logarithms, the tail that of the sum of all other classes"
+        )
+    if kind == "reverse_kl" and ids.shape[1] < num_classes and bool(torch.isneginf(log_probs).any()):
+        raise DataError("loss.divergence=reverse_kl is infinite where the teacher excludes classes: log_tail is -inf")

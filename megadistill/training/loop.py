@@ -14,6 +14,7 @@ from megadistill.errors import CheckpointError, DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
+from megadistill.losses.backends import choose_backend
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.metrics import JsonLines, MetricsWriter
@@ -31,7 +32,7 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
     log = get_logger(context.rank)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
     first_step = _restore(parts, start)
-    log.info(_headline(config, context, data, first_step, start))
+    log.info(_headline(parts, data, first_step, start))
     if first_step == config.train.max_steps:
         log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
         return {}
@@ -171,11 +172,14 @@ def _check_finite(metrics: dict[str, float | None], step: int) -> None:
         raise DivergenceError(f"step {step} is not finite ({terms}); lower optim.lr, or look at the data of this step")
 
 
-def _headline(config: RunConfig, context: ParallelContext, data: TrainingData, first_step: int, start: Start) -> str:
+def _headline(parts: Parts, data: TrainingData, first_step: int, start: Start) -> str:
+    config, context = parts.config, parts.context
+    backend = choose_backend(config.loss.backend, parts.student.shard, context.device)
     resumed = f", resumed from {start.checkpoint} at step {first_step}" if start.checkpoint else ""
     return (
         f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "
-        f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}; "
+        f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}, "
+        f"losses by {backend}; "
         f"{len(data.train)} rows, {len(data.prompts)} extra prompts{resumed}"
         + "".join(f"; {name} {count}" for name, count in data.report.items() if not name.endswith("/rows"))
     )

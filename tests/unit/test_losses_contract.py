@@ -210,6 +210,8 @@ def test_what_does_not_fit_is_refused():
         _call(problem, teacher=Head(problem.teacher.hidden[:3], problem.teacher.weight))
     with pytest.raises(ValueError, match=r"student.bias has shape"):
         _call(problem, student=Head(problem.student.hidden, problem.student.weight, problem.student.bias[:5]))
+    with pytest.raises(ValueError, match="labels must be int64"):
+        _call(problem, labels=problem.labels.int())
     with pytest.raises(ValueError, match="pair_mask must be bool"):
         _call(problem, pair_mask=problem.pair_mask.long())
     with pytest.raises(ConfigError, match="needs its process group"):

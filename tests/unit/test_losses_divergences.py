@@ -153,3 +153,24 @@ def test_top_classes_that_do_not_fit_are_refused():
         call(top, temperature=2.0)
     with pytest.raises(DataError, match="outside 0 to 52"):
         call(TeacherTopK(top.ids + 50, top.log_probs, top.log_tail))
+    with pytest.raises(DataError, match="a class twice in a row"):
+        call(TeacherTopK(top.ids * 0, top.log_probs, top.log_tail))
+    for wrong in (top.log_probs - 5, top.log_probs.exp(), top.log_probs * float("nan")):
+        with pytest.raises(DataError, match="add up to .* not to 1"):
+            call(TeacherTopK(top.ids, wrong, top.log_tail))
+    certain = TeacherTopK(top.ids, top.log_probs.log_softmax(-1), torch.full_like(top.log_tail, -torch.inf))
+    with pytest.raises(DataError, match="reverse_kl is infinite"):
+        call(certain, divergence="reverse_kl")
+    for divergence in BASELINES:
+        if divergence != "reverse_kl":
+            assert call(certain, divergence=divergence).loss.isfinite()
+
+
+def test_top_classes_from_logits():
+    problem = make_problem()
+    logits = torch.nn.functional.linear(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
+    top = TeacherTopK.from_logits(logits, 5, temperature=2.0)
+    expected = with_top_k(problem, 5, 2.0).teacher
+    assert torch.equal(top.ids.sort(-1)[0], expected.ids.sort(-1)[0])
+    torch.testing.assert_close(top.log_tail, expected.log_tail)
+    assert TeacherTopK.from_logits(logits.half(), 5).log_probs.dtype == torch.float32

@@ -7,6 +7,7 @@ import itertools
 import json
 import shlex
 import statistics
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,6 +27,12 @@ from tools.benchmarks.measure import machine, peak_bytes, seconds
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ERROR_ELEMENTS = 2**22  # rows times classes of the problem on which gradients are compared with float64
+_LEGEND = """\
+Work: the four matrix products; cross-entropy and forward KL; the KL alone; everything (cross-entropy, DAC-KL with its
+gate, span). s: best of the rounds, CPU seconds of one thread (CUDA: between events). Ratio: median over the rounds of
+time over the products' in the same round, the products in chunks of the same size. Peak: GB above the inputs, then the
+same without the gradients. Error: worse of hidden and weight gradient against the dense float64 reference, relative to
+its largest entry, on fewer rows; not measured across shards (tests do)."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,12 @@ def main(arguments: list[str]) -> int:
     grid = itertools.product(options.tokens, options.vocab, options.tp, options.hidden)
     cases = [Case(tokens, vocab, tp, width, options.dtype) for tokens, vocab, tp, width in grid]
     rows: list[Row] = []
-    with tqdm(total=len(cases), unit="size") as bar:
+    with tqdm(total=len(cases), unit="size", disable=not sys.stderr.isatty()) as bar:
         for case in cases:
-            bar.set_postfix_str(f"T={case.num_rows} V={case.num_classes} tp={case.tp_size}")
+            name = f"T={case.num_rows} V={case.num_classes} H={case.width} tp={case.tp_size}"
+            bar.set_postfix_str(name)
+            if bar.disable:
+                print(f"measuring {name}", file=sys.stderr, flush=True)
             rows += _measure(case, options, device)
             bar.update()
     command = "python tools/benchmark.py loss " + shlex.join(arguments)
@@ -93,14 +103,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmark.py loss", description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="rows, T")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 131072, 262144], help="classes, V")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512], help="hidden size of both models, H")
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="vocabulary shards, one process each")
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py loss",
+        description=f"{__doc__} The default grid takes hours on two CPU cores; name fewer sizes for a look.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=_count, nargs="+", default=[512, 2048, 8192], help="rows, T")
+    parser.add_argument("--vocab", type=_count, nargs="+", default=[32768, 131072, 262144], help="classes, V")
+    parser.add_argument("--hidden", type=_count, nargs="+", default=[512], help="hidden size of both models, H")
+    parser.add_argument("--tp", type=_count, nargs="+", default=[1, 2], help="vocabulary shards, one process each")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="of hidden states and heads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="each contender runs once a round, after a warm-up")
+    parser.add_argument("--rounds", type=_count, default=3, help="each contender runs once a round, after a warm-up")
     parser.add_argument(
         "--max-tera-flops", type=float, default=4.0, help="larger problems: the floor and ours, one round"
     )
@@ -108,6 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return number
 
 
 def _measure(case: Case, options: Any, device: torch.device) -> list[Row]:
@@ -258,8 +279,8 @@ def _expected(problem: field.Problem, work: str) -> tuple[torch.Tensor, ...]:
 def table(rows: list[Row], command: str, where: dict[str, Any]) -> str:
     """Markdown, one block a size."""
     lines = [f"`{command.strip()}`", "", ", ".join(f"{key} {value}" for key, value in where.items()), ""]
-    lines.append("Ratio: median over rounds of time over that of the four products in the same round.")
-    columns = ["", "work", "s", "ratio", "s over tp 1's", "peak GB", "without gradients", "gradient error"]
+    lines.append(_LEGEND)
+    columns = ["", "work", "s", "ratio", "s over tp 1's", "peak GB", "GB without gradients", "gradient error"]
     alone = {(row.case.sizes, row.name, row.work): row.seconds for row in rows if row.case.tp_size == 1}
     for case, group in itertools.groupby(rows, key=lambda row: row.case):
         tokens, classes, width, dtype = case.sizes

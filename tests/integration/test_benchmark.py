@@ -1,0 +1,55 @@
+"""tools/benchmark.py on problems that are small enough to test: the whole path, not the numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/benchmark.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_loss(tmp_path: Path) -> None:
+    sizes = ["--tokens", "48", "--vocab", "600", "--hidden", "16", "--tp", "1", "2", "--rounds", "1"]
+    result = benchmark("loss", *sizes, "--device", "cpu", "--output", str(tmp_path / "loss.json"))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "loss.json").read_text())
+    assert "tools/benchmark.py loss --tokens 48" in record["command"] and record["machine"]["cores"]
+    rows = [row for row in record["rows"] if not row["skipped"]]
+    for tp_size in (1, 2):
+        mine = [row for row in rows if row["case"]["tp_size"] == tp_size and row["name"].startswith("megadistill")]
+        assert {row["work"] for row in mine} == {"ce+kl", "full"}
+    for row in rows:
+        assert row["seconds"] > 0 and row["ratio"] > 0
+        if row["case"]["tp_size"] == 1 and row["work"] != "products":
+            assert row["error"] < 1e-4, row["name"]  # every contender computes what it says
+    assert "| floor: the four products | products |" in result.stdout
+    assert (tmp_path / "loss.md").read_text() in result.stdout + "\n"
+
+
+def test_problems_that_are_too_large_name_their_reason(tmp_path: Path) -> None:
+    sizes = ["--tokens", "48", "--vocab", "600", "--hidden", "16", "--tp", "1", "--rounds", "1", "--no-error"]
+    result = benchmark("loss", *sizes, "--device", "cpu", "--memory-gib", "0.000001", "--max-tera-flops", "1e-9")
+    assert result.returncode == 0, result.stderr
+    assert "| dense, eager | full | about 0 GiB |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["los"], "unknown verb 'los'; allowed: loss"),
+        (["loss", "--rounds", "0"], "'0' is not a whole number >= 1"),
+        (["loss", "--tokens", "x"], "'x' is not a whole number >= 1"),
+        (["loss", "--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_exits_2(arguments: list[str], message: str) -> None:
+    result = benchmark(*arguments)
+    assert result.returncode == 2 and message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr

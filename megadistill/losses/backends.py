@@ -13,7 +13,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -156,7 +156,9 @@ def _kernels(backend: Backend, may_fall_back: bool) -> TorchKernels:
 
 
 def check_backend(backend: Backend, device: torch.device) -> None:
-    """Raises ConfigError for a backend that cannot run on this machine and device."""
+    """Raises ConfigError for a backend that there is not, or that cannot run on this machine and device."""
+    if backend not in get_args(Backend):
+        raise ConfigError(f"loss.backend={backend!r} must be one of {', '.join(get_args(Backend))}")
     is_cuda = device.type == "cuda"
     if backend == "compile" and not (has_triton() if is_cuda else has_compiler()):
         what = "the package triton" if is_cuda else "a C++ compiler and Python's headers (apt: g++ python3-dev)"

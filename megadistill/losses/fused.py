@@ -61,6 +61,8 @@ def chunk_size(chunk_tokens: int | Literal["auto"], shard: VocabShard, device: t
     auto: from the widest shard and the memory; ranks agree on the smallest wish in one all-reduce of one number.
     """
     if chunk_tokens != "auto":
+        if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise ConfigError(f"loss.chunk_tokens={chunk_tokens!r} must be 'auto' or an integer >= 1")
         return chunk_tokens
     elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
     elements = min(elements, _total_memory(device) // (_MEMORY_PARTS * 4))
@@ -85,8 +87,12 @@ def chunks(num_rows: int, size: int, halo: int = 0) -> Iterator[tuple[slice, int
 
 
 def inverse_count(count: Count, device: torch.device) -> Tensor:
-    """1 / count as a float64 scalar on the device, 0 where there is nothing to count."""
-    number = torch.as_tensor(count, dtype=torch.float64, device=device).detach()
+    """1 / count as a float64 scalar on the device, 0 where there is nothing to count. Raises ValueError for what is no
+    count."""
+    is_wrong = not isinstance(count, int | float | Tensor) or (isinstance(count, Tensor) and count.numel() != 1)
+    if is_wrong or (not isinstance(count, Tensor) and not 0 <= count < float("inf")):
+        raise ValueError(f"num_tokens and num_pairs must be counts: one finite number >= 0, got {count!r}")
+    number = torch.as_tensor(count, dtype=torch.float64, device=device).detach().reshape(())
     return torch.where(number > 0, 1.0 / number, 0.0)
 
 

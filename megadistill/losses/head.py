@@ -34,9 +34,10 @@ class Head:
 
 
 def loss_dtype(student: Head, teacher: object = None) -> torch.dtype:
-    """float64 as soon as one input is float64, else float32: losses are never computed in half precision."""
+    """float64 as soon as a part of a head is float64, else float32: losses are never computed in half precision."""
     heads = [head for head in (student, teacher) if isinstance(head, Head)]
-    is_double = any(torch.float64 in (head.hidden.dtype, head.weight.dtype) for head in heads)
+    parts = [part for head in heads for part in (head.hidden, head.weight, head.bias) if part is not None]
+    is_double = any(part.dtype == torch.float64 for part in parts)
     return torch.float64 if is_double else torch.float32
 
 

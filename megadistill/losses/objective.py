@@ -91,7 +91,8 @@ def distill_loss(
     Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
-    Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row), one all-reduce of the
+    Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row; with a `TeacherTopK` of
+    L classes 4 + L and, for the span term, 2), one all-reduce of the
     hidden gradient; one more of a number or two a call with a bias, and with chunk_tokens="auto". How many follows from
     `labels`, `config` and what has a bias.
     Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
@@ -329,7 +330,12 @@ class _FusedPass:
             d_theta_l, d_theta_u = d_theta_l + slope * terms.d_mass_l, d_theta_u + slope * terms.d_mass_u
         row_weight = is_own * self.per_token
         upstream = [(row_weight * d_theta).to(torch.float64) for d_theta in (d_theta_l, d_theta_u)]
-        found = torch.autograd.grad(thetas, self.parameters, upstream, allow_unused=True)
+        # A gate may hold one of its bounds constant.
+        learned = [(theta, d) for theta, d in zip(thetas, upstream, strict=True) if theta.requires_grad]
+        if not learned:
+            return
+        outputs, derivatives = zip(*learned, strict=True)
+        found = torch.autograd.grad(outputs, self.parameters, derivatives, allow_unused=True)
         for total, gradient in zip(self.gate_gradients, found, strict=True):
             if gradient is not None:
                 total += gradient

@@ -60,7 +60,8 @@ def reference_loss(
 
     sft = F.cross_entropy(logits_TV, labels[rows], reduction="sum") / num_tokens
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
-    lower, upper, mask, complement = _masks(log_p, gate, config, has_rest)
+    num_classes = full_log_q.shape[-1]
+    lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
     if config.is_clipped or config.divergence == "dac_kl":
         token_rows = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
     else:
@@ -171,7 +172,7 @@ def _listed(teacher: TeacherTopK, rows: Tensor, full_log_q: Tensor) -> tuple[Ten
 
 
 def _masks(
-    log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool
+    log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping. The rest of a TeacherTopK, the last
     class, is never kept."""
@@ -187,9 +188,9 @@ def _masks(
     else:
         bounds = torch.tensor([config.lower, config.upper], dtype=log_p.dtype)
         lambda_l, lambda_u = (bound.logit().expand(len(log_p)) for bound in bounds)
-    num_classes = None if config.quantile == "mass" else log_p.shape[-1]
-    theta_l = quantile_thresholds(top, log_tail, lambda_l.to(log_p.dtype), num_classes).unsqueeze(-1)
-    theta_u = quantile_thresholds(top, log_tail, lambda_u.to(log_p.dtype), num_classes).unsqueeze(-1)
+    counted = None if config.quantile == "mass" else num_classes
+    theta_l = quantile_thresholds(top, log_tail, lambda_l.to(log_p.dtype), counted).unsqueeze(-1)
+    theta_u = quantile_thresholds(top, log_tail, lambda_u.to(log_p.dtype), counted).unsqueeze(-1)
     lower_edge, upper_edge = (log_p - theta_l) / config.softness, (theta_u - log_p) / config.softness
     mask = torch.sigmoid(lower_edge) * torch.sigmoid(upper_edge)
     complement = torch.sigmoid(-lower_edge) + torch.sigmoid(lower_edge) * torch.sigmoid(-upper_edge)

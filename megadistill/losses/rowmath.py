@@ -154,7 +154,9 @@ def soft_mask(spec: TileSpec, lp: Tensor, rows: RowConstants) -> SoftMask:
     """
     near, far, is_lower = _edges(spec, lp, rows)
     log_weight = _log_weight(spec, near)
-    e = _exp(-near.abs(), 24.0)
+    distance = near.abs()
+    # Far inside nothing is clipped, not even the floor's little: it would meet a log Rq as far below.
+    e = torch.where(distance > _sure(lp), 0.0, _exp(-distance, 24.0))
     far_relative = _exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
     is_inside = near > 0
     r = 1.0 / (1.0 + e)
@@ -243,6 +245,11 @@ def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
     return (-near if spec.remainder == "bucket" else near).clamp(max=0.0)
 
 
+def _sure(values: Tensor) -> float:
+    """Distance in units of the softness from which an edge is a step."""
+    return 640.0 if values.dtype == torch.float64 else 80.0
+
+
 def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
     """exp, not below exp(-floor) (float64: its eighth power). The floors are such that what they add is far below
     round-off, and that no product here is a denormal number: those are computed many times slower."""
@@ -273,4 +280,4 @@ def _tempered(values: Tensor, inverse: float) -> Tensor:
 
 def _log_mixture(gap: Tensor, share: float) -> Tensor:
     """log((1 - share) + share exp(gap)). Where the gap is too large for exp, the other side is 0 and so is its term."""
-    return (share * gap.clamp(max=640.0 if gap.dtype == torch.float64 else 80.0).expm1()).log1p()
+    return (share * gap.clamp(max=_sure(gap)).expm1()).log1p()

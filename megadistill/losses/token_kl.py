@@ -34,6 +34,8 @@ def token_kl(
     `shard.group`. Raises ValueError for shapes that do not fit.
     """
     check_shard(shard)
+    if not isinstance(teacher, Head):
+        raise ValueError(f"token_kl needs the teacher's hidden states and head, got {type(teacher).__name__}")
     num_rows = len(student.hidden)
     student.check("student", num_rows, shard.size)
     teacher.check("teacher", num_rows, shard.size)

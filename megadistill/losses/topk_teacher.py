@@ -215,5 +215,9 @@ def _check_rows(ids: Tensor, log_probs: Tensor, kind: str, num_classes: int) -> 
             f"probabilities of teacher.log_probs and teacher.log_tail add up to {worst:.4g} in a row, not to 1: "
             "both are natural logarithms, the tail that of the sum of all other classes"
         )
-    if kind == "reverse_kl" and ids.shape[1] < num_classes and bool(torch.isneginf(log_probs).any()):
-        raise DataError("loss.divergence=reverse_kl is infinite where the teacher excludes classes: log_tail is -inf")
+    possible = log_probs if ids.shape[1] < num_classes else log_probs[:, :-1]
+    if kind == "reverse_kl" and bool(torch.isneginf(possible).any()):
+        raise DataError(
+            "loss.divergence=reverse_kl is infinite where the teacher excludes classes: teacher.log_tail or "
+            "teacher.log_probs is -inf"
+        )

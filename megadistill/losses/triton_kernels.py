@@ -78,7 +78,8 @@ def _edges(
 def _mask(near, far, IS_BUCKET: tl.constexpr, F: tl.constexpr):
     """kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far."""
     log_weight = tl.minimum(-near if IS_BUCKET else near, 0.0)
-    e = _exp(-tl.abs(near), 24.0 * F)
+    distance = tl.abs(near)
+    e = tl.where(distance > 80.0 * F, 0.0, _exp(-distance, 24.0 * F))
     far_relative = _exp(tl.maximum(near, 0.0) - far, 20.0 * F)
     is_inside = near > 0
     r = 1.0 / (1.0 + e)

@@ -114,6 +114,20 @@ def test_the_upstream_gradient_scales_everything():
         torch.testing.assert_close(parameter.grad, -3.0 * gradients[f"gate.{name}"])
 
 
+def test_a_gate_may_hold_a_bound_constant():
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.upper = torch.nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+
+        def forward(self, sorted_log_probs, log_tail):
+            return torch.full_like(log_tail, -3.0), self.upper.expand(len(log_tail))
+
+    problem, gate = make_problem(), Half()
+    output, gradients, _ = run_fused(problem, CONFIG, gate)
+    assert_same(output, gradients, run_reference(problem, CONFIG, gate), 1e-10)
+
+
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_only_the_wanted_gradients_are_formed(wanted):
     problem = make_problem()
@@ -210,6 +224,14 @@ def test_what_does_not_fit_is_refused():
         _call(problem, teacher=Head(problem.teacher.hidden[:3], problem.teacher.weight))
     with pytest.raises(ValueError, match=r"student.bias has shape"):
         _call(problem, student=Head(problem.student.hidden, problem.student.weight, problem.student.bias[:5]))
+    for wrong in (-1, float("nan"), None, torch.ones(2)):
+        with pytest.raises(ValueError, match="must be counts"):
+            cross_entropy(problem.student, problem.labels, whole(problem), num_tokens=wrong)
+    for wrong in (0, -1, "x", 2.5):
+        with pytest.raises(ConfigError, match="loss.chunk_tokens"):
+            cross_entropy(problem.student, problem.labels, whole(problem), num_tokens=1, chunk_tokens=wrong)
+    with pytest.raises(ConfigError, match="auto, torch, compile, triton"):
+        cross_entropy(problem.student, problem.labels, whole(problem), num_tokens=1, backend="foo")
     with pytest.raises(ValueError, match="labels must be int64"):
         _call(problem, labels=problem.labels.int())
     with pytest.raises(ValueError, match="pair_mask must be bool"):
@@ -237,7 +259,9 @@ def test_what_does_not_fit_is_refused():
         ({"lower": -0.1}, "loss.lower"), ({"upper": 1.1}, "loss.upper"), ({"lower_max": 0.95}, "must be smaller"),
         ({"gate_objective": "x"}, "minimise, maximise, frozen"), ({"guards": 1}, "loss.guards"),
         ({"coverage_weight": -1}, "loss.coverage_weight"), ({"span_eps": 0.0}, "loss.span_eps"),
-        ({"sft": True}, "loss.sft"),
+        ({"sft": True}, "loss.sft"), ({"temperature": 10**400}, "loss.temperature"), ({"skew": 1.0}, "loss.skew"),
+        ({"divergence": "kl"}, "dac_kl, forward_kl"), ({"backend": "x"}, "auto, torch, compile, triton"),
+        ({"jensen_shannon_beta": 0.0}, "loss.jensen_shannon_beta"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(change, message):

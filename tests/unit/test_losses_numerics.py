@@ -94,6 +94,19 @@ def test_extreme_logits_stay_right_in_float32(backend, clip, remainder, scale, o
             assert float(error) <= 10 * tolerance, name
 
 
+@pytest.mark.parametrize("num_classes", [1, 53])
+@pytest.mark.parametrize("softness", [0.25, 0.01, 1e-4])
+def test_an_open_mask_is_the_plain_kl_in_float32(backend, num_classes, softness):
+    """Nothing is clipped, so a log Rq of minus thousands must meet exactly nothing."""
+    problem = make_problem(num_rows=8, num_classes=num_classes, scale=0.01)
+    config = LossConfig(sft=0.0, span=0.0, clip="fixed", lower=0.0, upper=1.0, softness=softness, backend=backend)
+    opened = run_fused(problem, config, None, dtype=torch.float32)[0]
+    plain = run_fused(problem, replace(config, clip="off"), None, dtype=torch.float32)[0]
+    torch.testing.assert_close(opened.dac_kl, plain.dac_kl, rtol=1e-5, atol=1e-7)
+    equal = run_fused(replace(problem, student=problem.teacher), config, None, dtype=torch.float32)[0]
+    assert abs(float(equal.loss.detach())) < 1e-6
+
+
 SCALES = [(scale, 0.0) for scale in (1e-3, 0.1, 1.0, 10.0, 100.0)]
 OFFSETS = [(1.0, 1e3), (1.0, -1e3)]
 

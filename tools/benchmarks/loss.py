@@ -81,6 +81,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     grid = itertools.product(options.tokens, options.vocab, options.tp, options.hidden)
     cases = [Case(tokens, vocab, tp, width, options.dtype) for tokens, vocab, tp, width in grid]
+    command = "python tools/benchmark.py loss " + shlex.join(arguments)
     rows: list[Row] = []
     with tqdm(total=len(cases), unit="size", disable=not sys.stderr.isatty()) as bar:
         for case in cases:
@@ -89,17 +90,19 @@ def main(arguments: list[str]) -> int:
             if bar.disable:
                 print(f"measuring {name}", file=sys.stderr, flush=True)
             rows += _measure(case, options, device)
+            if options.output:  # after each size: a long run may be ended early
+                _write(rows, command, device, options.output)
             bar.update()
-    command = "python tools/benchmark.py loss " + shlex.join(arguments)
-    text = table(rows, command, machine(device))
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": command.strip(), "machine": machine(device), "peers": field.versions()}
-        record["rows"] = [asdict(row) for row in rows]
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(table(rows, command, machine(device)))
     return 0
+
+
+def _write(rows: list[Row], command: str, device: torch.device, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {"command": command, "machine": machine(device), "peers": field.versions()}
+    record["rows"] = [asdict(row) for row in rows]
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(table(rows, command, machine(device)) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -278,7 +281,7 @@ def _expected(problem: field.Problem, work: str) -> tuple[torch.Tensor, ...]:
 
 def table(rows: list[Row], command: str, where: dict[str, Any]) -> str:
     """Markdown, one block a size."""
-    lines = [f"`{command.strip()}`", "", ", ".join(f"{key} {value}" for key, value in where.items()), ""]
+    lines = [f"`{command}`", "", ", ".join(f"{key} {value}" for key, value in where.items()), ""]
     lines.append(_LEGEND)
     columns = ["", "work", "s", "ratio", "s over tp 1's", "peak GB", "GB without gradients", "gradient error"]
     alone = {(row.case.sizes, row.name, row.work): row.seconds for row in rows if row.case.tp_size == 1}

@@ -24,10 +24,11 @@ from megadistill.losses.config import Backend
 from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec
 from megadistill.parallel.vocab import VocabShard
 
-# Elements of the pieces that the eager backend cuts a CPU tile into: a few such temporaries fit a core's cache.
+# Elements a thread of the pieces that the eager backend cuts a CPU tile into: a few such temporaries fit a core's cache.
 _EAGER_BLOCK = 2**17
 # The same for compiled code: on CPUs the compiler keeps whatever holds an exponential as a tensor of its own.
 _COMPILED_BLOCK = 2**19
+_MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
 # Classes a rank from which compiling, which costs seconds once, is worth its while on a CPU.
 _COMPILE_FROM = 8192
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
@@ -200,6 +201,7 @@ def add_labels(weights: RowWeights, out_CV: Tensor) -> None:
 def _in_blocks(function: Callable[..., Any], overlap: int, elements: int, arguments: tuple[Any, ...]) -> Any:
     """Calls `function` on blocks of rows of CPU tiles; with overlap 1 a block's last row is the next one's first."""
     num_rows, width = arguments[0].shape
+    elements *= min(torch.get_num_threads(), _MAX_BLOCK_THREADS)
     size = max(1 + overlap, elements // max(width, 1))
     if arguments[0].device.type != "cpu" or num_rows <= size:
         return function(*arguments)

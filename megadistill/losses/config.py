@@ -14,15 +14,10 @@ Clip = Literal["gate", "fixed", "off"]
 Remainder = Literal["bucket", "renormalise"]
 Quantile = Literal["mass", "rank"]
 GateObjective = Literal["minimise", "maximise", "frozen"]
-Divergence = Literal[
-    "dac_kl",
-    "forward_kl",
-    "reverse_kl",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "jensen_shannon",
-    "total_variation",
+Baseline = Literal[
+    "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "jensen_shannon", "total_variation"
 ]
+Divergence = Literal["dac_kl", Baseline]
 Backend = Literal["auto", "torch", "compile", "triton"]
 
 

@@ -10,17 +10,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from megadistill.losses.config import LossConfig, Remainder
+from megadistill.losses.config import Baseline, LossConfig, Remainder
 
-Kind = Literal[
-    "clipped",
-    "forward_kl",
-    "reverse_kl",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "jensen_shannon",
-    "total_variation",
-]
+Kind = Literal["clipped", Baseline]
 # Classes that share one maximum and one sum in the statistics: the top K lie in the K groups with the largest maxima.
 GROUP = 64
 _MIN_GROUPED = 128 * GROUP  # below, taking the top K of the row itself is as fast

@@ -5,7 +5,7 @@ On a machine without CUDA, TRITON_INTERPRET=1 runs them (slowly) on the CPU: tha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -13,17 +13,10 @@ from torch import Tensor
 
 from megadistill.losses import triton_kernels as kernels
 from megadistill.losses.backends import CompiledKernels
-from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec, group_width
+from megadistill.losses.tiles import Kind, LocalStatistics, RowConstants, RowWeights, TileSpec, group_width
 
-_KINDS = {
-    "clipped": 0,
-    "forward_kl": 1,
-    "reverse_kl": 2,
-    "skewed_forward_kl": 3,
-    "skewed_reverse_kl": 4,
-    "jensen_shannon": 5,
-    "total_variation": 6,
-}
+# The number of each kind in the kernels.
+_KINDS = {kind: number for number, kind in enumerate(get_args(Kind))}
 _BLOCK = 1024  # classes that a program works on at a time
 _NUM_WARPS = 4
 

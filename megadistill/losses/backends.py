@@ -24,7 +24,7 @@ from megadistill.losses.config import Backend
 from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec
 from megadistill.parallel.vocab import VocabShard
 
-# Elements a thread of the pieces that the eager backend cuts a CPU tile into: a few such temporaries fit a core's cache.
+# Elements a thread of the pieces that the eager backend cuts a CPU tile into: some such temporaries fit a core's cache.
 _EAGER_BLOCK = 2**17
 # The same for compiled code: on CPUs the compiler keeps whatever holds an exponential as a tensor of its own.
 _COMPILED_BLOCK = 2**19

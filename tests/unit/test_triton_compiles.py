@@ -1,0 +1,55 @@
+"""The Triton kernels through Triton's own compiler for a GPU that need not be there: down to machine code for an H100.
+
+The interpreter, which runs them in the other tests, accepts more than the compiler does.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megadistill.losses.backends import has_triton
+
+ROOT = Path(__file__).parents[2]
+_COMPILE = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megadistill.losses import triton_kernels as kernels
+
+INTEGERS = dict.fromkeys(("num_classes", "num_groups", "num_rows", "stride", "stride_out"), "i32")
+CLASSES = dict.fromkeys(("top_column", "label_column"), "*i64")
+
+def build(kernel, dtype, out, **constants):
+    types = {name: "constexpr" if name in constants else INTEGERS.get(name) or CLASSES.get(name) or f"*{dtype}" for name in kernel.arg_names}
+    if "out" in types:
+        types["out"] = f"*{out}"
+    found = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert len(found.asm["cubin"]) > 1000
+
+numbers = dict(inverse=0.5, softness_inverse=4.0, mix=0.1)
+flags = [True, False]
+for dtype, F in (("fp32", 1.0), ("fp64", 8.0)):
+    for teacher, plain, width in itertools.product(flags, flags, (1, 64)):
+        build(kernels.statistics_kernel, dtype, dtype, inverse=0.5, HAS_TEACHER=teacher, HAS_PLAIN=plain, WIDTH=width, BLOCK=1024)
+    build(kernels.span_sums_kernel, dtype, dtype, inverse=0.5, F=F, BLOCK=1024)
+    for kind in range(7):
+        for bucket, edges in itertools.product(flags, flags) if kind == 0 else [(True, False)]:
+            num_sums = (12 if edges else 6) if kind == 0 else 3
+            build(kernels.sums_kernel, dtype, dtype, **numbers, KIND=kind, IS_BUCKET=bucket, HAS_EDGES=edges, HAS_BUCKET=not edges, F=F, NUM_SUMS=num_sums, BLOCK=1024)
+        for out, rest in itertools.product((dtype, "bf16") if F == 1 else (dtype,), flags):
+            build(kernels.gradient_kernel, dtype, out, **numbers, KIND=kind, IS_BUCKET=rest, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_PLAIN=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
+print("compiled")
+"""  # noqa: E501
+
+
+@pytest.mark.skipif(not has_triton(), reason="the package triton is not installed")
+def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", _COMPILE]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and result.stdout.strip() == "compiled", result.stderr[-3000:]

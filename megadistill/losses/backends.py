@@ -24,8 +24,9 @@ from megadistill.losses.config import Backend
 from megadistill.losses.tiles import LocalStatistics, RowConstants, RowWeights, TileSpec
 from megadistill.parallel.vocab import VocabShard
 
-# Elements a thread of the pieces that the eager backend cuts a CPU tile into: some such temporaries fit a core's cache.
-_EAGER_BLOCK = 2**17
+# Elements a thread of the pieces that the eager backend cuts a CPU tile into. Temporaries of this size stay in cache
+# and come from the allocator's heap; from 128 KiB on each would be mapped from the system, page by page, and unmapped.
+_EAGER_BLOCK = 2**15
 # The same for compiled code: on CPUs the compiler keeps whatever holds an exponential as a tensor of its own.
 _COMPILED_BLOCK = 2**19
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory

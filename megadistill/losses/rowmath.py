@@ -54,15 +54,15 @@ def sums(spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConsta
         return torch.stack([p_gap.sum(-1), value.sum(-1), slope.sum(-1)], -1)
     # An upper bound of each term is enough to shift by, and costs no exponential.
     shift = (lq + _log_weight(spec, _edges(spec, lp, rows)[0])).amax(-1)
-    mask = soft_mask(spec, lp, rows)
+    mask = soft_mask(spec, lp, rows, spec.has_edges)
     mp, mp_gap = mask.kept * p, mask.kept * p_gap
     term = _exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
     columns = [p_gap.sum(-1), mp_gap.sum(-1), mp.sum(-1), (mask.clipped * p).sum(-1)]
-    if spec.has_edges:
+    if mask.below is not None and mask.above is not None:
         columns += [(mask.below * mp_gap).sum(-1), (mask.below * mp).sum(-1)]
         columns += [(mask.above * mp_gap).sum(-1), (mask.above * mp).sum(-1)]
     columns += [shift, (term * mask.factor).sum(-1)]
-    if spec.has_edges:
+    if mask.factor_l is not None and mask.factor_u is not None:
         columns += [(term * mask.factor_l).sum(-1), (term * mask.factor_u).sum(-1)]
     return torch.stack(columns, -1)
 
@@ -88,7 +88,7 @@ def gradient(
             result = result - factor * _exp(lp)
         elif spec.kind == "clipped":
             assert weights.share is not None and weights.log_norm is not None
-            mask = soft_mask(spec, lp, rows)
+            mask = soft_mask(spec, lp, rows, has_edges=False)
             share = _exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
             result = result - factor * mask.kept * _exp(lp) + weights.share.unsqueeze(-1) * share
         else:
@@ -133,20 +133,20 @@ class SoftMask(NamedTuple):
     kept, clipped: m and 1 - m, each formed directly; below, above: 1 minus the lower and the upper sigmoid.
     The weight of q in the loss's log-domain sum (1 - m with a bucket, m when renormalising) is exp(log_weight) * factor
     with a factor between 1/4 and 2, so that it never underflows; factor_l and factor_u likewise belong to the parts of
-    that weight which move with theta_l and theta_u.
+    that weight which move with theta_l and theta_u. What only edge sums need is None without them.
     """
 
     kept: Tensor
     clipped: Tensor
-    below: Tensor
-    above: Tensor
     log_weight: Tensor
     factor: Tensor
-    factor_l: Tensor
-    factor_u: Tensor
+    below: Tensor | None = None
+    above: Tensor | None = None
+    factor_l: Tensor | None = None
+    factor_u: Tensor | None = None
 
 
-def soft_mask(spec: TileSpec, lp: Tensor, rows: RowConstants) -> SoftMask:
+def soft_mask(spec: TileSpec, lp: Tensor, rows: RowConstants, has_edges: bool) -> SoftMask:
     """The mask at teacher log-probabilities [C, V].
 
     Of the two edges the nearer one may be on either side of 0, the farther one is not negative. With e = exp(-|near|)
@@ -166,22 +166,18 @@ def soft_mask(spec: TileSpec, lp: Tensor, rows: RowConstants) -> SoftMask:
     far_clipped_relative = far_relative * far_kept
     far_clipped = torch.where(is_inside, far_clipped_relative * e, far_clipped_relative)
     kept = near_kept * far_kept
-    clipped = near_clipped + near_kept * far_clipped
-    if spec.remainder == "bucket":
-        factor = r + near_kept * far_clipped_relative
-        factor_near, factor_far = kept * r, kept * far_clipped_relative
-    else:
-        factor = r * far_kept
-        factor_near, factor_far = factor * near_clipped, factor * far_clipped
-    return SoftMask(
-        kept,
-        clipped,
-        torch.where(is_lower, near_clipped, far_clipped),
-        torch.where(is_lower, far_clipped, near_clipped),
-        log_weight,
-        factor,
-        torch.where(is_lower, factor_near, factor_far),
-        torch.where(is_lower, factor_far, factor_near),
+    is_bucket = spec.remainder == "bucket"
+    factor = r + near_kept * far_clipped_relative if is_bucket else r * far_kept
+    mask = SoftMask(kept, near_clipped + near_kept * far_clipped, log_weight, factor)
+    if not has_edges:
+        return mask
+    factor_near = kept * r if is_bucket else factor * near_clipped
+    factor_far = kept * far_clipped_relative if is_bucket else factor * far_clipped
+    return mask._replace(
+        below=torch.where(is_lower, near_clipped, far_clipped),
+        above=torch.where(is_lower, far_clipped, near_clipped),
+        factor_l=torch.where(is_lower, factor_near, factor_far),
+        factor_u=torch.where(is_lower, factor_far, factor_near),
     )
 
 

@@ -131,9 +131,13 @@ def local_top(
         tails = local.group_sum.log() + (local.group_max - largest.unsqueeze(-1)) / spec.temperature
         tails = tails.masked_fill(~is_outside, -math.inf)
     values, index = candidates.topk(min(top_k, candidates.shape[-1]), -1)
-    others = ((candidates - largest.unsqueeze(-1)) / spec.temperature).scatter(-1, index, -math.inf)
+    others = candidates - largest.unsqueeze(-1)
+    if spec.temperature != 1.0:
+        others /= spec.temperature
+    others.scatter_(-1, index, -math.inf)
     filled = F.pad(values, (0, top_k - values.shape[-1]), value=-math.inf)
-    return filled, torch.cat([tails, others], -1).logsumexp(-1), top1 + shard.start
+    log_tail = others.logsumexp(-1) if tails.shape[-1] == 0 else torch.cat([tails, others], -1).logsumexp(-1)
+    return filled, log_tail, top1 + shard.start
 
 
 def _candidate_columns(

@@ -92,9 +92,8 @@ def distill_loss(
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
     Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row; with a `TeacherTopK` of
-    L classes 4 + L and, for the span term, 2), one all-reduce of the
-    hidden gradient; one more of a number or two a call with a bias, and with chunk_tokens="auto". How many follows from
-    `labels`, `config` and what has a bias.
+    L classes 4 + L and, for the span term, 2), one all-reduce of the hidden gradient; one more of a number or two
+    a call with a bias, and with chunk_tokens="auto". How many follows from `labels`, `config` and what has a bias.
     Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
     DataError for labels that do not fit.
     """

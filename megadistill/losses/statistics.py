@@ -116,17 +116,14 @@ def local_top(
     if width == 0:
         top_CK = teacher_CV.new_full((num_rows, top_k), -math.inf)
         return top_CK, torch.full_like(largest, -math.inf), torch.full_like(largest, shard.start, dtype=torch.int64)
+    top1 = _first_column(local.group_max, largest, teacher_CV) + shard.start
+    if top_k == 0:
+        assert local.teacher_sum is not None
+        return teacher_CV[:, :0], local.teacher_sum.log(), top1
     if local.group_max is None or local.group_sum is None:
-        top1 = teacher_CV.argmax(-1)
-        if top_k == 0:
-            assert local.teacher_sum is not None
-            return teacher_CV[:, :0], local.teacher_sum.log(), top1 + shard.start
         candidates, tails = teacher_CV, teacher_CV[:, :0]
     else:
-        columns, is_outside, top1 = _candidate_columns(local.group_max, largest, teacher_CV, max(top_k, 1))
-        if top_k == 0:
-            assert local.teacher_sum is not None
-            return teacher_CV[:, :0], local.teacher_sum.log(), top1 + shard.start
+        columns, is_outside = _candidate_columns(local.group_max, width, top_k)
         candidates = teacher_CV.gather(-1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, -math.inf)
         tails = local.group_sum.log() + (local.group_max - largest.unsqueeze(-1)) / spec.temperature
         tails = tails.masked_fill(~is_outside, -math.inf)
@@ -137,25 +134,27 @@ def local_top(
     others.scatter_(-1, index, -math.inf)
     filled = F.pad(values, (0, top_k - values.shape[-1]), value=-math.inf)
     log_tail = others.logsumexp(-1) if tails.shape[-1] == 0 else torch.cat([tails, others], -1).logsumexp(-1)
-    return filled, log_tail, top1 + shard.start
+    return filled, log_tail, top1
 
 
-def _candidate_columns(
-    group_max: Tensor, largest: Tensor, teacher_CV: Tensor, num_groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns [C, .] of the groups that hold the top classes (columns beyond the last are to be ignored), which groups
-    [C, G] lie outside them, and the column [C] of the first maximum."""
-    width = group_width(teacher_CV.shape[-1])
-    inside = torch.arange(width, device=teacher_CV.device)
+def _candidate_columns(group_max: Tensor, num_classes: int, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Columns [C, .] of the groups that hold the top classes (columns beyond the last are to be ignored), and which
+    groups [C, G] lie outside them."""
+    width = group_width(num_classes)
     groups = group_max.topk(min(num_groups, group_max.shape[-1]), -1).indices
-    columns = (groups.unsqueeze(-1) * width + inside).flatten(1)
-    is_outside = torch.ones_like(group_max, dtype=torch.bool).scatter_(-1, groups, False)
-    # The first group with the maximum, then the first column in it: the lowest class when tied.
-    first = (group_max == largest.unsqueeze(-1)).to(torch.int32).argmax(-1, keepdim=True) * width + inside
-    last = teacher_CV.shape[-1] - 1
-    is_largest = teacher_CV.gather(-1, first.clamp(max=last)) == largest.unsqueeze(-1)
-    top1 = first.gather(-1, is_largest.to(torch.int32).argmax(-1, keepdim=True)).squeeze(-1)
-    return columns, is_outside, top1.clamp(max=last)
+    columns = (groups.unsqueeze(-1) * width + torch.arange(width, device=group_max.device)).flatten(1)
+    return columns, torch.ones_like(group_max, dtype=torch.bool).scatter_(-1, groups, False)
+
+
+def _first_column(group_max: Tensor | None, largest: Tensor, teacher_CV: Tensor) -> Tensor:
+    """Column [C] of the first maximum: in the first group that has it, so that ties take the lowest class."""
+    if group_max is None:
+        return teacher_CV.argmax(-1)
+    width, last = group_width(teacher_CV.shape[-1]), teacher_CV.shape[-1] - 1
+    group = (group_max == largest.unsqueeze(-1)).to(torch.int32).argmax(-1, keepdim=True)
+    columns = (group * width + torch.arange(width, device=teacher_CV.device)).clamp(max=last)
+    is_largest = teacher_CV.gather(-1, columns) == largest.unsqueeze(-1)
+    return columns.gather(-1, is_largest.to(torch.int32).argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def merge_argmax(largest: Tensor, classes: Tensor, shard: VocabShard) -> Tensor:

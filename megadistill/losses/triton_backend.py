@@ -70,8 +70,22 @@ class TritonKernels(CompiledKernels):
         rows: RowConstants,
         weights: RowWeights,
         out_CV: Tensor,
+        adds: bool = False,
     ) -> None:
-        self._gradient(spec, student_CV, teacher_CV, rows, weights, out_CV, adds=False)
+        """Writes the whole derivative in one pass, or adds it to `out_CV`."""
+        num_rows, num_classes = student_CV.shape
+        any_row, models = rows.student_max, _models(rows)
+        has_span = weights.span_pair is not None and teacher_CV is not None
+        kernels.gradient_kernel[(num_rows, triton.cdiv(num_classes, _BLOCK))](
+            student_CV, student_CV if teacher_CV is None else teacher_CV, *models[:2], _or(rows.plain_log, any_row),
+            *models[2:], *_thresholds(rows),
+            *(_or(part, any_row) for part in weights), out_CV, num_rows, num_classes, student_CV.stride(0),
+            out_CV.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.mix, KIND=_KINDS[spec.kind],
+            IS_BUCKET=spec.remainder == "bucket", HAS_BUCKET=spec.has_bucket,
+            HAS_TOKEN=weights.teacher is not None and teacher_CV is not None, HAS_PLAIN=weights.plain is not None,
+            HAS_LABEL=weights.label is not None, HAS_SPAN=has_span, ADDS=adds, F=_floors(student_CV), BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )  # fmt: skip
 
     def add_span(
         self,
@@ -87,35 +101,10 @@ class TritonKernels(CompiledKernels):
         only_span = RowWeights(
             torch.zeros_like(weights.student), span_pair=weights.span_pair, span_inner=weights.span_inner
         )
-        self._gradient(spec, student_CV, teacher_CV, rows, only_span, out_CV, adds=True)
+        self.gradient(spec, student_CV, teacher_CV, rows, only_span, out_CV, adds=True)
 
     def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
         return factor
-
-    def _gradient(
-        self,
-        spec: TileSpec,
-        student_CV: Tensor,
-        teacher_CV: Tensor | None,
-        rows: RowConstants,
-        weights: RowWeights,
-        out_CV: Tensor,
-        *,
-        adds: bool,
-    ) -> None:
-        num_rows, num_classes = student_CV.shape
-        any_row, models = rows.student_max, _models(rows)
-        has_span = weights.span_pair is not None and teacher_CV is not None
-        kernels.gradient_kernel[(num_rows, triton.cdiv(num_classes, _BLOCK))](
-            student_CV, student_CV if teacher_CV is None else teacher_CV, *models[:2], _or(rows.plain_log, any_row),
-            *models[2:], *_thresholds(rows),
-            *(_or(part, any_row) for part in weights), out_CV, num_rows, num_classes, student_CV.stride(0),
-            out_CV.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.mix, KIND=_KINDS[spec.kind],
-            IS_BUCKET=spec.remainder == "bucket", HAS_BUCKET=spec.has_bucket,
-            HAS_TOKEN=weights.teacher is not None and teacher_CV is not None, HAS_PLAIN=weights.plain is not None,
-            HAS_LABEL=weights.label is not None, HAS_SPAN=has_span, ADDS=adds, F=_floors(student_CV), BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-        )  # fmt: skip
 
 
 def _models(rows: RowConstants) -> tuple[Tensor, ...]:

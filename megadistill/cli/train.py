@@ -36,5 +36,5 @@ def run(arguments: Sequence[str]) -> int:
     make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        train(build_parts(config, context, tokenizer), data, start)
+        train(build_parts(config, context, tokenizer, [*data.train, *data.prompts]), data, start)
     return 0

@@ -113,16 +113,33 @@ class ScrgSection(Section):
     )
 
 
+class OffPolicySection(Section):
+    initial_phi: UnitInterval = Field(0.0, description="Probability of student text, new or replayed, at the start.")
+    eps: NonNegative = Field(0.1, description="Rise of the validation loss, in nats, that raises phi by 0.1.")
+    replay_batches: Count = Field(64, description="Global batches of student text that the replay buffer holds.")
+
+
 class GenerationSection(Section):
-    mode: Literal["on_policy", "mixed", "dataset"] = Field(
+    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
         "on_policy",
-        description="Text of the token and span losses: the student's own, either, or the references.",
+        description="Text of the token and span losses: the student's own, also replayed as DistiLLM schedules it, "
+        "either, the references, or the teacher's own (SeqKD).",
     )
     student_ratio: UnitInterval = Field(0.5, description="Probability of student text at a step, for mode mixed.")
+    off_policy: OffPolicySection = Field(default_factory=OffPolicySection, description="For mode off_policy.")
+    teacher_temperature: NonNegative = Field(
+        0.0, description="Sampling temperature of the teacher's text for mode teacher; 0: greedy."
+    )
+    teacher_cache: Text | None = Field(
+        None, description="File with the teacher's text, written once and reused; null: teacher_text.jsonl in run.dir."
+    )
     max_new_tokens: Count = Field(256, description="Longest response that is generated; data.max_tokens ends it too.")
     sampling_temperature: NonNegative = Field(1.0, description="Temperature of the student's samples; 0: greedy.")
     top_k: Natural = Field(0, description="Sample among the top_k most likely tokens; 0: all.")
     top_p: TopP = Field(1.0, description="Sample among the most likely tokens that hold this much probability; 1: all.")
+    max_cache_bytes: Count = Field(
+        2**33, description="Keys and values that a process keeps: how many rows of a step are written at a time."
+    )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation.")
 
 
@@ -300,6 +317,12 @@ class RunConfig(Section):
             data.valid_path is not None or train.eval_every == 0,
             f"train.eval_every={train.eval_every} needs data.valid_path",
             ("train.eval_every", "data.valid_path"),
+        )
+        _require(
+            self.generation.mode != "off_policy" or train.eval_every > 0 or self.generation.off_policy.initial_phi > 0,
+            "generation.mode=off_policy with generation.off_policy.initial_phi=0 and train.eval_every=0 would never "
+            "use student text: phi rises after validations only",
+            ("generation.mode", "generation.off_policy.initial_phi", "train.eval_every"),
         )
         _require(
             bool(self.eval.seeds) or self.eval.greedy,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megadistill.engines.step_model import HFStepModel
+from megadistill.engines.decoder import PlanWriter
+from megadistill.engines.step_model import HFStepModel, step_model
 from megadistill.engines.teacher import frozen_model
 from megadistill.models.loading import load_model
 from megadistill.parallel.context import ParallelContext
@@ -23,12 +24,12 @@ def open_model(
     attention: str = "sdpa",
     seed: int = 0,
     where: str = "model",
-) -> Iterator[HFStepModel]:
-    """A StepModel with ``hidden`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
+) -> Iterator[PlanWriter | HFStepModel]:
+    """A StepModel with ``read`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
     loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
     if context.world_size == 1:
         model = loaded.model.to(context.device).eval().requires_grad_(False)
-        yield HFStepModel(model, VocabShard(0, vocab_size, vocab_size, None), context.device)
+        yield step_model(model, loaded.family, VocabShard(0, vocab_size, vocab_size, None), context.device)
         return
     with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).writer() as writer:
         yield writer

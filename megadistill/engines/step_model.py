@@ -1,95 +1,91 @@
-"""A decoder as generation sees it: prefill, decode, score. One implementation over any transformers decoder and its
-cache.
+"""A decoder as generation sees it, over the family's own forward pass: for models that have no plan.
 
-Shapes: B rows, P prompt columns (left-padded), S columns, H hidden size, Vs this rank's slice of the vocabulary.
+Shapes: B rows, k active rows, S columns, H hidden size, Vs this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from megadistill.models.loading import new_cache
+from megadistill.data.collate import left_padded, right_padded
+from megadistill.engines.decoder import PlanWriter
+from megadistill.engines.kv_cache import KVCache, Reading
+from megadistill.engines.products import Logits
+from megadistill.models.families import Family
+from megadistill.models.hf_cache import cache_over
 from megadistill.parallel.vocab import VocabShard
 
 
-@dataclass
-class DecodeState:
-    """Key-value cache (this rank's heads), attention mask [B, columns so far] and next position [B] of the active
-    rows."""
-
-    cache: Any
-    attention_mask: torch.Tensor
-    next_position: torch.Tensor
+def step_model(model: nn.Module, family: Family, shard: VocabShard, device: torch.device) -> PlanWriter | HFStepModel:
+    """The project's decoder where the model has a plan, else its own forward; all parameters must be present."""
+    head = model.get_output_embeddings()
+    weights = (head.weight, getattr(head, "bias", None))
+    plan = family.plan(model)
+    if plan is None:
+        return HFStepModel(model, shard, device, weights)
+    return PlanWriter(plan, shard, device, weights)
 
 
 class HFStepModel:
     """Implements ``generation.protocols.StepModel`` over a transformers model whose parameters are present.
 
-    The model's own tensor-parallel reductions are its only communication: two all-reduces a layer and column.
+    It writes into the same preallocated cache as the project's own decoder. The model's own tensor-parallel reductions
+    are its only communication.
     """
 
-    def __init__(self, model: nn.Module, shard: VocabShard, device: torch.device) -> None:
-        self.model, self.shard, self.device = model, shard, device
+    def __init__(
+        self, model: nn.Module, shard: VocabShard, device: torch.device, head: tuple[Tensor, Tensor | None]
+    ) -> None:
+        self.model, self.shard, self.device, self.head = model, shard, device, head
+        self._logits = Logits(*head)
 
-    @property
-    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This rank's head shard: weight [Vs, H] and bias [Vs] or None."""
-        head = self.model.get_output_embeddings()
-        return head.weight, getattr(head, "bias", None)
+    def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
+        """An empty cache for rows whose first columns are ``offsets``."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (heads // self.shard.tp_size, columns, head_dim)
+        return KVCache(config.num_hidden_layers, offsets, shape, self.model.dtype, self.device)
 
-    @torch.no_grad()
-    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[DecodeState, torch.Tensor]:
-        """Reads left-padded prompts [B, P]; returns the state and the local logits [B, Vs] of the next token."""
-        position_ids = positions_of(attention_mask)
-        output = self.model.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=new_cache(),
-            use_cache=True,
-        )
-        state = DecodeState(output.past_key_values, attention_mask, position_ids[:, -1] + 1)
-        return state, self._logits(output.last_hidden_state[:, -1])
+    def prefill(self, state: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Reads the prompts of slots 0, 1, ... into the cache; returns the hidden state [B, H] of each last token."""
+        batch = left_padded(prompts, 0).to(self.device)
+        return self._forward(batch.input_ids, state, 0, batch.position_ids)[:, -1]
 
-    @torch.no_grad()
-    def decode(self, state: DecodeState, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token a row [B] and returns the local logits [B, Vs] of the next one; updates ``state``."""
-        state.attention_mask = F.pad(state.attention_mask, (0, 1), value=1)
-        output = self.model.base_model(
-            input_ids=tokens[:, None],
-            attention_mask=state.attention_mask,
-            position_ids=state.next_position[:, None],
-            past_key_values=state.cache,
-            use_cache=True,
-        )
-        state.next_position = state.next_position + 1
-        return self._logits(output.last_hidden_state[:, -1])
-
-    def select(self, state: DecodeState, rows: torch.Tensor) -> None:
-        """Keeps only ``rows`` (int64 indices) of the state: finished rows leave the batch."""
-        state.cache.batch_select_indices(rows)
-        state.attention_mask = state.attention_mask[rows]
-        state.next_position = state.next_position[rows]
+    def decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
+        """Reads one token [k] into ``column`` of the first k slots; returns their hidden states [k, H]."""
+        starts = state.starts()
+        positions = torch.full_like(tokens, column) if starts is None else column - starts[: len(tokens)]
+        return self._forward(tokens[:, None], state, column, positions[:, None])[:, -1]
 
     @torch.no_grad()
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, H] of whole (right-padded) sequences, for scoring."""
+    def _forward(self, tokens: Tensor, state: KVCache, column: int, positions: Tensor) -> Tensor:
+        rows, end = len(tokens), column + tokens.shape[1]
         return self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=tokens,
+            attention_mask=(~state.hidden_columns()[:rows, :end]).long(),
+            position_ids=positions,
+            past_key_values=cache_over(state.layers, rows, column),
+            use_cache=True,
         ).last_hidden_state
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # float32 before the product: bf16 logits would bias what is sampled (facts: up to 1 % of a KL).
-        weight, bias = self.head
-        logits = F.linear(hidden.float(), weight.float()) if hidden.dtype != torch.float64 else F.linear(hidden, weight)
-        return logits if bias is None else logits + bias
+    @torch.no_grad()
+    def read(self, readings: Sequence[Reading]) -> list[Tensor]:
+        """Hidden states [number of tokens, H] of whole rows, in one forward pass."""
+        assert all(reading.column == 0 for reading in readings)
+        batch = right_padded([(reading.tokens, None) for reading in readings], 0).to(self.device)
+        states = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return [row[: len(reading.tokens)] for row, reading in zip(states, readings, strict=True)]
 
-
-def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, S] that count real tokens only, 0 in the padding before them."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's logits [k, Vs] of hidden states [k, H]; float32 or better."""
+        return self._logits(hidden)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
+from megadistill.data.collate import right_padded
+from megadistill.engines.decoder import PlanReader, PlanWriter
 from megadistill.engines.ds_config import teacher_config
-from megadistill.engines.gathered import gathered_module, kept_parameters
+from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
+from megadistill.engines.kv_cache import Reading
 from megadistill.engines.lm_forward import use_objective_forward
-from megadistill.engines.step_model import HFStepModel
+from megadistill.engines.step_model import HFStepModel, step_model
 from megadistill.models.loading import LoadedModel
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard
@@ -36,13 +39,13 @@ class PartitionedModel:
         return self.engine.module
 
     @contextmanager
-    def writer(self) -> Iterator[HFStepModel]:
+    def writer(self) -> Iterator[PlanWriter | HFStepModel]:
         """A StepModel with all parameters gathered once (over the data-parallel group) for as long as it is used."""
         was_training = self.module.training
         with gathered_module(self.engine) as module:
             module.eval()
             try:
-                yield HFStepModel(module, self.shard, self.context.device)
+                yield step_model(module, self.loaded.family, self.shard, self.context.device)
             finally:
                 module.train(was_training)
 
@@ -55,11 +58,42 @@ class PartitionedModel:
         with kept_parameters([head.weight, bias]):
             yield head.weight, bias
 
+    def reader(self, rows_per_pass: int) -> PlanReader | EngineReader:
+        """Reads text layer by layer, each part of the model gathered once a reading (over the data-parallel group);
+        models without a plan are read ``rows_per_pass`` rows at a time by their own forward pass."""
+        plan = self.loaded.family.plan(self.module)
+        if plan is None:
+            return EngineReader(self.engine, self.context.device, rows_per_pass)
+        return PlanReader(plan, self.shard, self.context.device, _present)
+
+
+def _present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    return gathered_parameters([parameter for module in modules for parameter in module.parameters()])
+
+
+class EngineReader:
+    """Reads whole rows through a DeepSpeed engine: under ZeRO-3 every data-parallel rank must read as many rows."""
+
+    keeps_cache = False
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, device: torch.device, rows_per_pass: int) -> None:
+        self._engine, self._device, self._rows_per_pass = engine, device, rows_per_pass
+
+    def new_state(self, offsets: Sequence[int], columns: int) -> Any:
+        raise AssertionError("this reader keeps nothing")
+
     @torch.no_grad()
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, S, H] through the engine: under ZeRO-3 every data-parallel rank must call it equally
-        often."""
-        return self.engine(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+    def read(self, readings: Sequence[Reading], state: Any = None) -> list[torch.Tensor]:
+        """Hidden states [number of tokens, H] of each reading."""
+        found: list[torch.Tensor] = []
+        for start in range(0, len(readings), self._rows_per_pass):
+            part = readings[start : start + self._rows_per_pass]
+            batch = right_padded([(reading.tokens, None) for reading in part], 0).to(self._device)
+            states = self._engine(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+            )
+            found += [row[: len(reading.tokens)] for row, reading in zip(states, part, strict=True)]
+        return found
 
 
 def frozen_model(loaded: LoadedModel, context: ParallelContext, *, zero_stage: int, dtype: str) -> PartitionedModel:

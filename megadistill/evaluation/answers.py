@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megadistill.data.tokenize import TokenizedExample, decode_responses
+from megadistill.engines.kv_cache import Reading
 from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
 from megadistill.generation.policy import STREAM_EVALUATION
 from megadistill.generation.protocols import Rows, Sampling, StepModel
 from megadistill.generation.rollout import rollout
-from megadistill.generation.scoring import response_hidden
 from megadistill.losses import Head, cross_entropy
 from megadistill.parallel.context import ParallelContext
 
@@ -55,7 +55,6 @@ def write_answers(
         part,
         limits=[min(settings.max_new_tokens, max(1, settings.max_tokens - len(p))) for p in part.prompts],
         eos_ids=settings.eos_ids,
-        pad_id=settings.tokenizer.pad_token_id,
         sampling=Sampling(
             seed or 0, settings.temperature if seed is not None else 0.0, top_k=settings.top_k, top_p=settings.top_p
         ),
@@ -77,21 +76,22 @@ def reference_likelihood(
 ) -> LikelihoodTotal:
     """Negative log-likelihood, in nats, of every row's first reference (EOS included), on every rank.
 
-    ``model`` is a StepModel that also has ``hidden`` and ``head``.
+    ``model`` is a StepModel that also has ``read`` and ``head``.
     """
     mine = [row for row in rows[context.dp_rank :: context.dp_size] if row.response_ids is not None]
     parts = []
     for start in range(0, len(mine), settings.batch_size):
         batch = mine[start : start + settings.batch_size]
-        read = Rows(
-            tuple(row.id for row in batch),
-            tuple(row.prompt_ids for row in batch),
-            tuple(row.response_ids or () for row in batch),
-        )
-        hidden = response_hidden(
-            model.hidden, read, pad_id=settings.tokenizer.pad_token_id, device=model.device, rows_per_pass=len(batch)
-        )
-        labels = torch.tensor([token for response in read.responses for token in response], device=model.device)
+        responses = [row.response_ids or () for row in batch]
+        readings = [
+            Reading(i, 0, (*row.prompt_ids, *response[:-1]))
+            for i, (row, response) in enumerate(zip(batch, responses, strict=True))
+        ]
+        hidden = [
+            states[len(states) - len(response) :]
+            for states, response in zip(model.read(readings), responses, strict=True)
+        ]
+        labels = torch.tensor([token for response in responses for token in response], device=model.device)
         nats = cross_entropy(Head(torch.cat(hidden), *model.head), labels, model.shard, num_tokens=1)
         parts.append(LikelihoodTotal(float(nats), len(labels), len(batch)))
     local = total_likelihood(parts)

@@ -1,35 +1,64 @@
 """What generation needs of a model. SCRG and decoding see nothing else, so both are tested with a fake one.
 
-Shapes: B rows, P prompt columns (left-padded), N response columns, Vs this rank's slice of the vocabulary.
+Shapes: B rows, k active rows, N response columns, H hidden size, Vs this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from megadistill.engines.kv_cache import Reading
 from megadistill.parallel.vocab import VocabShard
 
 
+class State(Protocol):
+    """What a model remembers of rows in slots 0 ... B - 1; only the first ones are decoded."""
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchanges the rows of two slots."""
+        ...
+
+    def sort(self, order: Sequence[int]) -> None:
+        """Slot i gets the row of slot ``order[i]``."""
+        ...
+
+
 class StepModel(Protocol):
-    """A causal decoder, one column at a time."""
+    """A causal decoder over preallocated columns. Communicates over the tensor-parallel group only."""
 
     shard: VocabShard
     device: torch.device
 
-    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """Reads left-padded prompts [B, P]; returns a state and the local logits [B, Vs] of the next token."""
+    def new_state(self, offsets: Sequence[int], columns: int) -> State:
+        """Room for rows whose first columns are ``offsets``."""
         ...
 
-    def decode(self, state: Any, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends tokens [B] to the state; returns the local logits [B, Vs] of the next token."""
+    def prefill(self, state: State, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Reads prompts that all end in the same column; hidden states [B, H] that predict the first tokens."""
         ...
 
-    def select(self, state: Any, rows: torch.Tensor) -> None:
-        """Keeps only the given rows (indices) of the state."""
+    def decode(self, state: State, tokens: torch.Tensor, column: int) -> torch.Tensor:
+        """Reads tokens [k] into a column of the first k slots, whatever that column held; hidden states [k, H]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's logits [k, Vs] of hidden states [k, H]."""
+        ...
+
+
+class Reader(Protocol):
+    """Reads whole rows, or goes on reading kept ones. Every call communicates alike, whatever is read."""
+
+    keeps_cache: bool
+
+    def new_state(self, offsets: Sequence[int], columns: int) -> State: ...
+
+    def read(self, readings: Sequence[Reading], state: State | None = None) -> list[torch.Tensor]:
+        """Hidden states [number of tokens, H] of each reading."""
         ...
 
 
@@ -60,12 +89,15 @@ class Rows:
         """The same prompts with other responses."""
         return Rows(self.sequence_ids, self.prompts, tuple(tuple(r) for r in responses))
 
+    def __len__(self) -> int:
+        return len(self.prompts)
+
 
 class Scores(NamedTuple):
     """The teacher's reading of responses, right-padded to N columns.
 
     ``kl_map`` [B, N] float, nats: KL(teacher || student) at every response position. ``teacher_tokens`` [B, N] int64:
-    the teacher's own token there. ``mask`` [B, N] bool: positions that exist.
+    the teacher's own token there. ``mask`` [B, N] bool: positions that were read.
     """
 
     kl_map: torch.Tensor
@@ -73,7 +105,9 @@ class Scores(NamedTuple):
     mask: torch.Tensor
 
 
-class Scorer(Protocol):
-    """Reads prompt + response once with teacher and student. ``round_index`` keys sampled teacher tokens."""
+class Correction(NamedTuple):
+    """The teacher's token for one position of a row."""
 
-    def __call__(self, rows: Rows, round_index: int) -> Scores: ...
+    row: int
+    position: int
+    token: int

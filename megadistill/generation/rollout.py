@@ -1,4 +1,9 @@
-"""Decoding: prompts in, responses out, the same tokens on every layout.
+"""Decoding: prompts in, responses out, the same tokens on every layout; and writing on after a correction.
+
+All rows of a wave end their prompts in one column, so response position p is column ``width + p`` for all of them. Rows
+that are being written are the first slots of the cache: a row that ends changes places with the last of them, a row
+that joins with the first of the others. So there is no scatter and no position of its own for any row, and the cache of
+ended rows stays for the correction (SCRG): sorted by error position, rows join the decoding when it reaches theirs.
 
 A random number depends on (seed, sequence id, response position, stream) only, never on the batch a row happens to be
 in.
@@ -10,11 +15,152 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megadistill.data.collate import left_padded
-from megadistill.generation.protocols import Rows, Sampling, StepModel
-from megadistill.generation.sampling import sample_tokens
+from megadistill.generation.protocols import Correction, Rows, Sampling, StepModel
+from megadistill.generation.sampling import draw_tokens
+from megadistill.parallel.rng import uniform
 
 MAX_ROWS = 64
+
+
+class Draft:
+    """One wave of rows while they are written: responses, the kept cache, and the hidden states that made each token.
+
+    ``limits[row]`` is the most tokens its response may have; EOS (kept) ends it earlier.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        rows: Rows,
+        *,
+        limits: Sequence[int],
+        eos_ids: frozenset[int],
+        sampling: Sampling,
+        keep_hidden: bool = False,
+    ) -> None:
+        self._model, self._rows, self._limits, self._eos, self._sampling = model, rows, list(limits), eos_ids, sampling
+        self._width, self._longest = max(map(len, rows.prompts)), max(0, *limits)
+        offsets = [self._width - len(prompt) for prompt in rows.prompts]
+        self._state = model.new_state(offsets, self._width + self._longest)
+        self._row_of = list(range(len(rows)))  # slot -> row
+        self._tokens = torch.zeros(len(rows), self._longest, dtype=torch.int64, device=model.device)  # by row
+        self._lengths = [0] * len(rows)
+        self._keep_hidden, self._hidden = keep_hidden, None
+
+    @property
+    def rows(self) -> Rows:
+        """The rows with what has been written so far."""
+        texts = self._tokens.tolist()
+        return self._rows.with_responses([text[:n] for text, n in zip(texts, self._lengths, strict=True)])
+
+    def hidden(self, row: int, start: int = 0) -> torch.Tensor:
+        """Hidden states [length - start, H] that predict the row's tokens from ``start`` on."""
+        assert self._hidden is not None, "made without keep_hidden"
+        return self._hidden[row, start : self._lengths[row]]
+
+    def write(self, stream: int) -> None:
+        """Reads the prompts and writes every row to its end. ``stream`` names the random numbers."""
+        hidden = self._model.prefill(self._state, self._rows.prompts)
+        if self._keep_hidden:
+            self._hidden = hidden.new_zeros(len(self._rows), self._longest, hidden.shape[1])
+        num_active = len(self._rows)
+        for slot in reversed(range(num_active)):
+            if self._limits[self._row_of[slot]] < 1:
+                num_active = self._leave(slot, num_active)
+        numbers = self._numbers(stream)
+        if num_active:
+            active = torch.tensor(self._row_of[:num_active], device=self._model.device)
+            num_active = self._append(hidden[active], active, num_active, 0, numbers)
+            self._write_on(num_active, [], 0, numbers)
+
+    def rewrite(self, corrections: Sequence[Correction], stream: int) -> None:
+        """Puts the teacher's tokens in and writes every corrected row on from there, keeping what it read before."""
+        waiting = []
+        for row, position, token in corrections:
+            assert 0 <= position < self._lengths[row], "a correction outside its response"
+            self._tokens[row, position] = token
+            self._lengths[row] = position + 1
+            if token not in self._eos and position + 1 < self._limits[row]:
+                waiting.append((position, row))
+        if not waiting:
+            return
+        waiting.sort()
+        joining = [row for _, row in waiting]
+        slot_of = {row: slot for slot, row in enumerate(self._row_of)}
+        order = [slot_of[row] for row in joining]
+        order += [slot for slot, row in enumerate(self._row_of) if row not in set(joining)]
+        self._state.sort(order)
+        self._row_of = [self._row_of[slot] for slot in order]
+        self._write_on(0, waiting, waiting[0][0], self._numbers(stream))
+
+    def _write_on(
+        self, num_active: int, waiting: list[tuple[int, int]], position: int, numbers: torch.Tensor | None
+    ) -> None:
+        """Decodes from ``position`` on, whose tokens are known, until every row has ended.
+
+        ``waiting``: (position, row) of the rows that join later, sorted; they wait in slots behind the active ones, in
+        this order.
+        """
+        next_slot, waiting = num_active, waiting[::-1]
+        active: torch.Tensor | None = None
+        while num_active or waiting:
+            if not num_active:
+                position = waiting[-1][0]
+            while waiting and waiting[-1][0] == position:
+                assert self._row_of[next_slot] == waiting.pop()[1]
+                self._swap(next_slot, num_active)
+                num_active, next_slot, active = num_active + 1, next_slot + 1, None
+            if active is None:
+                active = torch.tensor(self._row_of[:num_active], device=self._model.device)
+            column = self._width + position
+            hidden = self._model.decode(self._state, self._tokens[active, position], column)
+            position += 1
+            still = self._append(hidden, active, num_active, position, numbers)
+            if still != num_active:
+                num_active, active = still, None
+
+    def _append(
+        self, hidden: torch.Tensor, active: torch.Tensor, num_active: int, position: int, numbers: torch.Tensor | None
+    ) -> int:
+        """Draws the token at ``position`` of every active row; rows that end leave. Returns how many stay."""
+        tokens = draw_tokens(
+            self._model.logits(hidden),
+            self._model.shard,
+            None if numbers is None else numbers[active, position],
+            temperature=self._sampling.temperature,
+            top_k=self._sampling.top_k,
+            top_p=self._sampling.top_p,
+        )
+        self._tokens[active, position] = tokens
+        if self._hidden is not None:
+            self._hidden[active, position] = hidden
+        ended = []
+        for slot, token in enumerate(tokens.tolist()):
+            row = self._row_of[slot]
+            self._lengths[row] = position + 1
+            if token in self._eos or position + 1 >= self._limits[row]:
+                ended.append(slot)
+        if len(ended) == num_active:  # nobody is left whom a change of places would serve
+            return 0
+        for slot in reversed(ended):
+            num_active = self._leave(slot, num_active)
+        return num_active
+
+    def _leave(self, slot: int, num_active: int) -> int:
+        self._swap(slot, num_active - 1)
+        return num_active - 1
+
+    def _swap(self, a: int, b: int) -> None:
+        self._state.swap(a, b)
+        self._row_of[a], self._row_of[b] = self._row_of[b], self._row_of[a]
+
+    def _numbers(self, stream: int) -> torch.Tensor | None:
+        """Random numbers [B, N] of every position, drawn at once; greedy text needs none."""
+        if self._sampling.temperature == 0:
+            return None
+        ids = torch.tensor(self._rows.sequence_ids, device=self._model.device).repeat_interleave(self._longest)
+        positions = torch.arange(self._longest, device=ids.device).repeat(len(self._rows))
+        return uniform(self._sampling.seed, ids, positions, stream=stream).view(len(self._rows), self._longest)
 
 
 def rollout(
@@ -23,69 +169,28 @@ def rollout(
     *,
     limits: Sequence[int],
     eos_ids: frozenset[int],
-    pad_id: int,
     sampling: Sampling,
     stream: int = 0,
     max_rows: int = MAX_ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> Rows:
-    """Continues every row until EOS (kept) or until its response has ``limits[row]`` tokens.
+    """Writes a response to every prompt, up to EOS (kept) or ``limits[row]`` tokens, ``max_rows`` rows at a time.
 
-    The responses in ``rows`` are prefixes that stay; a row whose prefix has ended is returned as it is. ``stream``
-    separates the random numbers of several continuations of one row. ``progress`` is called with the number of
-    finished rows. Communicates over the tensor-parallel group only: data-parallel ranks may hold different numbers of
-    rows and columns.
+    ``progress`` is called with the number of finished rows. Communicates over the tensor-parallel group only:
+    data-parallel ranks may hold different numbers of rows and columns.
     """
-    responses = [list(response) for response in rows.responses]
-    todo = [
-        i
-        for i, response in enumerate(responses)
-        if len(response) < limits[i] and not (response and response[-1] in eos_ids)
-    ]
-    for start in range(0, len(todo), max_rows):
-        part = todo[start : start + max_rows]
-        _decode(model, rows, responses, part, limits, eos_ids, pad_id, sampling, stream)
+    # Prompts of like lengths together: less padding.
+    order = sorted(range(len(rows)), key=lambda row: len(rows.prompts[row]))
+    responses: list[tuple[int, ...]] = [()] * len(rows)
+    for start in range(0, len(order), max_rows):
+        part = order[start : start + max_rows]
+        wave = Rows(
+            tuple(rows.sequence_ids[row] for row in part), tuple(rows.prompts[row] for row in part), ((),) * len(part)
+        )
+        draft = Draft(model, wave, limits=[limits[row] for row in part], eos_ids=eos_ids, sampling=sampling)
+        draft.write(stream)
+        for row, response in zip(part, draft.rows.responses, strict=True):
+            responses[row] = response
         if progress is not None:
             progress(len(part))
     return rows.with_responses(responses)
-
-
-def _decode(
-    model: StepModel,
-    rows: Rows,
-    responses: list[list[int]],
-    part: list[int],
-    limits: Sequence[int],
-    eos_ids: frozenset[int],
-    pad_id: int,
-    sampling: Sampling,
-    stream: int,
-) -> None:
-    """Decodes the rows ``part`` together, appending to ``responses``; finished rows leave the batch."""
-    batch = left_padded([[*rows.prompts[i], *responses[i]] for i in part], pad_id).to(model.device)
-    state, logits = model.prefill(batch.input_ids, batch.attention_mask)
-    active = list(part)
-    while True:
-        tokens = sample_tokens(
-            logits,
-            model.shard,
-            seed=sampling.seed,
-            sequence_ids=torch.tensor([rows.sequence_ids[i] for i in active], device=model.device),
-            positions=torch.tensor([len(responses[i]) for i in active], device=model.device),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            stream=stream,
-        )
-        keep = []
-        for column, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            responses[row].append(token)
-            if token not in eos_ids and len(responses[row]) < limits[row]:
-                keep.append(column)
-        if not keep:
-            return
-        if len(keep) < len(active):
-            kept = torch.tensor(keep, device=model.device)
-            model.select(state, kept)
-            tokens, active = tokens[kept], [active[column] for column in keep]
-        logits = model.decode(state, tokens)

@@ -22,6 +22,8 @@ from megadistill.parallel.vocab import VocabShard
 _DIGIT_BITS = 4  # the highest digit of 64 wraps round, as two's complement should
 # Slack against round-off when classes add up to top_p exactly (four equal ones and top_p=0.5).
 _MASS_SLACK = 1e-12
+# Classes whose masses are added up before the cumulative sum, which is slow: one of groups, then one within a group.
+_GROUP = 128
 
 
 @torch.no_grad()
@@ -46,22 +48,43 @@ def sample_tokens(
     Communicates over `shard.group`: 2 floats and 1 integer a row; top_k adds k floats, top_p 8 exchanges of 15 floats
     (16 for float64 logits). Logits are never gathered. Raises ConfigError for arguments out of range.
     """
-    _check(logits_shard, shard, sequence_ids, positions, temperature, top_k, top_p)
+    if sequence_ids.shape != logits_shard.shape[:1] or positions.shape != logits_shard.shape[:1]:
+        raise ValueError(
+            f"sequence_ids {tuple(sequence_ids.shape)} and positions {tuple(positions.shape)} must be "
+            f"({len(logits_shard)},)"
+        )
+    numbers = None if temperature == 0 else uniform(seed, sequence_ids, positions, stream=stream)
+    return draw_tokens(logits_shard, shard, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+@torch.no_grad()
+def draw_tokens(
+    logits_shard: Tensor,
+    shard: VocabShard,
+    numbers: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """`sample_tokens` with the rows' random numbers [B] in (0, 1) at hand; greedy needs none."""
+    _check(logits_shard, shard, temperature, top_k, top_p)
     if temperature == 0:
         return _greedy(logits_shard, shard)
-    scaled_BV = logits_shard.to(torch.float64) / temperature
+    assert numbers is not None
+    scaled_BV = logits_shard
+    if temperature != 1:
+        scaled_BV = scaled_BV.to(torch.float64) / temperature
     if 0 < top_k < shard.total:
         scaled_BV = _keep_top_k(scaled_BV, shard, top_k)
     if top_p < 1:
-        scaled_BV = _keep_top_p(scaled_BV, _ordered_bits(logits_shard), shard, top_p)
-    return _draw(scaled_BV, shard, uniform(seed, sequence_ids, positions, stream=stream))
+        scaled_BV = _keep_top_p(scaled_BV.to(torch.float64), _ordered_bits(logits_shard), shard, top_p)
+    return _draw(scaled_BV, shard, numbers)
 
 
 def _check(
     logits: Tensor,
     shard: VocabShard,
-    sequence_ids: Tensor,
-    positions: Tensor,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -76,10 +99,6 @@ def _check(
         raise ConfigError(f"a shard of {shard.size} of {shard.total} classes needs its process group")
     if logits.dim() != 2 or logits.shape[1] != shard.size:
         raise ValueError(f"logits_shard has shape {tuple(logits.shape)}, expected [B, {shard.size}]")
-    if sequence_ids.shape != logits.shape[:1] or positions.shape != logits.shape[:1]:
-        raise ValueError(
-            f"sequence_ids {tuple(sequence_ids.shape)} and positions {tuple(positions.shape)} must be ({len(logits)},)"
-        )
 
 
 def _greedy(logits_BV: Tensor, shard: VocabShard) -> Tensor:
@@ -93,9 +112,9 @@ def _greedy(logits_BV: Tensor, shard: VocabShard) -> Tensor:
 
 def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor) -> Tensor:
     """The class whose piece of the cumulative distribution holds number [B]."""
-    largest = _largest(scaled_BV)
-    cumulative_BV = torch.exp(scaled_BV - _finite(largest).unsqueeze(-1)).cumsum_(-1)
-    local_mass = cumulative_BV[:, -1] if shard.size else torch.zeros_like(largest)
+    largest = _largest(scaled_BV).to(torch.float64)
+    mass_BGC, bounds_BG = _masses(scaled_BV, _finite(largest))
+    local_mass = bounds_BG[:, -1]
     gathered = all_gather_rows(torch.stack([largest, local_mass], -1), shard.group)
     scales = torch.exp(gathered[..., 0] - _finite(gathered[..., 0].amax(0)))
     bounds = (gathered[..., 1] * scales).cumsum(0)
@@ -105,11 +124,38 @@ def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor) -> Tensor:
     if shard.size == 0:
         return all_reduce_sum(torch.zeros_like(owner), shard.group)
     before = bounds[shard.tp_rank - 1] if shard.tp_rank else zero
-    # Within the last class with mass, whatever round-off did to the shard's share of the target.
-    local_target = torch.minimum((target - before) / scales[shard.tp_rank], torch.nextafter(local_mass, zero))
-    index = torch.searchsorted(cumulative_BV, local_target.unsqueeze(-1), right=True).squeeze(-1)
+    local_target = (target - before) / scales[shard.tp_rank]
+    index = _find(mass_BGC, bounds_BG, local_target)
     token = torch.where(owner == shard.tp_rank, index.clamp_max(shard.size - 1) + shard.start, 0)
     return all_reduce_sum(token, shard.group)
+
+
+def _masses(scaled_BV: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scaled - largest) in groups of classes [B, G, C], and the mass up to the end of each group [B, G]."""
+    num_rows, num_classes = scaled_BV.shape
+    num_groups = max(1, -(-num_classes // _GROUP))
+    mass = torch.empty(num_rows, num_groups * _GROUP, dtype=torch.float64, device=scaled_BV.device)
+    mass[:, num_classes:] = 0
+    kept = mass[:, :num_classes]
+    torch.sub(scaled_BV, largest.unsqueeze(-1), out=kept)
+    kept.exp_()
+    mass_BGC = mass.view(num_rows, num_groups, _GROUP)
+    return mass_BGC, mass_BGC.sum(-1).cumsum_(-1)
+
+
+def _find(mass_BGC: Tensor, bounds_BG: Tensor, target: Tensor) -> Tensor:
+    """[B] the class in whose piece of the shard's mass the target lies: first its group, then its place there."""
+
+    def first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
+        # Within the last piece with mass, whatever round-off did to the target.
+        wanted = torch.minimum(wanted, torch.nextafter(cumulative[:, -1], torch.zeros_like(wanted)))
+        found = torch.searchsorted(cumulative, wanted.unsqueeze(-1), right=True)
+        return found.clamp_max(cumulative.shape[1] - 1)
+
+    group = first_above(bounds_BG, target)
+    before = torch.where(group > 0, bounds_BG.gather(-1, (group - 1).clamp_min(0)), 0.0).squeeze(-1)
+    inside = mass_BGC.gather(1, group.unsqueeze(-1).expand(-1, 1, _GROUP)).squeeze(1).cumsum_(-1)
+    return group.squeeze(-1) * _GROUP + first_above(inside, target - before).squeeze(-1)
 
 
 def _keep_top_k(scaled_BV: Tensor, shard: VocabShard, top_k: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The teacher's reading of student text: where the two disagree, and what the teacher would have written.
 
-Shapes: B rows, S columns, N response columns, n response tokens of all rows, H hidden size.
+Shapes: B rows, N response columns, n response tokens of all rows, H hidden size.
 """
 
 from __future__ import annotations
@@ -9,41 +9,60 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch.nn import functional as F
 
-from megadistill.data.collate import IGNORE_INDEX, right_padded
+from megadistill.engines.kv_cache import Reading
 from megadistill.generation.policy import STREAM_TEACHER_TOKEN
-from megadistill.generation.protocols import Rows, Scores
-from megadistill.generation.sampling import sample_tokens
+from megadistill.generation.protocols import Reader, Rows, Scores
+from megadistill.generation.sampling import draw_tokens
 from megadistill.losses import Head, token_kl
 from megadistill.losses.config import Backend
+from megadistill.parallel.rng import uniform
 from megadistill.parallel.vocab import VocabShard
 
-HiddenFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 HeadContext = Callable[[], AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]]
-_SAMPLE_CHUNK = 256
+# Elements of the float64 masses of which teacher tokens are drawn.
+_DRAW_ELEMENTS = 2**20
 
 
-def response_hidden(
-    hidden: HiddenFunction, rows: Rows, *, pad_id: int, device: torch.device, rows_per_pass: int
-) -> list[torch.Tensor]:
-    """Hidden states that predict each response token: one [length of the response, H] tensor a row.
+class ReadText:
+    """Text of a wave of rows as a model reads it: ``hidden[row]`` [length of the response, H] predict its tokens.
 
-    ``hidden(input_ids, attention_mask, position_ids)`` is called ceil(B / rows_per_pass) times, however long the rows
-    are: under ZeRO-3 all data-parallel ranks must make the same number of calls, so B is the same on all of them.
+    A correction changes the end of a row only, so its beginning is read once: with a reader that keeps its cache
+    nothing is read twice, another one reads changed rows anew. Each ``update`` is one call of the reader.
     """
-    found: list[torch.Tensor] = []
-    sequences = list(zip(rows.prompts, rows.responses, strict=True))
-    for start in range(0, len(sequences), rows_per_pass):
-        batch = right_padded(sequences[start : start + rows_per_pass], pad_id)
-        states = hidden(batch.input_ids.to(device), batch.attention_mask.to(device), batch.position_ids.to(device))
-        is_response = (batch.labels != IGNORE_INDEX).to(device)
-        found.extend(row_states[row_mask] for row_states, row_mask in zip(states, is_response, strict=True))
-    return found
+
+    def __init__(self, reader: Reader, prompts: Sequence[Sequence[int]], max_columns: int, *, keep: bool) -> None:
+        self._reader, self._prompts = reader, prompts
+        self._state = reader.new_state([0] * len(prompts), max_columns) if keep and reader.keeps_cache else None
+        self.hidden: list[torch.Tensor | None] = [None] * len(prompts)
+
+    def update(self, responses: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        """Reads ``responses[row]`` whose tokens from ``starts[row]`` on are predicted by states not yet known."""
+        readings, places = [], []
+        for row, (prompt, response, start) in enumerate(zip(self._prompts, responses, starts, strict=True)):
+            if not self._reader.keeps_cache:
+                # Such a reader makes a call for every few rows: all rows, or ranks would differ in the number of calls.
+                start = 0
+            elif start >= len(response):
+                kept = self.hidden[row]
+                self.hidden[row] = None if kept is None else kept[: len(response)]
+                continue
+            if start and self._state is not None:
+                first, tokens = len(prompt) + start - 1, response[start - 1 : -1]
+            else:
+                start, first, tokens = 0, 0, (*prompt, *response[:-1])
+            readings.append(Reading(row, first, tokens))
+            places.append((row, start, len(response)))
+        states = self._reader.read(readings, self._state)
+        for (row, start, length), found in zip(places, states, strict=True):
+            kept = self.hidden[row]
+            new = found[len(found) - (length - start) :]
+            self.hidden[row] = new if start == 0 or kept is None else torch.cat([kept[:start], new])
 
 
 def score_rows(
     rows: Rows,
+    starts: Sequence[int],
     *,
     student_hidden: Sequence[torch.Tensor],
     student_head: tuple[torch.Tensor, torch.Tensor | None],
@@ -55,51 +74,38 @@ def score_rows(
     sample_teacher: bool,
     backend: Backend = "auto",
 ) -> Scores:
-    """KL map and teacher tokens of every response position (method.md section 1).
+    """KL map and teacher tokens of every response position from ``starts[row]`` on (method.md section 1).
 
-    Communicates over the tensor-parallel group as ``token_kl`` and ``sample_tokens`` do, and gathers the teacher's
-    head once.
+    ``student_hidden``, ``teacher_hidden``: [length - start, H] a row. Communicates over the tensor-parallel group as
+    ``token_kl`` does, and for sampled teacher tokens as ``draw_tokens`` does, and gathers the teacher's head once. The
+    teacher's tokens are drawn from the logits of which the KL is computed.
     """
-    device = student_hidden[0].device
+    device = student_head[0].device
     lengths = torch.tensor([len(response) for response in rows.responses], device=device)
-    mask = torch.arange(int(lengths.max()), device=device)[None] < lengths[:, None]
-    student = Head(torch.cat(list(student_hidden)), *student_head)
+    columns = torch.arange(int(lengths.max()), device=device)
+    first = torch.tensor(list(starts), device=device)
+    mask = (columns[None] >= first[:, None]) & (columns[None] < lengths[:, None])
+    row, column = mask.nonzero(as_tuple=True)
+    sequence_ids = torch.tensor(rows.sequence_ids, device=device)[row]
+    numbers = uniform(seed, sequence_ids, column, stream=STREAM_TEACHER_TOKEN + round_index)
+    drawn = torch.zeros(len(row), dtype=torch.int64, device=device)
+    rows_at_once = max(1, _DRAW_ELEMENTS // max(1, shard.total // shard.tp_size))
+
+    def draw(chunk: slice, logits: torch.Tensor) -> None:
+        parts = zip(logits.split(rows_at_once), numbers[chunk].split(rows_at_once), strict=True)
+        drawn[chunk] = torch.cat([draw_tokens(part, shard, number) for part, number in parts])
+
     with teacher_head() as (weight, bias):
-        teacher = Head(torch.cat(list(teacher_hidden)), weight, bias)
-        kl, teacher_tokens = token_kl(student, teacher, shard, backend=backend)
-        if sample_teacher:
-            sequence_ids = torch.tensor(rows.sequence_ids, device=device).repeat_interleave(lengths)
-            positions = torch.cat([torch.arange(n, device=device) for n in lengths.tolist()])
-            teacher_tokens = _sample_from_head(
-                teacher, shard, seed, sequence_ids, positions, STREAM_TEACHER_TOKEN + round_index
-            )
+        student = Head(_together(student_hidden, student_head[0]), *student_head)
+        teacher = Head(_together(teacher_hidden, weight), weight, bias)
+        kl, top1 = token_kl(student, teacher, shard, backend=backend, visit=draw if sample_teacher else None)
     kl_map = torch.zeros(mask.shape, dtype=kl.dtype, device=device)
     token_map = torch.zeros(mask.shape, dtype=torch.int64, device=device)
-    kl_map[mask], token_map[mask] = kl, teacher_tokens
+    kl_map[mask], token_map[mask] = kl, drawn if sample_teacher else top1
     return Scores(kl_map, token_map, mask)
 
 
-@torch.no_grad()
-def _sample_from_head(
-    head: Head, shard: VocabShard, seed: int, sequence_ids: torch.Tensor, positions: torch.Tensor, stream: int
-) -> torch.Tensor:
-    """One teacher token [n] per row, from logits that exist a chunk at a time."""
-    dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
-    weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    tokens = [
-        sample_tokens(
-            F.linear(hidden.to(dtype), weight, bias),
-            shard,
-            seed=seed,
-            sequence_ids=ids,
-            positions=at,
-            stream=stream,
-        )
-        for hidden, ids, at in zip(
-            head.hidden.split(_SAMPLE_CHUNK),
-            sequence_ids.split(_SAMPLE_CHUNK),
-            positions.split(_SAMPLE_CHUNK),
-            strict=True,
-        )
-    ]
-    return torch.cat(tokens)
+def _together(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """[n, H], also where there is nothing."""
+    found = [part for part in parts if len(part)]
+    return torch.cat(found) if found else weight.new_zeros(0, weight.shape[1])

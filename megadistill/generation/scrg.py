@@ -6,23 +6,25 @@ Shapes: B rows, N response columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megadistill.generation.protocols import Rows, Scorer
+from megadistill.generation.protocols import Correction, Rows, Scores
 
 NO_ERROR = -1
 
 
 @dataclass(frozen=True)
 class Revision:
-    """Corrected rows and, for each row, where its first correction was (-1: none) and how many rounds changed it."""
+    """Corrected rows and, for each row, where its first correction was (-1: none), how many rounds changed it, and from
+    which position on the teacher has not read it (its length: all is read)."""
 
     rows: Rows
     error_positions: tuple[int, ...]
     num_corrections: tuple[int, ...]
+    unread_from: tuple[int, ...]
 
 
 def find_error_positions(
@@ -45,63 +47,44 @@ def find_error_positions(
     return torch.where(is_largest.any(dim=1), (is_largest * ramp).argmax(dim=1), NO_ERROR)
 
 
-def revise(rows: Rows, *, score: Scorer, write_on: Callable[[Rows, int], Rows], rounds: int) -> Revision:
+def revise(
+    rows: Rows,
+    *,
+    score: Callable[[Rows, Sequence[int], int], Scores],
+    rewrite: Callable[[Sequence[Correction], int], Rows],
+    rounds: int,
+) -> Revision:
     """Corrects every row ``rounds`` times, each later round only right of the last correction (ours: so rounds end).
 
-    ``score(rows, round)`` is the teacher's reading; ``write_on(rows, round)`` is the student's continuation of the kept
-    prefixes. A teacher token that is EOS ends its row. Every rank runs all rounds, whatever its rows look like, because
-    scoring communicates.
+    ``score(rows, starts, round)`` is the teacher's reading of each response from ``starts[row]`` on; what lies left of
+    it has been scored. ``rewrite(corrections, round)`` puts the teacher's tokens in and lets the student write on; a
+    teacher token that is EOS ends its row. Every rank runs all rounds, whatever its rows look like, because scoring
+    communicates.
     """
-    first = [NO_ERROR] * len(rows.responses)
-    last = [NO_ERROR] * len(rows.responses)
-    counts = [0] * len(rows.responses)
+    first = [NO_ERROR] * len(rows)
+    starts = [0] * len(rows)
+    counts = [0] * len(rows)
     for round_index in range(rounds):
-        scores = score(rows, round_index)
-        width = scores.kl_map.shape[1]
-        columns = torch.arange(width, device=scores.mask.device)
-        # A row without an error in one round is unchanged and would be found without one again.
-        is_open = torch.tensor(
-            [round_index == 0 or count == round_index for count in counts], device=scores.mask.device
-        )
-        right_of_last = columns[None] > torch.tensor(last, device=scores.mask.device)[:, None]
-        student_tokens = torch.tensor(
-            [[*response, *[0] * (width - len(response))] for response in rows.responses],
-            device=scores.mask.device,
-            dtype=torch.int64,
-        ).reshape(len(rows.responses), width)
+        scores = score(rows, starts, round_index)
         positions = find_error_positions(
-            scores.kl_map, student_tokens, scores.teacher_tokens, scores.mask & right_of_last & is_open[:, None]
+            scores.kl_map, _padded(rows.responses, scores.mask), scores.teacher_tokens, scores.mask
         ).tolist()
-        prefixes = []
-        for row, (response, position) in enumerate(zip(rows.responses, positions, strict=True)):
-            if position == NO_ERROR:
-                prefixes.append(response)
-                continue
-            prefixes.append((*response[:position], int(scores.teacher_tokens[row, position])))
+        tokens = scores.teacher_tokens.tolist()
+        corrections = [
+            Correction(row, position, tokens[row][position])
+            for row, position in enumerate(positions)
+            if position != NO_ERROR
+        ]
+        rows = rewrite(corrections, round_index)
+        # A row without an error is unchanged, and would be found without one again.
+        starts = [len(response) for response in rows.responses]
+        for row, position, _ in corrections:
             first[row] = position if first[row] == NO_ERROR else first[row]
-            last[row], counts[row] = position, counts[row] + 1
-        rows = _write_on_changed(rows, prefixes, positions, write_on, round_index)
-    return Revision(rows, tuple(first), tuple(counts))
+            starts[row], counts[row] = position + 1, counts[row] + 1
+    return Revision(rows, tuple(first), tuple(counts), tuple(starts))
 
 
-def _write_on_changed(
-    rows: Rows,
-    prefixes: list[tuple[int, ...]],
-    positions: list[int],
-    write_on: Callable[[Rows, int], Rows],
-    round_index: int,
-) -> Rows:
-    """The student continues the corrected rows; the others (which may have been cut by the limit) stay untouched."""
-    changed = [row for row, position in enumerate(positions) if position != NO_ERROR]
-    if not changed:
-        return rows
-    part = Rows(
-        tuple(rows.sequence_ids[row] for row in changed),
-        tuple(rows.prompts[row] for row in changed),
-        tuple(prefixes[row] for row in changed),
-    )
-    written = write_on(part, round_index)
-    responses = list(rows.responses)
-    for row, response in zip(changed, written.responses, strict=True):
-        responses[row] = response
-    return rows.with_responses(responses)
+def _padded(responses: Sequence[Sequence[int]], mask: torch.Tensor) -> torch.Tensor:
+    width = mask.shape[1]
+    padded = [[*response, *[0] * (width - len(response))] for response in responses]
+    return torch.tensor(padded, dtype=torch.int64, device=mask.device).reshape(mask.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -26,12 +27,15 @@ def token_kl(
     *,
     chunk_tokens: int | Literal["auto"] = "auto",
     backend: Backend = "auto",
+    visit: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(kl_map [T] in nats, teacher_top1 [T] int64): sum_c p_c (log p_c - log q_c), and argmax p (lowest class if tied).
 
     At temperature 1, without gradient, float32 or better; every row counts. Rows whose hidden state is not finite
-    give a map that is not finite there and nowhere else. Communicates 6 floats a row in one all-gather a chunk over
-    `shard.group`. Raises ValueError for shapes that do not fit.
+    give a map that is not finite there and nowhere else. `visit(rows, logits [C, V])` sees the teacher's logits of each
+    chunk, up to a constant (the teacher's own token is drawn from them); it must neither change nor keep them.
+    Communicates 6 floats a row in one all-gather a chunk over `shard.group`. Raises ValueError for shapes that do not
+    fit.
     """
     check_shard(shard)
     if not isinstance(teacher, Head):
@@ -64,6 +68,8 @@ def token_kl(
             gathered = all_gather_rows(torch.stack(columns, -1), shard.group)
             kl_map[chunk] = _merge_kl(*gathered[..., :5].double().unbind(-1)).to(dtype)
             top1[chunk] = merge_argmax(gathered[..., 2], gathered[..., 5], shard)
+            if visit is not None:
+                visit(chunk, teacher_CV)
     return kl_map, top1
 
 

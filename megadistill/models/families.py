@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megadistill.errors import ConfigError
+from megadistill.models.decoder_plan import DecoderPlan, gpt2_plan, llama_plan, opt_plan
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Family:
     ``head_counts`` names the configuration attributes whose values tp_size must divide. ``partition_config`` is
     AutoTP's explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``after_cut``
     corrects what AutoTP forgets, ``export`` turns a full (name, tensor) pair back into the family's standard layout.
+    ``plan`` describes a prepared model to the project's decoder; None where only the family's own forward will do.
     """
 
     head_counts: tuple[str, ...]
+    plan: Callable[[nn.Module], DecoderPlan | None]
     partition_config: dict[str, Any] | None = None
     prepare: Callable[[nn.Module], None] | None = None
     after_cut: Callable[[nn.Module, int], None] | None = None
@@ -74,12 +77,13 @@ _GPT2_PARTITION = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(head_counts=("num_attention_heads", "num_key_value_heads")),
-    "qwen2": Family(head_counts=("num_attention_heads", "num_key_value_heads")),
-    "qwen3": Family(head_counts=("num_attention_heads", "num_key_value_heads")),
-    "opt": Family(head_counts=("num_attention_heads",)),
+    "llama": Family(head_counts=("num_attention_heads", "num_key_value_heads"), plan=llama_plan),
+    "qwen2": Family(head_counts=("num_attention_heads", "num_key_value_heads"), plan=llama_plan),
+    "qwen3": Family(head_counts=("num_attention_heads", "num_key_value_heads"), plan=llama_plan),
+    "opt": Family(head_counts=("num_attention_heads",), plan=opt_plan),
     "gpt2": Family(
         head_counts=("num_attention_heads",),
+        plan=gpt2_plan,
         partition_config=_GPT2_PARTITION,
         prepare=_gpt2_conv1d_to_linear,
         after_cut=_gpt2_split_sizes,

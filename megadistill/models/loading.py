@@ -170,13 +170,6 @@ def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_siz
     return tokenizer_size
 
 
-def new_cache() -> Any:
-    """An empty key-value cache that grows with what a decoder reads; it holds the heads of this rank."""
-    from transformers.cache_utils import DynamicCache
-
-    return DynamicCache()
-
-
 def _neighbours(path: Path) -> str:
     import difflib
 

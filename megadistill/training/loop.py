@@ -14,6 +14,7 @@ from megadistill.errors import CheckpointError, DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
+from megadistill.generation.replay_buffer import merge, split
 from megadistill.losses.backends import choose_backend
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
@@ -37,6 +38,8 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
         log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
         return {}
     begun, metrics, last_eval = time.perf_counter(), {}, {}
+    if first_step == 0 and parts.policy.schedule is not None and config.train.eval_every:
+        _observe(parts, validate(parts, data))  # what phi compares the first validation with
     with (
         _Record(start.run_dir, context, first_step) as record,
         progress_bar(description="train", total=config.train.max_steps, unit="step", rank=context.rank) as bar,
@@ -51,6 +54,7 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
             metrics["memory/peak_bytes"] = float(peak_bytes(context.device))
             if config.train.eval_every and (done % config.train.eval_every == 0 or done == config.train.max_steps):
                 last_eval = validate(parts, data)
+                _observe(parts, last_eval)
                 metrics |= last_eval
                 log.info(f"step {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in last_eval.items()))
             record.write(done, metrics, context.gather_objects_over_dp(result.samples))
@@ -99,6 +103,12 @@ def validate(parts: Parts, data: TrainingData) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _observe(parts: Parts, validation: dict[str, float]) -> None:
+    """Lets phi follow the validation loss (mode off_policy)."""
+    if parts.policy.schedule is not None and "eval/nll" in validation:
+        parts.policy.schedule.observe(validation["eval/nll"])
+
+
 class _Record:
     """metrics.jsonl, TensorBoard and samples.jsonl; files are written by rank 0 only."""
 
@@ -128,8 +138,7 @@ def _restore(parts: Parts, start: Start) -> int:
     first_step = 0
     if start.checkpoint is not None:
         first_step, state = load_checkpoint(start.checkpoint, parts.student, _trainer_state(parts), context)
-        if parts.gate is not None:
-            parts.gate.load_state_dict(state["gate"])
+        _load_trainer_state(parts, state)
         if first_step > config.train.max_steps:
             raise CheckpointError(
                 f"{start.checkpoint} is at step {first_step}, past train.max_steps={config.train.max_steps}"
@@ -147,7 +156,22 @@ def _saves(config: RunConfig, done: int) -> bool:
 
 
 def _trainer_state(parts: Parts) -> dict[str, Any]:
-    return {} if parts.gate is None else {"gate": parts.gate.state_dict()}
+    """What a checkpoint holds beside the student, the same on every rank and at every layout (the replay buffer is
+    gathered over the data-parallel group)."""
+    state: dict[str, Any] = {} if parts.gate is None else {"gate": parts.gate.state_dict()}
+    if parts.policy.schedule is not None and parts.policy.buffer is not None:
+        shards = parts.context.gather_objects_over_dp(parts.policy.buffer.state_dict())
+        state["off_policy"] = {"schedule": parts.policy.schedule.state_dict(), "buffer": merge(shards)}
+    return state
+
+
+def _load_trainer_state(parts: Parts, state: dict[str, Any]) -> None:
+    if parts.gate is not None:
+        parts.gate.load_state_dict(state["gate"])
+    if parts.policy.schedule is not None and parts.policy.buffer is not None:
+        parts.policy.schedule.load_state_dict(state["off_policy"]["schedule"])
+        shard = split(state["off_policy"]["buffer"], parts.context.dp_rank, parts.context.dp_size)
+        parts.policy.buffer.load_state_dict(shard)
 
 
 def _save(parts: Parts, run_dir: Path, step: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +11,22 @@ import torch
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
+from megadistill.data.tokenize import TokenizedExample
 from megadistill.engines.student import Student
 from megadistill.engines.teacher import PartitionedModel
-from megadistill.generation.protocols import Rows
-from megadistill.generation.scoring import response_hidden
+from megadistill.generation.policy import TextPolicy
+from megadistill.generation.protocols import Reader
+from megadistill.generation.waves import WavePlan
 from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.gate import GateTrainer
 
+TeacherTexts = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> response
+
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a step needs. ``teacher`` and ``gate`` are None where the configuration has no use for them."""
+    """Everything a step needs. Optional parts are None where the configuration has no use for them."""
 
     config: RunConfig
     context: ParallelContext
@@ -34,20 +38,23 @@ class Parts:
     student: Student
     teacher: PartitionedModel | None
     gate: GateTrainer | None
+    policy: TextPolicy
+    waves: WavePlan
+    teacher_texts: TeacherTexts | None = None
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""
         return min(self.config.generation.max_new_tokens, self.config.data.max_tokens - prompt_length)
 
-    def response_hidden(self, hidden: Callable[..., torch.Tensor], rows: Rows) -> list[torch.Tensor]:
-        """``generation.scoring.response_hidden`` with this run's padding and batch width."""
-        return response_hidden(
-            hidden,
-            rows,
-            pad_id=self.pad_id,
-            device=self.context.device,
-            rows_per_pass=self.config.train.micro_batch_size,
-        )
+    def reader(self) -> Reader:
+        """The teacher as a reader of text."""
+        assert self.teacher is not None
+        return self.teacher.reader(self.config.train.micro_batch_size)
+
+    def teacher_text(self, example: TokenizedExample) -> tuple[int, ...]:
+        """The teacher's own response to a prompt, for mode teacher."""
+        assert self.teacher_texts is not None
+        return self.teacher_texts[example.prompt_ids]
 
     @contextmanager
     def teacher_head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None] | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,27 @@ from megadistill.data.tokenize import (
 from megadistill.engines.student import trained_model
 from megadistill.engines.teacher import frozen_model
 from megadistill.errors import ConfigError, DataError
+from megadistill.generation.policy import TextPolicy
+from megadistill.generation.rollout import MAX_ROWS
+from megadistill.generation.waves import WavePlan, plan_waves
 from megadistill.losses import LossConfig, QuantileGate
 from megadistill.losses.backends import check_backend
+from megadistill.models.decoder_plan import kv_bytes_per_token
 from megadistill.models.families import head_counts
-from megadistill.models.loading import LoadedModel, check_positions, load_model, load_model_config, shared_vocab_size
+from megadistill.models.loading import (
+    DTYPES,
+    LoadedModel,
+    check_positions,
+    load_model,
+    load_model_config,
+    shared_vocab_size,
+)
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.gate import GateTrainer
 from megadistill.training.parts import Parts
-from megadistill.training.step import BatchRow
+from megadistill.training.teacher_text import teacher_texts
+from megadistill.training.texts import BatchRow
 
 # Random weights of teacher and student differ although both come from run.seed.
 _TEACHER_SEED, _STUDENT_SEED = 1, 2
@@ -192,10 +205,16 @@ def load_models(config: RunConfig, tokenizer: Any) -> tuple[LoadedModel, LoadedM
     return student, load("model.teacher.path", config.model.teacher.dtype, _TEACHER_SEED)
 
 
-def build_parts(config: RunConfig, context: ParallelContext, tokenizer: Any) -> Parts:
-    """Loads and partitions both models and makes the gate (collective over the world)."""
+def build_parts(
+    config: RunConfig, context: ParallelContext, tokenizer: Any, rows: Sequence[TokenizedExample] = ()
+) -> Parts:
+    """Loads and partitions both models and makes the gate (collective over the world).
+
+    ``rows``: everything that mode ``teacher`` will train on; the teacher writes its text here.
+    """
     loss = loss_config(config.loss)
     check_backend(loss.backend, context.device)
+    waves = _waves(config, context)
     student_model, teacher_model = load_models(config, tokenizer)
     zero_stage = config.parallel.zero_stage
     teacher = None
@@ -215,15 +234,51 @@ def build_parts(config: RunConfig, context: ParallelContext, tokenizer: Any) -> 
         gate = GateTrainer(
             QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
         )
+    eos_ids = frozenset({tokenizer.eos_token_id})
+    texts = None
+    if config.generation.mode == "teacher":
+        assert teacher is not None
+        texts = teacher_texts(config, rows, teacher, context, eos_ids=eos_ids, rows_at_once=waves.num_rows)
     return Parts(
         config=config,
         context=context,
         tokenizer=tokenizer,
-        eos_ids=frozenset({tokenizer.eos_token_id}),
+        eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id,
         span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
         loss=loss,
         student=student,
         teacher=teacher,
         gate=gate,
+        policy=TextPolicy(
+            config.generation,
+            seed=config.run.seed,
+            max_steps=config.train.max_steps,
+            global_batch_size=config.train.global_batch_size,
+            dp_rank=context.dp_rank,
+            dp_size=context.dp_size,
+        ),
+        waves=waves,
+        teacher_texts=texts,
+    )
+
+
+def _waves(config: RunConfig, context: ParallelContext) -> WavePlan:
+    """How many rows this run writes at a time (the same on every rank)."""
+
+    def token_bytes(key: str, dtype: str) -> int:
+        path = model_paths(config).get(key)
+        return kv_bytes_per_token(load_model_config(path, key), context.tp_size, DTYPES[dtype]) if path else 0
+
+    student = token_bytes("model.student.path", config.model.student.dtype)
+    teacher = token_bytes("model.teacher.path", config.model.teacher.dtype)
+    mode = config.generation.mode
+    writer, reader = {"teacher": (teacher, 0), "dataset": (0, 0)}.get(mode, (student, teacher))
+    return plan_waves(
+        # The student writes the rows of a step, the teacher those of the whole file.
+        rows_per_rank=MAX_ROWS if mode == "teacher" else config.train.global_batch_size // context.dp_size,
+        columns=config.data.max_prompt_tokens + config.generation.max_new_tokens,
+        writer_bytes=writer,
+        reader_bytes=reader,
+        max_cache_bytes=config.generation.max_cache_bytes,
     )

@@ -5,33 +5,21 @@ losses, one update (paper, section 3). ``rows`` are this data-parallel rank's sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
-from megadistill.data.tokenize import TokenizedExample
-from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_ROLLOUT, student_probability, uses_student_text
-from megadistill.generation.protocols import Rows, Sampling
-from megadistill.generation.rollout import rollout
-from megadistill.generation.scoring import score_rows
-from megadistill.generation.scrg import NO_ERROR, Revision, revise
+from megadistill.generation.scoring import ReadText
+from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
 from megadistill.training.micro_batch import Counts, Objective, TrainingRow, build_micro_batch
 from megadistill.training.parts import Parts
 from megadistill.training.schedule import learning_rate
+from megadistill.training.texts import BatchRow, Writing, remember, replayed, write_and_revise
 
 _TERMS = ("dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
-
-
-@dataclass(frozen=True)
-class BatchRow:
-    """A prompt of the step: its global sequence id, its tokens, and whether its reference may be used."""
-
-    sequence_id: int
-    example: TokenizedExample
-    reference: tuple[int, ...] | None
 
 
 @dataclass
@@ -47,17 +35,25 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
     config = parts.config
     timers = Timers(torch.cuda.synchronize if parts.context.device.type == "cuda" else None)
 
-    # 1. Sequence level: the text to train on.
-    if uses_student_text(config.generation, seed=config.run.seed, step=step):
-        written, revision = write_and_revise(rows, parts, timers)
-        texts: list[tuple[int, ...] | None] = list(revision.rows.responses)
+    # 1. Sequence level: the text to train on. Every rank decides alike.
+    source, writing = parts.policy.source(step), None
+    if source == "generate":
+        training_rows, writing = write_and_revise(rows, parts, timers)
+        remember(step, rows, writing, parts)
+    elif source == "replay":
+        training_rows = replayed(step, parts)
     else:
-        written, revision = None, None
-        texts = [row.reference for row in rows]
+        texts = [parts.teacher_text(row.example) if source == "teacher" else row.reference for row in rows]
+        training_rows = [
+            TrainingRow(row.example.prompt_ids, row.reference, text) for row, text in zip(rows, texts, strict=True)
+        ]
 
-    # 2. The teacher reads that text once; spans are found in it.
-    with timers("teacher"):
-        training_rows = read_by_teacher(rows, texts, parts)
+    # 2. The teacher reads that text, where it has not while correcting it; spans are found in it.
+    if source != "generate":
+        with timers("teacher"):
+            training_rows = read_by_teacher(training_rows, parts)
+    with timers("spans"):
+        training_rows = find_spans(training_rows, parts)
 
     # 3. Global counts: the only normalisation there is.
     counts = global_counts(training_rows, parts)
@@ -73,85 +69,35 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
         if parts.gate is not None:
             parts.gate.step(loss_scale=parts.context.dp_size)
 
-    metrics = collect_metrics(objectives, counts, revision, parts)
-    metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": student_probability(config.generation)}
+    metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, parts)
+    metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": parts.policy.phi}
+    if parts.policy.buffer is not None:
+        metrics |= {"replay/rows": float(len(parts.policy.buffer)), "replay/used": float(source == "replay")}
     metrics |= timers.seconds()
-    return StepResult(metrics, samples_of(step, rows, written, revision, parts))
+    return StepResult(metrics, samples_of(step, rows, writing, parts))
 
 
-def write_and_revise(rows: Sequence[BatchRow], parts: Parts, timers: Timers) -> tuple[Rows, Revision]:
-    """SCRG (paper, Eq. 3-4). Student parameters are gathered once for rollout, scoring and re-generation."""
-    generation, student, teacher = parts.config.generation, parts.student, parts.teacher
-    assert teacher is not None
-    empty = Rows(tuple(r.sequence_id for r in rows), tuple(r.example.prompt_ids for r in rows), ((),) * len(rows))
-    limit_of = {r.sequence_id: parts.response_limit(len(r.example.prompt_ids)) for r in rows}
-    sampling = Sampling(
-        parts.config.run.seed, generation.sampling_temperature, top_k=generation.top_k, top_p=generation.top_p
-    )
-    with student.writer() as writer:
-
-        def write(part: Rows, stream: int) -> Rows:
-            limits = [limit_of[sequence_id] for sequence_id in part.sequence_ids]
-            with timers("rollout" if stream == STREAM_ROLLOUT else "regenerate"):
-                return rollout(
-                    writer,
-                    part,
-                    limits=limits,
-                    eos_ids=parts.eos_ids,
-                    pad_id=parts.pad_id,
-                    sampling=sampling,
-                    stream=stream,
-                )
-
-        def score(part: Rows, round_index: int) -> Any:
-            with timers("score"):
-                return score_rows(
-                    part,
-                    student_hidden=parts.response_hidden(writer.hidden, part),
-                    student_head=writer.head,
-                    teacher_hidden=parts.response_hidden(teacher.hidden, part),
-                    teacher_head=teacher.head,
-                    shard=student.shard,
-                    seed=parts.config.run.seed,
-                    round_index=round_index,
-                    sample_teacher=generation.scrg.teacher_token == "sample",
-                    backend=parts.loss.backend,
-                )
-
-        written = write(empty, STREAM_ROLLOUT)
-        if not generation.scrg.enabled:
-            return written, Revision(written, (NO_ERROR,) * len(rows), (0,) * len(rows))
-        revision = revise(
-            written,
-            score=score,
-            write_on=lambda part, round_index: write(part, STREAM_CONTINUATION + round_index),
-            rounds=generation.scrg.rounds,
-        )
-    return written, revision
-
-
-def read_by_teacher(
-    rows: Sequence[BatchRow], texts: Sequence[tuple[int, ...] | None], parts: Parts
-) -> list[TrainingRow]:
-    """Teacher hidden states and span pairs of the training text. Rows without text are read as empty ones: under ZeRO-3
-    every rank makes the same number of forward passes."""
+def read_by_teacher(rows: Sequence[TrainingRow], parts: Parts) -> list[TrainingRow]:
+    """The teacher's hidden states of text that it has not read while it was corrected."""
     if parts.teacher is None:
-        return [TrainingRow(row.example.prompt_ids, row.reference, None) for row in rows]
-    read = Rows(
-        tuple(row.sequence_id for row in rows),
-        tuple(row.example.prompt_ids for row in rows),
-        tuple(text or () for text in texts),
-    )
-    hidden = parts.response_hidden(parts.teacher.hidden, read)
+        return list(rows)
+    read = ReadText(parts.reader(), [row.prompt for row in rows], 0, keep=False)
+    read.update([row.text or () for row in rows], [0] * len(rows))
     return [
-        TrainingRow(
-            row.example.prompt_ids,
-            row.reference,
-            text,
-            pair_mask_from_span_ids(token_span_ids(text, parts.tokenizer, parts.span_prior)) if text else (),
-            states if text is not None else None,
-        )
-        for row, text, states in zip(rows, texts, hidden, strict=True)
+        row if row.text is None else replace(row, teacher_hidden=hidden)
+        for row, hidden in zip(rows, read.hidden, strict=True)
+    ]
+
+
+def find_spans(rows: Sequence[TrainingRow], parts: Parts) -> list[TrainingRow]:
+    """Which neighbouring tokens of each text share a phrase (no communication)."""
+    if parts.teacher is None:
+        return list(rows)
+    return [
+        replace(row, pairs=pair_mask_from_span_ids(token_span_ids(row.text, parts.tokenizer, parts.span_prior)))
+        if row.text
+        else row
+        for row in rows
     ]
 
 
@@ -227,12 +173,10 @@ def collect_metrics(
     return metrics
 
 
-def samples_of(
-    step: int, rows: Sequence[BatchRow], written: Rows | None, revision: Revision | None, parts: Parts
-) -> list[dict[str, Any]]:
+def samples_of(step: int, rows: Sequence[BatchRow], writing: Writing | None, parts: Parts) -> list[dict[str, Any]]:
     """The first rows of the global batch as text, for samples.jsonl: nothing in them depends on the layout."""
     train = parts.config.train
-    if written is None or revision is None or not train.samples_every or step % train.samples_every:
+    if writing is None or not train.samples_every or step % train.samples_every:
         return []
     first_id = step * train.global_batch_size
     return [
@@ -240,9 +184,9 @@ def samples_of(
             "step": step + 1,
             "sequence_id": row.sequence_id,
             "prompt": row.example.prompt,
-            "student": parts.decode(written.responses[i]),
-            "error_position": revision.error_positions[i],
-            "corrected": parts.decode(revision.rows.responses[i]),
+            "student": parts.decode(writing.written.responses[i]),
+            "error_position": writing.revision.error_positions[i],
+            "corrected": parts.decode(writing.revision.rows.responses[i]),
         }
         for i, row in enumerate(rows)
         if row.sequence_id - first_id < train.samples_rows

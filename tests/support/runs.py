@@ -123,7 +123,7 @@ def _train(file: Path, run_dir: str, overrides: list[str]) -> None:
     tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-    train(build_parts(config, context, tokenizer), data, start)
+    train(build_parts(config, context, tokenizer, [*data.train, *data.prompts]), data, start)
     torch.distributed.barrier()
 
 

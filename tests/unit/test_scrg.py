@@ -3,47 +3,75 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megadistill.generation import find_error_positions, sample_tokens
-from megadistill.generation.protocols import Rows, Sampling, Scores
-from megadistill.generation.rollout import rollout
-from megadistill.generation.scrg import revise
+from megadistill.generation.protocols import Correction, Rows, Sampling, Scores
+from megadistill.generation.rollout import Draft, rollout
+from megadistill.generation.scrg import Revision, revise
 from megadistill.parallel import VocabShard
 
 EOS, PAD, V = 1, 0, 11
 GREEDY = Sampling(seed=0, temperature=0.0)
 
 
+class Slots:
+    """What the fake model remembers: the token in every column that a slot has read."""
+
+    def __init__(self, offsets: list[int], columns: int) -> None:
+        self.offsets, self.columns = list(offsets), columns
+        self.read: list[dict[int, int]] = [{} for _ in offsets]
+
+    def swap(self, a: int, b: int) -> None:
+        self.sort([{a: b, b: a}.get(slot, slot) for slot in range(len(self.read))])
+
+    def sort(self, order: list[int]) -> None:
+        assert sorted(order) == list(range(len(self.read)))
+        self.read, self.offsets = [self.read[slot] for slot in order], [self.offsets[slot] for slot in order]
+
+
 class Counter:
-    """Writes last token + 1, then EOS after V - 1; remembers how wide its batches were."""
+    """Writes last token + 1, then EOS after V - 1; remembers how wide its batches were. Its hidden state is the last
+    token, and it checks that a row has read everything left of the column that it is asked for."""
 
     shard, device = VocabShard(0, V, V), torch.device("cpu")
 
     def __init__(self) -> None:
         self.widths: list[int] = []
 
-    def _logits(self, last: torch.Tensor) -> torch.Tensor:
+    def new_state(self, offsets: list[int], columns: int) -> Slots:
+        return Slots(offsets, columns)
+
+    def prefill(self, state: Slots, prompts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+        self.widths.append(len(prompts))
+        ends = {state.offsets[slot] + len(prompt) for slot, prompt in enumerate(prompts)}
+        assert len(ends) == 1, "prompts end in one column"
+        for slot, prompt in enumerate(prompts):
+            state.read[slot] = {state.offsets[slot] + i: token for i, token in enumerate(prompt)}
+        return torch.tensor([[prompt[-1]] for prompt in prompts])
+
+    def decode(self, state: Slots, tokens: torch.Tensor, column: int) -> torch.Tensor:
+        self.widths.append(len(tokens))
+        assert column < state.columns
+        for slot, token in enumerate(tokens.tolist()):
+            assert all(earlier in state.read[slot] for earlier in range(state.offsets[slot], column)), "a gap"
+            state.read[slot][column] = token
+        return tokens[:, None]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        last = hidden[:, 0]
         following = torch.where(last + 1 < V, last + 1, torch.full_like(last, EOS))
         return torch.nn.functional.one_hot(following, V).float() * 50
 
-    def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
-        assert bool((attention_mask[:, -1] == 1).all()), "prompts end at the last column"
-        self.widths.append(len(input_ids))
-        return {"rows": input_ids[:, -1]}, self._logits(input_ids[:, -1])
 
-    def decode(self, state: dict, tokens: torch.Tensor) -> torch.Tensor:
-        assert len(state["rows"]) == len(tokens)
-        self.widths.append(len(tokens))
-        return self._logits(tokens)
-
-    def select(self, state: dict, rows: torch.Tensor) -> None:
-        state["rows"] = state["rows"][rows]
+def _draft(rows: Rows, limits: list[int], model: Counter | None = None) -> Draft:
+    model = model or Counter()
+    return Draft(model, rows, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True)
 
 
 def _write(rows: Rows, limits: list[int], model: Counter | None = None, **more: object) -> tuple[tuple[int, ...], ...]:
-    found = rollout(
-        model or Counter(), rows, limits=limits, eos_ids=frozenset({EOS}), pad_id=PAD, sampling=GREEDY, **more
-    )
+    found = rollout(model or Counter(), rows, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, **more)
     assert found.prompts == rows.prompts and found.sequence_ids == rows.sequence_ids
     return found.responses
 
@@ -55,10 +83,65 @@ def test_rows_end_at_eos_or_at_their_own_limit() -> None:
     assert model.widths == [3, 2, 2]  # finished rows leave the batch
 
 
-def test_prefixes_stay_and_ended_rows_are_left_alone() -> None:
-    rows = Rows((0, 1, 2, 3), ((2,), (2,), (2,), (2,)), ((5,), (7, EOS), (3, 4), ()))
-    assert _write(rows, [3, 9, 2, 0]) == ((5, 6, 7), (7, EOS), (3, 4), ())
-    assert _write(Rows((0,), ((2,),), ((EOS,),)), [5]) == ((EOS,),)
+def test_rows_without_room_write_nothing() -> None:
+    rows = Rows((0, 1, 2), ((2,), (2, 3), (4,)), ((),) * 3)
+    assert _write(rows, [0, 2, -1]) == ((), (4, 5), ())
+    assert _write(rows, [0, 0, 0]) == ((), (), ())
+
+
+def test_corrected_rows_join_when_the_decoding_reaches_them() -> None:
+    rows, model = Rows((0, 1, 2, 3), ((2,), (2, 3), (2,), (7,)), ((),) * 4), Counter()
+    draft = _draft(rows, [7] * 4, model)
+    draft.write(0)
+    assert draft.rows.responses == (
+        (3, 4, 5, 6, 7, 8, 9),
+        (4, 5, 6, 7, 8, 9, 10),
+        (3, 4, 5, 6, 7, 8, 9),
+        (8, 9, 10, EOS),
+    )
+    model.widths.clear()
+    draft.rewrite([Correction(0, 4, 3), Correction(2, 1, 9), Correction(3, 3, 5), Correction(1, 6, 2)], 0)
+    assert draft.rows.responses == (
+        (3, 4, 5, 6, 3, 4, 5), (4, 5, 6, 7, 8, 9, 2), (3, 9, 10, EOS), (8, 9, 10, 5, 6, 7, 8)
+    )  # fmt: skip
+    # Row 2 from column 1 to its EOS, row 3 from 3, row 0 from 4; row 1 had nothing right of its correction.
+    assert model.widths == [1, 1, 1, 2, 2]
+    assert draft.hidden(0).flatten().tolist() == [2, 3, 4, 5, 6, 3, 4]
+    assert draft.hidden(3, 3).flatten().tolist() == [10, 5, 6, 7]
+    draft.rewrite([], 1)
+    draft.rewrite([Correction(1, 0, EOS)], 1)
+    assert draft.rows.responses[1] == (EOS,)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_writing_on_is_writing_anew(data: st.DataObject) -> None:
+    """Any corrections in any order of rounds: what a model that remembers nothing would write."""
+    num_rows = data.draw(st.integers(1, 6))
+    prompts = tuple(tuple(data.draw(st.lists(st.integers(2, V - 1), min_size=1, max_size=3))) for _ in range(num_rows))
+    limits = [data.draw(st.integers(0, 7)) for _ in range(num_rows)]
+    draft = _draft(Rows(tuple(range(num_rows)), prompts, ((),) * num_rows), limits)
+    draft.write(0)
+    texts = [_continued(prompt[-1], (), limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    assert draft.rows.responses == tuple(texts)
+    for _ in range(data.draw(st.integers(0, 3))):
+        corrections = []
+        for row, text in enumerate(texts):
+            if text and data.draw(st.booleans()):
+                position, token = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(1, V - 1))
+                corrections.append(Correction(row, position, token))
+                texts[row] = _continued(token, (*text[:position], token), limits[row])
+        draft.rewrite(corrections, 0)
+        assert draft.rows.responses == tuple(texts)
+        for row, text in enumerate(texts):
+            assert draft.hidden(row).flatten().tolist() == [prompts[row][-1], *text][: len(text)]
+
+
+def _continued(last: int, text: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    while len(text) < limit and (not text or text[-1] != EOS):
+        last = last + 1 if last + 1 < V else EOS
+        text = (*text, last)
+    return text
 
 
 def test_the_width_of_a_batch_does_not_matter() -> None:
@@ -82,24 +165,29 @@ class Marker:
     def __init__(self, objections: dict[tuple[int, int], dict[int, int]]) -> None:
         self.objections, self.calls = objections, 0
 
-    def __call__(self, rows: Rows, round_index: int) -> Scores:
+    def __call__(self, rows: Rows, starts: list[int], round_index: int) -> Scores:
         self.calls += 1
         width = max(len(response) for response in rows.responses)
         tokens = torch.zeros(len(rows.responses), width, dtype=torch.int64)
         kl, mask = torch.full(tokens.shape, 9.0), torch.zeros(tokens.shape, dtype=torch.bool)
         for row, response in enumerate(rows.responses):
             tokens[row, : len(response)] = torch.tensor(response)
-            mask[row, : len(response)] = True
+            mask[row, starts[row] : len(response)] = True
             for rank, (column, token) in enumerate(self.objections.get((round_index, row), {}).items()):
                 tokens[row, column], kl[row, column] = token, 8.0 - rank
         return Scores(kl, tokens, mask)
 
 
-def _revise(rows: Rows, teacher: Marker, rounds: int = 1, limit: int = 6):
-    def write_on(part: Rows, round_index: int) -> Rows:
-        return part.with_responses(_write(part, [limit] * len(part.prompts)))
+def _revise(rows: Rows, teacher: Marker, rounds: int = 1, limit: int = 6) -> Revision:
+    """What happens to given responses: a draft that wrote them, corrected as the teacher says."""
+    texts = list(rows.responses)
 
-    return revise(rows, score=teacher, write_on=write_on, rounds=rounds)
+    def rewrite(corrections: list[Correction], round_index: int) -> Rows:
+        for row, position, token in corrections:
+            texts[row] = _continued(token, (*texts[row][:position], token), limit)
+        return rows.with_responses(texts)
+
+    return revise(rows, score=teacher, rewrite=rewrite, rounds=rounds)
 
 
 def test_one_round_corrects_and_writes_on() -> None:

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from megadistill.config.schema import GenerationSection, OptimSection
-from megadistill.generation.policy import student_probability, uses_student_text
+from megadistill.errors import ConfigError
+from megadistill.generation.policy import TextPolicy
+from megadistill.generation.replay_buffer import ReplayEntry
+from megadistill.generation.waves import WavePlan, plan_waves
 from megadistill.training.micro_batch import TrainingRow, build_micro_batch
 from megadistill.training.schedule import learning_rate
 
@@ -24,16 +27,39 @@ def test_learning_rate() -> None:
     assert learning_rate(OptimSection(lr=1.0, warmup_ratio=0.5), 0, 10) == 0.2
 
 
+def policy(mode: str, seed: int = 5, **more: object) -> TextPolicy:
+    generation = GenerationSection.model_validate({"mode": mode, **more})
+    return TextPolicy(generation, seed=seed, max_steps=2000, global_batch_size=2)
+
+
 def test_the_policy_is_a_function_of_seed_and_step() -> None:
-    mixed = GenerationSection(mode="mixed", student_ratio=0.3)
-    draws = [uses_student_text(mixed, seed=5, step=step) for step in range(2000)]
-    assert draws == [uses_student_text(mixed, seed=5, step=step) for step in range(2000)]
-    assert sum(draws) / 2000 == pytest.approx(0.3, abs=0.04)
-    assert draws != [uses_student_text(mixed, seed=6, step=step) for step in range(2000)]
-    for mode, probability in (("on_policy", 1.0), ("dataset", 0.0)):
-        section = GenerationSection(mode=mode)
-        assert student_probability(section) == probability
-        assert {uses_student_text(section, seed=0, step=step) for step in range(50)} == {bool(probability)}
+    draws = [policy("mixed", student_ratio=0.3).source(step) for step in range(2000)]
+    assert draws == [policy("mixed", student_ratio=0.3).source(step) for step in range(2000)]
+    assert set(draws) == {"generate", "dataset"}
+    assert draws.count("generate") / 2000 == pytest.approx(0.3, abs=0.04)
+    assert draws != [policy("mixed", seed=6, student_ratio=0.3).source(step) for step in range(2000)]
+    for mode, source, phi in (("on_policy", "generate", 1), ("dataset", "dataset", 0), ("teacher", "teacher", 0)):
+        assert policy(mode).phi == phi
+        assert {policy(mode).source(step) for step in range(50)} == {source}
+
+
+def test_off_policy_writes_until_the_buffer_is_full_and_less_later_on() -> None:
+    off = policy("off_policy", off_policy={"initial_phi": 0.6, "replay_batches": 4})
+    assert off.buffer is not None and off.schedule is not None
+    sources = []
+    for step in range(2000):
+        sources.append(off.source(step))
+        if sources[-1] == "generate":
+            rows = [ReplayEntry(2 * step + i, step, (1,), None, (2,), -1, 0) for i in range(2)]
+            off.buffer.append(rows)
+    written = [i for i, source in enumerate(sources) if source == "generate"]
+    assert "replay" not in sources[: written[3]] and sources.count("dataset") / 2000 == pytest.approx(0.4, abs=0.04)
+    assert sources[:500].count("generate") > 3 * sources[1500:].count("generate")
+    assert sources[1500:].count("replay") > 3 * sources[:500].count("replay")
+    before = off.phi
+    off.schedule.observe(1.0)
+    off.schedule.observe(2.0)
+    assert off.phi == pytest.approx(before + 0.1)
 
 
 def test_references_and_student_text_share_a_batch() -> None:
@@ -65,3 +91,17 @@ def test_text_that_is_the_reference_is_read_once() -> None:
 def test_a_batch_without_any_loss_still_has_a_row() -> None:
     micro = build_micro_batch([TrainingRow((5,), None, None)], pad_id=0, device=CPU)
     assert micro.batch.input_ids.shape == (1, 1) and len(micro.sft_index) == len(micro.kd_index) == 0
+
+
+def test_waves_are_as_wide_as_the_cache() -> None:
+    def plan(max_cache_bytes: int, rows: int = 10) -> WavePlan:
+        return plan_waves(
+            rows_per_rank=rows, columns=5, writer_bytes=2, reader_bytes=8, max_cache_bytes=max_cache_bytes
+        )
+
+    assert plan(10 * 50) == WavePlan(10, True)
+    assert plan(10 * 50 - 1) == WavePlan(10, False)  # the teacher's cache goes first
+    assert plan(99) == WavePlan(5, False)  # nine fit; two waves of five are as many as nine and one
+    assert plan(39) == WavePlan(3, False) and plan(10) == WavePlan(1, False)
+    with pytest.raises(ConfigError, match=r"generation.max_cache_bytes=9 is less than one row of 5 tokens .*: 10;"):
+        plan(9)

@@ -1,0 +1,76 @@
+"""Keys and values of a wave of rows, allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Reading(NamedTuple):
+    """Tokens of one row to read, the first of them at ``column`` of slot ``slot`` (position = column - its offset)."""
+
+    slot: int
+    column: int
+    tokens: Sequence[int]
+
+
+class KVCache:
+    """``layers[l]`` is [2 (keys, values), rows, key-value heads of this rank, columns, head_dim].
+
+    A row lives in a slot; ``offsets[slot]`` is its first column, where its position is 0: rows that are decoded
+    together end their prompts in one column. Slots can change places, so the rows that are being decoded are always the
+    first. ``shape`` is (heads, columns, head_dim).
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        offsets: Sequence[int],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        heads, columns, head_dim = shape
+        rows = len(offsets)
+        # Zeros, not empty: a masked column is multiplied by nothing, and nothing times NaN is NaN.
+        make = torch.zeros if any(offsets) else torch.empty
+        self.layers = [make(2, rows, heads, columns, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.offsets = list(offsets)
+        self._starts: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None
+
+    def starts(self) -> torch.Tensor | None:
+        """The offsets as a tensor [rows]; None where all rows start in column 0 and no key needs to be masked."""
+        if self._starts is None and any(self.offsets):
+            self._starts = torch.tensor(self.offsets, device=self.layers[0].device)
+        return self._starts
+
+    def swap(self, a: int, b: int) -> None:
+        """Exchanges the rows of two slots."""
+        if a == b:
+            return
+        self.offsets[a], self.offsets[b] = self.offsets[b], self.offsets[a]
+        self._starts = self._hidden = None
+        for layer in self.layers:
+            kept = layer[:, a].clone()
+            layer[:, a] = layer[:, b]
+            layer[:, b] = kept
+
+    def sort(self, order: Sequence[int]) -> None:
+        """Slot i gets the row of slot ``order[i]``; one layer is copied at a time."""
+        if list(order) == list(range(len(order))):
+            return
+        self.offsets = [self.offsets[slot] for slot in order]
+        self._starts = self._hidden = None
+        for layer in self.layers:
+            layer.copy_(layer[:, list(order)])
+
+    def hidden_columns(self) -> torch.Tensor:
+        """[rows, columns] bool: columns before a row's first one."""
+        if self._hidden is None:
+            columns = torch.arange(self.layers[0].shape[3], device=self.layers[0].device)
+            starts = torch.tensor(self.offsets, device=columns.device)
+            self._hidden = columns[None] < starts[:, None]
+        return self._hidden

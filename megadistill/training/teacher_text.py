@@ -1,0 +1,147 @@
+"""The teacher's own text for mode ``teacher`` (SeqKD): written once before training, kept in a file, read ever after.
+
+The file is JSON lines: the settings that decide the text, then a prompt (checksum of its tokens) and a response a line.
+A run that is stopped while writing goes on behind the last whole line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megadistill.config.schema import RunConfig
+from megadistill.data.tokenize import TokenizedExample
+from megadistill.engines.teacher import PartitionedModel
+from megadistill.errors import ConfigError, DataError, MegadistillError
+from megadistill.generation.policy import STREAM_TEACHER_TEXT
+from megadistill.generation.protocols import Rows, Sampling
+from megadistill.generation.rollout import rollout
+from megadistill.observability.log import get_logger
+from megadistill.observability.progress import progress_bar
+from megadistill.parallel.context import ParallelContext
+
+Prompt = tuple[int, ...]
+
+
+def teacher_texts(
+    config: RunConfig,
+    rows: Sequence[TokenizedExample],
+    teacher: PartitionedModel,
+    context: ParallelContext,
+    *,
+    eos_ids: frozenset[int],
+    rows_at_once: int,
+) -> dict[Prompt, Prompt]:
+    """Prompt -> the teacher's response, for every row: from the file, and written to it where they are missing.
+
+    Collective over the world. The teacher's parameters are gathered once. Rank 0 alone touches the file. Raises
+    ConfigError on every rank for a file made with other settings, DataError for a damaged one.
+    """
+    path = Path(config.generation.teacher_cache or Path(config.run.dir) / "teacher_text.jsonl")
+    settings = _settings(config, teacher)
+    found, error = {}, None
+    if context.is_main:
+        try:
+            found = _open(path, settings)
+        except MegadistillError as wrong:
+            error = wrong
+    context.raise_together(error)
+    known: dict[str, Prompt] = context.gather_objects(found)[0]
+    prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
+    missing = [prompt for prompt in prompts if _key(prompt) not in known]
+    if missing:
+        log = get_logger(context.rank)
+        log.info(f"the teacher writes {len(missing)} of {len(prompts)} responses to {path}")
+        known |= _write_missing(path, config, missing, teacher, context, eos_ids, rows_at_once)
+    return {prompt: known[_key(prompt)] for prompt in prompts}
+
+
+def _write_missing(
+    path: Path,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    teacher: PartitionedModel,
+    context: ParallelContext,
+    eos_ids: frozenset[int],
+    rows_at_once: int,
+) -> dict[str, Prompt]:
+    """Writes block by block, each block shared by the data-parallel ranks and kept before the next begins."""
+    generation, written = config.generation, {}
+    sampling = Sampling(config.run.seed, generation.teacher_temperature)
+    block = rows_at_once * context.dp_size
+    with (
+        teacher.writer() as writer,
+        progress_bar(description="teacher text", total=len(prompts), unit="row", rank=context.rank) as bar,
+    ):
+        for start in range(0, len(prompts), block):
+            part = prompts[start : start + block]
+            mine = part[context.dp_rank :: context.dp_size]
+            texts: tuple[Prompt, ...] = ()
+            if mine:
+                # The number of a prompt is its checksum: the text does not depend on what else is written.
+                ids = tuple(int(_key(prompt), 16) >> 65 for prompt in mine)
+                limits = [min(generation.max_new_tokens, config.data.max_tokens - len(prompt)) for prompt in mine]
+                texts = rollout(
+                    writer, Rows(ids, tuple(mine), ((),) * len(mine)), limits=limits, eos_ids=eos_ids,
+                    sampling=sampling, stream=STREAM_TEACHER_TEXT, max_rows=rows_at_once,
+                ).responses  # fmt: skip
+            new: dict[str, Prompt] = {}
+            for some_prompts, some_texts in context.gather_objects_over_dp((mine, texts)):
+                new |= {_key(prompt): text for prompt, text in zip(some_prompts, some_texts, strict=True)}
+            written |= new
+            if context.is_main:
+                lines = [json.dumps({"prompt": key, "response": list(text)}) for key, text in new.items()]
+                with path.open("a") as file:
+                    file.write("\n".join(lines) + "\n")
+            bar.update(len(part))
+    return written
+
+
+def _key(prompt: Prompt) -> str:
+    return hashlib.blake2b(",".join(map(str, prompt)).encode(), digest_size=16).hexdigest()
+
+
+def _settings(config: RunConfig, teacher: PartitionedModel) -> dict[str, Any]:
+    generation = config.generation
+    return {
+        "teacher": str(config.model.teacher.path),
+        "model": teacher.loaded.fingerprint,
+        "dtype": config.model.teacher.dtype,
+        "vocabulary": teacher.shard.total,
+        "temperature": generation.teacher_temperature,
+        "seed": config.run.seed if generation.teacher_temperature > 0 else None,
+        "max_new_tokens": generation.max_new_tokens,
+        "max_tokens": config.data.max_tokens,
+    }
+
+
+def _open(path: Path, settings: dict[str, Any]) -> dict[str, Prompt]:
+    """The responses in a file, which is begun where there is none and loses a line that was being written."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n")
+        return {}
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if not whole:
+        path.unlink()
+        return _open(path, settings)
+    if whole != text:
+        path.write_text(whole)
+    lines = whole.splitlines()
+    try:
+        saved, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+        found = {str(row["prompt"]): tuple(int(token) for token in row["response"]) for row in rows}
+        changed = [key for key in settings if saved.get(key) != settings[key]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it, and the teacher writes it anew") from None
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{path} holds the teacher's text of other settings: {key}={saved.get(key)} there, {settings[key]} here; "
+            "give another generation.teacher_cache, or remove the file"
+        )
+    return found

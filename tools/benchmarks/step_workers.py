@@ -1,0 +1,316 @@
+"""The contenders of `benchmark.py step`: what runs in the process of each, and the files that all read."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WARM_UP = 2  # steps that fill caches and compile
+_SPECIAL = ("<pad>", "<eos>", "<unk>")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One problem size."""
+
+    vocab: int
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    is_tiny: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.rounds + WARM_UP
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What runs. `settings`: of ours, over those that all of ours share."""
+
+    name: str
+    teacher_dtype: str = "fp32"
+    is_trl: bool = False
+    has_references: bool = False
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a worker: CPU seconds, those of its phases, and other numbers of it."""
+
+    seconds: float
+    phases: dict[str, float]
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker has ended: in a line, and in full."""
+
+    reason: str
+    details: str = ""
+
+
+class Turns:
+    """The worker's side: `wait` for the parent, then `done` with the step."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._begin = pipe, 0.0
+
+    def wait(self) -> bool:
+        """Whether another step is wanted."""
+        is_wanted = bool(self._pipe.recv())
+        self._begin = time.process_time()
+        return is_wanted
+
+    def seconds(self) -> float:
+        return time.process_time() - self._begin
+
+    def done(self, step: Step) -> None:
+        self._pipe.send(step)
+
+
+def work(contender: Contender, sizes: Sizes, folder: Path, pipe: Any) -> None:
+    """A contender's process from beginning to end."""
+    torch.set_num_threads(1)
+    # What libraries print, the loading of DeepSpeed and progress above all, is none of the table's business.
+    with (folder / f"{os.getpid()}.log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    try:
+        (_run_trl if contender.is_trl else _run_ours)(contender, sizes, folder, Turns(pipe))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        pipe.send(Failure(f"{type(error).__name__}: {reason[0]}", traceback.format_exc()))
+
+
+def _run_trl(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> None:
+    """TRL owns the loop; callbacks wait for the parent between its steps."""
+    os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    import trl.trainer.distillation_trainer as trainer_module
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    teacher_dtype = torch.bfloat16 if contender.teacher_dtype == "bf16" else torch.float32
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=teacher_dtype)
+    prompts = [json.loads(line)["instruction"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    phases = Phases()
+
+    class Wait(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turns.wait()
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            phases.begin()
+
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            phases.end("optimizer")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seconds = turns.seconds()
+            lengths = trainer._metrics["train"]["completions/mean_length"]
+            turns.done(Step(seconds, phases.take(), {"length": lengths[-1]} if lengths else {}))
+            if not turns.wait():
+                control.should_training_stop = True
+
+    arguments = DistillationConfig(
+        output_dir=str(folder / f"trl_{contender.teacher_dtype}"), per_device_train_batch_size=sizes.rows,
+        max_steps=sizes.steps, learning_rate=1e-5, max_completion_length=sizes.new_tokens, beta=0.0, temperature=1.0,
+        generation_kwargs={"eos_token_id": None},
+        optim="adamw_torch_fused", gradient_checkpointing=False, bf16=False, use_cpu=True, dataloader_pin_memory=False,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left"),
+        callbacks=[Wait()],
+    )
+    student.generate = phases.of("rollout", student.generate)
+    trainer.accelerator.backward = phases.of("backward", trainer.accelerator.backward)
+    student.model.register_forward_pre_hook(lambda *_: phases.begin() if torch.is_grad_enabled() else None)
+    student.model.register_forward_hook(lambda *_: phases.end("forward") if torch.is_grad_enabled() else None)
+    teacher.model.register_forward_pre_hook(lambda *_: phases.begin())
+    teacher.model.register_forward_hook(lambda *_: phases.end("teacher"))
+    if hasattr(trainer_module, "_chunked_divergence_loss"):  # its own; without it the time is in the rest
+        trainer_module._chunked_divergence_loss = phases.of("loss", trainer_module._chunked_divergence_loss)
+    trainer.train()
+
+
+class Phases:
+    """CPU seconds by name."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._begin = 0.0
+
+    def begin(self) -> None:
+        self._begin = time.process_time()
+
+    def end(self, name: str) -> None:
+        self._seconds[name] += time.process_time() - self._begin
+
+    def of(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            self.begin()
+            result = function(*arguments, **options)
+            self.end(name)
+            return result
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        """All seconds since the last call."""
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
+
+
+def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> None:
+    """What `megadistill train` does on one process, without its checkpoints and files."""
+    from megadistill.config.schema import RunConfig
+    from megadistill.engines.launch import distributed
+    from megadistill.observability.timers import Timers
+    from megadistill.parallel.context import ParallelContext
+    from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
+    from megadistill.training.step import distillation_step
+
+    # Phases in the clock of the whole: other programs share the cores.
+    Timers._now = lambda self: time.process_time()  # type: ignore[method-assign]
+    config = RunConfig.model_validate(_settings(contender, sizes, folder))
+    tp_size = check_models(config, 1)
+    tokenizer = run_tokenizer(config)
+    data = load_training_data(config, tokenizer)
+    sampler = make_sampler(config, data)
+    with distributed(config.parallel.timeout_s) as device:
+        parts = build_parts(config, ParallelContext.build(tp_size, config.parallel.timeout_s, device), tokenizer)
+        number = 0
+        while turns.wait():
+            result = distillation_step(number, data.batch(sampler, number), parts)
+            seconds = turns.seconds()
+            metrics = result.metrics
+            phases = {name[5:].removesuffix("_s"): metrics[name] for name in metrics if name.startswith("time/")}
+            facts = {"length": metrics["num_tokens"] / sizes.rows}
+            if config.generation.scrg.enabled:
+                facts |= _scrg_facts(metrics, result.samples)
+            turns.done(Step(seconds, phases, facts))
+            number += 1
+
+
+def _settings(contender: Contender, sizes: Sizes, folder: Path) -> dict[str, dict[str, Any]]:
+    """The tree of the run's configuration."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(folder / "run")},
+        "model": {
+            "teacher": {"path": str(folder / "teacher"), "dtype": contender.teacher_dtype},
+            "student": {"path": str(folder / "student")},
+            "tokenizer": str(folder / "tokenizer"),
+        },
+        "parallel": {"zero_stage": 0},
+        "data": {
+            "train_path": str(folder / ("references.jsonl" if contender.has_references else "prompts.jsonl")),
+            "template": "plain",
+            "max_prompt_tokens": sizes.prompt_tokens,
+            "max_tokens": sizes.prompt_tokens + sizes.new_tokens,
+        },
+        "generation": {"max_new_tokens": sizes.new_tokens},
+        "optim": {"lr": 1e-5, "schedule": "constant", "warmup_steps": 0},
+        "train": {
+            "max_steps": sizes.steps,
+            "global_batch_size": sizes.rows,
+            "micro_batch_size": sizes.rows,
+            "samples_every": 1,
+            "samples_rows": sizes.rows,
+        },
+    }
+    for section, values in contender.settings.items():
+        tree[section] = tree.get(section, {}) | values
+    return tree
+
+
+def _scrg_facts(metrics: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, float]:
+    facts = {"corrected_fraction": metrics["scrg/corrected_fraction"]}
+    if metrics["scrg/corrected_fraction"]:
+        facts["error_position"] = metrics["scrg/error_position_mean"]
+    for text in ("student", "corrected"):
+        words = [sample[text].split() for sample in samples]
+        for length in (1, 2, 3):
+            grams = [tuple(row[i : i + length]) for row in words for i in range(len(row) - length + 1)]
+            if grams:
+                facts[f"distinct_{length}_{text}"] = len(set(grams)) / len(grams)
+    return facts
+
+
+def write_assets(folder: Path, sizes: Sizes) -> None:
+    """Tokenizer, rows with and without references, and both models with random weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    chooser = random.Random(0)
+    words = _words(sizes.vocab - len(_SPECIAL), chooser)
+    ids = {word: i for i, word in enumerate([*_SPECIAL, *("▁" + word for word in words)])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), _SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "tokenizer")
+
+    def text(length: int) -> str:
+        return " ".join(chooser.choices(words, k=length))
+
+    rows = [(text(sizes.prompt_tokens), text(sizes.new_tokens)) for _ in range(sizes.rows * sizes.steps)]
+    prompts = [json.dumps({"instruction": prompt}) for prompt, _ in rows]
+    (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    references = [json.dumps({"instruction": prompt, "output": reference}) for prompt, reference in rows]
+    (folder / "references.jsonl").write_text("\n".join(references) + "\n", encoding="utf-8")
+    # At V = 8192: 5M and 21M parameters.
+    shapes = ((32, 64, 1, 2), (48, 96, 1, 2)) if sizes.is_tiny else ((192, 512, 8, 6), (384, 1024, 10, 12))
+    for seed, (role, (hidden, inner, layers, heads)) in enumerate(zip(("student", "teacher"), shapes, strict=True)):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=sizes.vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=0,
+            bos_token_id=None, eos_token_id=None,
+            max_position_embeddings=max(2048, sizes.prompt_tokens + sizes.new_tokens),
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+        _never_ends(model)
+        model.save_pretrained(folder / role)
+
+
+def _words(count: int, chooser: random.Random) -> list[str]:
+    """English ones, so that the phrases of a text mean work for the chunker; where they end, numbered ones."""
+    from textblob.en import parser
+
+    known = [word for word in parser.lexicon if word.isascii() and word.isalpha() and word.islower()]
+    chooser.shuffle(known)
+    return (known + [f"word{i}" for i in range(count - len(known))])[:count]
+
+
+@torch.no_grad()
+def _never_ends(model: Any) -> None:
+    """Makes special tokens impossible: the first hidden feature is one positive constant that only they dislike."""
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+    embedding = model.get_input_embeddings().weight
+    embedding[:, 0] = 0.5
+    embedding[: len(_SPECIAL), 0] = -50.0

@@ -4,25 +4,111 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megadistill.cli.parsing import Parser, natural, positive, refuse_unwritable
 
+if TYPE_CHECKING:
+    from megadistill.cli.resumable import RowWriter
+    from megadistill.data.dataset import Example
+    from megadistill.data.tokenize import TokenizedExample
+    from megadistill.parallel.context import ParallelContext
+
+# Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks seldom wait.
+_BATCHES_PER_BLOCK = 8
+
 
 def run(arguments: Sequence[str]) -> int:
+    parsed = _parser().parse(arguments)
+    if parsed.output is not None:
+        _generate(parsed, None)
+        return 0
+    rows = sys.stdout
+    # Rows only: what this program and its libraries say there goes to standard error meanwhile.
+    with redirect_stdout(sys.stderr):
+        _generate(parsed, rows)
+    return 0
+
+
+def _generate(parsed: Namespace, stream: TextIO | None) -> None:
+    """Writes to ``parsed.output``, or to ``stream`` where there is one."""
+    from megadistill.cli.inference import inference_context, model_folder
+    from megadistill.cli.resumable import ResumableFile, StandardOutput, on_main
+    from megadistill.config.schema import ParallelSection
+    from megadistill.data.dataset import load_examples
+    from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
+    from megadistill.engines.inference import open_model
+    from megadistill.evaluation.answers import AnswerSettings, write_answers
+    from megadistill.models.loading import check_positions, load_model_config
+
+    if stream is None:
+        refuse_unwritable(parsed.output, is_file=True)
+    folder = model_folder(parsed.model)
+    limit = parsed.max_prompt_tokens + parsed.max_new_tokens
+    asked = "--max-prompt-tokens + --max-new-tokens"
+    config = load_model_config(folder, "--model")
+    check_positions(config, limit, asked, f"--model ({folder})")
+    tokenizer = load_tokenizer(parsed.tokenizer or folder)
+    examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows).examples
+    settings = AnswerSettings(
+        tokenizer, parsed.max_new_tokens, limit, parsed.temperature, parsed.top_p, parsed.top_k, parsed.batch_size
+    )
+    writer: RowWriter
+    if stream is not None:
+        writer = StandardOutput(stream)
+    else:
+        writer = ResumableFile(Path(parsed.output), [row.id for row in examples], overwrite=parsed.overwrite)
+    commit = getattr(config, "_commit_hash", None)
+    with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
+        try:
+            # Before the model is loaded: what is refused is refused soon.
+            num_done = on_main(context, lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
+            rows = tokenize_examples(
+                examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
+                max_tokens=limit, long_prompt="error",
+            ).rows  # fmt: skip
+            if num_done < len(rows):
+                with open_model(
+                    folder, context, vocab_size=vocabulary_size(tokenizer), dtype=parsed.dtype, where="--model"
+                ) as model:
+                    answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
+                    _write_blocks(writer, examples, rows, num_done, answer, parsed.batch_size, context)
+            on_main(context, writer.finish)
+        finally:
+            writer.close()
+
+
+def _parser() -> Parser:
     parser = Parser(
         "generate",
-        "Writes one JSON line (instruction, input, prompt, response) per row of a file of instructions.",
+        "Writes one JSON line (id, instruction, input, prompt, response) per row of a file of instructions, in the\n"
+        "order of the file; id is the row's number there, from 0.",
         "example:\n"
         "  megadistill generate --model runs/demo --template plain --max-prompt-tokens 64 --max-new-tokens 32 \\\n"
         "      --input prompts.jsonl --output out.jsonl --temperature 0\n\n"
-        "It reads no run configuration: template, limits and type are those of the command line.",
+        "It reads no run configuration: template, limits and type are those of the command line.\n\n"
+        "Finished rows go to FILE.partial, which becomes FILE after the last one. After an interruption the same\n"
+        "command goes on there and gives the same bytes; FILE.progress.json says meanwhile which settings the rows\n"
+        "come from, and others are refused. Processes, --tp-size and --batch-size may change: round-off may then\n"
+        "choose another token in one row of thousands.",
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory"
     )
     parser.add_argument("--input", required=True, metavar="FILE", help="rows with an instruction and perhaps an input")
-    parser.add_argument("--output", metavar="FILE", help="where to write; default: standard output")
+    parser.add_argument(
+        "--output", metavar="FILE",
+        help="where to write; default: standard output, as rows are finished, which cannot be resumed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="start anew instead of what FILE and an interrupted run hold; to go on, leave it out",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
     parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca")
     parser.add_argument("--max-prompt-tokens", type=positive, default=256, metavar="N")
@@ -31,73 +117,85 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="0: all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="rows decoded at a time on a data-parallel rank"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tp-size", type=positive, default=None, metavar="N", help="default: the largest that fits")
-    parser.add_argument("--skip-bad-rows", action="store_true")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="they keep their numbers")
     parser.add_argument("--local_rank", type=int, default=-1, help="added by the deepspeed launcher")
-    parsed = parser.parse(arguments)
+    return parser
 
-    from megadistill.cli.inference import inference_context, model_folder
-    from megadistill.config.schema import ParallelSection
-    from megadistill.data.dataset import load_examples
-    from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
-    from megadistill.engines.inference import open_model
-    from megadistill.evaluation.answers import AnswerSettings, write_answers
-    from megadistill.models.loading import check_positions, load_model_config
+
+def _deciding(
+    parsed: Namespace, folder: str, commit: str | None, tokenizer: Any, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Everything that decides the rows, by the names that users know. How they are computed (processes, batches) is
+    not in it."""
+    from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
+
+    content = checksum([[example.id, example.instruction, example.input] for example in examples])
+    names = ("template", "max_prompt_tokens", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
+    return {
+        **{f"--{name.replace('_', '-')}": getattr(parsed, name) for name in names},
+        "the content of --input": f"{len(examples)} rows, checksum {content}",
+        "the tokenizer": f"{parsed.tokenizer or 'of --model'}, checksum {describe_tokenizer(tokenizer)}",
+        **describe_model(folder, commit),
+    }
+
+
+def _write_blocks(
+    writer: RowWriter,
+    examples: Sequence[Example],
+    rows: Sequence[TokenizedExample],
+    num_done: int,
+    answer: Callable[..., list[str]],
+    batch_size: int,
+    context: ParallelContext,
+) -> None:
+    """Answers rows in blocks, each written before the next is begun (collective: every rank calls it)."""
+    from megadistill.cli.resumable import on_main
     from megadistill.observability.progress import progress_bar
 
-    if parsed.output is not None:
-        refuse_unwritable(parsed.output, is_file=True)
-    folder = model_folder(parsed.model)
-    limit = parsed.max_prompt_tokens + parsed.max_new_tokens
-    asked = "--max-prompt-tokens + --max-new-tokens"
-    check_positions(load_model_config(folder, "--model"), limit, asked, f"--model ({folder})")
-    tokenizer = load_tokenizer(parsed.tokenizer or folder)
-    examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows)
-    rows = tokenize_examples(
-        examples.examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
-        max_tokens=limit, long_prompt="error",
-    ).rows  # fmt: skip
-    settings = AnswerSettings(
-        tokenizer, parsed.max_new_tokens, limit, parsed.temperature, parsed.top_p, parsed.top_k, parsed.batch_size
+    size = batch_size * context.dp_size * _BATCHES_PER_BLOCK
+    with progress_bar(description="generate", total=len(rows), unit="row", rank=context.rank) as bar:
+
+        def write(lines: Sequence[str]) -> None:
+            # A terminal that shows both gets the rows above the bar.
+            with bar.external_write_mode():
+                writer.write(lines)
+
+        bar.initial = bar.n = bar.last_print_n = num_done
+        # A block that was written in part is computed whole: in other batches round-off could choose other tokens.
+        for start in range(num_done - num_done % size, len(rows), size):
+            block = range(start, min(start + size, len(rows)))
+            # Rank 0 stands for the others until they meet.
+            count = _Count(bar, start, block.stop, context.dp_size)
+            answers = answer(rows=[rows[i] for i in block], progress=count)
+            lines = [_line(examples[i], rows[i], text) for i, text in zip(block, answers, strict=True)]
+            on_main(context, partial(write, lines[max(0, num_done - start) :]))
+            bar.update(block.stop - bar.n)
+
+
+class _Count:
+    """Moves a bar by what one data-parallel rank of several has finished of a block."""
+
+    def __init__(self, bar: Any, start: int, stop: int, dp_size: int) -> None:
+        self._bar, self._finished, self._stop, self._dp_size = bar, start, stop, dp_size
+
+    def __call__(self, num_rows: int) -> None:
+        self._finished += num_rows * self._dp_size
+        self._bar.update(max(0, min(self._finished, self._stop) - self._bar.n))
+
+
+def _line(example: Example, row: TokenizedExample, response: str) -> str:
+    return json.dumps(
+        {
+            "id": row.id,
+            "instruction": example.instruction,
+            "input": example.input,
+            "prompt": row.prompt,
+            "response": response,
+        },
+        ensure_ascii=False,
     )
-    parallel = ParallelSection(tp_size=parsed.tp_size or "auto")
-    with (
-        inference_context(parallel, {"--model": folder}) as context,
-        open_model(
-            folder, context, vocab_size=vocabulary_size(tokenizer), dtype=parsed.dtype, where="--model"
-        ) as model,
-    ):
-        mine = len(range(context.dp_rank, len(rows), context.dp_size))
-        with progress_bar(description="generate", total=mine, unit="row", rank=context.rank) as bar:
-            answers = write_answers(model, rows, parsed.seed, settings, context, bar.update)
-        if context.is_main:
-            by_id = {example.id: example for example in examples.examples}
-            lines = [
-                json.dumps(
-                    {
-                        "instruction": by_id[row.id].instruction,
-                        "input": by_id[row.id].input,
-                        "prompt": row.prompt,
-                        "response": answer,
-                    },
-                    ensure_ascii=False,
-                )
-                for row, answer in zip(rows, answers, strict=True)
-            ]
-            _write(lines, parsed.output)
-    return 0
-
-
-def _write(lines: Sequence[str], output: str | None) -> None:
-    if output is None:
-        sys.stdout.write("\n".join(lines) + "\n")
-        return
-    from pathlib import Path
-
-    from megadistill.checkpoint.manifest import write_atomically
-
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(output), "\n".join(lines) + "\n")
-    print(f"{len(lines)} responses written to {output}", file=sys.stderr)

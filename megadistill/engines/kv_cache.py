@@ -59,13 +59,16 @@ class KVCache:
             layer[:, b] = kept
 
     def sort(self, order: Sequence[int]) -> None:
-        """Slot i gets the row of slot ``order[i]``; one layer is copied at a time."""
+        """Slot i gets the row of slot ``order[i]``. Each layer is copied into the room of the one before."""
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]
         self._starts = self._hidden = None
-        for layer in self.layers:
-            layer.copy_(layer[:, list(order)])
+        slots = torch.tensor(list(order), device=self.layers[0].device)
+        spare = torch.empty_like(self.layers[0])
+        for number, layer in enumerate(self.layers):
+            torch.index_select(layer, 1, slots, out=spare)
+            self.layers[number], spare = spare, layer
 
     def hidden_columns(self) -> torch.Tensor:
         """[rows, columns] bool: columns before a row's first one."""

@@ -262,7 +262,7 @@ def _scrg_facts(metrics: dict[str, float], samples: list[dict[str, Any]]) -> dic
 def write_assets(folder: Path, sizes: Sizes) -> None:
     """Tokenizer, rows with and without references, and both models with random weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     chooser = random.Random(0)
     words = _words(sizes.vocab - len(_SPECIAL), chooser)
@@ -281,19 +281,27 @@ def write_assets(folder: Path, sizes: Sizes) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     references = [json.dumps({"instruction": prompt, "output": reference}) for prompt, reference in rows]
     (folder / "references.jsonl").write_text("\n".join(references) + "\n", encoding="utf-8")
-    # At V = 8192: 5M and 21M parameters.
-    shapes = ((32, 64, 1, 2), (48, 96, 1, 2)) if sizes.is_tiny else ((192, 512, 8, 6), (384, 1024, 10, 12))
-    for seed, (role, (hidden, inner, layers, heads)) in enumerate(zip(("student", "teacher"), shapes, strict=True)):
+    for seed, role in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=sizes.vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=0,
-            bos_token_id=None, eos_token_id=None,
-            max_position_embeddings=max(2048, sizes.prompt_tokens + sizes.new_tokens),
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(model_config(role, sizes))
         _never_ends(model)
         model.save_pretrained(folder / role)
+
+
+def model_config(role: str, sizes: Sizes) -> Any:
+    """Of "student" or "teacher": 5M and 21M parameters at V = 8192."""
+    from transformers import LlamaConfig
+
+    shapes = {"student": (192, 512, 8, 6), "teacher": (384, 1024, 10, 12)}
+    if sizes.is_tiny:
+        shapes = {"student": (32, 64, 1, 2), "teacher": (48, 96, 1, 2)}
+    hidden, inner, layers, heads = shapes[role]
+    return LlamaConfig(
+        vocab_size=sizes.vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None,
+        max_position_embeddings=max(2048, sizes.prompt_tokens + sizes.new_tokens),
+    )  # fmt: skip
 
 
 def _words(count: int, chooser: random.Random) -> list[str]:

@@ -1,0 +1,245 @@
+"""`python tools/benchmark.py rollout`: decoding against transformers' generate and the bare products, on CPU.
+
+Also the re-generation behind corrections against a rollout, what tensor-parallel decoding exchanges, and ZeRO-3 against
+ZeRO-0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.benchmarks.measure import machine
+from tools.benchmarks.rollout_parallel import measure_parallel
+from tools.benchmarks.step_workers import Sizes, model_config
+
+_LEGEND = """\
+A student of {parameters:.1f}M parameters, {prompt} + {new} tokens a row, sampled at temperature 1; no row ends early. One
+process, one thread, CPU seconds; in each round everything runs once, after a round that does not count. ms: median.
+Rollout over generate: median over the rounds of generate's time over the row's in the same round (more is faster). Of a
+rollout: the row's time over megadistill's rollout in the same round. Products: those of the decoded tokens alone, by
+torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every row has a correction at a place
+drawn evenly. Unequal prompts: {least} to {prompt} tokens."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: median milliseconds, and medians over the rounds of ratios within a round."""
+
+    vocab: int
+    rows: int
+    name: str
+    milliseconds: float
+    over_generate: float | None
+    of_rollout: float | None
+    rounds_ms: list[float]
+
+
+def main(arguments: list[str]) -> int:
+    """Measures the grid and prints the tables; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {
+        "command": "python tools/benchmark.py rollout " + shlex.join(arguments),
+        "machine": machine(torch.device("cpu")) | {name: version(name) for name in ("transformers", "deepspeed")},
+        "rows": [],
+        "parallel": [],
+    }
+    for vocab in options.vocab:
+        for rows in options.rows:
+            print(f"measuring V={vocab}, {rows} rows", file=sys.stderr, flush=True)
+            sizes = Sizes(vocab, rows, options.prompt_tokens, options.new_tokens, options.rounds, options.tiny)
+            record["rows"] += [asdict(row) for row in measure(sizes)]
+        if not options.no_parallel:
+            print(f"measuring V={vocab}, two processes", file=sys.stderr, flush=True)
+            sizes = Sizes(
+                vocab, options.rows[0], options.prompt_tokens, options.new_tokens, options.rounds, options.tiny
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                record["parallel"].append(measure_parallel(sizes, Path(folder)))
+        text = table(record, options)
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    def count(text: str) -> int:
+        number = int(text) if text.isdecimal() else 0
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+        return number
+
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py rollout", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--vocab", type=count, nargs="+", default=[8192, 32768], help="classes, V")
+    parser.add_argument("--rows", type=count, nargs="+", default=[8, 32], help="rows decoded together")
+    parser.add_argument("--prompt-tokens", type=count, default=64)
+    parser.add_argument("--new-tokens", type=count, default=64)
+    parser.add_argument("--rounds", type=count, default=7)
+    parser.add_argument("--no-parallel", action="store_true", help="leave out what takes two processes")
+    parser.add_argument("--output", type=Path, help="JSON file; the tables go beside it as .md")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # one narrow layer, for tests
+    return parser
+
+
+def measure(sizes: Sizes) -> list[Row]:
+    """All rows of one size, alternately in one process."""
+    from megadistill.engines.step_model import HFStepModel, step_model
+    from megadistill.generation.protocols import Correction, Rows, Sampling
+    from megadistill.generation.rollout import Draft
+    from megadistill.models.families import FAMILIES
+    from megadistill.parallel import VocabShard
+
+    model = make_student(sizes)
+    device, shard = torch.device("cpu"), VocabShard(0, sizes.vocab, sizes.vocab)
+    chance = random.Random(0)
+    prompts = [tuple(chance.randrange(3, sizes.vocab) for _ in range(sizes.prompt_tokens)) for _ in range(sizes.rows)]
+    shorter = [prompt[: chance.randint(-(-sizes.prompt_tokens // 2), sizes.prompt_tokens)] for prompt in prompts]
+    head = (model.lm_head.weight, None)
+    drafts: dict[str, Draft] = {}
+
+    def write(name: str, texts: list[tuple[int, ...]], make: Callable[[], Any]) -> None:
+        rows = Rows(tuple(range(sizes.rows)), tuple(texts), ((),) * sizes.rows)
+        limits = [sizes.new_tokens] * sizes.rows
+        # Making the model is part of the time: weights are laid out anew after every update.
+        drafts[name] = Draft(make(), rows, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
+        drafts[name].write(0)
+
+    def ours() -> Any:
+        return step_model(model, FAMILIES["llama"], shard, device)
+
+    def rewrite() -> None:
+        places = [chance.randrange(sizes.new_tokens) for _ in range(sizes.rows)]
+        drafts["rollout"].rewrite([Correction(row, place, 5) for row, place in enumerate(places)], 1)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "transformers generate": lambda: generate(model, prompts, sizes.new_tokens),
+        "products of the decoded tokens": lambda: products(model, sizes),
+        "megadistill, the family's own forward": lambda: write(
+            "forward", prompts, lambda: HFStepModel(model, shard, device, head)
+        ),
+        "megadistill rollout": lambda: write("rollout", prompts, ours),
+        "megadistill re-generation": rewrite,
+        "transformers generate, unequal prompts": lambda: generate(model, shorter, sizes.new_tokens),
+        "megadistill rollout, unequal prompts": lambda: write("unequal", shorter, ours),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(sizes.rounds + 1):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            if number:
+                times[name].append(time.process_time() - begin)
+    rows = []
+    for name, mine in times.items():
+        generated = times["transformers generate" + ", unequal prompts" * name.endswith("unequal prompts")]
+        over = [theirs / own for theirs, own in zip(generated, mine, strict=True)]
+        of = [own / rollout for own, rollout in zip(mine, times["megadistill rollout"], strict=True)]
+        is_whole = "re-generation" not in name
+        rows.append(
+            Row(
+                sizes.vocab,
+                sizes.rows,
+                name,
+                1e3 * statistics.median(mine),
+                statistics.median(over) if is_whole else None,
+                statistics.median(of),
+                [round(1e3 * seconds, 1) for seconds in mine],
+            )  # fmt: skip
+        )
+    return rows
+
+
+def make_student(sizes: Sizes) -> Any:
+    """The student of the step benchmark, with random weights."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(model_config("student", sizes)).float().eval()
+
+
+def generate(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> None:
+    """transformers' own sampling, prompts padded on the left."""
+    from megadistill.data.collate import left_padded
+
+    batch = left_padded(prompts, 0)
+    found = model.generate(
+        batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=new_tokens, do_sample=True, top_k=0,
+        top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    assert found.shape[1] == batch.input_ids.shape[1] + new_tokens
+
+
+@torch.no_grad()
+def products(model: Any, sizes: Sizes) -> None:
+    """What decoding multiplies, query-key-value and gate-up joined."""
+    joined = [
+        (
+            torch.cat([layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]),
+            layer.self_attn.o_proj.weight,
+            torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
+            layer.mlp.down_proj.weight,
+        )
+        for layer in model.model.layers
+    ]
+    hidden = torch.randn(sizes.rows, model.config.hidden_size)
+    wide = torch.randn(sizes.rows, model.config.intermediate_size)
+    for _ in range(sizes.new_tokens):
+        for qkv, out, up, down in joined:
+            for x, weight in ((hidden, qkv), (hidden, out), (hidden, up), (wide, down)):
+                torch.nn.functional.linear(x, weight)
+        torch.nn.functional.linear(hidden, model.lm_head.weight)
+
+
+def table(record: dict[str, Any], options: Any) -> str:
+    """Markdown: a table a size, and one of what takes two processes."""
+    about = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    sizes = Sizes(
+        options.vocab[0], options.rows[0], options.prompt_tokens, options.new_tokens, options.rounds, options.tiny
+    )
+    parameters = sum(parameter.numel() for parameter in make_student(sizes).parameters()) / 1e6
+    legend = _LEGEND.format(
+        parameters=parameters, prompt=options.prompt_tokens, new=options.new_tokens,
+        least=-(-options.prompt_tokens // 2),
+    )  # fmt: skip
+    lines = [f"`{record['command']}`", "", about, "", legend]
+    for vocab, rows in dict.fromkeys((row["vocab"], row["rows"]) for row in record["rows"]):
+        lines += ["", f"V = {vocab}, {rows} rows, {options.rounds} rounds", ""]
+        lines += ["| | CPU ms | rollout over generate | of a rollout |", "|---|---|---|---|"]
+        for row in record["rows"]:
+            if (row["vocab"], row["rows"]) == (vocab, rows):
+                over = "" if row["over_generate"] is None else f"{row['over_generate']:.2f}"
+                lines.append(f"| {row['name']} | {row['milliseconds']:.0f} | {over} | {row['of_rollout']:.2f} |")
+    if record["parallel"]:
+        lines += ["", f"Two processes, one thread each, {options.rows[0]} rows in all", ""]
+        lines += [
+            "| V | bytes a row and token, TP 2: sampling | the model's own reductions | ZeRO-3 over ZeRO-0, DP 2 | "
+            "of it gathering |",
+            "|---|---|---|---|---|",
+        ]
+        for found in record["parallel"]:
+            lines.append(
+                f"| {found['vocab']} | {found['sampling_bytes']:.0f} | {found['model_bytes']:.0f} | "
+                f"{found['zero3_over_zero0']:.2f} | {found['gather_share']:.2f} |"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""What of `benchmark.py rollout` takes two processes: bytes of tensor-parallel decoding, and ZeRO-3 against ZeRO-0."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tools.benchmarks.step_workers import Sizes, model_config
+
+_RANKS = 2
+
+
+def measure_parallel(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Both measurements, each in a pair of processes of its own."""
+    model_config("student", sizes).save_pretrained(folder / "student")
+    found: dict[str, Any] = {"vocab": sizes.vocab, "rows": sizes.rows}
+    for number, task in enumerate((_bytes, _zero)):
+        context = torch.multiprocessing.get_context("spawn")
+        results = context.Queue()
+        ranks = [
+            context.Process(target=_run, args=(rank, task, sizes, folder, f"{folder}/store{number}", results))
+            for rank in range(_RANKS)
+        ]
+        for process in ranks:
+            process.start()
+        while results.empty():
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.kill()
+                raise RuntimeError(f"a rank ended with exit codes {[process.exitcode for process in ranks]}")
+            time.sleep(0.2)
+        found |= results.get()
+        for process in ranks:
+            process.join()
+    return found
+
+
+def _run(rank: int, task: Any, sizes: Sizes, folder: Path, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_RANKS), "LOCAL_SIZE": str(_RANKS)}
+    with (folder / f"{os.getpid()}.log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    from megadistill.engines.backend import leave_out_shm_op
+
+    leave_out_shm_op()
+    # A file is the meeting point: nothing listens on an outside address.
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, _RANKS), rank=rank, world_size=_RANKS, timeout=timedelta(minutes=10)
+    )
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    found = task(sizes, folder)
+    if rank == 0:
+        results.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
+    from megadistill.config.schema import OptimSection, TrainSection
+    from megadistill.engines.student import trained_model
+    from megadistill.models.loading import load_model
+    from megadistill.parallel.context import ParallelContext
+
+    context = ParallelContext.build(tp_size, 600, torch.device("cpu"))
+    loaded = load_model(
+        str(folder / "student"), dtype="fp32", vocab_size=sizes.vocab, seed=0, attention="sdpa", where="student"
+    )
+    return trained_model(
+        loaded, context, zero_stage=zero_stage, dtype="fp32", optim=OptimSection(),
+        train=TrainSection(global_batch_size=_RANKS, micro_batch_size=1),
+    )  # fmt: skip
+
+
+def _draft(writer: Any, sizes: Sizes, rows: range) -> Any:
+    from megadistill.generation.protocols import Rows, Sampling
+    from megadistill.generation.rollout import Draft
+
+    prompts = tuple(tuple(3 + (7 * i + j) % (sizes.vocab - 3) for j in range(sizes.prompt_tokens)) for i in rows)
+    texts = Rows(tuple(rows), prompts, ((),) * len(rows))
+    limits = [sizes.new_tokens] * len(rows)
+    return Draft(writer, texts, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
+
+
+def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """Bytes that each rank receives a row and token while two ranks decode one batch together."""
+    from megadistill.generation import rollout
+
+    counted = {"sampling": 0, "model": 0}
+    place = ["model"]
+    draw, all_reduce, all_gather = rollout.draw_tokens, dist.all_reduce, dist.all_gather
+
+    def counting_draw(*arguments: Any, **more: Any) -> torch.Tensor:
+        place[0] = "sampling"
+        try:
+            return draw(*arguments, **more)
+        finally:
+            place[0] = "model"
+
+    def counting_reduce(tensor: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        counted[place[0]] += tensor.nbytes
+        return all_reduce(tensor, *arguments, **more)
+
+    def counting_gather(tensors: list[torch.Tensor], *arguments: Any, **more: Any) -> Any:
+        counted[place[0]] += sum(tensor.nbytes for tensor in tensors)
+        return all_gather(tensors, *arguments, **more)
+
+    with _student(sizes, folder, _RANKS, 0).writer() as writer:
+        draft = _draft(writer, sizes, range(sizes.rows))
+        rollout.draw_tokens, dist.all_reduce, dist.all_gather = counting_draw, counting_reduce, counting_gather
+        try:
+            draft.write(0)
+        finally:
+            rollout.draw_tokens, dist.all_reduce, dist.all_gather = draw, all_reduce, all_gather
+    tokens = sizes.rows * sizes.new_tokens
+    return {f"{name}_bytes": number / tokens for name, number in counted.items()}
+
+
+def _zero(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """A rollout of half of the rows on each of two data-parallel ranks, parameters partitioned or whole."""
+    students = {stage: _student(sizes, folder, 1, stage) for stage in (0, 3)}
+    rank = dist.get_rank()
+    mine = range(rank * sizes.rows // _RANKS, (rank + 1) * sizes.rows // _RANKS)
+    times: dict[int, list[float]] = {stage: [] for stage in students}
+    gathering = []
+    for number in range(sizes.rounds + 1):
+        for stage, student in students.items():
+            dist.barrier()
+            begin = time.process_time()
+            with student.writer() as writer:
+                entered = time.process_time()
+                _draft(writer, sizes, mine).write(0)
+            seconds = time.process_time() - begin
+            if number:
+                times[stage].append(seconds)
+                if stage == 3:
+                    gathering.append((entered - begin) / seconds)
+    ratios = [three / zero for three, zero in zip(times[3], times[0], strict=True)]
+    return {"zero3_over_zero0": statistics.median(ratios), "gather_share": statistics.median(gathering)}

@@ -158,14 +158,13 @@ def _write_blocks(
     from megadistill.observability.progress import progress_bar
 
     size = batch_size * context.dp_size * _BATCHES_PER_BLOCK
-    with progress_bar(description="generate", total=len(rows), unit="row", rank=context.rank) as bar:
+    with progress_bar(description="generate", total=len(rows), initial=num_done, unit="row", rank=context.rank) as bar:
 
         def write(lines: Sequence[str]) -> None:
             # A terminal that shows both gets the rows above the bar.
             with bar.external_write_mode():
                 writer.write(lines)
 
-        bar.initial = bar.n = bar.last_print_n = num_done
         # A block that was written in part is computed whole: in other batches round-off could choose other tokens.
         for start in range(num_done - num_done % size, len(rows), size):
             block = range(start, min(start + size, len(rows)))

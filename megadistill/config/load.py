@@ -189,6 +189,8 @@ def _prefixes(location: tuple[int | str, ...]) -> Iterator[str]:
 
 
 def _did_you_mean(key: str) -> str:
+    if re.fullmatch(r"(parallel\.(teacher|student)_tp_size|model\.(teacher|student)\.tp_size)", key):
+        return "; teacher and student share parallel.tp_size: the losses compare the same vocabulary shard of both"
     nearest = nearest_key(key)
     if nearest is not None:
         return f"; did you mean {nearest}?"

@@ -29,6 +29,7 @@ def progress_bar(
     *,
     description: str,
     total: int | None = None,
+    initial: int = 0,
     unit: str = "it",
     rank: int = 0,
     stream: TextIO | None = None,
@@ -40,6 +41,7 @@ def progress_bar(
     """
     stream = sys.stderr if stream is None else stream
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "disable": rank != 0}
+    common["initial"] = initial  # what an earlier run has done
     if stream.isatty():
         return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
     layout = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} gone, {remaining} left{postfix}"

@@ -42,9 +42,10 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
         _observe(parts, validate(parts, data))  # what phi compares the first validation with
     with (
         _Record(start.run_dir, context, first_step) as record,
-        progress_bar(description="train", total=config.train.max_steps, unit="step", rank=context.rank) as bar,
+        progress_bar(
+            description="train", total=config.train.max_steps, initial=first_step, unit="step", rank=context.rank
+        ) as bar,
     ):
-        bar.update(first_step)
         for step in range(first_step, config.train.max_steps):
             step_begun, done = time.perf_counter(), step + 1
             reset_peak(context.device)

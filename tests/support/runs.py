@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,18 @@ def run_layout(
     *,
     config: Path = ROOT / "configs" / "base.yaml",
     timeout_s: float = 600.0,
+    more_ends: bool = False,
 ) -> None:
-    """Carries out training runs, (run.dir, overrides) each, one after the other on ``world_size`` forked ranks."""
+    """Carries out training runs, (run.dir, overrides) each, one after the other on ``world_size`` forked ranks.
+
+    ``more_ends``: every fifth token ends a response, so rows end early, at once, and by the teacher's hand.
+    """
     import deepspeed  # noqa: F401  imported once, before the forks
 
-    run_ranks(_train_all, world_size, runs, config, timeout_s=timeout_s)
+    run_ranks(_train_all, world_size, runs, config, more_ends, timeout_s=timeout_s)
 
 
-def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path) -> None:
+def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path, more_ends: bool = False) -> None:
     import deepspeed
     from deepspeed.utils import groups
 
@@ -103,13 +108,13 @@ def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Pat
     leave_out_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for run_dir, overrides in runs:
-        _train(config, run_dir, list(overrides))
+        _train(config, run_dir, list(overrides), more_ends)
         # DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next run may have another layout.
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
             setattr(groups, name, None)
 
 
-def _train(file: Path, run_dir: str, overrides: list[str]) -> None:
+def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> None:
     from megadistill.config.load import load_config
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
@@ -123,7 +128,10 @@ def _train(file: Path, run_dir: str, overrides: list[str]) -> None:
     tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-    train(build_parts(config, context, tokenizer, [*data.train, *data.prompts]), data, start)
+    parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
+    if more_ends:
+        parts = replace(parts, eos_ids=frozenset(range(0, len(tokenizer), 5)))
+    train(parts, data, start)
     torch.distributed.barrier()
 
 

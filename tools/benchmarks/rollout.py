@@ -28,12 +28,13 @@ from tools.benchmarks.rollout_parallel import measure_parallel
 from tools.benchmarks.step_workers import Sizes, model_config
 
 _LEGEND = """\
-A student of {parameters:.1f}M parameters, {prompt} + {new} tokens a row, sampled at temperature 1; no row ends early. One
-process, one thread, CPU seconds; in each round everything runs once, after a round that does not count. ms: median.
+A student of {parameters:.1f}M parameters, {prompt} + {new} tokens a row, sampled at temperature 1; no row ends early.
+One process, one thread, CPU seconds; in each round everything runs once, after a round that does not count. ms: median.
 Rollout over generate: median over the rounds of generate's time over the row's in the same round (more is faster). Of a
 rollout: the row's time over megadistill's rollout in the same round. Products: those of the decoded tokens alone, by
-torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every row has a correction at a place
-drawn evenly. Unequal prompts: {least} to {prompt} tokens."""
+torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every row has a correction, at
+places spread evenly over the response. Unequal prompts: {least} to {prompt} tokens. Two processes: bytes that a rank
+receives; CPU seconds of a rank, gathering included."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def measure(sizes: Sizes) -> list[Row]:
         return step_model(model, FAMILIES["llama"], shard, device)
 
     def rewrite() -> None:
-        places = [chance.randrange(sizes.new_tokens) for _ in range(sizes.rows)]
+        places = [(2 * i + 1) * sizes.new_tokens // (2 * sizes.rows) for i in range(sizes.rows)]
+        chance.shuffle(places)
         drafts["rollout"].rewrite([Correction(row, place, 5) for row, place in enumerate(places)], 1)
 
     calls: dict[str, Callable[[], Any]] = {

@@ -1,0 +1,181 @@
+"""Every way to get the text of a step, on several layouts: the same tokens and losses, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.runs import ROOT, free_port, losses, run_layout, samples, settings, weights, write_assets
+from tests.support.spawn import RankError
+
+STEPS = 6
+OFF_POLICY = ("generation.mode=off_policy", "generation.off_policy.initial_phi=1",
+              "generation.off_policy.replay_batches=1", "generation.off_policy.eps=0",
+              "train.eval_every=3")  # fmt: skip
+MODES: dict[str, tuple[str, ...]] = {
+    "off_policy": OFF_POLICY,
+    "mixed": ("generation.mode=mixed", "generation.student_ratio=0.5"),
+    "dataset": ("generation.mode=dataset",),
+    "teacher": ("generation.mode=teacher",),
+    "teacher, sampled": ("generation.mode=teacher", "generation.teacher_temperature=0.7"),
+    "without correction": ("generation.scrg.enabled=false",),
+    "three rounds": ("generation.scrg.rounds=3",),
+    "five rounds, greedy teacher": ("generation.scrg.rounds=5", "generation.scrg.teacher_token=greedy"),
+    "one token": ("generation.max_new_tokens=1",),
+    "nucleus": ("generation.top_k=20", "generation.top_p=0.9", "generation.sampling_temperature=0.8"),
+    # Room for one row of the student and none of the teacher: four waves a rank, whole rows read again.
+    "narrow": ("generation.max_cache_bytes=40000", "generation.scrg.rounds=3"),
+}
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    write_assets(folder)
+    # A family that has no decoder of the project's own: its own forward pass writes and reads.
+    for role, hidden in (("teacher", 48), ("student", 32)):
+        tree = json.loads((assets_of(folder, "gpt2", role) / "config.json").read_text())
+        model = assets_of(folder, "gpt2_scaled", role)
+        model.mkdir(parents=True)
+        assert tree["n_embd"] == hidden
+        (model / "config.json").write_text(json.dumps(tree | {"scale_attn_by_inverse_layer_idx": True}))
+    return folder
+
+
+def assets_of(folder: Path, family: str, role: str) -> Path:
+    return folder / family / role
+
+
+def _runs(assets: Path, out: Path, *more: str) -> list[tuple[str, list[str]]]:
+    common = (f"train.max_steps={STEPS}", f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6")
+    return [
+        *((str(out / mode), settings(assets, "llama", *common, *those, *more)) for mode, those in MODES.items()),
+        (str(out / "forward"), settings(assets, "gpt2_scaled", *common, "generation.scrg.rounds=2", *more)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one_process")
+    run_layout(1, _runs(assets, out), more_ends=True)
+    return out
+
+
+def _texts(run_dir: Path) -> list[dict[str, object]]:
+    return samples(run_dir) if (run_dir / "samples.jsonl").exists() else []
+
+
+def test_every_mode_on_another_layout(assets: Path, reference: Path, tmp_path: Path) -> None:
+    _assert_same(tmp_path, reference, 2, 2, _runs(assets, tmp_path, "parallel.tp_size=2"))
+    for mode in ("teacher", "teacher, sampled"):
+        ours, theirs = ((out / mode / "teacher_text.jsonl").read_text() for out in (tmp_path, reference))
+        assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
+
+
+@pytest.mark.parametrize(("tp_size", "dp_size"), [(4, 1), (1, 4)])
+def test_some_modes_on_more_layouts(assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int) -> None:
+    runs = _runs(assets, tmp_path, f"parallel.tp_size={tp_size}")
+    some = [run for run in runs if Path(run[0]).name in ("off_policy", "three rounds", "narrow")]
+    _assert_same(tmp_path, reference, tp_size, dp_size, some)
+
+
+def _assert_same(out: Path, reference: Path, tp_size: int, dp_size: int, runs: list[tuple[str, list[str]]]) -> None:
+    run_layout(tp_size * dp_size, runs, more_ends=True)
+    for mode in [Path(run_dir).name for run_dir, _ in runs]:
+        assert _texts(out / mode) == _texts(reference / mode), mode
+        for key in ("loss", "loss/dac_kl", "loss/span", "grad_norm", "phi"):
+            assert losses(out / mode, key) == pytest.approx(losses(reference / mode, key), rel=1e-4), (mode, key)
+
+
+def test_the_modes_do_what_they_say(reference: Path) -> None:
+    written = {mode: {sample["step"] for sample in _texts(reference / mode)} for mode in MODES}
+    for mode in ("without correction", "three rounds", "one token", "nucleus", "narrow"):
+        assert written[mode] == set(range(1, STEPS + 1)), mode
+    assert written["dataset"] == written["teacher"] == set()
+    assert 0 < len(written["mixed"]) < STEPS and 0 < len(written["off_policy"]) < STEPS
+    assert sum(losses(reference / "off_policy", "replay/used")) > 0
+    assert max(losses(reference / "off_policy", "replay/rows")) == 4
+    positions = [sample["error_position"] for sample in _texts(reference / "without correction")]
+    assert set(positions) == {-1}
+    assert {sample["error_position"] for sample in _texts(reference / "one token")} <= {0, -1}
+    # The same text whether all rows are written together and read once, or one at a time and read again.
+    assert _texts(reference / "narrow") == _texts(reference / "three rounds")
+    assert losses(reference / "narrow") == pytest.approx(losses(reference / "three rounds"), rel=1e-4)
+    words = [len(str(sample["student"])) for sample in _texts(reference / "three rounds")]
+    assert min(words) < max(words) / 3, "rows end early"
+
+
+def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
+    """Buffer and phi of a run that was stopped are those of the undisturbed one, at tp 1 x dp 2."""
+    more = (*OFF_POLICY, f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6",
+            "train.max_steps=12", "train.save_every=6", "parallel.tp_size=1")  # fmt: skip
+    run_layout(2, [(str(tmp_path / "whole"), settings(assets, "llama", *more))])
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step_6"
+    again = settings(assets, "llama", *more, f"train.resume={checkpoint}")
+    run_layout(2, [(str(tmp_path / "resumed"), again)])
+    for key in ("loss", "phi", "replay/rows", "replay/used", "eval/nll"):
+        whole, resumed = (_every(tmp_path / name, key) for name in ("whole", "resumed"))
+        assert resumed == whole[6:], key
+    ours, theirs = weights(tmp_path / "resumed", 12), weights(tmp_path / "whole", 12)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    state = torch.load(checkpoint / "trainer.pt", weights_only=True)["off_policy"]
+    assert state["schedule"]["phi"] == _every(tmp_path / "whole", "phi")[6]
+
+
+def _every(run_dir: Path, key: str) -> list[float | None]:
+    return [json.loads(line).get(key) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_teachers_text_is_written_once(assets: Path, tmp_path: Path) -> None:
+    """A second run reads the file; one that was cut short is completed; other settings are refused."""
+    cache = tmp_path / "cache" / "text.jsonl"
+    more = ("generation.mode=teacher", "train.max_steps=2", f"generation.teacher_cache={cache}")
+    run_layout(1, [(str(tmp_path / "first"), settings(assets, "llama", *more))])
+    whole, wrote = cache.read_text(), cache.stat().st_mtime_ns
+    run_layout(1, [(str(tmp_path / "second"), settings(assets, "llama", *more))])
+    assert cache.stat().st_mtime_ns == wrote and losses(tmp_path / "second") == losses(tmp_path / "first")
+    lines = whole.splitlines(keepends=True)
+    cache.write_text("".join(lines[:9]) + lines[9][:20])
+    run_layout(2, [(str(tmp_path / "third"), settings(assets, "llama", *more, "parallel.tp_size=1"))])
+    assert sorted(cache.read_text().splitlines()) == sorted(whole.splitlines())
+    with pytest.raises(RankError, match="max_new_tokens=8 there, 6 here; give another generation.teacher_cache"):
+        other = settings(assets, "llama", *more, "generation.max_new_tokens=6")
+        run_layout(2, [(str(tmp_path / "fourth"), other)])
+    cache.write_text(lines[0] + "{}\n")
+    with pytest.raises(RankError, match="is damaged"):
+        run_layout(2, [(str(tmp_path / "fifth"), settings(assets, "llama", *more))])
+
+
+FAILING = """
+import os, sys
+from megadistill.generation.rollout import Draft
+append, calls = Draft._append, [0]
+def failing(*arguments):
+    calls[0] += 1
+    if os.environ["RANK"] == "1" and calls[0] == 12:
+        raise RuntimeError("injected into the decoding")
+    return append(*arguments)
+Draft._append = failing
+from megadistill.cli.main import main
+sys.exit(main(sys.argv[2:]))  # deepspeed puts --local_rank first
+"""
+
+
+def test_a_rank_that_fails_while_decoding_ends_the_job(assets: Path, tmp_path: Path) -> None:
+    """With its error, and long before the run's timeout of half an hour."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    run = [f"run.dir={tmp_path / 'run'}", "parallel.tp_size=2", *settings(assets, "llama", "train.max_steps=4")]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(script), "train"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [*command, "--config", str(ROOT / "configs" / "base.yaml"), *run], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    assert "RuntimeError: injected into the decoding" in ended.stdout + ended.stderr

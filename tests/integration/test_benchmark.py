@@ -33,6 +33,20 @@ def test_loss(tmp_path: Path) -> None:
     assert (tmp_path / "loss.md").read_text() in result.stdout + "\n"
 
 
+def test_rollout(tmp_path: Path) -> None:
+    sizes = ["--vocab", "400", "--rows", "3", "--prompt-tokens", "8", "--new-tokens", "6", "--rounds", "1", "--tiny"]
+    result = benchmark("rollout", *sizes, "--output", str(tmp_path / "rollout.json"))
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "rollout.json").read_text())
+    names = [row["name"] for row in record["rows"]]
+    assert "megadistill rollout" in names and "transformers generate" in names and len(names) == 7
+    assert all(row["milliseconds"] > 0 and row["of_rollout"] > 0 for row in record["rows"])
+    (found,) = record["parallel"]
+    # Two float64 numbers of each rank gathered, one integer reduced, a row and token.
+    assert found["sampling_bytes"] == 40 and found["zero3_over_zero0"] > 0
+    assert (tmp_path / "rollout.md").read_text() in result.stdout + "\n"
+
+
 def test_problems_that_are_too_large_name_their_reason(tmp_path: Path) -> None:
     sizes = ["--tokens", "48", "--vocab", "600", "--hidden", "16", "--tp", "1", "--rounds", "1", "--no-error"]
     result = benchmark("loss", *sizes, "--device", "cpu", "--memory-gib", "0.000001", "--max-tera-flops", "1e-9")
@@ -44,6 +58,7 @@ def test_problems_that_are_too_large_name_their_reason(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["los"], "unknown verb 'los'; allowed: loss"),
+        (["rollout", "--rows", "x"], "'x' is not a whole number >= 1"),
         (["loss", "--rounds", "0"], "'0' is not a whole number >= 1"),
         (["loss", "--tokens", "x"], "'x' is not a whole number >= 1"),
         (["loss", "--device", "nowhere"], "nowhere"),

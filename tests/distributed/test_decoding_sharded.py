@@ -1,0 +1,119 @@
+"""Decoding across shards: every family cut over 2, 3 and 4 ranks (uneven vocabularies) against one process."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megadistill.engines.kv_cache import Reading
+from megadistill.generation.protocols import Correction, Rows, Sampling
+from megadistill.generation.rollout import Draft
+from tests.support.runs import FAMILY_CONFIGS
+from tests.support.spawn import run_ranks
+
+V, EOS, LIMIT, HEADS = 97, 3, 10, 12
+PROMPTS = ((5, 6, 7, 8, 9, 90), (96,), (12, 50, 14), (15, 66, 17, 18))
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILY_CONFIGS},
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen3, forward": ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+}
+
+
+def _write(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, (family, more) in VARIANTS.items():
+        tree = copy.deepcopy(FAMILY_CONFIGS[family]) | {"vocab_size": V + 4, **more}
+        tree |= {key: HEADS for key in ("num_attention_heads", "num_key_value_heads", "n_head") if key in tree}
+        tree |= {"n_embd": 48} if family == "gpt2" else {"hidden_size": 48}
+        if family == "opt":
+            tree["word_embed_proj_dim"] = 48
+        config = AutoConfig.for_model(tree.pop("model_type"), **tree)
+        config.initializer_range = config.init_std = 0.3
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+
+
+def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
+    """Tokens of a sampled rollout, of a correction behind it and of a greedy rollout, and the reader's states."""
+    from megadistill.engines.inference import open_model
+    from megadistill.engines.teacher import frozen_model
+    from megadistill.models.loading import load_model
+    from megadistill.parallel.context import ParallelContext
+
+    found: dict[str, Any] = {}
+    rows = Rows(tuple(range(4)), PROMPTS, ((),) * 4)
+    for name in VARIANTS:
+        path = str(folder / name)
+        if tp_size == 1:
+            context = ParallelContext.single()
+            with open_model(path, context, vocab_size=V, where=name) as writer:
+                found[name] = (*_texts(writer, rows), [states[:, :4] for states in writer.read(_readings())])
+            continue
+        context = ParallelContext.build(tp_size, 60, torch.device("cpu"))
+        loaded = load_model(path, dtype="fp32", vocab_size=V, seed=0, attention="sdpa", where=name)
+        model = frozen_model(loaded, context, zero_stage=zero_stage, dtype="fp32")
+        states = model.reader(2).read(_readings())
+        with model.writer() as writer:
+            found[name] = (*_texts(writer, rows), [row[:, :4] for row in states])
+    return found
+
+
+def _readings() -> list[Reading]:
+    return [Reading(slot, 0, prompt) for slot, prompt in enumerate(PROMPTS)]
+
+
+def _texts(writer: Any, rows: Rows) -> tuple[Any, ...]:
+    texts = []
+    for temperature in (1.0, 0.0):
+        sampling = Sampling(5, temperature)
+        draft = Draft(writer, rows, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling)
+        draft.write(0)
+        texts.append(draft.rows.responses)
+        lengths = [len(response) for response in draft.rows.responses]
+        draft.rewrite([Correction(row, min(n - 1, 2 * row), 40) for row, n in enumerate(lengths)], 1)
+        texts.append(draft.rows.responses)
+    return tuple(texts)
+
+
+def _on_rank(rank: int, folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
+    import deepspeed
+
+    from megadistill.engines.backend import leave_out_shm_op
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"WORLD_SIZE": str(tp_size), "LOCAL_SIZE": str(tp_size)}
+    leave_out_shm_op()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    return _decode(folder, tp_size, zero_stage)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    _write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(models: Path) -> dict[str, Any]:
+    return _decode(models, 1, 0)
+
+
+@pytest.mark.parametrize(("tp_size", "zero_stage"), [(2, 3), (3, 0), (4, 0)])
+def test_shards_write_and_read_as_one_process(
+    models: Path, expected: dict[str, Any], tp_size: int, zero_stage: int
+) -> None:
+    import deepspeed  # noqa: F401  imported once, before the forks
+
+    for found in run_ranks(_on_rank, tp_size, models, tp_size, zero_stage):
+        for name in VARIANTS:
+            assert found[name][:-1] == expected[name][:-1], name
+            for ours, theirs in zip(found[name][-1], expected[name][-1], strict=True):
+                assert torch.allclose(ours, theirs, atol=2e-5), name

@@ -17,6 +17,10 @@ def main() -> int:
         from tools.benchmarks.loss import main as run
 
         return run(arguments)
+    if verb == "diversity":
+        from tools.benchmarks.diversity import main as run
+
+        return run(arguments)
     if verb == "rollout":
         from tools.benchmarks.rollout import main as run
 
@@ -25,10 +29,10 @@ def main() -> int:
         from tools.benchmarks.step import main as run
 
         return run(arguments)
-    print(f"{__doc__}\nverbs: loss, rollout, step", file=sys.stderr)
+    print(f"{__doc__}\nverbs: loss, rollout, step, diversity", file=sys.stderr)
     if verb in ("-h", "--help"):
         return 0
-    print(f"tools/benchmark.py: unknown verb '{verb}'; allowed: loss, rollout, step", file=sys.stderr)
+    print(f"tools/benchmark.py: unknown verb '{verb}'; allowed: loss, rollout, step, diversity", file=sys.stderr)
     return 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megadistill.cli.parsing import Parser, natural, positive, refuse_unwritable
+from megadistill.errors import MegadistillError
 
 if TYPE_CHECKING:
     from megadistill.cli.resumable import RowWriter
@@ -21,18 +22,34 @@ if TYPE_CHECKING:
 
 # Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks seldom wait.
 _BATCHES_PER_BLOCK = 8
+_OPTIONS = {
+    "data.max_prompt_tokens": "--max-prompt-tokens",
+    "(data.long_prompt: drop | truncate | error)": "(--long-prompt truncate cuts its beginning)",
+    "data.skip_bad_rows=true": "--skip-bad-rows",
+    "parallel.tp_size": "--tp-size",
+}
 
 
 def run(arguments: Sequence[str]) -> int:
     parsed = _parser().parse(arguments)
-    if parsed.output is not None:
-        _generate(parsed, None)
+    try:
+        if parsed.output is not None:
+            _generate(parsed, None)
+            return 0
+        rows = sys.stdout
+        # Rows only: what this program and its libraries say there goes to standard error meanwhile.
+        with redirect_stdout(sys.stderr):
+            _generate(parsed, rows)
         return 0
-    rows = sys.stdout
-    # Rows only: what this program and its libraries say there goes to standard error meanwhile.
-    with redirect_stdout(sys.stderr):
-        _generate(parsed, rows)
-    return 0
+    except MegadistillError as error:
+        raise type(error)(_in_own_words(str(error))) from error
+
+
+def _in_own_words(message: str) -> str:
+    """What the lower floors call by configuration keys, this verb has as options."""
+    for key, option in _OPTIONS.items():
+        message = message.replace(key, option)
+    return message
 
 
 def _generate(parsed: Namespace, stream: TextIO | None) -> None:
@@ -70,7 +87,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
             num_done = on_main(context, lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
             rows = tokenize_examples(
                 examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
-                max_tokens=limit, long_prompt="error",
+                max_tokens=limit, long_prompt=parsed.long_prompt,
             ).rows  # fmt: skip
             if num_done < len(rows):
                 with open_model(
@@ -94,8 +111,9 @@ def _parser() -> Parser:
         "It reads no run configuration: template, limits and type are those of the command line.\n\n"
         "Finished rows go to FILE.partial, which becomes FILE after the last one. After an interruption the same\n"
         "command goes on there and gives the same bytes; FILE.progress.json says meanwhile which settings the rows\n"
-        "come from, and others are refused. Processes, --tp-size and --batch-size may change: round-off may then\n"
-        "choose another token in one row of thousands.",
+        "come from, and others are refused. Processes, --tp-size and --batch-size may change; round-off may then\n"
+        "choose other tokens: in fp32 in one row of thousands, in bf16 in many rows.\n\n"
+        "Under a launcher give --output (launchers write to standard output too), and --tp-size 1 where it fits.",
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory"
@@ -110,17 +128,24 @@ def _parser() -> Parser:
         help="start anew instead of what FILE and an interrupted run hold; to go on, leave it out",
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
-    parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca")
-    parser.add_argument("--max-prompt-tokens", type=positive, default=256, metavar="N")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy")
-    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca", help="default: alpaca")
+    parser.add_argument("--max-prompt-tokens", type=positive, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: 256")
     parser.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="rows decoded at a time on a data-parallel rank"
+        "--long-prompt", choices=("error", "truncate"), default="error", help="prompts over the limit; default: error"
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy; default: 1")
+    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="0: all, the default")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all, the default")
+    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="rows decoded at a time on a data-parallel rank; default: 16",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     parser.add_argument("--tp-size", type=positive, default=None, metavar="N", help="default: the largest that fits")
     parser.add_argument("--skip-bad-rows", action="store_true", help="they keep their numbers")
     parser.add_argument("--local_rank", type=int, default=-1, help="added by the deepspeed launcher")
@@ -135,7 +160,17 @@ def _deciding(
     from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
 
     content = checksum([[example.id, example.instruction, example.input] for example in examples])
-    names = ("template", "max_prompt_tokens", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
+    names = (
+        "template",
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "long_prompt",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "dtype",
+    )
     return {
         **{f"--{name.replace('_', '-')}": getattr(parsed, name) for name in names},
         "the content of --input": f"{len(examples)} rows, checksum {content}",

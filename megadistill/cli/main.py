@@ -21,10 +21,12 @@ VERBS = {
     "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
 }
 _OTHER_RANKS_WAIT_S = 5.0
+INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, or 2 with one line on standard error for what a user can cause."""
+    """Runs one verb and returns the exit code: 0, 2 with one line on standard error for what a user can cause, 130 when
+    interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegadistillError as error:
         _report(str(error))
         return error.exit_code
+    except KeyboardInterrupt:
+        _report("interrupted; the same command goes on with what is saved")
+        return INTERRUPTED
     except OSError as error:
         # A file or folder that cannot be read or written; an OSError without a name is a fault of ours.
         if error.filename is None:

@@ -20,11 +20,10 @@ from typing import Any, Protocol, TextIO
 from megadistill.checkpoint.manifest import write_atomically
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.errors import ConfigError, DataError, MegadistillError
+from megadistill.models.identity import describe_model_files
 from megadistill.parallel.context import ParallelContext
 
 VERSION = 1
-_MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
-_END_BYTES = 1 << 20
 
 
 class RowWriter(Protocol):
@@ -205,14 +204,13 @@ def on_main(context: ParallelContext, action: Callable[[], Any]) -> Any:
 
 
 def describe_model(path: str, commit: str | None) -> dict[str, str]:
-    """What stands for a model: its place and files (or the hub's commit), without times and without reading weights
-    whole."""
+    """What stands for a model: its place and files, or the hub's commit."""
     local = Path(path)
     if not local.exists():
         return {"--model": path if commit is None else f"{path} at {commit}"}
-    files = [local] if local.is_file() else sorted({file for p in _MODEL_FILES for file in local.glob(p)})
     with _clear_errors(local, "read"):
-        return {"--model": str(local.resolve()), **{f"{file.name} of --model": _describe_file(file) for file in files}}
+        files = describe_model_files(path)
+    return {"--model": str(local.resolve()), **{f"{name} of --model": text for name, text in files.items()}}
 
 
 def describe_tokenizer(tokenizer: Any) -> str:
@@ -227,17 +225,6 @@ def checksum(items: Sequence[Any]) -> str:
     for item in items:
         found.update(json.dumps(item, sort_keys=True, default=str).encode())
     return found.hexdigest()
-
-
-def _describe_file(path: Path) -> str:
-    """Size and a checksum of the first and the last MiB: training changes both, and no weights are read whole."""
-    found = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        for start in sorted({0, max(0, size - _END_BYTES)}):
-            file.seek(start)
-            found.update(file.read(_END_BYTES))
-    return f"{size} bytes, checksum {found.hexdigest()}"
 
 
 def _row_id(line: bytes) -> Any:

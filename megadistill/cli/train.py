@@ -26,6 +26,8 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
 
     refuse_unwritable(config.run.dir, is_file=False)
+    if config.generation.teacher_cache is not None:
+        refuse_unwritable(config.generation.teacher_cache, is_file=True)
     ensure_assets(config)
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # What can be wrong with the user's files is found before processes wait for one another.

@@ -131,7 +131,8 @@ class GenerationSection(Section):
         0.0, description="Sampling temperature of the teacher's text for mode teacher; 0: greedy."
     )
     teacher_cache: Text | None = Field(
-        None, description="File with the teacher's text, written once and reused; null: teacher_text.jsonl in run.dir."
+        None,
+        description="For mode teacher: file with its text, written once and reused; null: teacher_text.jsonl in run.dir.",
     )
     max_new_tokens: Count = Field(256, description="Longest response that is generated; data.max_tokens ends it too.")
     sampling_temperature: NonNegative = Field(1.0, description="Temperature of the student's samples; 0: greedy.")
@@ -221,7 +222,9 @@ class TrainSection(Section):
     log_every: Count = Field(
         1, description="Steps between updates of the loss beside the progress bar; metrics.jsonl has every step."
     )
-    samples_every: Natural = Field(10, description="Steps between entries in samples.jsonl; 0: none.")
+    samples_every: Natural = Field(
+        10, description="Steps between entries in samples.jsonl (where the student writes in such a step); 0: none."
+    )
     samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
     resume: Text = Field(
         "auto", description="auto: from the last checkpoint of run.dir; never; or a checkpoint's path."

@@ -3,9 +3,10 @@
 ``PlanReader`` reads text, layer by layer for all rows at once: under ZeRO-3 each layer is gathered once a reading,
 however many rows there are. ``PlanWriter`` also decodes, with every weight present and laid out for small products.
 
-Shapes: n tokens of all rows one behind the other, k active rows, H hidden size, d head size. The only communication
-besides gathering are the model's own reductions: two all-reduces a layer (and one of the embedding where it is cut)
-over the tensor-parallel group.
+Shapes: n tokens of all rows one behind the other, k active rows, H hidden size, d head size. ``turns`` are rotary
+positions as complex numbers, ``room`` is a layer's part of the cache, ``seen`` what attention gives, heads side by
+side. The only communication besides gathering are the model's own reductions: two all-reduces a layer (and one of the
+embedding where it is cut) over the tensor-parallel group.
 """
 
 from __future__ import annotations
@@ -252,10 +253,10 @@ class PlanWriter(PlanReader):
         turns = self._turns(column, positions)
         if turns is not None and starts is None:
             turns = turns.unsqueeze(0)
-        hidden = None if starts is None else state.hidden_columns()[:k, : column + 1]
+        padding = None if starts is None else state.padding()[:k, : column + 1]
         for layer, room in zip(self._ready, state.layers, strict=True):
             heads = self._heads(layer, x, turns)
-            x = self._after_attention(layer, x, self._attend_column(heads, room, column, hidden))
+            x = self._after_attention(layer, x, self._attend_column(heads, room, column, padding))
         return x if self._norm is None else self._norm(x)
 
     @torch.inference_mode()
@@ -263,8 +264,8 @@ class PlanWriter(PlanReader):
         """This rank's logits [k, Vs] of hidden states [k, H]; float32 or better."""
         return self._logits(hidden)
 
-    def _attend_column(self, heads: Tensor, room: Tensor, column: int, hidden: Tensor | None) -> Tensor:
-        """One query a row [k, heads * d] against all columns up to ``column``; ``hidden`` [k, columns] are left out."""
+    def _attend_column(self, heads: Tensor, room: Tensor, column: int, padding: Tensor | None) -> Tensor:
+        """One query a row [k, heads * d] against all columns up to ``column``; ``padding`` [k, columns] is left out."""
         k, num_heads, num_kv_heads = len(heads), self.num_heads, self.num_kv_heads
         split, head_dim = num_heads + num_kv_heads, self.plan.head_dim
         keys, values = room[0, :k, :, : column + 1], room[1, :k, :, : column + 1]
@@ -276,10 +277,10 @@ class PlanWriter(PlanReader):
             scores = torch.baddbmm(
                 query.new_zeros(1, 1, 1), query, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=self._scale
             )
-            if hidden is not None:
-                scores.view(k, -1, column + 1).masked_fill_(hidden.unsqueeze(1), -torch.inf)
+            if padding is not None:
+                scores.view(k, -1, column + 1).masked_fill_(padding.unsqueeze(1), -torch.inf)
             return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(k, num_heads * head_dim)
-        mask = None if hidden is None else ~hidden[:, None, None]
+        mask = None if padding is None else ~padding[:, None, None]
         seen = F.scaled_dot_product_attention(
             heads[:, :num_heads].unsqueeze(2), keys, values, attn_mask=mask, scale=self._scale,
             enable_gqa=num_heads != num_kv_heads,

@@ -39,7 +39,7 @@ class KVCache:
         self.layers = [make(2, rows, heads, columns, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
         self.offsets = list(offsets)
         self._starts: torch.Tensor | None = None
-        self._hidden: torch.Tensor | None = None
+        self._padding: torch.Tensor | None = None
 
     def starts(self) -> torch.Tensor | None:
         """The offsets as a tensor [rows]; None where all rows start in column 0 and no key needs to be masked."""
@@ -52,7 +52,7 @@ class KVCache:
         if a == b:
             return
         self.offsets[a], self.offsets[b] = self.offsets[b], self.offsets[a]
-        self._starts = self._hidden = None
+        self._starts = self._padding = None
         for layer in self.layers:
             kept = layer[:, a].clone()
             layer[:, a] = layer[:, b]
@@ -63,17 +63,17 @@ class KVCache:
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]
-        self._starts = self._hidden = None
+        self._starts = self._padding = None
         slots = torch.tensor(list(order), device=self.layers[0].device)
         spare = torch.empty_like(self.layers[0])
         for number, layer in enumerate(self.layers):
             torch.index_select(layer, 1, slots, out=spare)
             self.layers[number], spare = spare, layer
 
-    def hidden_columns(self) -> torch.Tensor:
+    def padding(self) -> torch.Tensor:
         """[rows, columns] bool: columns before a row's first one."""
-        if self._hidden is None:
+        if self._padding is None:
             columns = torch.arange(self.layers[0].shape[3], device=self.layers[0].device)
             starts = torch.tensor(self.offsets, device=columns.device)
-            self._hidden = columns[None] < starts[:, None]
-        return self._hidden
+            self._padding = columns[None] < starts[:, None]
+        return self._padding

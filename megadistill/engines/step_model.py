@@ -66,7 +66,7 @@ class HFStepModel:
         rows, end = len(tokens), column + tokens.shape[1]
         return self.model.base_model(
             input_ids=tokens,
-            attention_mask=(~state.hidden_columns()[:rows, :end]).long(),
+            attention_mask=(~state.padding()[:rows, :end]).long(),
             position_ids=positions,
             past_key_values=cache_over(state.layers, rows, column),
             use_cache=True,

@@ -112,7 +112,12 @@ def initialize(
     model: nn.Module, config: dict[str, Any], context: ParallelContext, optimizer: Any = None
 ) -> deepspeed.DeepSpeedEngine:
     """``deepspeed.initialize`` with the check that DeepSpeed cut the model over the ranks that ``context`` names."""
+    # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 are off by a per cent of every angle.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.data = buffers[name].to(buffer.device)
     if engine.zero_optimization_stage() == 3:
         head = model.get_output_embeddings()
         for parameter in (head.weight, getattr(head, "bias", None)):

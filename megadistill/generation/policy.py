@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -21,6 +21,7 @@ STREAM_EVALUATION = 4_000
 STREAM_TEACHER_TEXT = 5_000
 
 Source = Literal["generate", "replay", "dataset", "teacher"]
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 class TextPolicy:

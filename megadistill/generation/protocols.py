@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -32,16 +32,18 @@ class StepModel(Protocol):
 
     shard: VocabShard
     device: torch.device
+    head: tuple[torch.Tensor, torch.Tensor | None]
+    """This rank's weight [Vs, H] and bias [Vs] of the output head."""
 
-    def new_state(self, offsets: Sequence[int], columns: int) -> State:
+    def new_state(self, offsets: Sequence[int], columns: int) -> Any:
         """Room for rows whose first columns are ``offsets``."""
         ...
 
-    def prefill(self, state: State, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(self, state: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Reads prompts that all end in the same column; hidden states [B, H] that predict the first tokens."""
         ...
 
-    def decode(self, state: State, tokens: torch.Tensor, column: int) -> torch.Tensor:
+    def decode(self, state: Any, tokens: torch.Tensor, column: int) -> torch.Tensor:
         """Reads tokens [k] into a column of the first k slots, whatever that column held; hidden states [k, H]."""
         ...
 
@@ -55,9 +57,9 @@ class Reader(Protocol):
 
     keeps_cache: bool
 
-    def new_state(self, offsets: Sequence[int], columns: int) -> State: ...
+    def new_state(self, offsets: Sequence[int], columns: int) -> Any: ...
 
-    def read(self, readings: Sequence[Reading], state: State | None = None) -> list[torch.Tensor]:
+    def read(self, readings: Sequence[Reading], state: Any = None) -> list[torch.Tensor]:
         """Hidden states [number of tokens, H] of each reading."""
         ...
 

@@ -87,8 +87,8 @@ class Draft:
         waiting.sort()
         joining = [row for _, row in waiting]
         slot_of = {row: slot for slot, row in enumerate(self._row_of)}
-        order = [slot_of[row] for row in joining]
-        order += [slot for slot, row in enumerate(self._row_of) if row not in set(joining)]
+        order, is_joining = [slot_of[row] for row in joining], set(joining)
+        order += [slot for slot, row in enumerate(self._row_of) if row not in is_joining]
         self._state.sort(order)
         self._row_of = [self._row_of[slot] for slot in order]
         self._write_on(0, waiting, waiting[0][0], self._numbers(stream))
@@ -98,8 +98,12 @@ class Draft:
     ) -> None:
         """Decodes from ``position`` on, whose tokens are known, until every row has ended.
 
-        ``waiting``: (position, row) of the rows that join later, sorted; they wait in slots behind the active ones, in
-        this order.
+        ``waiting``: (position, row) of the rows that join later, sorted; they wait in this order. Slots, at any time:
+
+            0 ...  active  ... | num_active ... ended ... | next_slot ...  waiting, by position  ... | ... not concerned
+                               ^ a row that ends leaves to here; one that joins comes from next_slot to here
+
+        num_active <= next_slot: a joining row changes places with an ended one, or is in its place already.
         """
         next_slot, waiting = num_active, waiting[::-1]
         active: torch.Tensor | None = None
@@ -107,7 +111,8 @@ class Draft:
             if not num_active:
                 position = waiting[-1][0]
             while waiting and waiting[-1][0] == position:
-                assert self._row_of[next_slot] == waiting.pop()[1]
+                _, row = waiting.pop()
+                assert self._row_of[next_slot] == row
                 self._swap(next_slot, num_active)
                 num_active, next_slot, active = num_active + 1, next_slot + 1, None
             if active is None:

@@ -24,6 +24,8 @@ _DIGIT_BITS = 4  # the highest digit of 64 wraps round, as two's complement shou
 _MASS_SLACK = 1e-12
 # Classes whose masses are added up before the cumulative sum, which is slow: one of groups, then one within a group.
 _GROUP = 128
+# Elements of the float64 masses that exist at once.
+_MAX_ELEMENTS = 2**22
 
 
 @torch.no_grad()
@@ -67,11 +69,23 @@ def draw_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """`sample_tokens` with the rows' random numbers [B] in (0, 1) at hand; greedy needs none."""
+    """`sample_tokens` with the rows' random numbers [B] in (0, 1) at hand; greedy needs none.
+
+    Some rows at a time (the same on all ranks), because what is made of their logits is in float64.
+    """
     _check(logits_shard, shard, temperature, top_k, top_p)
     if temperature == 0:
         return _greedy(logits_shard, shard)
     assert numbers is not None
+    size = max(1, _MAX_ELEMENTS // max(1, -(-shard.total // shard.tp_size)))
+    parts = zip(logits_shard.split(size), numbers.split(size), strict=True)
+    drawn = [_sample(part, shard, number, temperature, top_k, top_p) for part, number in parts]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+
+def _sample(
+    logits_shard: Tensor, shard: VocabShard, numbers: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
     scaled_BV = logits_shard
     if temperature != 1:
         scaled_BV = scaled_BV.to(torch.float64) / temperature

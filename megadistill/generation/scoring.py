@@ -20,8 +20,6 @@ from megadistill.parallel.rng import uniform
 from megadistill.parallel.vocab import VocabShard
 
 HeadContext = Callable[[], AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]]
-# Elements of the float64 masses of which teacher tokens are drawn.
-_DRAW_ELEMENTS = 2**20
 
 
 class ReadText:
@@ -89,11 +87,9 @@ def score_rows(
     sequence_ids = torch.tensor(rows.sequence_ids, device=device)[row]
     numbers = uniform(seed, sequence_ids, column, stream=STREAM_TEACHER_TOKEN + round_index)
     drawn = torch.zeros(len(row), dtype=torch.int64, device=device)
-    rows_at_once = max(1, _DRAW_ELEMENTS // max(1, shard.total // shard.tp_size))
 
     def draw(chunk: slice, logits: torch.Tensor) -> None:
-        parts = zip(logits.split(rows_at_once), numbers[chunk].split(rows_at_once), strict=True)
-        drawn[chunk] = torch.cat([draw_tokens(part, shard, number) for part, number in parts])
+        drawn[chunk] = draw_tokens(logits, shard, numbers[chunk])
 
     with teacher_head() as (weight, bias):
         student = Head(_together(student_hidden, student_head[0]), *student_head)

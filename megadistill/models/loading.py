@@ -69,6 +69,9 @@ def load_model_config(path: str, where: str) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
     family_of(config, where)
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        # transformers chooses its frequencies by the longest row of a batch: a row would depend on its neighbours.
+        raise ConfigError(f"{where}: '{path}' has rotary positions of type longrope, which are not supported")
     return config
 
 
@@ -118,7 +121,9 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
         get_logger(int(os.environ.get("RANK", "0"))).info(f"{where}: {path} has no weights; random ones are made")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(DTYPES[dtype])
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in loaded models
+            parameter.data = parameter.data.to(DTYPES[dtype])
     family = family_of(config, where)
     if family.prepare is not None:
         family.prepare(model)

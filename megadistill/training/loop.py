@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from megadistill.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
-from megadistill.errors import CheckpointError, DivergenceError
+from megadistill.errors import CheckpointError, ConfigError, DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
 from megadistill.generation.replay_buffer import merge, split
 from megadistill.losses.backends import choose_backend
+from megadistill.observability.lock import only_writer
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.metrics import JsonLines, MetricsWriter
@@ -28,7 +30,22 @@ from megadistill.training.step import distillation_step
 
 
 def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
-    """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world)."""
+    """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world).
+
+    Raises ConfigError, on every rank, when another run writes the same folder.
+    """
+    with ExitStack() as held:
+        error = None
+        if parts.context.is_main:
+            try:
+                held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
+            except ConfigError as wrong:
+                error = wrong
+        parts.context.raise_together(error)
+        return _train(parts, data, start)
+
+
+def _train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
     config, context = parts.config, parts.context
     log = get_logger(context.rank)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
@@ -39,7 +56,9 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
         return {}
     begun, metrics, last_eval = time.perf_counter(), {}, {}
     if first_step == 0 and parts.policy.schedule is not None and config.train.eval_every:
-        _observe(parts, validate(parts, data))  # what phi compares the first validation with
+        before = validate(parts, data)
+        log.info("step 0: " + _shown(before))
+        _observe(parts, before)  # what phi compares the first validation with
     with (
         _Record(start.run_dir, context, first_step) as record,
         progress_bar(
@@ -57,7 +76,7 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
                 last_eval = validate(parts, data)
                 _observe(parts, last_eval)
                 metrics |= last_eval
-                log.info(f"step {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in last_eval.items()))
+                log.info(f"step {done}: " + _shown(last_eval))
             record.write(done, metrics, context.gather_objects_over_dp(result.samples))
             _check_finite(metrics, done)
             bar.update()
@@ -90,7 +109,7 @@ def validate(parts: Parts, data: TrainingData) -> dict[str, float]:
         parts.tokenizer,
         config.generation.max_new_tokens,
         config.data.max_tokens,
-        batch_size=config.eval.batch_size,
+        batch_size=min(config.eval.batch_size, parts.waves.most_rows),
     )
     with parts.student.writer() as writer:
         likelihood = reference_likelihood(writer, rows, settings, parts.context)
@@ -102,6 +121,10 @@ def validate(parts: Parts, data: TrainingData) -> dict[str, float]:
         "eval/exact_match": scores.exact_match,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _shown(numbers: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def _observe(parts: Parts, validation: dict[str, float]) -> None:
@@ -170,6 +193,10 @@ def _load_trainer_state(parts: Parts, state: dict[str, Any]) -> None:
     if parts.gate is not None:
         parts.gate.load_state_dict(state["gate"])
     if parts.policy.schedule is not None and parts.policy.buffer is not None:
+        if "off_policy" not in state:
+            log = get_logger(parts.context.rank)
+            log.info("the checkpoint is of another generation.mode: the replay buffer starts empty, phi as configured")
+            return
         parts.policy.schedule.load_state_dict(state["off_policy"]["schedule"])
         shard = split(state["off_policy"]["buffer"], parts.context.dp_rank, parts.context.dp_size)
         parts.policy.buffer.load_state_dict(shard)

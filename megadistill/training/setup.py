@@ -152,13 +152,22 @@ def load_training_data(config: RunConfig, tokenizer: Any) -> TrainingData:
         raise ConfigError("data.train_path is missing: nothing to train on (rows without references are welcome there)")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
-    if config.generation.mode == "dataset" and not any(row.response_ids for row in rows["train"]):
+    generation = config.generation
+    least_phi = {"mixed": generation.student_ratio, "off_policy": generation.off_policy.initial_phi, "dataset": 0.0}
+    if least_phi.get(generation.mode, 1.0) < 1 and not any(row.response_ids for row in rows["train"]):
         raise DataError(
-            f"{data.train_path}: no row has a reference, and generation.mode=dataset trains on nothing else"
+            f"{data.train_path}: no row has a reference, and generation.mode={generation.mode} trains on nothing else "
+            "wherever it does not use student text"
         )
     if config.train.eval_every and not rows["valid"]:
         raise DataError(
             f"{data.valid_path}: no row is left to validate on (train.eval_every={config.train.eval_every})"
+        )
+    is_waiting = generation.mode == "off_policy" and generation.off_policy.initial_phi == 0
+    if is_waiting and not any(row.response_ids for row in rows["valid"][: config.train.eval_rows]):
+        raise DataError(
+            f"{data.valid_path}: none of the first train.eval_rows={config.train.eval_rows} rows has a reference, and "
+            "generation.mode=off_policy with initial_phi=0 waits for their likelihood"
         )
     return TrainingData(rows["train"], rows["prompts"], rows["valid"], report)
 
@@ -272,12 +281,14 @@ def _waves(config: RunConfig, context: ParallelContext) -> WavePlan:
 
     student = token_bytes("model.student.path", config.model.student.dtype)
     teacher = token_bytes("model.teacher.path", config.model.teacher.dtype)
-    mode = config.generation.mode
+    mode, data = config.generation.mode, config.data
+    longest = data.max_prompt_tokens + min(config.generation.max_new_tokens, data.max_tokens - 1)
     writer, reader = {"teacher": (teacher, 0), "dataset": (0, 0)}.get(mode, (student, teacher))
     return plan_waves(
         # The student writes the rows of a step, the teacher those of the whole file.
         rows_per_rank=MAX_ROWS if mode == "teacher" else config.train.global_batch_size // context.dp_size,
-        columns=config.data.max_prompt_tokens + config.generation.max_new_tokens,
+        columns=longest,
+        one_row=min(longest, config.data.max_tokens),
         writer_bytes=writer,
         reader_bytes=reader,
         max_cache_bytes=config.generation.max_cache_bytes,

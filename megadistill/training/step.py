@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
+from megadistill.generation.policy import SOURCES
 from megadistill.generation.scoring import ReadText
 from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
@@ -71,8 +72,9 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
 
     metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, parts)
     metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": parts.policy.phi}
+    metrics |= {f"text/{name}": float(source == name) for name in SOURCES}
     if parts.policy.buffer is not None:
-        metrics |= {"replay/rows": float(len(parts.policy.buffer)), "replay/used": float(source == "replay")}
+        metrics["replay/rows"] = float(len(parts.policy.buffer))
     metrics |= timers.seconds()
     return StepResult(metrics, samples_of(step, rows, writing, parts))
 

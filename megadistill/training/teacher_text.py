@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from megadistill.checkpoint.manifest import write_atomically
 from megadistill.config.schema import RunConfig
 from megadistill.data.tokenize import TokenizedExample
 from megadistill.engines.teacher import PartitionedModel
@@ -19,11 +21,15 @@ from megadistill.errors import ConfigError, DataError, MegadistillError
 from megadistill.generation.policy import STREAM_TEACHER_TEXT
 from megadistill.generation.protocols import Rows, Sampling
 from megadistill.generation.rollout import rollout
+from megadistill.models.identity import describe_model_files
+from megadistill.models.loading import has_weights
+from megadistill.observability.lock import only_writer
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
 
 Prompt = tuple[int, ...]
+_FORMAT = "megadistill teacher text 1"
 
 
 def teacher_texts(
@@ -41,21 +47,22 @@ def teacher_texts(
     ConfigError on every rank for a file made with other settings, DataError for a damaged one.
     """
     path = Path(config.generation.teacher_cache or Path(config.run.dir) / "teacher_text.jsonl")
-    settings = _settings(config, teacher)
-    found, error = {}, None
-    if context.is_main:
-        try:
-            found = _open(path, settings)
-        except MegadistillError as wrong:
-            error = wrong
-    context.raise_together(error)
-    known: dict[str, Prompt] = context.gather_objects(found)[0]
     prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
-    missing = [prompt for prompt in prompts if _key(prompt) not in known]
-    if missing:
-        log = get_logger(context.rank)
-        log.info(f"the teacher writes {len(missing)} of {len(prompts)} responses to {path}")
-        known |= _write_missing(path, config, missing, teacher, context, eos_ids, rows_at_once)
+    with ExitStack() as held:
+        found, error = {}, None
+        if context.is_main:
+            try:
+                held.enter_context(only_writer(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}"))
+                found = _open(path, _settings(config, teacher))
+            except (MegadistillError, OSError) as wrong:
+                error = _as_ours(wrong, path)
+        context.raise_together(error)
+        known: dict[str, Prompt] = context.gather_objects(found)[0]
+        missing = [prompt for prompt in prompts if _key(prompt) not in known]
+        if missing:
+            log = get_logger(context.rank)
+            log.info(f"the teacher writes {len(missing)} of {len(prompts)} responses to {path}")
+            known |= _write_missing(path, config, missing, teacher, context, eos_ids, rows_at_once)
     return {prompt: known[_key(prompt)] for prompt in prompts}
 
 
@@ -92,12 +99,24 @@ def _write_missing(
             for some_prompts, some_texts in context.gather_objects_over_dp((mine, texts)):
                 new |= {_key(prompt): text for prompt, text in zip(some_prompts, some_texts, strict=True)}
             written |= new
+            error = None
             if context.is_main:
                 lines = [json.dumps({"prompt": key, "response": list(text)}) for key, text in new.items()]
-                with path.open("a") as file:
-                    file.write("\n".join(lines) + "\n")
+                try:
+                    with path.open("a") as file:
+                        file.write("\n".join(lines) + "\n")
+                except OSError as wrong:
+                    error = _as_ours(wrong, path)
+            context.raise_together(error)
             bar.update(len(part))
     return written
+
+
+def _as_ours(error: MegadistillError | OSError, path: Path) -> MegadistillError:
+    """What every rank can raise: rank 0 alone has touched the file."""
+    if isinstance(error, MegadistillError):
+        return error
+    return ConfigError(f"generation.teacher_cache={path}: {error.strerror or error}")
 
 
 def _key(prompt: Prompt) -> str:
@@ -105,43 +124,58 @@ def _key(prompt: Prompt) -> str:
 
 
 def _settings(config: RunConfig, teacher: PartitionedModel) -> dict[str, Any]:
-    generation = config.generation
+    """The first line of the file: everything that decides the text."""
+    generation, path = config.generation, str(config.model.teacher.path)
+    is_random = not has_weights(path)
     return {
-        "teacher": str(config.model.teacher.path),
-        "model": teacher.loaded.fingerprint,
+        "format": _FORMAT,
+        "teacher": path,
+        "files": describe_model_files(path),
         "dtype": config.model.teacher.dtype,
         "vocabulary": teacher.shard.total,
         "temperature": generation.teacher_temperature,
-        "seed": config.run.seed if generation.teacher_temperature > 0 else None,
+        "seed": config.run.seed if is_random or generation.teacher_temperature > 0 else None,
         "max_new_tokens": generation.max_new_tokens,
         "max_tokens": config.data.max_tokens,
     }
 
 
 def _open(path: Path, settings: dict[str, Any]) -> dict[str, Prompt]:
-    """The responses in a file, which is begun where there is none and loses a line that was being written."""
+    """The responses in a file, which is begun where there is none and loses a line that was being written.
+
+    A file that is not ours is never touched.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"generation.teacher_cache={path} is no file")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings) + "\n")
+        write_atomically(path, json.dumps(settings) + "\n")
         return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if not whole:
-        path.unlink()
-        return _open(path, settings)
-    if whole != text:
-        path.write_text(whole)
-    lines = whole.splitlines()
+    text = path.read_text(errors="replace")
+    first, *lines = text.split("\n")
     try:
-        saved, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
-        found = {str(row["prompt"]): tuple(int(token) for token in row["response"]) for row in rows}
-        changed = [key for key in settings if saved.get(key) != settings[key]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it, and the teacher writes it anew") from None
+        saved = json.loads(first)
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+        raise ConfigError(f"generation.teacher_cache={path} is no teacher's text of megadistill; choose another file")
+    changed = [key for key in settings if saved.get(key) != settings[key]]
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"{path} holds the teacher's text of other settings: {key}={saved.get(key)} there, {settings[key]} here; "
-            "give another generation.teacher_cache, or remove the file"
+            f"generation.teacher_cache={path} holds the teacher's text of other settings: {key}={saved.get(key)} "
+            f"there, {settings[key]} here; choose another file, or remove this one"
         )
+    found: dict[str, Prompt] = {}
+    try:
+        for line in lines[:-1]:
+            row = json.loads(line)
+            response = tuple(int(token) for token in row["response"])
+            if not all(0 <= token < settings["vocabulary"] for token in response):
+                raise ValueError("a token outside the vocabulary")
+            found[str(row["prompt"])] = response
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it, and the teacher writes it anew") from None
+    if lines and lines[-1]:
+        write_atomically(path, "\n".join([first, *lines[:-1]]) + "\n")
     return found

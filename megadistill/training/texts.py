@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megadistill.data.tokenize import TokenizedExample
 from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_REPLAY, STREAM_ROLLOUT
-from megadistill.generation.protocols import Correction, Rows, Sampling, Scores
+from megadistill.generation.protocols import Correction, Rows, Sampling, Scores, StepModel
 from megadistill.generation.replay_buffer import ReplayEntry
 from megadistill.generation.rollout import Draft
 from megadistill.generation.scoring import ReadText, score_rows
@@ -59,7 +59,7 @@ def write_and_revise(rows: Sequence[BatchRow], parts: Parts, timers: Timers) -> 
 
 
 def _write_wave(
-    rows: Sequence[BatchRow], writer: object, parts: Parts, timers: Timers
+    rows: Sequence[BatchRow], writer: StepModel, parts: Parts, timers: Timers
 ) -> tuple[list[TrainingRow], Writing]:
     generation, teacher = parts.config.generation, parts.teacher
     assert teacher is not None

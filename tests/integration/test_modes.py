@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.runs import ROOT, free_port, losses, run_layout, samples, settings, weights, write_assets
-from tests.support.spawn import RankError
+from tests.support.spawn import RankError, run_ranks
 
 STEPS = 6
 OFF_POLICY = ("generation.mode=off_policy", "generation.off_policy.initial_phi=1",
@@ -98,7 +98,7 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
         assert written[mode] == set(range(1, STEPS + 1)), mode
     assert written["dataset"] == written["teacher"] == set()
     assert 0 < len(written["mixed"]) < STEPS and 0 < len(written["off_policy"]) < STEPS
-    assert sum(losses(reference / "off_policy", "replay/used")) > 0
+    assert sum(losses(reference / "off_policy", "text/replay")) > 0
     assert max(losses(reference / "off_policy", "replay/rows")) == 4
     positions = [sample["error_position"] for sample in _texts(reference / "without correction")]
     assert set(positions) == {-1}
@@ -118,7 +118,7 @@ def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_6"
     again = settings(assets, "llama", *more, f"train.resume={checkpoint}")
     run_layout(2, [(str(tmp_path / "resumed"), again)])
-    for key in ("loss", "phi", "replay/rows", "replay/used", "eval/nll"):
+    for key in ("loss", "phi", "replay/rows", "text/replay", "eval/nll"):
         whole, resumed = (_every(tmp_path / name, key) for name in ("whole", "resumed"))
         assert resumed == whole[6:], key
     ours, theirs = weights(tmp_path / "resumed", 12), weights(tmp_path / "whole", 12)
@@ -143,12 +143,104 @@ def test_the_teachers_text_is_written_once(assets: Path, tmp_path: Path) -> None
     cache.write_text("".join(lines[:9]) + lines[9][:20])
     run_layout(2, [(str(tmp_path / "third"), settings(assets, "llama", *more, "parallel.tp_size=1"))])
     assert sorted(cache.read_text().splitlines()) == sorted(whole.splitlines())
-    with pytest.raises(RankError, match="max_new_tokens=8 there, 6 here; give another generation.teacher_cache"):
+    with pytest.raises(RankError, match="max_new_tokens=8 there, 6 here; choose another file"):
         other = settings(assets, "llama", *more, "generation.max_new_tokens=6")
         run_layout(2, [(str(tmp_path / "fourth"), other)])
     cache.write_text(lines[0] + "{}\n")
     with pytest.raises(RankError, match="is damaged"):
         run_layout(2, [(str(tmp_path / "fifth"), settings(assets, "llama", *more))])
+
+
+def test_another_teacher_in_the_same_place_is_noticed(assets: Path, tmp_path: Path) -> None:
+    """Also by a checkpoint of random weights, which depend on the seed; and a file of the user's is never touched."""
+    cache = tmp_path / "text.jsonl"
+    more = ("generation.mode=teacher", "train.max_steps=1", f"generation.teacher_cache={cache}")
+    run_layout(1, [(str(tmp_path / "first"), settings(assets, "llama", *more))])
+    with pytest.raises(RankError, match="seed=0 there, 3 here; choose another file"):
+        run_layout(1, [(str(tmp_path / "second"), settings(assets, "llama", *more, "run.seed=3"))])
+    trained = f"model.teacher.path={tmp_path / 'first' / 'checkpoints' / 'step_1' / 'hf'}"
+    with pytest.raises(RankError, match="holds the teacher's text of other settings"):
+        run_layout(1, [(str(tmp_path / "third"), settings(assets, "llama", *more, trained))])
+    for content in ('{"instruction": "x", "output": "y"}', "a\nb", '{"a": 1}\n{"b"'):
+        cache.write_text(content)
+        with pytest.raises(RankError, match="is no teacher's text of megadistill; choose another file"):
+            run_layout(2, [(str(tmp_path / "fourth"), settings(assets, "llama", *more))])
+        assert cache.read_text() == content
+
+
+def test_one_run_a_folder(assets: Path, tmp_path: Path) -> None:
+    from megadistill.observability.lock import only_writer
+
+    run = [(str(tmp_path / "run"), settings(assets, "llama", "train.max_steps=1"))]
+    with (
+        only_writer(tmp_path / "run" / ".lock", "x"),
+        pytest.raises(RankError, match="is being written by another run"),
+    ):
+        run_layout(2, run)
+    run_layout(1, run)
+
+
+def test_off_policy_goes_on_from_a_checkpoint_of_another_mode(assets: Path, tmp_path: Path) -> None:
+    run_layout(1, [(str(tmp_path / "on"), settings(assets, "llama", "train.max_steps=2"))])
+    more = (*OFF_POLICY, f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.max_steps=4",
+            f"train.resume={tmp_path / 'on' / 'checkpoints' / 'step_2'}")  # fmt: skip
+    run_layout(1, [(str(tmp_path / "off"), settings(assets, "llama", *more))])
+    assert _every(tmp_path / "off", "replay/rows")[0] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("generation.mode=mixed",), "no row has a reference, and generation.mode=mixed"),
+        (
+            (*OFF_POLICY, "generation.off_policy.initial_phi=0.5"),
+            "no row has a reference, and generation.mode=off_policy",
+        ),
+        (
+            ("generation.mode=off_policy", "train.eval_every=1", "data.train_path=REFERENCES"),
+            "waits for their likelihood",
+        ),
+    ],
+)
+def test_runs_that_could_train_on_nothing_are_refused(
+    assets: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    from megadistill.config.load import load_config
+    from megadistill.errors import DataError
+    from megadistill.training.setup import load_training_data, run_tokenizer
+
+    prompts = assets / "data" / "prompts.jsonl"
+    overrides = settings(assets, "llama", f"data.train_path={prompts}", f"data.valid_path={prompts}", *more)
+    overrides = [text.replace("REFERENCES", str(assets / "data" / "train.jsonl")) for text in overrides]
+    config = load_config(ROOT / "configs" / "base.yaml", [f"run.dir={tmp_path}", *overrides])
+    with pytest.raises(DataError, match=message):
+        load_training_data(config, run_tokenizer(config))
+
+
+def test_rotary_frequencies_stay_float32(assets: Path) -> None:
+    """DeepSpeed casts a bf16 model's buffers; angles at position 1,500 would be off by several per cent."""
+    import deepspeed
+
+    def body(rank: int) -> list[str]:
+
+        from megadistill.engines.backend import leave_out_shm_op
+        from megadistill.engines.teacher import frozen_model
+        from megadistill.models.loading import load_model
+        from megadistill.parallel.context import ParallelContext
+
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
+        os.environ["WORLD_SIZE"] = "2"
+        leave_out_shm_op()
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        context = ParallelContext.build(2, 60, torch.device("cpu"))
+        path = str(assets / "llama" / "teacher")
+        loaded = load_model(path, dtype="bf16", vocab_size=403, seed=1, attention="sdpa", where="x")
+        exact = loaded.model.model.rotary_emb.inv_freq.clone()
+        model = frozen_model(loaded, context, zero_stage=3, dtype="bf16")
+        assert torch.equal(model.module.model.rotary_emb.inv_freq, exact)
+        return [str(exact.dtype), str(model.module.model.norm.weight.dtype)]
+
+    assert run_ranks(body, 2) == [["torch.float32", "torch.bfloat16"]] * 2
 
 
 FAILING = """

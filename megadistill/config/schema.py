@@ -132,7 +132,7 @@ class GenerationSection(Section):
     )
     teacher_cache: Text | None = Field(
         None,
-        description="For mode teacher: file with its text, written once and reused; null: teacher_text.jsonl in run.dir.",
+        description="For mode teacher: file of its text, written once and reused; null: teacher_text.jsonl in run.dir.",
     )
     max_new_tokens: Count = Field(256, description="Longest response that is generated; data.max_tokens ends it too.")
     sampling_temperature: NonNegative = Field(1.0, description="Temperature of the student's samples; 0: greedy.")

@@ -11,25 +11,33 @@ from contextlib import contextmanager
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 _KEEPER = -1  # no module has this number
+# Parameters that are gathered in one call; they exist twice for as long as it lasts.
+_MAX_TOGETHER_BYTES = 2**28
 
 
 @contextmanager
-def gathered_module(engine: deepspeed.DeepSpeedEngine) -> Iterator[nn.Module]:
-    """The engine's module with all parameters present and without ZeRO-3 hooks; read-only.
+def gathered_module(engine: deepspeed.DeepSpeedEngine, *, runs_forward: bool) -> Iterator[nn.Module]:
+    """The engine's module with all parameters present; read-only.
 
-    Communicates once over the data-parallel group on entry (ZeRO-3), never in stages 0-2, where parameters are present.
+    ``runs_forward``: the module's forward passes will run, so ZeRO-3's hooks, which would gather and release, are taken
+    off meanwhile (and DeepSpeed forgets the order of its gatherings). Communicates once over the data-parallel group on
+    entry (ZeRO-3), never in stages 0-2, where parameters are present.
     """
     if engine.zero_optimization_stage() != 3:
         yield engine.module
         return
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     parameters = list(engine.module.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+    with _gathered(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
+        if not runs_forward:
+            yield engine.module
+            return
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
@@ -62,7 +70,23 @@ def gathered_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[N
     if not partitioned:
         yield
         return
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
+    with _gathered(partitioned):
+        yield
+
+
+@contextmanager
+def _gathered(partitioned: Sequence[nn.Parameter]) -> Iterator[None]:
+    """``deepspeed.zero.GatheredParameters``, which gathers one parameter after the other, told that they are there:
+    several are gathered in one call before."""
+    missing = [p for p in partitioned if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    while missing:
+        part = [missing.pop(0)]
+        size = part[0].ds_numel * part[0].element_size()
+        while missing and size + missing[0].ds_numel * missing[0].element_size() <= _MAX_TOGETHER_BYTES:
+            size += missing[0].ds_numel * missing[0].element_size()
+            part.append(missing.pop(0))
+        part[0].all_gather_coalesced(part).wait()
+    with deepspeed.zero.GatheredParameters(list(partitioned), modifier_rank=None):
         yield
 
 

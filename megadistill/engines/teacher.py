@@ -42,7 +42,8 @@ class PartitionedModel:
     def writer(self) -> Iterator[PlanWriter | HFStepModel]:
         """A StepModel with all parameters gathered once (over the data-parallel group) for as long as it is used."""
         was_training = self.module.training
-        with gathered_module(self.engine) as module:
+        has_plan = self.loaded.family.plan(self.module) is not None
+        with gathered_module(self.engine, runs_forward=not has_plan) as module:
             module.eval()
             try:
                 yield step_model(module, self.loaded.family, self.shard, self.context.device)

@@ -25,7 +25,8 @@ _MASS_SLACK = 1e-12
 # Classes whose masses are added up before the cumulative sum, which is slow: one of groups, then one within a group.
 _GROUP = 128
 # Elements of the float64 masses that exist at once.
-_MAX_ELEMENTS = 2**22
+_MAX_ELEMENTS_CPU = 2**18
+_MAX_ELEMENTS_ACCELERATOR = 2**22
 
 
 @torch.no_grad()
@@ -77,14 +78,23 @@ def draw_tokens(
     if temperature == 0:
         return _greedy(logits_shard, shard)
     assert numbers is not None
-    size = max(1, _MAX_ELEMENTS // max(1, -(-shard.total // shard.tp_size)))
+    elements = _MAX_ELEMENTS_CPU if logits_shard.device.type == "cpu" else _MAX_ELEMENTS_ACCELERATOR
+    size = min(max(1, elements // max(1, -(-shard.total // shard.tp_size))), max(1, len(logits_shard)))
+    # One room for all parts: new memory of this size costs more than the exponentials on CPUs.
+    room = torch.empty(size, _groups(shard.size) * _GROUP, dtype=torch.float64, device=logits_shard.device)
     parts = zip(logits_shard.split(size), numbers.split(size), strict=True)
-    drawn = [_sample(part, shard, number, temperature, top_k, top_p) for part, number in parts]
+    drawn = [_sample(part, shard, number, room, temperature, top_k, top_p) for part, number in parts]
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 def _sample(
-    logits_shard: Tensor, shard: VocabShard, numbers: Tensor, temperature: float, top_k: int, top_p: float
+    logits_shard: Tensor,
+    shard: VocabShard,
+    numbers: Tensor,
+    room: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> Tensor:
     scaled_BV = logits_shard
     if temperature != 1:
@@ -93,7 +103,7 @@ def _sample(
         scaled_BV = _keep_top_k(scaled_BV, shard, top_k)
     if top_p < 1:
         scaled_BV = _keep_top_p(scaled_BV.to(torch.float64), _ordered_bits(logits_shard), shard, top_p)
-    return _draw(scaled_BV, shard, numbers)
+    return _draw(scaled_BV, shard, numbers, room)
 
 
 def _check(
@@ -124,10 +134,10 @@ def _greedy(logits_BV: Tensor, shard: VocabShard) -> Tensor:
     return all_gather_rows(candidate, shard.group).amin(0).clamp_max(shard.total - 1)
 
 
-def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor) -> Tensor:
+def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor, room: Tensor) -> Tensor:
     """The class whose piece of the cumulative distribution holds number [B]."""
     largest = _largest(scaled_BV).to(torch.float64)
-    mass_BGC, bounds_BG = _masses(scaled_BV, _finite(largest))
+    mass_BGC, bounds_BG = _masses(scaled_BV, _finite(largest), room)
     local_mass = bounds_BG[:, -1]
     gathered = all_gather_rows(torch.stack([largest, local_mass], -1), shard.group)
     scales = torch.exp(gathered[..., 0] - _finite(gathered[..., 0].amax(0)))
@@ -144,11 +154,14 @@ def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor) -> Tensor:
     return all_reduce_sum(token, shard.group)
 
 
-def _masses(scaled_BV: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+def _groups(num_classes: int) -> int:
+    return max(1, -(-num_classes // _GROUP))
+
+
+def _masses(scaled_BV: Tensor, largest: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     """exp(scaled - largest) in groups of classes [B, G, C], and the mass up to the end of each group [B, G]."""
     num_rows, num_classes = scaled_BV.shape
-    num_groups = max(1, -(-num_classes // _GROUP))
-    mass = torch.empty(num_rows, num_groups * _GROUP, dtype=torch.float64, device=scaled_BV.device)
+    num_groups, mass = _groups(num_classes), room[:num_rows]
     mass[:, num_classes:] = 0
     kept = mass[:, :num_classes]
     torch.sub(scaled_BV, largest.unsqueeze(-1), out=kept)

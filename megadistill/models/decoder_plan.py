@@ -82,6 +82,11 @@ class DecoderPlan:
         return [self.embedding, *([] if self.positions is None else [self.positions]), *norm]
 
 
+def _function(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An activation without the hooks that an engine may have hung on its module."""
+    return activation.forward if isinstance(activation, nn.Module) else activation
+
+
 def kv_bytes_per_token(config: Any, tp_size: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token in all layers, on one tensor-parallel rank."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -118,7 +123,7 @@ def llama_plan(model: nn.Module) -> DecoderPlan | None:
         embedding=body.embed_tokens,
         layers=tuple(layers),
         final_norm=NormPlan.of(body.norm),
-        activation=body.layers[0].mlp.act_fn,
+        activation=_function(body.layers[0].mlp.act_fn),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -148,7 +153,7 @@ def opt_plan(model: nn.Module) -> DecoderPlan | None:
         embedding=body.embed_tokens,
         layers=tuple(layers),
         final_norm=None if body.final_layer_norm is None else NormPlan.of(body.final_layer_norm),
-        activation=body.layers[0].activation_fn,
+        activation=_function(body.layers[0].activation_fn),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
@@ -178,7 +183,7 @@ def gpt2_plan(model: nn.Module) -> DecoderPlan | None:
         embedding=body.wte,
         layers=tuple(layers),
         final_norm=NormPlan.of(body.ln_f),
-        activation=body.h[0].mlp.act,
+        activation=_function(body.h[0].mlp.act),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,

@@ -233,7 +233,11 @@ def table(record: dict[str, Any], options: Any) -> str:
                 over = "" if row["over_generate"] is None else f"{row['over_generate']:.2f}"
                 lines.append(f"| {row['name']} | {row['milliseconds']:.0f} | {over} | {row['of_rollout']:.2f} |")
     if record["parallel"]:
-        lines += ["", f"Two processes, one thread each, {options.rows[0]} rows in all", ""]
+        lines += [
+            "",
+            f"Two processes, one thread each: {options.rows[0]} rows together (TP 2), as many each (DP 2)",
+            "",
+        ]
         lines += [
             "| V | bytes a row and token, TP 2: sampling | the model's own reductions | ZeRO-3 over ZeRO-0, DP 2 | "
             "of it gathering |",

@@ -126,10 +126,10 @@ def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
 
 
 def _zero(sizes: Sizes, folder: Path) -> dict[str, float]:
-    """A rollout of half of the rows on each of two data-parallel ranks, parameters partitioned or whole."""
+    """A rollout of all rows on each of two data-parallel ranks, parameters partitioned or whole."""
     students = {stage: _student(sizes, folder, 1, stage) for stage in (0, 3)}
     rank = dist.get_rank()
-    mine = range(rank * sizes.rows // _RANKS, (rank + 1) * sizes.rows // _RANKS)
+    mine = range(rank * sizes.rows, (rank + 1) * sizes.rows)
     times: dict[int, list[float]] = {stage: [] for stage in students}
     gathering = []
     for number in range(sizes.rounds + 1):

@@ -15,8 +15,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 _KEEPER = -1  # no module has this number
-# Parameters that are gathered in one call; they exist twice for as long as it lasts.
-_MAX_TOGETHER_BYTES = 2**28
+# Small parameters are gathered this many in a call; large ones, whose gathering is worth its call and which would be
+# copied once more, by themselves.
+_SMALL_BYTES, _TOGETHER = 2**22, 64
 
 
 @contextmanager
@@ -76,15 +77,12 @@ def gathered_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[N
 
 @contextmanager
 def _gathered(partitioned: Sequence[nn.Parameter]) -> Iterator[None]:
-    """``deepspeed.zero.GatheredParameters``, which gathers one parameter after the other, told that they are there:
-    several are gathered in one call before."""
+    """``deepspeed.zero.GatheredParameters``, which gathers one parameter after the other, with the small ones
+    gathered before, many in one call."""
     missing = [p for p in partitioned if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    while missing:
-        part = [missing.pop(0)]
-        size = part[0].ds_numel * part[0].element_size()
-        while missing and size + missing[0].ds_numel * missing[0].element_size() <= _MAX_TOGETHER_BYTES:
-            size += missing[0].ds_numel * missing[0].element_size()
-            part.append(missing.pop(0))
+    small = [p for p in missing if p.ds_numel * p.element_size() <= _SMALL_BYTES]
+    for start in range(0, len(small), _TOGETHER):
+        part = small[start : start + _TOGETHER]
         part[0].all_gather_coalesced(part).wait()
     with deepspeed.zero.GatheredParameters(list(partitioned), modifier_rank=None):
         yield

@@ -61,6 +61,9 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     finally:
         # Without this a rank of another node can abort at exit and leave its launcher waiting.
         torch.distributed.destroy_process_group()
+        if is_alone:  # what is started from here is no rank of that world
+            for name in (*_LAUNCHER_VARIABLES, "LOCAL_SIZE"):
+                os.environ.pop(name, None)
 
 
 def name_accelerator() -> bool:

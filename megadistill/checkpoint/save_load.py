@@ -57,8 +57,9 @@ def save_checkpoint(
     context: ParallelContext,
     *,
     keep_last: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Writes ``folder/step_N`` after ``step`` updates (collective over the world) and removes all but the last ones."""
+    """Writes ``folder/step_N`` after ``step`` updates (collective over the world) and removes all but those that are kept."""
     beside, target = folder / f"step_{step}.partial", folder / f"step_{step}"
     if context.is_main:
         for stale in folder.glob("step_*.partial"):
@@ -79,7 +80,7 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         beside.replace(target)
         write_atomically(folder / LATEST, target.name + "\n")
-        _remove_old(folder, step, keep_last)
+        _remove_old(folder, step, keep_last, keep_every)
     context.barrier()
     return target
 
@@ -128,10 +129,11 @@ def _share(names: list[str], context: ParallelContext) -> list[str]:
     return names[context.rank :: context.world_size]
 
 
-def _remove_old(folder: Path, step: int, keep_last: int) -> None:
-    """Keeps the last checkpoints up to ``step``. Later ones are of a branch that was left by an earlier resume, and a
+def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Keeps the last checkpoints up to ``step`` and those of every ``keep_every`` steps. Later ones are of a branch that was left by an earlier resume, and a
     folder with any other name is the user's: both stay."""
     found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir() if (path / MANIFEST).is_file())
     steps = sorted((int(match[1]), path) for match, path in found if match and int(match[1]) <= step)
-    for _, old in steps[:-keep_last]:
-        shutil.rmtree(old)
+    for number, old in steps[:-keep_last]:
+        if not keep_every or number % keep_every:
+            shutil.rmtree(old)

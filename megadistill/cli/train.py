@@ -23,6 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
+    from megadistill.training.stopping import STOPPED
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
 
     refuse_unwritable(config.run.dir, is_file=False)
@@ -38,5 +39,5 @@ def run(arguments: Sequence[str]) -> int:
     make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        train(build_parts(config, context, tokenizer, [*data.train, *data.prompts]), data, start)
-    return 0
+        summary = train(build_parts(config, context, tokenizer, [*data.train, *data.prompts]), data, start)
+    return STOPPED if "stopped" in summary else 0

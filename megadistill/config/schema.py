@@ -226,6 +226,9 @@ class TrainSection(Section):
         10, description="Steps between entries in samples.jsonl (where the student writes in such a step); 0: none."
     )
     samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
+    stop_grace_s: Count = Field(
+        120, description="Seconds for a step and its checkpoint when the launcher has died; then the process ends itself."
+    )
     resume: Text = Field(
         "auto", description="auto: from the last checkpoint of run.dir; never; or a checkpoint's path."
     )
@@ -248,6 +251,7 @@ class EvalSection(Section):
 
 class CheckpointSection(Section):
     keep_last: Count = Field(2, description="Checkpoints that stay on disk; older ones are removed.")
+    keep_every: Natural = Field(0, description="Checkpoints of every so many steps stay as well; 0: none.")
 
 
 class RunConfig(Section):

@@ -77,6 +77,12 @@ class ParallelContext:
             dist.all_reduce(tensor, group=self.dp_group)
         return tensor
 
+    def max_over_world(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maximum over all ranks, in place (one all-reduce; nothing in a world of one)."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def gather_objects_over_dp(self, item: Any) -> list[Any]:
         """The picklable ``item`` of every data-parallel rank, in rank order (one object all-gather)."""
         if self.dp_group is None:

@@ -27,10 +27,13 @@ from megadistill.training.parts import Parts
 from megadistill.training.resume import RESOLVED, Start
 from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
+from megadistill.training.stopping import stop_requests
 
 
 def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
     """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world).
+
+    A run that is asked to stop saves after its step and returns ``stopped`` (the signal's name) instead.
 
     Raises ConfigError, on every rank, when another run writes the same folder.
     """
@@ -59,7 +62,9 @@ def _train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
         before = validate(parts, data)
         log.info("step 0: " + _shown(before))
         _observe(parts, before)  # what phi compares the first validation with
+    stopped = None
     with (
+        stop_requests(config.train.stop_grace_s) as request,
         _Record(start.run_dir, context, first_step) as record,
         progress_bar(
             description="train", total=config.train.max_steps, initial=first_step, unit="step", rank=context.rank
@@ -82,8 +87,12 @@ def _train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
             bar.update()
             if done % config.train.log_every == 0:
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            if _saves(config, done):
+            stopped = request.agreed(context)
+            if _saves(config, done) or stopped:
                 _save(parts, start.run_dir, done)
+            if stopped and done < config.train.max_steps:
+                log.info(f"{stopped}: stopped after step {done}, which is saved; the same command goes on")
+                return {"stopped": stopped, "step": done}
     summary = {
         "steps": config.train.max_steps,
         "seconds": time.perf_counter() - begun,
@@ -211,6 +220,7 @@ def _save(parts: Parts, run_dir: Path, step: int) -> None:
         parts.tokenizer,
         parts.context,
         keep_last=parts.config.checkpoint.keep_last,
+        keep_every=parts.config.checkpoint.keep_every,
     )
 
 

@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "train.samples_every",
     "train.samples_rows",
     "train.resume",
+    "train.stop_grace_s",
     "generation.max_cache_bytes",
     "loss.backend",
     "loss.chunk_tokens",

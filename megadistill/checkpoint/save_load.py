@@ -59,7 +59,7 @@ def save_checkpoint(
     keep_last: int,
     keep_every: int = 0,
 ) -> Path:
-    """Writes ``folder/step_N`` after ``step`` updates (collective over the world) and removes all but those that are kept."""
+    """Writes ``folder/step_N`` after ``step`` updates (collective over the world); removes what is not to be kept."""
     beside, target = folder / f"step_{step}.partial", folder / f"step_{step}"
     if context.is_main:
         for stale in folder.glob("step_*.partial"):
@@ -130,8 +130,11 @@ def _share(names: list[str], context: ParallelContext) -> list[str]:
 
 
 def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Keeps the last checkpoints up to ``step`` and those of every ``keep_every`` steps. Later ones are of a branch that was left by an earlier resume, and a
-    folder with any other name is the user's: both stay."""
+    """Keeps the last checkpoints up to ``step`` and those of every ``keep_every`` steps.
+
+    Later ones are of a branch that was left by an earlier resume, and a folder with any other name is the user's: both
+    stay.
+    """
     found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir() if (path / MANIFEST).is_file())
     steps = sorted((int(match[1]), path) for match, path in found if match and int(match[1]) <= step)
     for number, old in steps[:-keep_last]:

@@ -23,8 +23,8 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
-    from megadistill.training.stopping import STOPPED
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
+    from megadistill.training.stopping import STOPPED
 
     refuse_unwritable(config.run.dir, is_file=False)
     if config.generation.teacher_cache is not None:

@@ -227,7 +227,8 @@ class TrainSection(Section):
     )
     samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
     stop_grace_s: Count = Field(
-        120, description="Seconds for a step and its checkpoint when the launcher has died; then the process ends itself."
+        120,
+        description="Seconds for a step and its checkpoint when the launcher has died; then the process ends itself.",
     )
     resume: Text = Field(
         "auto", description="auto: from the last checkpoint of run.dir; never; or a checkpoint's path."

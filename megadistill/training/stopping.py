@@ -1,9 +1,9 @@
 """Stopping on a signal: all ranks stop after the same step, with a checkpoint of it.
 
-SIGTERM (a scheduler, a launcher), SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before its limit) ask for it; so does a
-launcher that dies without a word, because DeepSpeed's leaves its ranks running. A rank that was asked cannot stop alone:
-the others would wait for it in the next collective. So every rank tells the others after every step, and all stop when
-one was asked.
+SIGTERM (a scheduler, a launcher), SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before its limit) ask for it; so does
+a launcher that dies without a word, because DeepSpeed's leaves its ranks running. A rank that was asked cannot stop
+alone: the others would wait for it in the next collective. So every rank tells the others after every step, and all
+stop when one was asked.
 """
 
 from __future__ import annotations

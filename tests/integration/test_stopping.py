@@ -55,11 +55,16 @@ class Run:
 
     def survivors(self, seconds: float = 60) -> list[psutil.Process]:
         """Processes that are there after some time; they are ended."""
-        _, alive = psutil.wait_procs(self.everyone, timeout=seconds)
-        alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        deadline = time.monotonic() + seconds
+        while (alive := self._alive()) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for process in alive:
             process.kill()
         return alive
+
+    def _alive(self) -> list[psutil.Process]:
+        self.runner.poll()  # ours to reap; psutil would take its exit code away
+        return [p for p in self.everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def close(self) -> None:
         self.survivors(0)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of, refuse_unwritable
+
+if TYPE_CHECKING:
+    from megadistill.config.schema import RunConfig
+    from megadistill.training.stopping import StopRequest
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -18,6 +23,14 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_config()
     config = config_of(parser.parse(arguments))
 
+    from megadistill.training.stopping import stop_requests
+
+    # From now on, so that a signal while models are loaded is no crash: the run stops after its first step.
+    with stop_requests(config.train.stop_grace_s) as request:
+        return _train(config, request)
+
+
+def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.cli.assets import ensure_assets
     from megadistill.engines.launch import distributed, world_size
     from megadistill.parallel.context import ParallelContext
@@ -39,5 +52,5 @@ def run(arguments: Sequence[str]) -> int:
     make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        summary = train(build_parts(config, context, tokenizer, [*data.train, *data.prompts]), data, start)
-    return STOPPED if "stopped" in summary else 0
+        parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
+        return STOPPED if "stopped" in train(parts, data, start, request) else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -15,10 +16,43 @@ import torch
 from megadistill.errors import TopologyError
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
+
+
+def srun_variables(environment: Mapping[str, str], first_host: Callable[[str], str]) -> dict[str, str]:
+    """What a launcher would have set, for a rank that `srun` started itself; empty for any other process.
+
+    `SLURM_STEP_NUM_TASKS` is of srun alone: a batch script and what it starts have none. MASTER_ADDR and MASTER_PORT
+    that are set already stay; else the step's first host (``first_host`` of its node list) and a port made of the job's
+    number.
+    """
+    num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environment or num_tasks < 2:
+        return {}
+    missing = [name for name in _SRUN_VARIABLES if name not in environment]
+    if missing:
+        raise TopologyError(f"srun started this process but did not set {', '.join(missing)}")
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(num_tasks),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+    }
+    if "MASTER_ADDR" not in environment:
+        found["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
+    return {name: value for name, value in found.items() if name not in environment}
+
+
+def _first_host(node_list: str) -> str:
+    shown = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False)
+    if shown.returncode or not shown.stdout.strip():
+        raise TopologyError(f"scontrol cannot read the node list {node_list}; set MASTER_ADDR")
+    return shown.stdout.split()[0]
 
 
 def world_size() -> int:
     """Number of processes that the launcher started; 1 without a launcher. Raises TopologyError for half a set-up."""
+    os.environ |= srun_variables(os.environ, _first_host)
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if present and len(present) < len(_LAUNCHER_VARIABLES):
         missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]

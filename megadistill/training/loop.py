@@ -27,13 +27,13 @@ from megadistill.training.parts import Parts
 from megadistill.training.resume import RESOLVED, Start
 from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
-from megadistill.training.stopping import stop_requests
+from megadistill.training.stopping import StopRequest
 
 
-def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
+def train(parts: Parts, data: TrainingData, start: Start, request: StopRequest | None = None) -> dict[str, Any]:
     """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world).
 
-    A run that is asked to stop saves after its step and returns ``stopped`` (the signal's name) instead.
+    A run that is asked to stop (``request``) saves after its step and returns ``stopped``, the signal's name, instead.
 
     Raises ConfigError, on every rank, when another run writes the same folder.
     """
@@ -45,10 +45,10 @@ def train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
             except ConfigError as wrong:
                 error = wrong
         parts.context.raise_together(error)
-        return _train(parts, data, start)
+        return _train(parts, data, start, request or StopRequest())
 
 
-def _train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
+def _train(parts: Parts, data: TrainingData, start: Start, request: StopRequest) -> dict[str, Any]:
     config, context = parts.config, parts.context
     log = get_logger(context.rank)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
@@ -64,7 +64,6 @@ def _train(parts: Parts, data: TrainingData, start: Start) -> dict[str, Any]:
         _observe(parts, before)  # what phi compares the first validation with
     stopped = None
     with (
-        stop_requests(config.train.stop_grace_s) as request,
         _Record(start.run_dir, context, first_step) as record,
         progress_bar(
             description="train", total=config.train.max_steps, initial=first_step, unit="step", rank=context.rank

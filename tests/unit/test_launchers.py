@@ -14,7 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*ROOT.glob("launchers/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])
+SCRIPTS = sorted(
+    [*ROOT.glob("launchers/*.sh"), ROOT / "launchers/slurm.sbatch", ROOT / "tests/run.sh", ROOT / ".ci/run"]
+)
 TOOLS = ["bash", "sh", "env", "dirname", "cat", "cksum", "id", "rm", "mkdir", "printf", "flock"]
 
 
@@ -216,3 +218,23 @@ def _requirements(name: str) -> list[str]:
         return distribution(name).requires or []
     except PackageNotFoundError:
         return []
+
+
+def test_slurm_prints_what_it_would_run(clone: Path, tools: Path) -> None:
+    script = clone / "launchers" / "slurm.sbatch"
+    done = run("bash", script, "--config", "a b.yaml", path=tools, DRY_RUN="1", SLURM_SUBMIT_DIR=str(clone))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("srun --kill-on-bad-exit=0 bash -c ")
+    assert done.stdout.rstrip().endswith("/launchers/run.sh --config a\\ b.yaml")
+
+
+def test_slurm_queues_a_stopped_run_again_and_no_other(clone: Path, tools: Path) -> None:
+    """With stand-ins for srun and scontrol; docs/log.md has the real ones."""
+    write_script(tools / "scontrol", '#!/bin/sh\necho "scontrol $*"\n')
+    write_script(tools / "date", "#!/bin/sh\necho now\n")
+    for code, is_queued in ((85, True), (0, False), (1, False)):
+        write_script(tools / "srun", f"#!/bin/sh\nexit {code}\n")
+        script = clone / "launchers" / "slurm.sbatch"
+        done = run("bash", script, path=tools, SLURM_SUBMIT_DIR=str(clone), SLURM_JOB_ID="7")
+        assert done.returncode == code, done.stderr
+        assert ("scontrol requeue 7" in done.stdout) is is_queued

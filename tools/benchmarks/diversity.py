@@ -16,6 +16,7 @@ from megadistill.cli.parsing import refuse_unwritable
 from megadistill.errors import DataError, MegadistillError
 from megadistill.evaluation.rouge import distinct_n
 from megadistill.generation.scrg import NO_ERROR
+from tools.benchmarks.measure import at_least, save
 
 _KEYS: dict[str, type] = {"step": int, "student": str, "corrected": str, "error_position": int}
 _LEGEND = """\
@@ -70,10 +71,7 @@ def main(arguments: list[str]) -> int:
     command = "python tools/benchmark.py diversity " + shlex.join(arguments)
     text = table(rows, command)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        numbers = json.dumps({"command": command, "rows": [asdict(row) for row in rows]}, indent=1)
-        options.output.write_text(numbers + "\n", encoding="utf-8")
-        options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        save(options.output, {"command": command, "rows": [asdict(row) for row in rows]}, text)
     print(text)
     return 0
 
@@ -86,15 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="RUN", help="run directory, trained with train.samples_every=1 and "
         "train.samples_rows=train.global_batch_size, so that samples.jsonl has all text"
     )  # fmt: skip
-    parser.add_argument("--parts", type=_count, default=4, metavar="N", help="equal parts of a run's steps")
+    parser.add_argument("--parts", type=at_least(1), default=4, metavar="N", help="equal parts of a run's steps")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file; the table goes beside it as .md")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
 
 
 def read_samples(run: Path) -> list[Sample]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 import statistics
 import sys
@@ -23,7 +22,7 @@ from megadistill.losses import Head
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 from tools.benchmarks import contenders as field
-from tools.benchmarks.measure import machine, peak_bytes, seconds
+from tools.benchmarks.measure import at_least, machine, peak_bytes, save, seconds
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ERROR_ELEMENTS = 2**22  # rows times classes of the problem on which gradients are compared with float64
@@ -98,11 +97,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _write(rows: list[Row], command: str, device: torch.device, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": command, "machine": machine(device), "peers": field.versions()}
     record["rows"] = [asdict(row) for row in rows]
-    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(table(rows, command, machine(device)) + "\n", encoding="utf-8")
+    save(output, record, table(rows, command, machine(device)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,13 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{__doc__} The default grid takes hours on two CPU cores; name fewer sizes for a look.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--tokens", type=_count, nargs="+", default=[512, 2048, 8192], help="rows, T")
-    parser.add_argument("--vocab", type=_count, nargs="+", default=[32768, 131072, 262144], help="classes, V")
-    parser.add_argument("--hidden", type=_count, nargs="+", default=[512], help="hidden size of both models, H")
-    parser.add_argument("--tp", type=_count, nargs="+", default=[1, 2], help="vocabulary shards, one process each")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[512, 2048, 8192], help="rows, T")
+    parser.add_argument("--vocab", type=at_least(1), nargs="+", default=[32768, 131072, 262144], help="classes, V")
+    parser.add_argument("--hidden", type=at_least(1), nargs="+", default=[512], help="hidden size of both models, H")
+    parser.add_argument("--tp", type=at_least(1), nargs="+", default=[1, 2], help="vocabulary shards, one process each")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32", help="of hidden states and heads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=_count, default=3, help="each contender runs once a round, after a warm-up")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=3, help="each contender runs once a round, after a warm-up"
+    )
     parser.add_argument(
         "--max-tera-flops", type=float, default=4.0, help="larger problems: the floor and ours, one round"
     )
@@ -125,13 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-error", action="store_true", help="leave out the comparison with float64")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return number
 
 
 def _measure(case: Case, options: Any, device: torch.device) -> list[Row]:

@@ -1,8 +1,10 @@
-"""Time and peak memory of one call, on a CPU thread or on a CUDA device, and what machine that was."""
+"""What benchmarks share: time and peak memory of one call, what machine that was, sizes read and results written."""
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import os
 import platform
 import sys
@@ -57,6 +59,25 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number of at least `least`."""
+
+    def number(text: str) -> int:
+        found = int(text) if text.isdecimal() else least - 1
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
+        return found
+
+    return number
+
+
+def save(output: Path, record: dict[str, Any], table: str) -> None:
+    """The numbers as JSON, and the table beside them as .md."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
 
 
 def _trim() -> None:

@@ -7,7 +7,6 @@ ZeRO-0.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shlex
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.measure import machine
+from tools.benchmarks.measure import at_least, machine, save
 from tools.benchmarks.rollout_parallel import measure_parallel
 from tools.benchmarks.step_workers import Sizes, model_config
 
@@ -75,28 +74,20 @@ def main(arguments: list[str]) -> int:
                 record["parallel"].append(measure_parallel(sizes, Path(folder)))
         text = table(record, options)
         if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+            save(options.output, record, text)
     print(text)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    def count(text: str) -> int:
-        number = int(text) if text.isdecimal() else 0
-        if number < 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-        return number
-
     parser = argparse.ArgumentParser(
         prog="benchmark.py rollout", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--vocab", type=count, nargs="+", default=[8192, 32768], help="classes, V")
-    parser.add_argument("--rows", type=count, nargs="+", default=[8, 32], help="rows decoded together")
-    parser.add_argument("--prompt-tokens", type=count, default=64)
-    parser.add_argument("--new-tokens", type=count, default=64)
-    parser.add_argument("--rounds", type=count, default=7)
+    parser.add_argument("--vocab", type=at_least(1), nargs="+", default=[8192, 32768], help="classes, V")
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[8, 32], help="rows decoded together")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=64)
+    parser.add_argument("--new-tokens", type=at_least(1), default=64)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--no-parallel", action="store_true", help="leave out what takes two processes")
     parser.add_argument("--output", type=Path, help="JSON file; the tables go beside it as .md")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # one narrow layer, for tests

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.measure import machine
+from tools.benchmarks.measure import at_least, machine, save
 from tools.benchmarks.step_workers import WARM_UP, Contender, Failure, Sizes, Step, work, write_assets
 
 _LEGEND = """\
@@ -83,10 +81,7 @@ def main(arguments: list[str]) -> int:
         rows += measure(chosen, sizes)
         text = table(rows, record)
         if options.output:  # after each size: a long run may be ended early
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            numbers = json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1)
-            options.output.write_text(numbers + "\n", encoding="utf-8")
-            options.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+            save(options.output, record | {"rows": [asdict(row) for row in rows]}, text)
     print(text)
     return 0
 
@@ -95,25 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmark.py step", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--vocab", type=_at_least(16), nargs="+", default=[8192, 32768], help="classes, V")
-    parser.add_argument("--rows", type=_at_least(1), default=8, help="prompts a step, in one micro-batch")
-    parser.add_argument("--prompt-tokens", type=_at_least(1), default=64, help="tokens of a prompt")
-    parser.add_argument("--new-tokens", type=_at_least(1), default=64, help="tokens of a response")
-    parser.add_argument("--rounds", type=_at_least(1), default=9, help="each contender runs a step in a round")
+    parser.add_argument("--vocab", type=at_least(16), nargs="+", default=[8192, 32768], help="classes, V")
+    parser.add_argument("--rows", type=at_least(1), default=8, help="prompts a step, in one micro-batch")
+    parser.add_argument("--prompt-tokens", type=at_least(1), default=64, help="tokens of a prompt")
+    parser.add_argument("--new-tokens", type=at_least(1), default=64, help="tokens of a response")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="each contender runs a step in a round")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="the contenders whose names hold one of these")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # one narrow layer, for tests
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        number = int(text) if text.isdecimal() else least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
-        return number
-
-    return count
 
 
 def _versions() -> dict[str, str]:

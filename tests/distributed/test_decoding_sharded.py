@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from megadistill.engines.kv_cache import Reading
 from megadistill.generation.protocols import Correction, Rows, Sampling
 from megadistill.generation.rollout import Draft
-from tests.support.runs import FAMILY_CONFIGS
+from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 from tests.support.spawn import run_ranks
 
 V, EOS, LIMIT, HEADS = 97, 3, 10, 12
@@ -83,14 +82,7 @@ def _texts(writer: Any, rows: Rows) -> tuple[Any, ...]:
 
 
 def _on_rank(rank: int, folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
-    import deepspeed
-
-    from megadistill.engines.backend import leave_out_shm_op
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"WORLD_SIZE": str(tp_size), "LOCAL_SIZE": str(tp_size)}
-    leave_out_shm_op()
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    join_deepspeed(rank)
     return _decode(folder, tp_size, zero_stage)
 
 

@@ -12,16 +12,9 @@ from pathlib import Path
 import pytest
 
 from megadistill.cli.main import main
-from tests.support.runs import free_port, settings, write_assets
+from tests.support.runs import free_port, settings
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    write_assets(folder)
-    return folder
 
 
 @pytest.fixture

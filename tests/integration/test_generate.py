@@ -16,18 +16,11 @@ import pytest
 import torch.distributed as dist
 
 from megadistill.cli.main import main
-from tests.support.runs import free_port, write_assets
+from tests.support.runs import free_port
 from tests.support.spawn import run_ranks
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["id", "instruction", "input", "prompt", "response"]
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    write_assets(folder)
-    return folder
 
 
 def _arguments(assets: Path, output: Path, *more: str, data: str = "teacher_train") -> list[str]:

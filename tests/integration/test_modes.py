@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.runs import ROOT, free_port, losses, run_layout, samples, settings, weights, write_assets
+from tests.support.runs import (
+    ROOT,
+    free_port,
+    join_deepspeed,
+    losses,
+    run_layout,
+    samples,
+    settings,
+    weights,
+)
 from tests.support.spawn import RankError, run_ranks
 
 STEPS = 6
@@ -34,10 +43,9 @@ MODES: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    write_assets(folder)
-    # A family that has no decoder of the project's own: its own forward pass writes and reads.
+def assets(assets: Path) -> Path:
+    """With a family that has no decoder of the project's own: its own forward pass writes and reads."""
+    folder = assets
     for role, hidden in (("teacher", 48), ("student", 32)):
         tree = json.loads((assets_of(folder, "gpt2", role) / "config.json").read_text())
         model = assets_of(folder, "gpt2_scaled", role)
@@ -219,19 +227,14 @@ def test_runs_that_could_train_on_nothing_are_refused(
 
 def test_rotary_frequencies_stay_float32(assets: Path) -> None:
     """DeepSpeed casts a bf16 model's buffers; angles at position 1,500 would be off by several per cent."""
-    import deepspeed
+    import deepspeed  # noqa: F401  imported once, before the forks
 
     def body(rank: int) -> list[str]:
-
-        from megadistill.engines.backend import leave_out_shm_op
         from megadistill.engines.teacher import frozen_model
         from megadistill.models.loading import load_model
         from megadistill.parallel.context import ParallelContext
 
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
-        os.environ["WORLD_SIZE"] = "2"
-        leave_out_shm_op()
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        join_deepspeed(rank)
         context = ParallelContext.build(2, 60, torch.device("cpu"))
         path = str(assets / "llama" / "teacher")
         loaded = load_model(path, dtype="bf16", vocab_size=403, seed=1, attention="sdpa", where="x")

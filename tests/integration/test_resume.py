@@ -11,17 +11,10 @@ import torch
 
 from megadistill.checkpoint.hf_export import check_export, export_checkpoint
 from megadistill.errors import CheckpointError
-from tests.support.runs import run_layout, samples, settings, weights, write_assets
+from tests.support.runs import run_layout, samples, settings, weights
 from tests.support.spawn import RankError
 
 TIMES = ("time/", "memory/")
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    write_assets(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runs import ROOT, free_port, run_layout, samples, settings, write_assets
+from tests.support.runs import ROOT, free_port, run_layout, samples, settings
 
 STOPPED = 85
-
-
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assets")
-    write_assets(folder)
-    return folder
 
 
 class Run:

@@ -94,19 +94,23 @@ def run_layout(
     run_ranks(_train_all, world_size, runs, config, more_ends, timeout_s=timeout_s)
 
 
-def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path, more_ends: bool = False) -> None:
+def join_deepspeed(rank: int) -> None:
+    """Makes a rank of ``run_ranks`` one of a launcher's, as DeepSpeed wants it."""
     import deepspeed
-    from deepspeed.utils import groups
 
     from megadistill.engines.backend import leave_out_shm_op
 
+    world_size = str(torch.distributed.get_world_size())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {
-        "WORLD_SIZE": str(torch.distributed.get_world_size()),
-        "LOCAL_SIZE": os.environ.get("WORLD_SIZE", "1"),
-    }
+    os.environ |= {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
     leave_out_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path, more_ends: bool = False) -> None:
+    from deepspeed.utils import groups
+
+    join_deepspeed(rank)
     for run_dir, overrides in runs:
         _train(config, run_dir, list(overrides), more_ends)
         # DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next run may have another layout.

@@ -67,7 +67,7 @@ def prepared(model: torch.nn.Module, variant: str) -> PlanWriter | HFStepModel:
     family = FAMILIES[VARIANTS[variant][0]]
     if family.prepare is not None:
         family.prepare(model)
-    return step_model(model, family, SHARD, CPU)
+    return step_model(model, family.plan(model), SHARD, CPU)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

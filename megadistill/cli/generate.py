@@ -55,7 +55,7 @@ def _in_own_words(message: str) -> str:
 def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     """Writes to ``parsed.output``, or to ``stream`` where there is one."""
     from megadistill.cli.inference import inference_context, model_folder
-    from megadistill.cli.resumable import ResumableFile, StandardOutput, on_main
+    from megadistill.cli.resumable import ResumableFile, StandardOutput
     from megadistill.config.schema import ParallelSection
     from megadistill.data.dataset import load_examples
     from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
@@ -84,7 +84,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
         try:
             # Before the model is loaded: what is refused is refused soon.
-            num_done = on_main(context, lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
+            num_done = context.on_main(lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
             rows = tokenize_examples(
                 examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
                 max_tokens=limit, long_prompt=parsed.long_prompt,
@@ -95,7 +95,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
                 ) as model:
                     answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
                     _write_blocks(writer, examples, rows, num_done, answer, parsed.batch_size, context)
-            on_main(context, writer.finish)
+            context.on_main(writer.finish)
         finally:
             writer.close()
 
@@ -189,7 +189,6 @@ def _write_blocks(
     context: ParallelContext,
 ) -> None:
     """Answers rows in blocks, each written before the next is begun (collective: every rank calls it)."""
-    from megadistill.cli.resumable import on_main
     from megadistill.observability.progress import progress_bar
 
     size = batch_size * context.dp_size * _BATCHES_PER_BLOCK
@@ -207,7 +206,7 @@ def _write_blocks(
             count = _Count(bar, start, block.stop, context.dp_size)
             answers = answer(rows=[rows[i] for i in block], progress=count)
             lines = [_line(examples[i], rows[i], text) for i, text in zip(block, answers, strict=True)]
-            on_main(context, partial(write, lines[max(0, num_done - start) :]))
+            context.on_main(partial(write, lines[max(0, num_done - start) :]))
             bar.update(block.stop - bar.n)
 
 

@@ -6,12 +6,11 @@ Rows go to ``OUTPUT.partial``, which becomes OUTPUT when the last one is there: 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any, Protocol, TextIO
 
 from megadistill.checkpoint.manifest import write_atomically
 from megadistill.cli.parsing import refuse_unwritable
-from megadistill.errors import ConfigError, DataError, MegadistillError
+from megadistill.errors import ConfigError, DataError
 from megadistill.models.identity import describe_model_files
-from megadistill.parallel.context import ParallelContext
+from megadistill.observability.lock import try_lock
 
 VERSION = 1
 
@@ -131,16 +130,10 @@ class ResumableFile:
     def _lock(self) -> None:
         """Two processes that append to one file would write every row twice."""
         assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._file):
             self._file.close()
             self._file = None
-            raise ConfigError(
-                f"another process is writing {self._partial}; wait for it or choose another file"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            raise ConfigError(f"another process is writing {self._partial}; wait for it or choose another file")
 
     def _has_lines(self) -> bool:
         """Less than one line is nothing that could be lost."""
@@ -189,18 +182,6 @@ class ResumableFile:
         if self._overwrite:
             self._output.unlink(missing_ok=True)
         self._has_begun = True
-
-
-def on_main(context: ParallelContext, action: Callable[[], Any]) -> Any:
-    """Rank 0's result of ``action``, on every rank; its error ends every rank (collective over the world)."""
-    result, error = None, None
-    if context.is_main:
-        try:
-            result = action()
-        except MegadistillError as found:
-            error = found
-    context.raise_together(error)
-    return context.gather_objects(result)[0]
 
 
 def describe_model(path: str, commit: str | None) -> dict[str, str]:

@@ -29,7 +29,8 @@ def open_model(
     loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
     if context.world_size == 1:
         model = loaded.model.to(context.device).eval().requires_grad_(False)
-        yield step_model(model, loaded.family, VocabShard(0, vocab_size, vocab_size, None), context.device)
+        shard = VocabShard(0, vocab_size, vocab_size, None)
+        yield step_model(model, loaded.family.plan(model), shard, context.device)
         return
     with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).writer() as writer:
         yield writer

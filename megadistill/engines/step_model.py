@@ -14,16 +14,17 @@ from megadistill.data.collate import left_padded, right_padded
 from megadistill.engines.decoder import PlanWriter
 from megadistill.engines.kv_cache import KVCache, Reading
 from megadistill.engines.products import Logits
-from megadistill.models.families import Family
+from megadistill.models.decoder_plan import DecoderPlan, key_value_shape
 from megadistill.models.hf_cache import cache_over
 from megadistill.parallel.vocab import VocabShard
 
 
-def step_model(model: nn.Module, family: Family, shard: VocabShard, device: torch.device) -> PlanWriter | HFStepModel:
+def step_model(
+    model: nn.Module, plan: DecoderPlan | None, shard: VocabShard, device: torch.device
+) -> PlanWriter | HFStepModel:
     """The project's decoder where the model has a plan, else its own forward; all parameters must be present."""
     head = model.get_output_embeddings()
     weights = (head.weight, getattr(head, "bias", None))
-    plan = family.plan(model)
     if plan is None:
         return HFStepModel(model, shard, device, weights)
     return PlanWriter(plan, shard, device, weights)
@@ -45,8 +46,7 @@ class HFStepModel:
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
         """An empty cache for rows whose first columns are ``offsets``."""
         config = self.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, head_dim = key_value_shape(config)
         shape = (heads // self.shard.tp_size, columns, head_dim)
         return KVCache(config.num_hidden_layers, offsets, shape, self.model.dtype, self.device)
 

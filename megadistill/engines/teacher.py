@@ -33,6 +33,7 @@ class PartitionedModel:
             # It pickles the arguments, objectives included, and asks globals that another engine may have set.
             engine.first_dataloader_check.remove()
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
+        self._plan = loaded.family.plan(engine.module)
 
     @property
     def module(self) -> nn.Module:
@@ -42,11 +43,10 @@ class PartitionedModel:
     def writer(self) -> Iterator[PlanWriter | HFStepModel]:
         """A StepModel with all parameters gathered once (over the data-parallel group) for as long as it is used."""
         was_training = self.module.training
-        has_plan = self.loaded.family.plan(self.module) is not None
-        with gathered_module(self.engine, runs_forward=not has_plan) as module:
+        with gathered_module(self.engine, runs_forward=self._plan is None) as module:
             module.eval()
             try:
-                yield step_model(module, self.loaded.family, self.shard, self.context.device)
+                yield step_model(module, self._plan, self.shard, self.context.device)
             finally:
                 module.train(was_training)
 
@@ -62,10 +62,9 @@ class PartitionedModel:
     def reader(self, rows_per_pass: int) -> PlanReader | EngineReader:
         """Reads text layer by layer, each part of the model gathered once a reading (over the data-parallel group);
         models without a plan are read ``rows_per_pass`` rows at a time by their own forward pass."""
-        plan = self.loaded.family.plan(self.module)
-        if plan is None:
+        if self._plan is None:
             return EngineReader(self.engine, self.context.device, rows_per_pass)
-        return PlanReader(plan, self.shard, self.context.device, _present)
+        return PlanReader(self._plan, self.shard, self.context.device, _present)
 
 
 def _present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:

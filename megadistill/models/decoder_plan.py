@@ -75,22 +75,21 @@ class DecoderPlan:
         """activation(gate) * up instead of activation(up)."""
         return len(self.layers[0].up) == 2
 
-    @property
-    def ends(self) -> list[nn.Module]:
-        """The modules around the layers."""
-        norm = [] if self.final_norm is None else [self.final_norm.module]
-        return [self.embedding, *([] if self.positions is None else [self.positions]), *norm]
-
 
 def _function(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """An activation without the hooks that an engine may have hung on its module."""
     return activation.forward if isinstance(activation, nn.Module) else activation
 
 
+def key_value_shape(config: Any) -> tuple[int, int]:
+    """(key-value heads of the whole model, size of a head)."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def kv_bytes_per_token(config: Any, tp_size: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token in all layers, on one tensor-parallel rank."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, head_dim = key_value_shape(config)
     return 2 * config.num_hidden_layers * -(-heads // tp_size) * head_dim * dtype.itemsize
 
 
@@ -119,14 +118,15 @@ def llama_plan(model: nn.Module) -> DecoderPlan | None:
                 k_norm=NormPlan.of(attention.k_norm) if has_norms else None,
             )
         )
+    num_kv_heads, head_dim = key_value_shape(config)
     return DecoderPlan(
         embedding=body.embed_tokens,
         layers=tuple(layers),
         final_norm=NormPlan.of(body.norm),
         activation=_function(body.layers[0].mlp.act_fn),
         num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         inv_freq=rotary.inv_freq,
         rope_scale=float(rotary.attention_scaling),
     )

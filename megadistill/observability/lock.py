@@ -7,8 +7,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from megadistill.errors import ConfigError
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Whether this process now holds the open file until it closes it; True too where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 @contextmanager
@@ -19,17 +31,12 @@ def only_writer(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise ConfigError(
                 f"{what} is being written by another run (process {holder}); end it first, or choose another place"
-            ) from None
-        except OSError:
-            yield
-            return
+            )
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}\n")
         file.flush()

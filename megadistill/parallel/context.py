@@ -5,6 +5,7 @@ Tensor-parallel ranks are consecutive (``rank = dp_rank * tp_size + tp_rank``), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -103,6 +104,20 @@ class ParallelContext:
         """Waits for every rank of the world."""
         if self.world_size > 1:
             dist.barrier()
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's (picklable) result of ``action`` on every rank; its MegadistillError is raised on every rank.
+
+        Collective over the world: two gathers.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except MegadistillError as found:
+                error = found
+        self.raise_together(error)
+        return self.gather_objects(result)[0]
 
     def raise_together(self, error: MegadistillError | None) -> None:
         """Raises the first rank's error on every rank, so that nobody waits for a rank that has left (one gather)."""

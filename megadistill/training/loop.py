@@ -11,7 +11,7 @@ from typing import Any
 from megadistill.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
-from megadistill.errors import CheckpointError, ConfigError, DivergenceError
+from megadistill.errors import CheckpointError, DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
@@ -38,13 +38,9 @@ def train(parts: Parts, data: TrainingData, start: Start, request: StopRequest |
     Raises ConfigError, on every rank, when another run writes the same folder.
     """
     with ExitStack() as held:
-        error = None
-        if parts.context.is_main:
-            try:
-                held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
-            except ConfigError as wrong:
-                error = wrong
-        parts.context.raise_together(error)
+        parts.context.on_main(
+            lambda: held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
+        )
         return _train(parts, data, start, request or StopRequest())
 
 
@@ -62,7 +58,6 @@ def _train(parts: Parts, data: TrainingData, start: Start, request: StopRequest)
         before = validate(parts, data)
         log.info("step 0: " + _shown(before))
         _observe(parts, before)  # what phi compares the first validation with
-    stopped = None
     with (
         _Record(start.run_dir, context, first_step) as record,
         progress_bar(

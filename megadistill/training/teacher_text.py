@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megadistill.checkpoint.manifest import write_atomically
 from megadistill.config.schema import RunConfig
 from megadistill.data.tokenize import TokenizedExample
 from megadistill.engines.teacher import PartitionedModel
-from megadistill.errors import ConfigError, DataError, MegadistillError
+from megadistill.errors import ConfigError, DataError
 from megadistill.generation.policy import STREAM_TEACHER_TEXT
 from megadistill.generation.protocols import Rows, Sampling
 from megadistill.generation.rollout import rollout
@@ -49,15 +50,13 @@ def teacher_texts(
     path = Path(config.generation.teacher_cache or Path(config.run.dir) / "teacher_text.jsonl")
     prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
     with ExitStack() as held:
-        found, error = {}, None
-        if context.is_main:
-            try:
+
+        def begin() -> dict[str, Prompt]:
+            with _one_line(path):
                 held.enter_context(only_writer(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}"))
-                found = _open(path, _settings(config, teacher))
-            except (MegadistillError, OSError) as wrong:
-                error = _as_ours(wrong, path)
-        context.raise_together(error)
-        known: dict[str, Prompt] = context.gather_objects(found)[0]
+                return _open(path, _settings(config, teacher))
+
+        known: dict[str, Prompt] = context.on_main(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
         if missing:
             log = get_logger(context.rank)
@@ -99,24 +98,24 @@ def _write_missing(
             for some_prompts, some_texts in context.gather_objects_over_dp((mine, texts)):
                 new |= {_key(prompt): text for prompt, text in zip(some_prompts, some_texts, strict=True)}
             written |= new
-            error = None
-            if context.is_main:
-                lines = [json.dumps({"prompt": key, "response": list(text)}) for key, text in new.items()]
-                try:
-                    with path.open("a") as file:
-                        file.write("\n".join(lines) + "\n")
-                except OSError as wrong:
-                    error = _as_ours(wrong, path)
-            context.raise_together(error)
+            context.on_main(partial(_append, path, new))
             bar.update(len(part))
     return written
 
 
-def _as_ours(error: MegadistillError | OSError, path: Path) -> MegadistillError:
-    """What every rank can raise: rank 0 alone has touched the file."""
-    if isinstance(error, MegadistillError):
-        return error
-    return ConfigError(f"generation.teacher_cache={path}: {error.strerror or error}")
+def _append(path: Path, texts: Mapping[str, Prompt]) -> None:
+    lines = [json.dumps({"prompt": key, "response": list(text)}) for key, text in texts.items()]
+    with _one_line(path), path.open("a") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """A full disk or a missing permission becomes an error that every rank can raise: rank 0 alone touches the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"generation.teacher_cache={path}: {error.strerror or error}") from None
 
 
 def _key(prompt: Prompt) -> str:

@@ -118,7 +118,7 @@ def measure(sizes: Sizes) -> list[Row]:
         drafts[name].write(0)
 
     def ours() -> Any:
-        return step_model(model, FAMILIES["llama"], shard, device)
+        return step_model(model, FAMILIES["llama"].plan(model), shard, device)
 
     def rewrite() -> None:
         places = [(2 * i + 1) * sizes.new_tokens // (2 * sizes.rows) for i in range(sizes.rows)]

@@ -14,32 +14,28 @@ import torch
 
 from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
 from megadistill.data.tokenize import tokenizes_otherwise
-from megadistill.engines.gathered import full_parameters
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import CheckpointError
 from megadistill.models.loading import DTYPES, LoadedModel
+from megadistill.models.shards import MASTER, ShardReader
 from megadistill.observability.log import get_logger
-from megadistill.parallel.context import ParallelContext
 
 HF_FOLDER = "hf"
 _MAX_SHARD_BYTES = 4 << 30
 _INDEX = "model.safetensors.index.json"
 
 
-def export_student(student: PartitionedModel, folder: Path, tokenizer: Any, context: ParallelContext) -> None:
+def write_student(
+    shards: ShardReader, student: PartitionedModel, dtype: torch.dtype, folder: Path, tokenizer: Any
+) -> None:
     """Writes weights (safetensors, cut at 4 GiB), configuration, generation configuration and tokenizer.
 
-    Collective over the world; rank 0 writes. At most one shard of the file is held in host memory.
+    From the files of all ranks: nothing communicates, and at most one file's worth of weights is held in memory.
     """
     loaded = student.loaded
-    if context.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    tensors = ((name, _standard_layout(name, tensor, loaded)) for name, tensor in full_parameters(student.engine))
-    if not context.is_main:
-        for _ in tensors:
-            pass
-        return
-    write_safetensors(tensors, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = ((name, shards.whole(MASTER, name).to(dtype)) for name in shards.cuts)
+    write_safetensors(((name, _standard_layout(name, tensor, loaded)) for name, tensor in whole), folder)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
     if tokenizes_otherwise(folder):

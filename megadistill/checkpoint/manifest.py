@@ -13,13 +13,16 @@ from megadistill.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-VERSION = 1
+_STEP = re.compile(r"step_(\d+)")
+VERSION = 2
 
 
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and BLAKE2b checksum of one file."""
+def digest(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """Size in bytes and BLAKE2b checksum of one file; ``sync``: of one that is on the disk when this returns."""
     checksum = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         while block := file.read(1 << 22):
             checksum.update(block)
     return {"bytes": path.stat().st_size, "blake2b": checksum.hexdigest()}
@@ -70,6 +73,24 @@ def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> Non
             raise CheckpointError(f"{folder}: file {name} does not match its checksum")
 
 
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run to go on from, the best first: the one that ``latest`` names, then those of fewer steps.
+
+    Where ``latest`` cannot be read, all of them, the newest first.
+    """
+    folder = run_dir / "checkpoints"
+    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _STEP.fullmatch(path.name))]
+    steps = dict(sorted((item for item in found if (item[1] / MANIFEST).is_file()), reverse=True))
+    try:
+        named = _STEP.fullmatch((folder / LATEST).read_text(errors="replace").strip())
+    except OSError:
+        named = None
+    if named is None:
+        return list(steps.values())
+    latest = int(named[1])
+    return [steps.get(latest, folder / named[0]), *(path for step, path in steps.items() if step < latest)]
+
+
 def find_checkpoint(path: Path) -> Path:
     """The folder of one checkpoint: ``path`` itself, or the latest one of a run directory or of its checkpoints
     folder."""
@@ -78,7 +99,7 @@ def find_checkpoint(path: Path) -> Path:
             return folder
         if (folder / LATEST).is_file():
             name = (folder / LATEST).read_text(errors="replace").strip()
-            if not re.fullmatch(r"step_\d+", name):
+            if not _STEP.fullmatch(name):
                 raise CheckpointError(f"{folder / LATEST} is damaged: it names no step_N folder")
             return folder / name
     if not path.exists():
@@ -94,3 +115,15 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # a file system that cannot do this for folders
+    finally:
+        os.close(descriptor)

@@ -32,6 +32,8 @@ _DROPOUTS = [
     "layerdrop",
     "summary_first_dropout",
 ]
+SHARDS = "shards"  # folder of a model that tools/shard_model.py made
+REMOVED_ROWS = "removed_rows.safetensors"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -41,14 +43,17 @@ class LoadedModel:
 
     ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded
     vocabulary rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded
-    with. ``fingerprint`` stands for the names and shapes of all parameters.
+    with. ``shapes`` are those of all parameters, ``fingerprint`` stands for them. ``shards``: the folder of
+    per-rank files (docs/checkpoints.md) that the weights are still to be filled from, after the model is cut.
     """
 
     model: nn.Module
     family: Family
     config: Any
     removed_rows: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[int, ...]]
     fingerprint: str
+    shards: Path | None = None
 
 
 def load_model_config(path: str, where: str) -> Any:
@@ -106,7 +111,10 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     config.use_cache = False
-    if has_weights(path):
+    shards = Path(path) / SHARDS if (Path(path) / SHARDS).is_dir() else None
+    if shards is not None:
+        model = _empty_model(config, DTYPES[dtype], attention)
+    elif has_weights(path):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
@@ -128,9 +136,25 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     if family.prepare is not None:
         family.prepare(model)
     removed = _cut_vocabulary(model, vocab_size, where)
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
-    checksum = hashlib.blake2b(repr(shapes).encode(), digest_size=4).hexdigest()
-    return LoadedModel(model, family, pristine, removed, f"{pristine.model_type}-{checksum}")
+    if shards is not None:
+        from safetensors.torch import load_file
+
+        removed = load_file(shards / REMOVED_ROWS)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
+    return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", shards)
+
+
+def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
+    """A model whose weights are memory that nobody has touched: none of it is used until it is cut."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+    return model
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, torch.Tensor]:

@@ -97,9 +97,10 @@ def lost_ranks_reported(context: ParallelContext, timeout_s: float) -> Iterator[
     except MegadistillError:
         raise
     except Exception as error:
-        if not is_lost_connection(error):
+        lost = lost_connection(error)
+        if lost is None:
             raise
-        where = _innermost(error.__traceback__)
+        where = _innermost(lost.__traceback__)
         line = (
             f"megadistill [rank {context.rank}]: in step {heartbeat.step + 1}, {where}: the other ranks did not answer "
             f"(parallel.timeout_s={timeout_s:g}): {heartbeat.lost()}"
@@ -112,12 +113,17 @@ def lost_ranks_reported(context: ParallelContext, timeout_s: float) -> Iterator[
         heartbeat.stop()
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank; the backends raise plain RuntimeErrors."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+def lost_connection(error: BaseException | None) -> BaseException | None:
+    """The error of a collective that failed because of another rank, among an error and those that led to it (what
+    cleans up behind it fails, too). The backends raise plain RuntimeErrors."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or (
+            isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+        ):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _shown(rank: int, sign: dict[str, Any]) -> str:

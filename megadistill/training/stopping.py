@@ -54,7 +54,9 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         watch.done.set()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Who has asked once may go on asking, and must not kill what is about to end as it was asked.
+            is_over = request.signal and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if is_over else handler)
 
 
 class _LauncherWatch(threading.Thread):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+from megadistill.checkpoint.manifest import check_files, find_checkpoint, new_folder, read_manifest
 from megadistill.data.tokenize import tokenizes_otherwise
 from megadistill.engines.gathered import full_parameters
 from megadistill.engines.teacher import PartitionedModel
@@ -114,16 +114,10 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str 
     if not names:
         raise CheckpointError(f"{source} holds no exportable model")
     check_files(source, manifest, names)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
-    beside = target.with_name(target.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source / HF_FOLDER, beside)
-    if dtype is not None:
-        _cast(beside, dtype)
-    if target.exists():
-        target.rmdir()
-    beside.replace(target)
+    with new_folder(target) as beside:
+        shutil.copytree(source / HF_FOLDER, beside, dirs_exist_ok=True)
+        if dtype is not None:
+            _cast(beside, dtype)
     return source
 
 

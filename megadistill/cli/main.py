@@ -18,6 +18,8 @@ VERBS = {
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",
     "export": "write a checkpoint's student as a Hugging Face folder",
+    "verify": "prove that two models say the same, by KL and by greedy tokens",
+    "merge": "merge a LoRA adapter into its base model",
     "demo": "run the whole job on the built-in corpus and show the result",
     "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
 }

@@ -136,13 +136,15 @@ def check_export(folder: str | Path) -> None:
 def _cast(folder: Path, dtype: str) -> None:
     from safetensors.torch import load_file, save_file
 
+    total = 0
     for file in folder.glob("*.safetensors"):
         tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = folder / _INDEX
     if index.exists():
         content = json.loads(index.read_text())
-        content["metadata"]["total_size"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        content["metadata"]["total_size"] = total
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")

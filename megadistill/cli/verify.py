@@ -45,9 +45,9 @@ def _parser() -> Parser:
         "examples:\n"
         "  megadistill verify runs/demo exported/student\n"
         "  python tools/verify_checkpoint.py BASE MERGED --text rows.jsonl --tolerance 1e-3 --json result.json\n\n"
-        "One process; both models are held at once, on the GPU where there is one (CUDA_VISIBLE_DEVICES= keeps them\n"
-        "on the CPU). Greedy texts that differ at a token where the KL is within the tolerance (two tokens as good\n"
-        "as equally likely) are shown and do not count.",
+        "One process; both models are held at once in --dtype, on the GPU where there is one (CUDA_VISIBLE_DEVICES=\n"
+        "keeps them on the CPU). Greedy texts that differ at a token where the KL is within the tolerance (two tokens\n"
+        "as good as equally likely) are shown and do not count.",
     )
     for name in ("a", "b"):
         parser.add_argument(name, metavar=name.upper(), help="model folder, hub name, checkpoint or run directory")

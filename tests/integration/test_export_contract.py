@@ -239,3 +239,21 @@ def test_plain_transformers_reads_the_values_it_wrote(exports: Path, assets: Pat
         # One step moves a weight by 1e-12; a value on the edge between two in bf16 may go to either.
         assert torch.allclose(found.float(), tensor.to(dtype).float(), rtol=0 if kind == "fp32" else 2**-7, atol=1e-9)
     assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_finds_exports_the_same(exports: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run directory, a checkpoint, and exports in one and in several files; Conv1D, tied heads, padded rows."""
+    from megadistill.cli.main import main
+
+    run, small = exports / "runs" / family, ["--rows", "2", "--max-tokens", "40", "--greedy-tokens", "12"]
+
+    def verify(a: Path, b: Path, *more: str) -> int:
+        return main(["verify", str(a), str(b), *small, *more])
+
+    assert verify(run / "fp32", exports / family / "fp32", "--tolerance", "0") == 0
+    bf16 = ("--dtype", "bf16", "--tolerance", "0")
+    assert verify(run / "fp32" / "checkpoints" / "step_1", exports / family / "cast", *bf16) == 0
+    assert "equal greedy texts" in capsys.readouterr().out
+    assert verify(run / "fp32", exports / family / "cast", "--tolerance", "0") == 1
+    assert "different: row" in capsys.readouterr().out

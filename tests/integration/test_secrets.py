@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import settings
+
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_something_secret"
 PASSWORD = "pass-of-the-proxy"
@@ -67,4 +69,14 @@ def test_a_crash(tmp_path: Path) -> None:
 def test_a_crash_in_a_thread(tmp_path: Path) -> None:
     done = _run(tmp_path / "x", f"{CRASH}\nmain(['--help'])\nt = threading.Thread(target=fail)\nt.start()\nt.join()")
     assert "RuntimeError: in a crash: ***" in done.stderr
+    _check_silence(done, tmp_path)
+
+
+def test_a_whole_run_leaves_no_secret(assets: Path, tmp_path: Path) -> None:
+    """One step: log, metrics, events, resolved.yaml, checkpoint and exported model."""
+    overrides = settings(assets, "llama", "run.dir=run", "train.max_steps=1")
+    arguments = ["train", "--config", str(ROOT / "configs" / "base.yaml"), *overrides]
+    done = _run(tmp_path / "x", f"sys.exit(main({arguments!r}))")
+    assert done.returncode == 0, done.stderr
+    assert len([file for file in (tmp_path / "x" / "run").rglob("*") if file.is_file()]) > 10
     _check_silence(done, tmp_path)

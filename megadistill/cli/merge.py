@@ -25,11 +25,12 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
-    from megadistill.checkpoint.merge import merge_adapter
-    from megadistill.cli.inference import model_folder
     from megadistill.engines.launch import name_accelerator
 
-    name_accelerator()
+    name_accelerator()  # before anything imports DeepSpeed, which would guess aloud
+    from megadistill.checkpoint.merge import merge_adapter
+    from megadistill.cli.inference import model_folder
+
     merge_adapter(model_folder(parsed.base), parsed.adapter, parsed.folder, dtype=parsed.dtype)
     print(f"merged {parsed.adapter} into {parsed.base}: {parsed.folder}")
     return 0

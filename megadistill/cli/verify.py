@@ -85,14 +85,15 @@ def _nats(text: str) -> float:
 
 def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]:
     """The comparison (None where tokenizers already differ), and a difference beside those in its numbers."""
+    from megadistill.engines.launch import name_accelerator
+
+    device = "cuda" if name_accelerator() else "cpu"  # before anything imports DeepSpeed, which would guess aloud
     from megadistill.cli.inference import model_folder
     from megadistill.data.tokenize import vocabulary_size
-    from megadistill.engines.launch import name_accelerator
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows
     from megadistill.models.loading import check_positions, has_weights, load_model, load_model_config
     from megadistill.observability.progress import progress_bar
 
-    device = "cuda" if name_accelerator() else "cpu"
     folders = {name: model_folder(path) for name, path in (("A", parsed.a), ("B", parsed.b))}
     configs = {name: load_model_config(folder, name) for name, folder in folders.items()}
     for name, folder in folders.items():

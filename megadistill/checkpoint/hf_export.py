@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+from megadistill.checkpoint.manifest import check_files, find_checkpoint, new_folder, read_manifest
 from megadistill.data.tokenize import tokenizes_otherwise
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import CheckpointError
@@ -110,16 +110,10 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str 
     if not names:
         raise CheckpointError(f"{source} holds no exportable model")
     check_files(source, manifest, names)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
-    beside = target.with_name(target.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source / HF_FOLDER, beside)
-    if dtype is not None:
-        _cast(beside, dtype)
-    if target.exists():
-        target.rmdir()
-    beside.replace(target)
+    with new_folder(target) as beside:
+        shutil.copytree(source / HF_FOLDER, beside, dirs_exist_ok=True)
+        if dtype is not None:
+            _cast(beside, dtype)
     return source
 
 
@@ -138,13 +132,15 @@ def check_export(folder: str | Path) -> None:
 def _cast(folder: Path, dtype: str) -> None:
     from safetensors.torch import load_file, save_file
 
+    total = 0
     for file in folder.glob("*.safetensors"):
         tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = folder / _INDEX
     if index.exists():
         content = json.loads(index.read_text())
-        content["metadata"]["total_size"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        content["metadata"]["total_size"] = total
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")

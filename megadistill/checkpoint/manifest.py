@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,27 @@ def find_checkpoint(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     raise CheckpointError(f"{path} holds no whole checkpoint (no {MANIFEST}, no {LATEST})")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``target``, which takes its place at the end; after an error nothing is left of it.
+
+    Raises CheckpointError where ``target`` is there already and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
+    beside = target.with_name(target.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rmdir()
+    beside.replace(target)
 
 
 def write_atomically(path: Path, text: str) -> None:

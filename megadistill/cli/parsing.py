@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megadistill.config.load import load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import ConfigError
+from megadistill.observability.redact import holds_url_credentials
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,8 +71,25 @@ def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
 
 
 def config_of(parsed: argparse.Namespace) -> RunConfig:
-    """The run configuration that the arguments name."""
-    return load_config(parsed.config, parsed.overrides)
+    """The run configuration that the arguments name.
+
+    Raises ConfigError for a setting with a password in it: resolved.yaml has to repeat every setting as it is.
+    """
+    config = load_config(parsed.config, parsed.overrides)
+    for key, value in _leaves(config.model_dump()):
+        if holds_url_credentials(str(value)):
+            raise ConfigError(
+                f"{key} is a URL with a user or password, which would be written to files; leave them out"
+            )
+    return config
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def ask_hub_only_if_there(paths: Iterable[str | None]) -> None:

@@ -94,6 +94,26 @@ def has_weights(path: str) -> bool:
     return not local.is_file() and (not local.is_dir() or any(True for p in _WEIGHT_FILES for _ in local.glob(p)))
 
 
+def load_weights(path: str, where: str, **options: Any) -> Any:
+    """A causal language model of transformers with its weights; ``options`` are those of its ``from_pretrained``.
+
+    Raises ConfigError where they cannot be read or some are missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
+    return model
+
+
 def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str) -> LoadedModel:
     """Loads (or, from a configuration alone, randomly makes) a causal language model with dropout off.
 
@@ -102,9 +122,7 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     """
     import torch._dynamo.polyfills.loader
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     pristine = load_model_config(path, where)
     config = copy.deepcopy(pristine)
     for name in _DROPOUTS:
@@ -115,16 +133,7 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     if shards is not None:
         model = _empty_model(config, DTYPES[dtype], attention)
     elif has_weights(path):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
-            )
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
-        if info["missing_keys"]:
-            names = sorted(info["missing_keys"])
-            raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
+        model = load_weights(path, where, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
     else:
         get_logger(int(os.environ.get("RANK", "0"))).info(f"{where}: {path} has no weights; random ones are made")
         with torch.random.fork_rng(devices=[]):

@@ -16,6 +16,7 @@ from megadistill.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+HF_FOLDER, STUDENT_FOLDER = "hf", "student"
 _STEP = re.compile(r"step_(\d+)")
 VERSION = 2
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from megadistill.checkpoint.manifest import LATEST, check_files, read_manifest, write_atomically
-from megadistill.checkpoint.writer import STUDENT_FOLDER, TRAINER, layout_of
+from megadistill.checkpoint.manifest import LATEST, STUDENT_FOLDER, check_files, read_manifest, write_atomically
+from megadistill.checkpoint.writer import TRAINER, layout_of
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError
 from megadistill.models.shards import MASTER, ShardReader

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-from megadistill.checkpoint.hf_export import HF_FOLDER, write_student
+from megadistill.checkpoint.hf_export import write_student
 from megadistill.checkpoint.manifest import (
+    HF_FOLDER,
     LATEST,
     MANIFEST,
+    STUDENT_FOLDER,
     digest,
     files_below,
     sync_folder,
@@ -37,7 +39,7 @@ from megadistill.errors import CheckpointError
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.parallel.context import ParallelContext
 
-STUDENT_FOLDER, TRAINER = "student", "trainer.pt"
+TRAINER = "trainer.pt"
 IDLE, BUSY, FAILED = 0, 1, 2
 
 

@@ -18,6 +18,9 @@ VERBS = {
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",
     "export": "write a checkpoint's student as a Hugging Face folder",
+    "inspect": "say what a checkpoint, a model folder or a run holds, and whether it is whole",
+    "reshard": "cut a checkpoint for another number of processes",
+    "shard": "cut a Hugging Face model into a file for each rank, for fast starts",
     "verify": "prove that two models say the same, by KL and by greedy tokens",
     "merge": "merge a LoRA adapter into its base model",
     "demo": "run the whole job on the built-in corpus and show the result",
@@ -49,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _report("interrupted; the same command goes on with what is saved")
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         # A file or folder that cannot be read or written; an OSError without a name is a fault of ours.
         if error.filename is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,6 +55,18 @@ def natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must not be negative")
     return value
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def size(text: str) -> int:
+    """A number of bytes such as 500MB or 2GiB, for argparse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if not found or found[2].lower() not in units or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; allowed: a number with {', '.join(list(_UNITS)[1:])}")
+    return max(1, int(float(found[1]) * units[found[2].lower()]))
 
 
 def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:

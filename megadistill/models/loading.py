@@ -163,6 +163,7 @@ def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype)
+    model.tie_weights()
     return model
 
 

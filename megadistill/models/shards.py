@@ -123,6 +123,35 @@ class ShardReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class HFWeights:
+    """The tensors of a Hugging Face folder by name, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self._file = {name: file for file in files for name in file.keys()}  # noqa: SIM118  not a mapping
+        if not self._file:
+            raise CheckpointError(f"{folder} has no safetensors files")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file)
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor."""
+        return self._file[name].get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> str:
+        """Type of a tensor, as safetensors says it."""
+        return self._file[name].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor."""
+        return self._file[name].get_tensor(name)
+
+
 def _cut(entry: Mapping[str, Any]) -> Cut:
     return Cut(tuple(entry["shape"]), entry["dim"], int(entry["blocks"]), tuple(entry["sizes"]))
 

@@ -7,6 +7,7 @@ order, schedule and random numbers are functions of the step and need no state.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ def load_checkpoint(
         context.on_main(lambda folder=folder: _put_aside(folder))
     _check_fit(folder, manifest["layout"], layout_of(student, trainer_state, context))
     student.fill(ShardReader(folder / STUDENT_FOLDER), MASTER)
-    saved_state = torch.load(folder / TRAINER, map_location=context.device, weights_only=True)
+    try:
+        saved_state = torch.load(folder / TRAINER, map_location=context.device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder / TRAINER} cannot be read as plain tensors: {reason}") from None
     context.barrier()
     if folder.parent.resolve() == own.resolve():  # going back is for good: metrics.jsonl goes back as well
         context.on_main(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))

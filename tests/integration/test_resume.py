@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megadistill.checkpoint.hf_export import check_export, export_checkpoint
+from megadistill.checkpoint.manifest import digest
 from megadistill.errors import CheckpointError
 from tests.support.runs import run_layout, samples, settings, weights
 from tests.support.spawn import RankError
@@ -129,6 +131,37 @@ def _died_after_ten(undisturbed: Path, died: Path) -> Path:
     lines = (died / "metrics.jsonl").read_text().splitlines(keepends=True)
     (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
     return died
+
+
+class _Program:
+    """What a hostile pickle holds: reading it naively makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_reading_a_hostile_checkpoint_executes_nothing(assets: Path, small: Path, tmp_path: Path) -> None:
+    """Its manifest is in order: whoever wrote the files wrote that, too."""
+    hostile, trace = tmp_path / "step_2", tmp_path / "executed"
+    shutil.copytree(small / "checkpoints" / "step_2", hostile)
+    torch.save({"gate": _Program(trace)}, hostile / "trainer.pt")
+    manifest = json.loads((hostile / "manifest.json").read_text())
+    manifest["files"]["trainer.pt"] = digest(hostile / "trainer.pt")
+    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RankError, match="trainer.pt cannot be read as plain tensors"):
+        run_layout(1, [(str(tmp_path / "run"), [*_small_settings(assets), f"train.resume={hostile}"])])
+    model = tmp_path / "model"
+    shutil.copytree(small / "checkpoints" / "step_2" / "hf", model)
+    (model / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": _Program(trace)}, model / "pytorch_model.bin")
+    with pytest.raises(RankError, match="cannot load the weights"):
+        run_layout(1, [(str(tmp_path / "run"), [*_small_settings(assets), f"model.student.path={model}"])])
+    assert not trace.exists()
+    torch.load(hostile / "trainer.pt", weights_only=False)
+    assert trace.exists()
 
 
 def test_going_back_keeps_what_is_written(assets: Path, undisturbed: Path, tmp_path: Path) -> None:

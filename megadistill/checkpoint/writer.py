@@ -17,6 +17,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from megadistill.checkpoint.manifest import (
     write_manifest,
 )
 from megadistill.engines.student import Student
-from megadistill.errors import CheckpointError
+from megadistill.errors import CheckpointError, MegadistillError
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.parallel.context import ParallelContext
 
@@ -130,6 +131,15 @@ class CheckpointWriter:
             self._job.thread.join()
             status = torch.tensor(float(self.status), device=self._context.device)
             self.advance(int(self._context.max_over_world(status)))
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """What ends a run with one line ends it on all ranks: a checkpoint that was begun is made whole first."""
+        if isinstance(error, MegadistillError):
+            with suppress(CheckpointError):  # the other error is what there is to say
+                self.finish()
 
     def _make_room(self, beside: Path) -> None:
         try:

@@ -14,6 +14,7 @@ from megadistill.errors import CheckpointError
 from megadistill.models.families import head_counts
 from megadistill.models.loading import load_model_config
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.heartbeat import lost_ranks_reported
 from megadistill.parallel.topology import resolve_tp_size
 
 
@@ -41,4 +42,6 @@ def inference_context(parallel: ParallelSection, models: dict[str, str]) -> Iter
         yield ParallelContext.single("cuda" if has_cuda else "cpu")
         return
     with distributed(parallel.timeout_s) as device:
-        yield ParallelContext.build(tp_size, parallel.timeout_s, device)
+        context = ParallelContext.build(tp_size, parallel.timeout_s, device)
+        with lost_ranks_reported(context):
+            yield context

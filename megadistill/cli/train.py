@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.cli.assets import ensure_assets
     from megadistill.engines.launch import distributed, world_size
-    from megadistill.parallel.context import ParallelContext, set_all_timeouts
+    from megadistill.parallel.context import ParallelContext
     from megadistill.parallel.heartbeat import lost_ranks_reported
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
@@ -54,7 +54,6 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        with lost_ranks_reported(context, config.parallel.timeout_s) as heartbeat:
+        with lost_ranks_reported(context) as heartbeat:
             parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
-            set_all_timeouts(config.parallel.timeout_s)  # DeepSpeed's own groups, too
             return STOPPED if "stopped" in train(parts, data, start, request, heartbeat) else 0

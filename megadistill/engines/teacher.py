@@ -141,6 +141,7 @@ def initialize(
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 are off by a per cent of every angle.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+    context.set_all_timeouts()  # DeepSpeed's own groups, too
     for name, buffer in model.named_buffers():
         if name in buffers:
             buffer.data = buffers[name].to(buffer.device)

@@ -17,13 +17,6 @@ from megadistill.errors import MegadistillError, TopologyError
 from megadistill.parallel.vocab import VocabShard
 
 
-def set_all_timeouts(timeout_s: float) -> None:
-    """Gives every process group of this process the run's timeout: those that libraries made have torch's default of
-    many minutes. No communication."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-
-
 @dataclass(frozen=True)
 class ParallelContext:
     """The place of one process in the grid.
@@ -41,6 +34,7 @@ class ParallelContext:
     tp_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup | None
     device: torch.device
+    timeout_s: float = 0.0
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -68,7 +62,16 @@ class ParallelContext:
         for tp_index in range(tp_size if dp_size > 1 else 0):
             group = dist.new_group([i * tp_size + tp_index for i in range(dp_size)], timeout=timeout)
             dp_group = group if rank % tp_size == tp_index else dp_group
-        return cls(rank, world_size, rank % tp_size, tp_size, rank // tp_size, dp_size, tp_group, dp_group, device)
+        return cls(
+            rank, world_size, rank % tp_size, tp_size, rank // tp_size, dp_size, tp_group, dp_group, device, timeout_s
+        )
+
+    def set_all_timeouts(self) -> None:
+        """Gives every process group of this process the run's timeout: those that a library has made meanwhile have
+        torch's default of many minutes. No communication."""
+        if self.world_size > 1:
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
 
     @property
     def is_main(self) -> bool:

@@ -85,7 +85,7 @@ class Heartbeat:
 
 
 @contextmanager
-def lost_ranks_reported(context: ParallelContext, timeout_s: float) -> Iterator[Heartbeat | None]:
+def lost_ranks_reported(context: ParallelContext) -> Iterator[Heartbeat | None]:
     """Inside, a failed collective ends this process with one line, which names the ranks that gave no sign, and exit
     code 87. Yields None in a world of one."""
     if context.world_size == 1:
@@ -103,7 +103,7 @@ def lost_ranks_reported(context: ParallelContext, timeout_s: float) -> Iterator[
         where = _innermost(lost.__traceback__)
         line = (
             f"megadistill [rank {context.rank}]: in step {heartbeat.step + 1}, {where}: the other ranks did not answer "
-            f"(parallel.timeout_s={timeout_s:g}): {heartbeat.lost()}"
+            f"(parallel.timeout_s={context.timeout_s:g}): {heartbeat.lost()}"
         )
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
-from megadistill.errors import CheckpointError, DivergenceError
+from megadistill.errors import CheckpointError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
@@ -23,12 +23,12 @@ from megadistill.losses.backends import choose_backend
 from megadistill.observability.lock import only_writer
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
-from megadistill.observability.metrics import JsonLines, MetricsWriter
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.heartbeat import Heartbeat
 from megadistill.training.nonfinite import NonFinite
 from megadistill.training.parts import Parts
+from megadistill.training.record import Record, written
 from megadistill.training.resume import RESOLVED, Start
 from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
@@ -73,7 +73,8 @@ def _train(
         log.info("step 0: " + _shown(before))
         _observe(parts, before)  # what phi compares the first validation with
     with (
-        _Record(start.run_dir, context, first_step) as record,
+        Record(start.run_dir, context, first_step) as record,
+        writer,
         progress_bar(
             description="train", total=config.train.max_steps, initial=first_step, unit="step", rank=context.rank
         ) as bar,
@@ -93,15 +94,13 @@ def _train(
                 metrics |= last_eval
                 log.info(f"step {done}: " + _shown(last_eval))
             record.write(done, metrics, context.gather_objects_over_dp(result.samples))
-            try:
-                nonfinite.seen(done, result)
-            except DivergenceError:
-                writer.finish()
-                raise
+            nonfinite.seen(done, result)
             bar.update()
             if done % config.train.log_every == 0:
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            stopped, status = _agree(request, writer, context)
+            stopped, status, is_unwritten = _agree(request, writer, record, context)
+            if is_unwritten:
+                context.raise_together(record.error)
             writer.advance(status)
             if _saves(config, done) or stopped:
                 writer.begin(done, _trainer_state(parts))
@@ -121,8 +120,8 @@ def _train(
         "last_step": metrics,
         "validation": last_eval,
     }
-    if context.is_main:
-        write_json(start.run_dir / "summary.json", summary)
+    file = start.run_dir / "summary.json"
+    context.on_main(lambda: written(lambda: write_json(file, summary), file))
     log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{config.train.max_steps}'}; metrics in {start.run_dir}")
     return summary
 
@@ -159,29 +158,6 @@ def _observe(parts: Parts, validation: dict[str, float]) -> None:
         parts.policy.schedule.observe(validation["eval/nll"])
 
 
-class _Record:
-    """metrics.jsonl, TensorBoard and samples.jsonl; files are written by rank 0 only."""
-
-    def __init__(self, run_dir: Path, context: ParallelContext, first_step: int) -> None:
-        self.metrics = MetricsWriter(run_dir, rank=context.rank, last_step=first_step)
-        self.samples = JsonLines(run_dir / "samples.jsonl", last_step=first_step) if context.is_main else None
-
-    def write(self, step: int, metrics: dict[str, float], samples_by_rank: list[list[dict[str, Any]]]) -> None:
-        self.metrics.write(step, metrics)
-        if self.samples is not None:
-            samples = [sample for samples in samples_by_rank for sample in samples]
-            for sample in sorted(samples, key=lambda sample: sample["sequence_id"]):
-                self.samples.append(sample)
-
-    def __enter__(self) -> _Record:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.metrics.close()
-        if self.samples is not None:
-            self.samples.close()
-
-
 def _restore(parts: Parts, start: Start) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
     config, context = parts.config, parts.context
@@ -194,10 +170,12 @@ def _restore(parts: Parts, start: Start) -> int:
             raise CheckpointError(
                 f"{start.checkpoints[0]} is at step {first_step}, past train.max_steps={config.train.max_steps}"
             )
-    if context.is_main:
+
+    def make() -> None:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
-    context.barrier()
+
+    context.on_main(lambda: written(make, start.run_dir))
     return first_step
 
 
@@ -242,12 +220,15 @@ def _writer(parts: Parts, run_dir: Path) -> CheckpointWriter:
     )
 
 
-def _agree(request: StopRequest, writer: CheckpointWriter, context: ParallelContext) -> tuple[str | None, int]:
-    """What every rank must know after a step: the name of a signal that any of them got, and whether all of them have
-    written their part of a checkpoint (one all-reduce of two numbers over the world)."""
-    mine = torch.tensor([float(request.signal), float(writer.status)], device=context.device)
-    number, status = context.max_over_world(mine).tolist()
-    return signal.Signals(int(number)).name if number else None, int(status)
+def _agree(
+    request: StopRequest, writer: CheckpointWriter, record: Record, context: ParallelContext
+) -> tuple[str | None, int, bool]:
+    """What every rank must know after a step: the name of a signal that any of them got, whether all of them have
+    written their part of a checkpoint, and whether rank 0 could not write the step down (one all-reduce of three
+    numbers over the world)."""
+    mine = [float(request.signal), float(writer.status), float(record.error is not None)]
+    number, status, is_unwritten = context.max_over_world(torch.tensor(mine, device=context.device)).tolist()
+    return signal.Signals(int(number)).name if number else None, int(status), bool(is_unwritten)
 
 
 def _headline(parts: Parts, data: TrainingData, first_step: int, start: Start) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadistill.parallel.context import ParallelContext, set_all_timeouts
+from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.heartbeat import LOST, Heartbeat, lost_connection
 from tests.support.runs import ROOT, free_port
 from tests.support.spawn import run_ranks
@@ -26,11 +26,11 @@ def _alone(rank: int) -> list[str]:
     from tests.support.runs import join_deepspeed
 
     join_deepspeed(rank)
-    context = ParallelContext.build(2, 600, torch.device("cpu"))
+    context = ParallelContext.build(2, 2, torch.device("cpu"))
     model = torch.nn.Linear(4, 4)
     config = engine_config(zero_stage=3, tp_size=1, dtype="fp32", family=FAMILIES["llama"], micro_batch_size=1)
     deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(model.parameters()))
-    set_all_timeouts(2)
+    context.set_all_timeouts()
     groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_world_size(group) == 2]
     assert context.tp_group in groups and len(groups) > 2  # the world, ours, DeepSpeed's
     found = []
@@ -87,13 +87,13 @@ SCRIPT = """
 import sys, time, torch, torch.distributed as dist
 from datetime import timedelta
 sys.path.insert(0, sys.argv[1])
-from megadistill.parallel.context import ParallelContext, set_all_timeouts
+from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.heartbeat import lost_ranks_reported
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
-context = ParallelContext.build(1, 600, torch.device("cpu"))
-with lost_ranks_reported(context, 3) as heartbeat:
-    set_all_timeouts(3)
+context = ParallelContext.build(1, 3, torch.device("cpu"))
+with lost_ranks_reported(context) as heartbeat:
+    context.set_all_timeouts()
     dist.barrier()
     heartbeat.step = 4
     if rank == 0 or sys.argv[4] == "slow":

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,6 +108,16 @@ def _alive(processes: dict[int, psutil.Process]) -> list[psutil.Process]:
     return found
 
 
+def _can_mount() -> bool:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+        if done.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+        return done.returncode == 0
+
+
 def note(what: str, ended: Ended) -> None:
     """One line of the table of docs/reliability.md, where it is asked for."""
     if "FAULT_TABLE" in os.environ:
@@ -198,3 +210,41 @@ def test_a_crash_of_one_rank_ends_all(assets: Path, undisturbed: Path, tmp_path:
     assert ended.survivors == [] and ended.code != 0, ended.text
     assert "a fault of ours" in ended.text
     goes_on(assets, undisturbed, job.run_dir)
+
+
+def test_a_data_file_that_disappears_costs_nothing_until_the_next_start(
+    assets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Rows are read once, at the start: the run goes on; to go on later the file is needed, and its absence said."""
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(assets / "data" / "train.jsonl", rows)
+    job = Job(assets, tmp_path, "rollout:2:0:sleep=0.1", (f"data.train_path={rows}",))
+    ended = job.run(lambda _: rows.unlink())
+    note("data.train_path is deleted in a run", ended)
+    assert (ended.survivors, ended.code) == ([], 0), ended.text
+    assert losses(job.run_dir) == losses(undisturbed)
+    again = Job(assets, tmp_path, "rollout:99:0:sleep=0", (f"data.train_path={rows}", "train.max_steps=8"))
+    (tmp_path / "hit").write_text("")
+    ended = again.run()
+    note("the same, at the next start", ended)
+    assert (ended.survivors, ended.code) == ([], 2), ended.text
+    assert f"{rows}" in ended.text
+
+
+@pytest.mark.skipif(not _can_mount(), reason="a file system of its own needs root and mount")
+def test_a_disk_that_is_really_full(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """run.dir on a file system with room for two checkpoints; a larger one, and the run goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)], check=True)
+    try:
+        (tmp_path / "run").symlink_to(disk)
+        job = Job(assets, tmp_path, "save:2:0:sleep=0")
+        ended = job.run()
+        note("the file system of run.dir is full", ended)
+        assert (ended.survivors, ended.code) == ([], 2), ended.text
+        assert "No space left on device" in ended.text
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        goes_on(assets, undisturbed, job.run_dir)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,144 @@
+"""What a checkpoint costs the training: steps beside a writing thread, and steps that wait for it, against neither.
+
+python tools/benchmark.py save --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.benchmarks.measure import at_least, machine, save
+from tools.benchmarks.step_workers import Sizes, model_config
+
+_KINDS = {"none": None, "asynchronous": True, "waiting": False}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/benchmark.py save", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="every kind once a round (default: 5)")
+    parser.add_argument("--steps", type=at_least(1), default=3, help="steps after each checkpoint (default: 3)")
+    parser.add_argument("--vocab", type=at_least(100), default=8192)
+    parser.add_argument("--output", type=Path, help="JSON file; a table goes beside it")
+    parsed = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = _measure(Path(folder), parsed.rounds, parsed.steps, parsed.vocab)
+    table = _table(found)
+    print(table)
+    if parsed.output is not None:
+        save(parsed.output, found, table)
+    return 0
+
+
+def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any]:
+    from megadistill.data.tokenize import load_tokenizer
+    from megadistill.data.train_tokenizer import train_tokenizer
+    from megadistill.engines.launch import distributed
+    from megadistill.parallel.context import ParallelContext
+
+    sizes = Sizes(vocab, rows=8, prompt_tokens=64, new_tokens=64, rounds=rounds)
+    with distributed(600) as device:
+        context = ParallelContext.build(1, 600, device)
+        student = _student(folder, sizes, context)
+        train_tokenizer(["a few words for a small tokenizer"] * 50, folder / "tokenizer", vocab_size=300)
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        numbers = sum(torch.Size(cut.shape).numel() for cut in student.cuts.values())
+        seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+        blocked: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+        for round_index in range(rounds + 1):
+            for kind, asynchronous in _KINDS.items():
+                total, waiting = _steps(student, tokenizer, folder / kind, context, steps, asynchronous)
+                if round_index:  # the first one warms up
+                    seconds[kind].append(total)
+                    blocked[kind].append(waiting)
+    step_s = statistics.median(seconds["none"]) / steps
+    rows = {
+        kind: {
+            "seconds": seconds[kind],
+            "blocked_s": statistics.median(blocked[kind]),
+            "share_of_a_step": (statistics.median(seconds[kind]) - statistics.median(seconds["none"])) / step_s,
+            "blocked_share_of_a_step": statistics.median(blocked[kind]) / step_s,
+        }
+        for kind in _KINDS
+    }
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "machine": machine(torch.device("cpu")),
+        "parameters": numbers,
+        "step_s": step_s,
+        "steps": steps,
+        "kinds": rows,
+    }
+
+
+def _student(folder: Path, sizes: Sizes, context: Any) -> Any:
+    from megadistill.config.schema import OptimSection, TrainSection
+    from megadistill.engines.student import trained_model
+    from megadistill.models.loading import load_model
+
+    model_config("student", sizes).save_pretrained(folder / "model")
+    loaded = load_model(
+        str(folder / "model"), dtype="fp32", vocab_size=sizes.vocab, seed=0, attention="sdpa", where="student"
+    )
+    train = TrainSection(global_batch_size=16, micro_batch_size=16)
+    return trained_model(loaded, context, zero_stage=3, dtype="fp32", optim=OptimSection(), train=train)
+
+
+def _steps(
+    student: Any, tokenizer: Any, folder: Path, context: Any, steps: int, asynchronous: bool | None
+) -> tuple[float, float]:
+    """(wall seconds of a checkpoint and some steps behind it, of which the training waited)."""
+    from megadistill.checkpoint.writer import CheckpointWriter
+
+    writer = CheckpointWriter(folder, student, tokenizer, context, keep_last=1, asynchronous=bool(asynchronous))
+    tokens = torch.randint(0, 1000, (16, 256), generator=torch.Generator().manual_seed(0))
+    everything = torch.ones_like(tokens)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    begun, waiting = time.perf_counter(), 0.0
+    for step in range(steps):
+        if step == 0 and asynchronous is not None:
+            started = time.perf_counter()
+            writer.begin(1, {})
+            waiting += time.perf_counter() - started
+        student.backward(student.forward(tokens, everything, positions, _cross_entropy(tokens)))
+        student.step(1e-4)
+        started = time.perf_counter()
+        writer.advance(writer.status)
+        waiting += time.perf_counter() - started
+    total = time.perf_counter() - begun
+    writer.finish()
+    return total, waiting
+
+
+def _cross_entropy(tokens: torch.Tensor) -> Any:
+    def objective(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, tokens.flatten())
+
+    return objective
+
+
+def _table(found: dict[str, Any]) -> str:
+    lines = [
+        f"Checkpoint of {found['parameters'] / 1e6:.1f}M parameters (float32, AdamW, ZeRO-3, one process, one thread), "
+        f"then {found['steps']} steps of {found['step_s']:.2f} s.",
+        "",
+        f"`{found['command']}`, {found['machine']['cpu']}, {found['machine']['cores']} cores",
+        "",
+        "| | training waits, s | of a step | all that it costs the steps behind it, of a step |",
+        "|---|---|---|---|",
+    ]
+    for kind, row in found["kinds"].items():
+        lines.append(
+            f"| {kind} | {row['blocked_s']:.2f} | {row['blocked_share_of_a_step']:.1%} | {row['share_of_a_step']:.1%} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,241 @@
+"""Every way to start a run, with the real launchers: the losses are one process's, and nobody is left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.cluster import (
+    Slurm,
+    environment,
+    need,
+    processes_of,
+    slurm,
+    survivors,
+    two_hosts,
+    wait_for,
+)
+from tests.support.runs import ROOT, free_port, losses, run_layout, settings
+
+STEPS = 3
+STOPPED = 85
+SCRIPT = "launchers/run.sh"
+
+
+def arguments(assets: Path, run_dir: Path | str, *more: str) -> list[str]:
+    config = str(ROOT / "configs" / "base.yaml")
+    return ["--config", config, f"run.dir={run_dir}", *settings(assets, "llama", f"train.max_steps={STEPS}", *more)]
+
+
+@pytest.fixture(scope="module")
+def expected(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of the run in one process."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    run_layout(1, [(str(run_dir), settings(assets, "llama", f"train.max_steps={STEPS}"))])
+    return losses(run_dir)
+
+
+class Launched:
+    """A command of a launcher and what it prints."""
+
+    def __init__(self, command: Sequence[str | Path], log: Path, **variables: str) -> None:
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT, env=environment(**variables), stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def wait(self, seconds: float = 240) -> tuple[int, str]:
+        """Exit code and output."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        return self.process.returncode, self.log.read_text()
+
+
+def is_in_step(run_dir: Path, step: int) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and len(metrics.read_text().splitlines()) >= step
+
+
+def check(run_dir: Path, expected: list[float], outcome: tuple[int, str]) -> None:
+    assert outcome[0] == 0, outcome[1]
+    assert losses(run_dir) == pytest.approx(expected, abs=1e-4)
+    assert survivors(run_dir) == []
+
+
+# One machine
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "bash"])
+def test_a_run_on_one_machine_listens_on_the_loopback_address_only(assets: Path, tmp_path: Path, launcher: str) -> None:
+    run_dir = tmp_path / "run"
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()] if launcher == "deepspeed" else ["bash"]
+    launched = Launched([*command, SCRIPT, *arguments(assets, run_dir, "train.max_steps=100000")], tmp_path / "log")
+    try:
+        assert_loopback_only(run_dir)
+    finally:
+        for rank in ranks_of(run_dir):
+            rank.send_signal(signal.SIGTERM)
+        code, text = launched.wait()
+        left = survivors(run_dir)
+    assert code == STOPPED and left == [], text
+
+
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    """The processes that train: they alone run Python on launchers/run.sh."""
+    return [p for p in processes_of(run_dir) if p.cmdline()[1:2] == ["-u"] and p.cmdline()[2].endswith(SCRIPT)]
+
+
+def assert_loopback_only(run_dir: Path) -> None:
+    wait_for(lambda: is_in_step(run_dir, 2), "two steps")
+    ranks = ranks_of(run_dir)
+    assert len(ranks) == 2
+    listening = {c.laddr.ip for p in ranks for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_missing_hostfile_is_refused(assets: Path, tmp_path: Path) -> None:
+    """DeepSpeed would only warn and train on one machine."""
+    command = ["deepspeed", "--hostfile", "no such file", "--master_port", free_port(), SCRIPT]
+    code, text = Launched([*command, *arguments(assets, tmp_path / "run")], tmp_path / "log").wait()
+    assert code == 2, text
+    assert "megadistill: there is no hostfile no such file; deepspeed would train on this machine alone" in text
+    assert not (tmp_path / "run").exists() and survivors(tmp_path / "run") == []
+
+
+def test_two_torchrun_agents(assets: Path, tmp_path: Path, expected: list[float]) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    agents = [
+        Launched(["torchrun", *nodes, "--node-rank", str(n), SCRIPT, *arguments(assets, run_dir)], tmp_path / f"log{n}")
+        for n in range(2)
+    ]
+    outcomes = [agent.wait() for agent in agents]
+    for outcome in outcomes:
+        check(run_dir, expected, outcome)
+
+
+# MPI
+
+
+def test_two_jobs_of_mpirun_at_once(assets: Path, tmp_path: Path, expected: list[float]) -> None:
+    need("mpirun")
+    dirs = [tmp_path / "a", tmp_path / "b"]
+    jobs = [
+        Launched(["bash", "launchers/mpirun.sh", *arguments(assets, d)], d.with_suffix(".log"), NPROC="2") for d in dirs
+    ]
+    for run_dir, outcome in zip(dirs, [job.wait() for job in jobs], strict=True):
+        check(run_dir, expected, outcome)
+        assert "x dp " in outcome[1] and "tp 2 " in outcome[1]
+
+
+def test_deepspeed_over_openmpi(assets: Path, tmp_path: Path, expected: list[float]) -> None:
+    need("mpirun", "ompi_info")
+    run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    # One machine is to deepspeed no case for a launcher, unless forced.
+    options = ["--hostfile", hostfile, "--launcher", "openmpi", "--force_multi", "--no_ssh_check"]
+    command = ["deepspeed", *options, "--master_addr", "127.0.0.1", SCRIPT, *arguments(assets, run_dir)]
+    check(run_dir, expected, Launched(command, tmp_path / "log").wait())
+
+
+def test_ranks_end_when_mpirun_is_killed(assets: Path, tmp_path: Path) -> None:
+    need("mpirun")
+    run_dir = tmp_path / "run"
+    words = arguments(assets, run_dir, "train.max_steps=100000", "train.stop_grace_s=20")
+    launched = Launched(["bash", "launchers/mpirun.sh", *words], tmp_path / "log", NPROC="2")
+    try:
+        assert_loopback_only(run_dir)
+    finally:
+        launched.process.kill()
+        launched.wait()
+        left = survivors(run_dir)
+    assert left == [], launched.log.read_text()
+
+
+# SLURM
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    with slurm() as client:
+        yield client
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "run.sh"])
+@pytest.mark.parametrize("mode", ["srun starts ranks", "deepspeed on each node"])
+def test_slurm_on_two_nodes(
+    assets: Path, tmp_path: Path, expected: list[float], cluster: Slurm, script: str, mode: str
+) -> None:
+    run_dir = tmp_path / "run"
+    is_direct = mode == "srun starts ranks"
+    options = ["--nodes=2", f"--ntasks-per-node={2 if is_direct else 1}"]
+    job = cluster.submit(
+        options, script, arguments(assets, run_dir, "parallel.tp_size=2"), **({} if is_direct else {"NPROC": "2"})
+    )
+    assert cluster.wait(job) == ["COMPLETED 0:0 0"], cluster.text()
+    check(run_dir, expected, (0, cluster.text()))
+    assert "tp 2 x dp 2" in cluster.text()
+
+
+def test_an_array_of_runs(assets: Path, tmp_path: Path, expected: list[float], cluster: Slurm) -> None:
+    words = arguments(assets, f"{tmp_path}/run_${{oc.env:SLURM_ARRAY_TASK_ID}}")
+    job = cluster.submit(["--nodes=1", "--ntasks-per-node=2", "--array=0-1"], "slurm.sbatch", words)
+    assert cluster.wait(job) == ["COMPLETED 0:0 0"] * 2, cluster.text()
+    for number in range(2):
+        check(tmp_path / f"run_{number}", expected, (0, cluster.text()))
+
+
+@pytest.mark.parametrize("mode", ["srun starts ranks", "deepspeed on each node"])
+def test_a_job_that_slurm_warns_saves_and_is_queued_again(
+    assets: Path, tmp_path: Path, cluster: Slurm, mode: str
+) -> None:
+    run_dir = tmp_path / "run"
+    is_direct = mode == "srun starts ranks"
+    options = ["--nodes=1", f"--ntasks-per-node={2 if is_direct else 1}"]
+    words = arguments(assets, run_dir, "train.max_steps=100000")
+    job = cluster.submit(options, "slurm.sbatch", words, **({} if is_direct else {"NPROC": "2"}))
+    wait_for(lambda: is_in_step(run_dir, 2), f"two steps:\n{cluster.text()}")
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    try:
+        wait_for(lambda: cluster.states(job)[0] == "PENDING 0:0 1", f"{cluster.states(job)}\n{cluster.text()}", 120)
+        assert cluster.ask("squeue", "-h", "-j", job, "-o", "%t %r") == "PD BeginTime"
+    finally:
+        cluster.ask("scancel", job)
+    assert survivors(run_dir) == []
+    text = cluster.text()
+    assert f"stopped after step {len(losses(run_dir))}, which is saved" in text and "queued again" in text
+
+
+# Several machines
+
+
+def test_deepspeed_with_a_hostfile_over_pdsh(assets: Path, tmp_path: Path, expected: list[float]) -> None:
+    run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
+    hostfile.write_text("h1 slots=1\nh2 slots=1\n")
+    with two_hosts() as (first, second):
+        command = ["ip", "netns", "exec", first, "deepspeed", "--hostfile", hostfile, SCRIPT]
+        launched = Launched([*command, *arguments(assets, run_dir)], tmp_path / "log")
+        listening: set[str] = set()
+        while launched.process.poll() is None:
+            for host in (first, second):
+                shown = subprocess.run(["ip", "netns", "exec", host, "ss", "-Hltn"], capture_output=True, text=True)
+                listening |= {line.split()[3] for line in shown.stdout.splitlines()}
+            time.sleep(0.2)
+        check(run_dir, expected, launched.wait())
+    by_host = {host: {a.rpartition(":")[2] for a in listening if a.startswith(f"{host}:")} for host in HOSTS}
+    assert all(len(ports) > 1 for ports in by_host.values()), "sshd and gloo"
+    assert all(address.startswith(tuple(f"{host}:" for host in HOSTS)) for address in listening), listening
+
+
+HOSTS = ("10.77.0.1", "10.77.0.2")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Ancestor:
-    """``program`` is the kernel's name of it (at most 15 letters), ``words`` its command line, ``started`` the time that
-    tells it from a later process of its number."""
+    """``program`` is the kernel's name of it (at most 15 letters), ``words`` its command line, ``started`` the time
+    that tells it from a later process of its number."""
 
     pid: int
     program: str

@@ -97,7 +97,7 @@ def ranks_of(run_dir: Path) -> list[psutil.Process]:
 
 
 def assert_loopback_only(run_dir: Path) -> None:
-    wait_for(lambda: is_in_step(run_dir, 2), "two steps")
+    wait_for(lambda: is_in_step(run_dir, 2), lambda: "two steps")
     ranks = ranks_of(run_dir)
     assert len(ranks) == 2
     listening = {c.laddr.ip for p in ranks for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
@@ -172,49 +172,51 @@ def cluster() -> Iterator[Slurm]:
         yield client
 
 
-@pytest.mark.parametrize("script", ["slurm.sbatch", "run.sh"])
-@pytest.mark.parametrize("mode", ["srun starts ranks", "deepspeed on each node"])
+DIRECT, PER_NODE = "srun starts ranks", "deepspeed on each node"
+
+
+def submit(cluster: Slurm, script: str, mode: str, nodes: int, words: list[str]) -> str:
+    """Two ranks a node."""
+    if mode == DIRECT:
+        return cluster.submit([f"--nodes={nodes}", "--ntasks-per-node=2"], script, words)
+    return cluster.submit([f"--nodes={nodes}", "--ntasks-per-node=1"], script, words, NPROC="2")
+
+
+@pytest.mark.parametrize(("script", "mode"), [("slurm.sbatch", DIRECT), ("run.sh", PER_NODE)])
 def test_slurm_on_two_nodes(
     assets: Path, tmp_path: Path, expected: list[float], cluster: Slurm, script: str, mode: str
 ) -> None:
     run_dir = tmp_path / "run"
-    is_direct = mode == "srun starts ranks"
-    options = ["--nodes=2", f"--ntasks-per-node={2 if is_direct else 1}"]
-    job = cluster.submit(
-        options, script, arguments(assets, run_dir, "parallel.tp_size=2"), **({} if is_direct else {"NPROC": "2"})
-    )
-    assert cluster.wait(job) == ["COMPLETED 0:0 0"], cluster.text()
-    check(run_dir, expected, (0, cluster.text()))
-    assert "tp 2 x dp 2" in cluster.text()
+    job = submit(cluster, script, mode, 2, arguments(assets, run_dir, "parallel.tp_size=2"))
+    assert cluster.wait(job) == ["COMPLETED 0:0 0"], cluster.text(job)
+    check(run_dir, expected, (0, cluster.text(job)))
+    assert "tp 2 x dp 2" in cluster.text(job)
 
 
-def test_an_array_of_runs(assets: Path, tmp_path: Path, expected: list[float], cluster: Slurm) -> None:
-    words = arguments(assets, f"{tmp_path}/run_${{oc.env:SLURM_ARRAY_TASK_ID}}")
-    job = cluster.submit(["--nodes=1", "--ntasks-per-node=2", "--array=0-1"], "slurm.sbatch", words)
-    assert cluster.wait(job) == ["COMPLETED 0:0 0"] * 2, cluster.text()
-    for number in range(2):
-        check(tmp_path / f"run_{number}", expected, (0, cluster.text()))
-
-
-@pytest.mark.parametrize("mode", ["srun starts ranks", "deepspeed on each node"])
+@pytest.mark.parametrize(("script", "mode"), [("run.sh", DIRECT), ("slurm.sbatch", PER_NODE)])
 def test_a_job_that_slurm_warns_saves_and_is_queued_again(
-    assets: Path, tmp_path: Path, cluster: Slurm, mode: str
+    assets: Path, tmp_path: Path, cluster: Slurm, script: str, mode: str
 ) -> None:
     run_dir = tmp_path / "run"
-    is_direct = mode == "srun starts ranks"
-    options = ["--nodes=1", f"--ntasks-per-node={2 if is_direct else 1}"]
-    words = arguments(assets, run_dir, "train.max_steps=100000")
-    job = cluster.submit(options, "slurm.sbatch", words, **({} if is_direct else {"NPROC": "2"}))
-    wait_for(lambda: is_in_step(run_dir, 2), f"two steps:\n{cluster.text()}")
-    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    job = submit(cluster, script, mode, 1, arguments(assets, run_dir, "train.max_steps=100000"))
     try:
-        wait_for(lambda: cluster.states(job)[0] == "PENDING 0:0 1", f"{cluster.states(job)}\n{cluster.text()}", 120)
-        assert cluster.ask("squeue", "-h", "-j", job, "-o", "%t %r") == "PD BeginTime"
+        wait_for(lambda: is_in_step(run_dir, 2), lambda: f"two steps:\n{cluster.text(job)}")
+        cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@300 does
+        wait_for(lambda: cluster.states(job) == ["PENDING 0:0 1"], lambda: f"a queue:\n{cluster.text(job)}")
+        assert cluster.ask("squeue", "-h", "-j", job, "-o", "%t") == "PD"
     finally:
         cluster.ask("scancel", job)
     assert survivors(run_dir) == []
-    text = cluster.text()
-    assert f"stopped after step {len(losses(run_dir))}, which is saved" in text and "queued again" in text
+    assert f"stopped after step {len(losses(run_dir))}, which is saved" in cluster.text(job)
+    assert "queued again" in cluster.text(job)
+
+
+def test_an_array_of_runs(assets: Path, tmp_path: Path, expected: list[float], cluster: Slurm) -> None:
+    words = arguments(assets, tmp_path / "run_%a")
+    job = cluster.submit(["--nodes=1", "--ntasks-per-node=2", "--array=0-1"], "slurm.sbatch", words)
+    assert cluster.wait(job) == ["COMPLETED 0:0 0"] * 2, cluster.text(job)
+    for number in range(2):
+        check(tmp_path / f"run_{number}", expected, (0, cluster.text(job)))
 
 
 # Several machines
@@ -223,15 +225,17 @@ def test_a_job_that_slurm_warns_saves_and_is_queued_again(
 def test_deepspeed_with_a_hostfile_over_pdsh(assets: Path, tmp_path: Path, expected: list[float]) -> None:
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
     hostfile.write_text("h1 slots=1\nh2 slots=1\n")
+    # pdsh forwards few variables; these are for both hosts.
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
     with two_hosts() as (first, second):
         command = ["ip", "netns", "exec", first, "deepspeed", "--hostfile", hostfile, SCRIPT]
-        launched = Launched([*command, *arguments(assets, run_dir)], tmp_path / "log")
+        launched = Launched([*command, *arguments(assets, run_dir)], tmp_path / "log", HOME=str(tmp_path))
         listening: set[str] = set()
         while launched.process.poll() is None:
             for host in (first, second):
                 shown = subprocess.run(["ip", "netns", "exec", host, "ss", "-Hltn"], capture_output=True, text=True)
                 listening |= {line.split()[3] for line in shown.stdout.splitlines()}
-            time.sleep(0.2)
+            time.sleep(0.3)
         check(run_dir, expected, launched.wait())
     by_host = {host: {a.rpartition(":")[2] for a in listening if a.startswith(f"{host}:")} for host in HOSTS}
     assert all(len(ports) > 1 for ports in by_host.values()), "sshd and gloo"

@@ -6,6 +6,7 @@ Each is a context manager that takes away all it has set up, and skips the test 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -44,10 +45,10 @@ def environment(**more: str) -> dict[str, str]:
     return inherited | settled | as_root | more
 
 
-def wait_for(is_true: Callable[[], object], what: str, seconds: float = 180) -> None:
+def wait_for(is_true: Callable[[], object], what: Callable[[], str], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what()}"
         time.sleep(0.1)
 
 
@@ -102,32 +103,33 @@ class Slurm:
 
     def submit(self, options: Sequence[str], script: str, arguments: Sequence[str], **variables: str) -> str:
         """Queues a script of launchers/ from the clone; returns the job's number."""
-        where = ["--parsable", "--time=10", f"--output={self.folder}/%A_%a.out"]
+        where = ["--parsable", "--time=10", f"--output={self.folder}/%j.out"]
         command = ["sbatch", *where, *options, f"launchers/{script}", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=self.env | variables, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def states(self, job: str) -> list[str]:
-        """ "STATE EXIT:SIGNAL REASON RESTARTS" of a job's tasks."""
-        shown = self.ask("scontrol", "--oneliner", "show", "job", job)
-        return [
-            " ".join(dict(word.split("=", 1) for word in line.split() if "=" in word).get(key, "") for key in _KEYS)
-            for line in shown.splitlines()
-        ]
+        """STATE EXIT:SIGNAL RESTARTS of a job, or of each of an array."""
+        keys = ("JobState", "ExitCode", "Restarts")
+        shown = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in self._show(job)]
+        return [" ".join(task[key] for key in keys) for task in shown]
 
-    def wait(self, job: str, seconds: float = 240) -> list[str]:
+    def wait(self, job: str) -> list[str]:
         """States once nothing of the job runs or is to run."""
         busy = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-        wait_for(lambda: not any(s.startswith(busy) for s in self.states(job)), f"job {job}:\n{self.text()}", seconds)
+        wait_for(
+            lambda: not any(s.startswith(busy) for s in self.states(job)), lambda: f"{job}:\n{self.text(job)}", 300
+        )
         return self.states(job)
 
-    def text(self) -> str:
-        """What all jobs have printed."""
-        return "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(self.folder.glob("*.out")))
+    def text(self, job: str) -> str:
+        """What a job or an array has printed."""
+        numbers = [re.findall(r"JobId=(\d+)", line)[0] for line in self._show(job)]
+        return "\n".join(f.read_text() for f in (self.folder / f"{n}.out" for n in numbers) if f.exists())
 
-
-_KEYS = ("JobState", "ExitCode", "Restarts")
+    def _show(self, job: str) -> list[str]:
+        return self.ask("scontrol", "--oneliner", "show", "job", job).splitlines()
 
 
 @contextmanager
@@ -151,12 +153,12 @@ def slurm() -> Iterator[Slurm]:
         files = [f"--{kind}={munge / file}" for kind, file in _MUNGE_FILES]
         client = Slurm(folder)
         stack.enter_context(_daemon(["munged", "--foreground", "--force", *files], client.env, folder / "munge.log"))
-        wait_for(lambda: (munge / "socket").exists(), "munge's socket", 20)
+        wait_for(lambda: (munge / "socket").exists(), lambda: "munge's socket", 20)
         stack.enter_context(_daemon(["slurmctld", "-D"], client.env, folder / "ctld.log"))
         for node in ("n1", "n2"):
             stack.enter_context(_daemon(["slurmd", "-D", "-N", node], client.env, folder / f"{node}.log"))
         try:
-            wait_for(lambda: client.ask("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "two idle nodes", 60)
+            wait_for(lambda: client.ask("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", lambda: "two idle nodes", 60)
         except AssertionError:
             logs = "\n".join(path.read_text()[-1500:] for path in folder.glob("*.log"))
             pytest.skip(f"SLURM does not start on this machine: {logs}")
@@ -225,5 +227,5 @@ def two_hosts() -> Iterator[list[str]]:
             sshd = ["ip", "netns", "exec", name, shutil.which("sshd", path=PATH) or "sshd", "-D", "-e"]
             stack.enter_context(_daemon(sshd, environment(), Path(folder) / f"sshd.{number}.log"))
         for number in (1, 2):
-            wait_for(Path(folder, f"sshd.{number}.pid").exists, f"sshd {number}", 30)
+            wait_for(Path(folder, f"sshd.{number}.pid").exists, lambda: "sshd", 30)
         yield names

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,7 +24,6 @@ from tests.support.cluster import (
 from tests.support.runs import ROOT, free_port, losses, run_layout, settings
 
 STEPS = 3
-STOPPED = 85
 SCRIPT = "launchers/run.sh"
 
 
@@ -67,6 +66,11 @@ def is_in_step(run_dir: Path, step: int) -> bool:
     return metrics.exists() and len(metrics.read_text().splitlines()) >= step
 
 
+def is_saved(run_dir: Path) -> bool:
+    """Whether there is a checkpoint of the last step; what ranks print is lost with their launcher."""
+    return (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{len(losses(run_dir))}"
+
+
 def check(run_dir: Path, expected: list[float], outcome: tuple[int, str]) -> None:
     assert outcome[0] == 0, outcome[1]
     assert losses(run_dir) == pytest.approx(expected, abs=1e-4)
@@ -77,18 +81,19 @@ def check(run_dir: Path, expected: list[float], outcome: tuple[int, str]) -> Non
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "bash"])
-def test_a_run_on_one_machine_listens_on_the_loopback_address_only(assets: Path, tmp_path: Path, launcher: str) -> None:
+def test_a_run_on_one_machine_listens_on_the_loopback_address_only(
+    assets: Path, tmp_path: Path, expected: list[float], launcher: str
+) -> None:
     run_dir = tmp_path / "run"
     command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()] if launcher == "deepspeed" else ["bash"]
-    launched = Launched([*command, SCRIPT, *arguments(assets, run_dir, "train.max_steps=100000")], tmp_path / "log")
-    try:
-        assert_loopback_only(run_dir)
-    finally:
-        for rank in ranks_of(run_dir):
-            rank.send_signal(signal.SIGTERM)
-        code, text = launched.wait()
-        left = survivors(run_dir)
-    assert code == STOPPED and left == [], text
+    launched = Launched([*command, SCRIPT, *arguments(assets, run_dir)], tmp_path / "log")
+    listening: set[str] = set()
+    while launched.process.poll() is None:
+        with suppress(psutil.Error):
+            listening |= addresses_of(ranks_of(run_dir))
+        time.sleep(0.2)
+    check(run_dir, expected, launched.wait())
+    assert listening == {"127.0.0.1"}
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
@@ -96,12 +101,9 @@ def ranks_of(run_dir: Path) -> list[psutil.Process]:
     return [p for p in processes_of(run_dir) if p.cmdline()[1:2] == ["-u"] and p.cmdline()[2].endswith(SCRIPT)]
 
 
-def assert_loopback_only(run_dir: Path) -> None:
-    wait_for(lambda: is_in_step(run_dir, 2), lambda: "two steps")
-    ranks = ranks_of(run_dir)
-    assert len(ranks) == 2
-    listening = {c.laddr.ip for p in ranks for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert listening == {"127.0.0.1"}
+def addresses_of(processes: list[psutil.Process]) -> set[str]:
+    """Addresses that they listen on."""
+    return {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
 
 def test_a_missing_hostfile_is_refused(assets: Path, tmp_path: Path) -> None:
@@ -155,12 +157,13 @@ def test_ranks_end_when_mpirun_is_killed(assets: Path, tmp_path: Path) -> None:
     words = arguments(assets, run_dir, "train.max_steps=100000", "train.stop_grace_s=20")
     launched = Launched(["bash", "launchers/mpirun.sh", *words], tmp_path / "log", NPROC="2")
     try:
-        assert_loopback_only(run_dir)
+        wait_for(lambda: is_in_step(run_dir, 2), lambda: f"two steps: {launched.log.read_text()}")
+        assert addresses_of(ranks_of(run_dir)) == {"127.0.0.1"}
     finally:
         launched.process.kill()
         launched.wait()
         left = survivors(run_dir)
-    assert left == [], launched.log.read_text()
+    assert left == [] and is_saved(run_dir), launched.log.read_text()
 
 
 # SLURM
@@ -217,6 +220,23 @@ def test_an_array_of_runs(assets: Path, tmp_path: Path, expected: list[float], c
     assert cluster.wait(job) == ["COMPLETED 0:0 0"] * 2, cluster.text(job)
     for number in range(2):
         check(tmp_path / f"run_{number}", expected, (0, cluster.text(job)))
+
+
+def test_ranks_end_when_slurmstepd_is_killed(assets: Path, tmp_path: Path, cluster: Slurm) -> None:
+    run_dir = tmp_path / "run"
+    words = arguments(assets, run_dir, "train.max_steps=100000", "train.stop_grace_s=20")
+    job = submit(cluster, "slurm.sbatch", DIRECT, 1, words)
+    try:
+        wait_for(lambda: is_in_step(run_dir, 2), lambda: f"two steps:\n{cluster.text(job)}")
+        ranks = ranks_of(run_dir)
+        (above,) = {rank.parent() for rank in ranks}
+        assert above.name() == "slurmstepd" and len(ranks) == 2
+        above.kill()
+        assert psutil.wait_procs(ranks, 60)[1] == []
+    finally:
+        cluster.ask("scancel", job)
+        left = survivors(run_dir)
+    assert left == [] and is_saved(run_dir), cluster.text(job)
 
 
 # Several machines

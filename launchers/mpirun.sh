@@ -15,7 +15,11 @@ else
     default=2
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
-if [ -z "${HOSTFILE:-}" ]; then NPROC=${NPROC:-$default}; fi
+if [ -z "${HOSTFILE:-}" ]; then
+    NPROC=${NPROC:-$default}
+    # Ranks of one machine need not listen on its addresses while they ask MPI for their place.
+    export OMPI_MCA_btl=${OMPI_MCA_btl:-^tcp}
+fi
 # Not one core for each rank, which is mpirun's default.
 command=(mpirun ${NPROC:+-n "$NPROC"} ${HOSTFILE:+--hostfile "$HOSTFILE"} --bind-to none ${MPIRUN_ARGS:-}
     python -u "$root/launchers/run.sh" "$@")

@@ -40,14 +40,19 @@ def listen(host: str, port: int) -> socket.socket:
     Raises TopologyError when the name or the port is no good.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if is_loopback(host) or not is_loopback(str(address[0])):
+        found = [
+            (family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ]
+        for family, address in found:
+            if is_loopback(str(address[0])) and not is_loopback(host):
+                continue
             try:
                 return socket.create_server(address[:2], family=family)
             except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-        return socket.create_server(("", port))
+        has_ipv4 = any(family == socket.AF_INET for family, _ in found)
+        return socket.create_server(("", port), family=socket.AF_INET if has_ipv4 else socket.AF_INET6)
     except OSError as error:
         raise TopologyError(f"rank 0 cannot listen on {host} port {port}: {error.strerror}") from None
 

@@ -16,18 +16,19 @@ give_up() { echo "tests: not installed: ${packages[*]} ($1); what needs them is 
 if [ "$(id -u)" != 0 ]; then give_up "not root"; fi
 command -v apt-get >/dev/null || give_up "no apt-get"
 
+log=$(mktemp)
+leftovers=("$log")
+trap 'rm -f "${leftovers[@]}"' EXIT
 policy=/usr/sbin/policy-rc.d # asked by Debian's packages before they start a service
 if ! [ -e "$policy" ]; then
-    trap 'rm -f "$policy"' EXIT
+    leftovers+=("$policy")
     printf '#!/bin/sh\nexit 101\n' >"$policy"
     chmod +x "$policy"
 fi
-log=$(mktemp)
 install() {
     DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -q --no-install-recommends \
         -o DPkg::Lock::Timeout=60 "${packages[@]}" >"$log" 2>&1 </dev/null
 }
 start=$SECONDS
 install || { timeout 120 apt-get update -q >/dev/null 2>&1; install; } || give_up "apt-get: $(grep -m 1 '^E:' "$log" || tail -n 1 "$log")"
-rm -f "$log"
 echo "tests: installed ${packages[*]} in $((SECONDS - start)) s"

@@ -67,6 +67,60 @@ def test_mpi_is_left_alone_where_mpirun_did_not_start_ranks(environment: dict[st
     assert ("mpi4py.MPI" in sys.modules) is before
 
 
+class Mpi:
+    """Stands in for mpi4py's MPI on rank 3 of 4, the second one of its host."""
+
+    COMM_TYPE_SHARED = 0
+
+    def __init__(self, size: int, rank: int, host: "Mpi | None" = None) -> None:
+        self.size, self.rank, self.host, self.is_open = size, rank, host, True
+        self.COMM_WORLD = self
+
+    def Split_type(self, kind: int) -> "Mpi | None":
+        return self.host
+
+    def bcast(self, value: object, root: int = 0) -> object:
+        return {"MASTER_ADDR": "of rank 0", "MASTER_PORT": "9"} if self.rank != root else value
+
+    def Free(self) -> None:
+        self.is_open = False
+
+    Finalize = Free
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_local", "environment", "meeting"),
+    [
+        (0, 4, {}, ("127.0.0.1", "7")),
+        (0, 2, {}, (socket.gethostname(), "7")),
+        (0, 2, {"MASTER_ADDR": "n1", "MASTER_PORT": "8"}, ("n1", "8")),
+        (3, 2, {}, ("of rank 0", "9")),
+    ],
+)
+def test_ranks_of_mpirun_learn_their_place_from_mpi(
+    monkeypatch: pytest.MonkeyPatch, rank: int, num_local: int, environment: dict[str, str], meeting: tuple[str, str]
+) -> None:
+    import mpi4py
+
+    mpi = Mpi(4, rank, Mpi(num_local, 1))
+    monkeypatch.setattr(mpi4py, "MPI", mpi, raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
+    found = mpi_variables({"PMI_SIZE": "4", **environment}, lambda: 7)
+    place = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": str(num_local)}
+    assert found == place | dict(zip(("MASTER_ADDR", "MASTER_PORT"), meeting, strict=True))
+    assert not mpi.is_open, "a rank that fails would wait in MPI_Finalize"
+
+
+def test_an_mpi_of_another_make_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process is then alone in its world, and would train by itself."""
+    import mpi4py
+
+    monkeypatch.setattr(mpi4py, "MPI", Mpi(1, 0), raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi4py.MPI)
+    with pytest.raises(TopologyError, match="mpirun started 4 processes and mpi4py sees 1"):
+        mpi_variables({"OMPI_COMM_WORLD_SIZE": "4"}, lambda: 7)
+
+
 @pytest.mark.parametrize(
     ("command", "hostfile"),
     [
@@ -118,12 +172,21 @@ def test_rank_0_listens_on_all_addresses_only_where_the_master_has_none_here(mon
             raise OSError(errno.EADDRNOTAVAIL, "not ours")
         return socket.socket()
 
-    names = {"outside": "192.0.2.1", "ours": "192.0.2.2", "debian": "127.0.1.1"}
+    names = {
+        "outside": ["192.0.2.1"],
+        "ours": ["192.0.2.1", "192.0.2.2"],
+        "debian": ["127.0.1.1"],
+        "localhost": ["192.0.2.1", "127.0.0.1"],  # the first one: IPv6 that is switched off
+    }
     monkeypatch.setattr(socket, "create_server", listen_on)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(2, 1, 6, "", (names[host], port))])
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, port, **_: [(2, 1, 6, "", (name, port)) for name in names[host]]
+    )
+    last = []
     for host in names:
         rendezvous.listen(host, 7).close()
-    assert asked == [("192.0.2.1", 7), ("", 7), ("192.0.2.2", 7), ("", 7)]
+        last.append(asked[-1])
+    assert last == [("", 7), ("192.0.2.2", 7), ("", 7), ("127.0.0.1", 7)]
 
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

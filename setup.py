@@ -24,6 +24,7 @@ setup(
         "mpi4py>=4",
         "numpy>=2",
         "omegaconf>=2.3",
+        "peft>=0.21",
         "protobuf>=5",
         "pydantic>=2.7",
         "pyyaml>=6",

@@ -6,40 +6,44 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+from megadistill.checkpoint.manifest import (
+    HF_FOLDER,
+    STUDENT_FOLDER,
+    check_files,
+    find_checkpoint,
+    new_folder,
+    read_manifest,
+)
 from megadistill.data.tokenize import tokenizes_otherwise
-from megadistill.engines.gathered import full_parameters
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import CheckpointError
+from megadistill.models.families import FAMILIES
 from megadistill.models.loading import DTYPES, LoadedModel
+from megadistill.models.shards import MASTER, HFWeights, ShardReader
 from megadistill.observability.log import get_logger
-from megadistill.parallel.context import ParallelContext
+from megadistill.observability.progress import progress_bar
 
-HF_FOLDER = "hf"
 _MAX_SHARD_BYTES = 4 << 30
 _INDEX = "model.safetensors.index.json"
 
 
-def export_student(student: PartitionedModel, folder: Path, tokenizer: Any, context: ParallelContext) -> None:
+def write_student(
+    shards: ShardReader, student: PartitionedModel, dtype: torch.dtype, folder: Path, tokenizer: Any
+) -> None:
     """Writes weights (safetensors, cut at 4 GiB), configuration, generation configuration and tokenizer.
 
-    Collective over the world; rank 0 writes. At most one shard of the file is held in host memory.
+    From the files of all ranks: nothing communicates, and at most one file's worth of weights is held in memory.
     """
     loaded = student.loaded
-    if context.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    tensors = ((name, _standard_layout(name, tensor, loaded)) for name, tensor in full_parameters(student.engine))
-    if not context.is_main:
-        for _ in tensors:
-            pass
-        return
-    write_safetensors(tensors, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = ((name, shards.whole(MASTER, name).to(dtype)) for name in shards.cuts)
+    write_safetensors(((name, _standard_layout(name, tensor, loaded)) for name, tensor in whole), folder)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
     if tokenizes_otherwise(folder):
@@ -49,8 +53,11 @@ def export_student(student: PartitionedModel, folder: Path, tokenizer: Any, cont
         )
 
 
-def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Writes ``model.safetensors``, or numbered shards with an index when the weights pass 4 GiB."""
+def write_safetensors(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int | None = None
+) -> None:
+    """Writes ``model.safetensors``, or numbered files with an index when it would pass ``max_shard_bytes`` (4 GiB)."""
+    limit = max_shard_bytes or _MAX_SHARD_BYTES
     from safetensors.torch import save_file
 
     files: list[Path] = []
@@ -65,7 +72,7 @@ def write_safetensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path)
 
     for name, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
-        if current and size + bytes_ > _MAX_SHARD_BYTES:
+        if current and size + bytes_ > limit:
             flush()
             size = 0
         current[name], weight_map[name] = tensor.contiguous(), len(files)
@@ -101,30 +108,44 @@ def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder:
     GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def export_checkpoint(checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None) -> Path:
-    """Copies the Hugging Face model of a checkpoint (or of a run's latest one) to ``folder``, checked against its
-    manifest.
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, max_shard_bytes: int | None = None
+) -> Path:
+    """Writes the student of a checkpoint (or of a run's latest one) to ``folder``, checked against its manifest.
 
-    ``dtype`` fp32 or bf16 casts the weights. Raises CheckpointError for a broken checkpoint or a folder that is not
-    empty; nothing is left behind then. Needs no processes and no GPU.
+    The weights come from the optimizer's float32 ones: ``dtype`` fp32 loses nothing of them, bf16 rounds them once;
+    default: as they were trained. No file is larger than ``max_shard_bytes`` (4 GiB) unless one tensor is. Raises
+    CheckpointError for a broken checkpoint or a folder that is not empty; nothing is left behind then. Needs no
+    processes and no GPU, and holds one file's worth of weights.
     """
     source, target = find_checkpoint(Path(checkpoint)), Path(folder)
     manifest = read_manifest(source)
-    names = [name for name in manifest["files"] if name.startswith(f"{HF_FOLDER}/")]
+    names = [name for name in manifest["files"] if name.startswith((f"{HF_FOLDER}/", f"{STUDENT_FOLDER}/"))]
     if not names:
         raise CheckpointError(f"{source} holds no exportable model")
-    check_files(source, manifest, names)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
-    beside = target.with_name(target.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source / HF_FOLDER, beside)
-    if dtype is not None:
-        _cast(beside, dtype)
-    if target.exists():
-        target.rmdir()
-    beside.replace(target)
+    for name in progress_bar(names, description="check", unit="file"):
+        check_files(source, manifest, [name])
+    with new_folder(target) as beside:
+        for file in (source / HF_FOLDER).iterdir():
+            if file.suffix != ".safetensors" and file.name != _INDEX:
+                shutil.copy2(file, beside)
+        config = json.loads((beside / "config.json").read_text())
+        config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")
+        (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_safetensors(_masters(source, config, getattr(torch, config["dtype"])), beside, max_shard_bytes)
     return source
+
+
+def _masters(source: Path, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole weights in the family's layout; rows that were never trained come from hf/."""
+    shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
+    export = FAMILIES[config["model_type"]].export
+    for name in progress_bar(list(shards.cuts), description="export", unit="tensor"):
+        tensor = shards.whole(MASTER, name)
+        tensor = tensor if export is None else export(name, tensor)
+        if len(tensor) < exported.shape(name)[0]:
+            tensor = torch.cat([tensor, exported.read(name)[len(tensor) :].to(tensor)])
+        yield name, tensor.to(dtype)
 
 
 def check_export(folder: str | Path) -> None:
@@ -137,19 +158,3 @@ def check_export(folder: str | Path) -> None:
     wrong = {name: sorted(keys) for name, keys in info.items() if name != "error_msgs" and keys}
     if wrong:
         raise CheckpointError(f"{folder}: transformers reports {wrong}")
-
-
-def _cast(folder: Path, dtype: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    for file in folder.glob("*.safetensors"):
-        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    index = folder / _INDEX
-    if index.exists():
-        content = json.loads(index.read_text())
-        content["metadata"]["total_size"] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

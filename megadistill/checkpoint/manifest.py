@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,17 @@ from megadistill.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-VERSION = 1
+HF_FOLDER, STUDENT_FOLDER = "hf", "student"
+_STEP = re.compile(r"step_(\d+)")
+VERSION = 2
 
 
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and BLAKE2b checksum of one file."""
+def digest(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    """Size in bytes and BLAKE2b checksum of one file; ``sync``: of one that is on the disk when this returns."""
     checksum = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
         while block := file.read(1 << 22):
             checksum.update(block)
     return {"bytes": path.stat().st_size, "blake2b": checksum.hexdigest()}
@@ -70,6 +77,24 @@ def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> Non
             raise CheckpointError(f"{folder}: file {name} does not match its checksum")
 
 
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run to go on from, the best first: the one that ``latest`` names, then those of fewer steps.
+
+    Where ``latest`` cannot be read, all of them, the newest first.
+    """
+    folder = run_dir / "checkpoints"
+    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _STEP.fullmatch(path.name))]
+    steps = dict(sorted((item for item in found if (item[1] / MANIFEST).is_file()), reverse=True))
+    try:
+        named = _STEP.fullmatch((folder / LATEST).read_text(errors="replace").strip())
+    except OSError:
+        named = None
+    if named is None:
+        return list(steps.values())
+    latest = int(named[1])
+    return [steps.get(latest, folder / named[0]), *(path for step, path in steps.items() if step < latest)]
+
+
 def find_checkpoint(path: Path) -> Path:
     """The folder of one checkpoint: ``path`` itself, or the latest one of a run directory or of its checkpoints
     folder."""
@@ -78,12 +103,33 @@ def find_checkpoint(path: Path) -> Path:
             return folder
         if (folder / LATEST).is_file():
             name = (folder / LATEST).read_text(errors="replace").strip()
-            if not re.fullmatch(r"step_\d+", name):
+            if not _STEP.fullmatch(name):
                 raise CheckpointError(f"{folder / LATEST} is damaged: it names no step_N folder")
             return folder / name
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     raise CheckpointError(f"{path} holds no whole checkpoint (no {MANIFEST}, no {LATEST})")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``target``, which takes its place at the end; after an error nothing is left of it.
+
+    Raises CheckpointError where ``target`` is there already and is not an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
+    beside = target.with_name(target.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rmdir()
+    beside.replace(target)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -94,3 +140,15 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # a file system that cannot do this for folders
+    finally:
+        os.close(descriptor)

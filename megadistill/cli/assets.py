@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megadistill.config.schema import RunConfig
 from megadistill.errors import ConfigError, DataError
+from megadistill.observability.redact import redact
 
 _ROOT = Path("runs/assets")
 _FAILED = "failed"
@@ -62,7 +63,7 @@ def ensure_assets(config: RunConfig) -> None:
             make_assets(config.run.prepare, config.run.seed)
         except BaseException as error:
             if folder.is_dir():
-                (folder / _FAILED).write_text(str(error))
+                (folder / _FAILED).write_text(redact(str(error)))
             raise
         return
     begun = time.time()

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megadistill.checkpoint.hf_export import HF_FOLDER
-from megadistill.checkpoint.manifest import LATEST, MANIFEST, find_checkpoint
+from megadistill.checkpoint.manifest import HF_FOLDER, LATEST, MANIFEST, find_checkpoint
 from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
 from megadistill.engines.launch import distributed, name_accelerator, world_size

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from megadistill.errors import MegadistillError
+from megadistill.observability.redact import keep_secrets, redact
 
 VERBS = {
     "prepare": "turn instruction data into checked train and validation files",
@@ -17,6 +18,11 @@ VERBS = {
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",
     "export": "write a checkpoint's student as a Hugging Face folder",
+    "inspect": "say what a checkpoint, a model folder or a run holds, and whether it is whole",
+    "reshard": "cut a checkpoint for another number of processes",
+    "shard": "cut a Hugging Face model into a file for each rank, for fast starts",
+    "verify": "prove that two models say the same, by KL and by greedy tokens",
+    "merge": "merge a LoRA adapter into its base model",
     "demo": "run the whole job on the built-in corpus and show the result",
     "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
 }
@@ -28,7 +34,8 @@ INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0, 2 with one line on standard error for what a user can cause, 130 when
-    interrupted."""
+    interrupted. What else goes wrong is raised."""
+    keep_secrets()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -37,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; nearest: {near[0]}" if near else ""
-        print(f"megadistill: unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}", file=sys.stderr)
+        _report(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}")
         return 2
     try:
         return importlib.import_module(f"megadistill.cli.{verb}").run(rest)
@@ -47,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _report("interrupted; the same command goes on with what is saved")
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         # A file or folder that cannot be read or written; an OSError without a name is a fault of ours.
         if error.filename is None:
@@ -62,7 +72,7 @@ def _report(message: str) -> None:
     if rank:
         time.sleep(_OTHER_RANKS_WAIT_S)
     where = f" [rank {rank}]" if rank else ""
-    print(f"megadistill{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"megadistill{where}: {' '.join(redact(message).split())}", file=sys.stderr, flush=True)
 
 
 def _help() -> str:

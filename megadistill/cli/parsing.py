@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megadistill.config.load import load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import ConfigError
+from megadistill.observability.redact import holds_url_credentials
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +57,18 @@ def natural(text: str) -> int:
     return value
 
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def size(text: str) -> int:
+    """A number of bytes such as 500MB or 2GiB, for argparse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if not found or found[2].lower() not in units or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; allowed: a number with {', '.join(list(_UNITS)[1:])}")
+    return max(1, int(float(found[1]) * units[found[2].lower()]))
+
+
 def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
     """Raises ConfigError for a place that cannot be written, before any work is done for it."""
     target = Path(path)
@@ -70,8 +84,25 @@ def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
 
 
 def config_of(parsed: argparse.Namespace) -> RunConfig:
-    """The run configuration that the arguments name."""
-    return load_config(parsed.config, parsed.overrides)
+    """The run configuration that the arguments name.
+
+    Raises ConfigError for a setting with a password in it: resolved.yaml has to repeat every setting as it is.
+    """
+    config = load_config(parsed.config, parsed.overrides)
+    for key, value in _leaves(config.model_dump()):
+        if holds_url_credentials(str(value)):
+            raise ConfigError(
+                f"{key} is a URL with a user or password, which would be written to files; leave them out"
+            )
+    return config
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def ask_hub_only_if_there(paths: Iterable[str | None]) -> None:

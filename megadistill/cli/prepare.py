@@ -24,6 +24,7 @@ from megadistill.data.prompts import TEMPLATES
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.observability.progress import progress_bar
+from megadistill.observability.redact import redact
 
 # What Open MPI, MPICH and Intel MPI, and PMIx set for every rank they start.
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
@@ -106,7 +107,7 @@ def run(arguments: Sequence[str]) -> int:
         code = finish_quietly(outcomes, parsed) if outcomes is not None else None
         return int(world.bcast(code, root=0))
     except Exception:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
         # A rank that dies of a defect would leave the others waiting in the gather.
         world.Abort(1)
         raise
@@ -138,5 +139,5 @@ def finish_quietly(outcomes: Sequence[ConvertedShare | MegadistillError], parsed
     try:
         return finish(outcomes, parsed)
     except MegadistillError as error:
-        print(f"megadistill: {error}", file=sys.stderr)
+        print(f"megadistill: {redact(str(error))}", file=sys.stderr)
         return error.exit_code

@@ -21,19 +21,21 @@ def run(arguments: Sequence[str]) -> int:
         "  megadistill train --config configs/smoke.yaml train.max_steps=5 run.dir=runs/try",
     )
     parser.add_config()
-    config = config_of(parser.parse(arguments))
-
     from megadistill.training.stopping import stop_requests
 
-    # From now on, so that a signal while models are loaded is no crash: the run stops after its first step.
-    with stop_requests(config.train.stop_grace_s) as request:
+    # From now on, so that a signal while models are loaded is no crash (the run stops after its first step), and that a
+    # launcher that dies meanwhile leaves nobody behind.
+    with stop_requests() as request:
+        config = config_of(parser.parse(arguments))
+        request.grace_s = config.train.stop_grace_s
         return _train(config, request)
 
 
 def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.cli.assets import ensure_assets
     from megadistill.engines.launch import distributed, world_size
-    from megadistill.parallel.context import ParallelContext
+    from megadistill.parallel.context import ParallelContext, set_all_timeouts
+    from megadistill.parallel.heartbeat import lost_ranks_reported
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
@@ -53,5 +55,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
-        return STOPPED if "stopped" in train(parts, data, start, request) else 0
+        with lost_ranks_reported(context, config.parallel.timeout_s) as heartbeat:
+            parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
+            set_all_timeouts(config.parallel.timeout_s)  # DeepSpeed's own groups, too
+            return STOPPED if "stopped" in train(parts, data, start, request, heartbeat) else 0

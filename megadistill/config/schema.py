@@ -226,6 +226,14 @@ class TrainSection(Section):
         10, description="Steps between entries in samples.jsonl (where the student writes in such a step); 0: none."
     )
     samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A step whose loss or gradient is not finite changes nothing, its batch goes to RUN/nonfinite/; "
+        "then the run stops, or goes on.",
+    )
+    max_nonfinite: Count = Field(
+        10, description="With on_nonfinite skip: so many such steps one after the other stop the run all the same."
+    )
     stop_grace_s: Count = Field(
         120,
         description="Seconds for a step and its checkpoint when the launcher has died; then the process ends itself.",
@@ -253,6 +261,10 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     keep_last: Count = Field(2, description="Checkpoints that stay on disk; older ones are removed.")
     keep_every: Natural = Field(0, description="Checkpoints of every so many steps stay as well; 0: none.")
+    asynchronous: bool = Field(
+        True,
+        description="Write beside the training, from a copy in host memory (12 bytes a parameter over all processes).",
+    )
 
 
 class RunConfig(Section):

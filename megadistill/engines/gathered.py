@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import deepspeed
-import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
@@ -86,27 +85,3 @@ def _gathered(partitioned: Sequence[nn.Parameter]) -> Iterator[None]:
         part[0].all_gather_coalesced(part).wait()
     with deepspeed.zero.GatheredParameters(list(partitioned), modifier_rank=None):
         yield
-
-
-def full_parameters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor on the CPU) of every parameter, tied ones once; one parameter is whole at a time.
-
-    Every rank must run the iterator to its end: each step gathers over the data-parallel (ZeRO-3) and the
-    tensor-parallel group.
-    """
-    for name, parameter in engine.module.named_parameters():
-        with gathered_parameters([parameter]):
-            yield name, _whole_over_tp(parameter)
-
-
-@torch.no_grad()
-def _whole_over_tp(parameter: nn.Parameter) -> torch.Tensor:
-    if not hasattr(parameter, "gather_params"):
-        return parameter.data.detach().cpu().clone()
-    shard = parameter.data
-    # AutoTP's gather replaces .data in place, so the shard is put back afterwards.
-    parameter.data = shard.clone()
-    parameter.gather_params([parameter])
-    whole = parameter.data.detach().cpu().clone()
-    parameter.data = shard
-    return whole

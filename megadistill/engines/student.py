@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import torch
 from torch import nn
 
 from megadistill.config.schema import OptimSection, TrainSection
 from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import Objective, use_objective_forward
+from megadistill.engines.local_state import local_parts, optimizer_steps, set_optimizer_steps
 from megadistill.engines.teacher import PartitionedModel, initialize
 from megadistill.models.loading import LoadedModel
+from megadistill.models.shards import MASTER, MOMENTS, ShardReader
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
 
@@ -20,7 +25,47 @@ class Student(PartitionedModel):
     """A partitioned model with an optimizer. Losses are sums divided by global counts, so gradients are summed over
     data-parallel ranks and micro-batches, never averaged. ``grad_norm`` is that of the last update, before clipping."""
 
-    grad_norm: float | None = None
+    grad_norm = 0.0
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        loaded: LoadedModel,
+        context: ParallelContext,
+        adamw: _GuardedAdamW,
+    ) -> None:
+        self._adamw = adamw
+        super().__init__(engine, loaded, context)
+
+    def fill(self, shards: ShardReader, kind: str) -> None:
+        """The weights, the float32 ones of the optimizer too, and its moments where the files have them."""
+        super().fill(shards, kind)
+        kinds = {MASTER: kind} | {moment: moment for moment in MOMENTS if moment in shards.kinds}
+        for part in local_parts(self.engine):
+            cut, end = self.cuts[part.name], part.start + part.numel
+            for ours, theirs in kinds.items():
+                part.tensors[ours].copy_(shards.read(theirs, part.name, cut, self.context.tp_rank, part.start, end))
+        if "optimizer_steps" in shards.info:
+            set_optimizer_steps(self.engine, shards.info["optimizer_steps"])
+
+    def snapshot(self) -> dict[str, tuple[int, torch.Tensor]]:
+        """Copies in host memory of what this rank is to write into its shard file: every run of the model is in one
+        rank's."""
+        runs: dict[str, tuple[int, torch.Tensor]] = {}
+        context = self.context
+        for i, part in enumerate(local_parts(self.engine)):
+            if part.is_shared and i % context.dp_size != context.dp_rank:
+                continue
+            if self.cuts[part.name].dim is None and context.tp_rank:
+                continue
+            for kind, tensor in part.tensors.items():
+                runs[f"{kind}/{part.name}"] = (part.start, tensor.detach().to("cpu", copy=True))
+        return runs
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that AdamW has made."""
+        return optimizer_steps(self.engine)
 
     def forward(
         self,
@@ -46,16 +91,22 @@ class Student(PartitionedModel):
         assert not self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
 
-    def step(self, lr: float) -> None:
-        """Ends the last micro-step of the global batch: clips, and updates with learning rate ``lr``."""
+    def step(self, lr: float, skip: bool = False) -> bool:
+        """Ends the last micro-step of the global batch: clips, and updates with learning rate ``lr``, unless ``skip``
+        or the gradient's norm is not finite. Returns whether there was an update (the same on all ranks)."""
         assert self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # Stage 0 in float32 has no optimizer of DeepSpeed's that would know the norm.
         plain_norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else self._plain_grad_norm()
+        self._adamw.is_allowed = lambda: not skip and math.isfinite(self._norm(plain_norm))
         self.engine.step()
-        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
-        self.grad_norm = float(norm) if norm is not None else None
+        self.grad_norm = self._norm(plain_norm)
+        return not skip and math.isfinite(self.grad_norm)
+
+    def _norm(self, plain_norm: float | None) -> float:
+        """The gradient's norm: DeepSpeed knows it before its optimizer's update."""
+        return float(self.engine.optimizer._global_grad_norm if plain_norm is None else plain_norm)
 
     def _plain_grad_norm(self) -> float:
         """Norm over whole parameters: shards are summed over the tensor-parallel group (one all-reduce), copies count
@@ -94,17 +145,27 @@ def trained_model(
         dtype=dtype,
         family=loaded.family,
     )
-    engine = initialize(model, config, context, _adamw(model, optim))
-    return Student(engine, loaded, context)
+    adamw = _adamw(model, optim)
+    return Student(initialize(model, config, context, adamw), loaded, context, adamw)
 
 
-def _adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+class _GuardedAdamW(torch.optim.AdamW):
+    """AdamW that can be told, when DeepSpeed is about to update with it, to leave everything as it is: ZeRO stages 0
+    to 2 would update with gradients that are not finite."""
+
+    is_allowed: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.is_allowed() else None
+
+
+def _adamw(model: nn.Module, optim: OptimSection) -> _GuardedAdamW:
     """Weight decay on matrices only, as is usual; biases and norms are left alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return _GuardedAdamW(
         [group for group in groups if group["params"]], lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps
     )

@@ -16,8 +16,11 @@ from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
 from megadistill.engines.kv_cache import Reading
 from megadistill.engines.lm_forward import use_objective_forward
+from megadistill.engines.local_state import set_weights, shard_shape
 from megadistill.engines.step_model import HFStepModel, step_model
+from megadistill.models.cuts import Cut
 from megadistill.models.loading import LoadedModel
+from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard
 
@@ -33,7 +36,19 @@ class PartitionedModel:
             # It pickles the arguments, objectives included, and asks globals that another engine may have set.
             engine.first_dataloader_check.remove()
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
+        self.cuts = _cuts(engine.module, loaded, context)
         self._plan = loaded.family.plan(engine.module)
+        if loaded.shards is not None:
+            self.fill(ShardReader(loaded.shards), WEIGHT)
+
+    def fill(self, shards: ShardReader, kind: str) -> None:
+        """Takes all weights from files of any layout; no communication. Raises CheckpointError for another model's."""
+        for name, parameter in self.module.named_parameters():
+
+            def read(start: int, end: int, name: str = name) -> torch.Tensor:
+                return shards.read(kind, name, self.cuts[name], self.context.tp_rank, start, end)
+
+            set_weights(parameter, read)
 
     @property
     def module(self) -> nn.Module:
@@ -65,6 +80,17 @@ class PartitionedModel:
         if self._plan is None:
             return EngineReader(self.engine, self.context.device, rows_per_pass)
         return PlanReader(self._plan, self.shard, self.context.device, _present)
+
+
+def _cuts(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, Cut]:
+    """How DeepSpeed cut every parameter (one object all-gather over the tensor-parallel group)."""
+    shapes = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
+    assert list(shapes) == list(loaded.shapes), "AutoTP renamed parameters"
+    ranks = context.gather_objects_over_tp(shapes)
+    return {
+        name: Cut.found(whole, [rank[name] for rank in ranks], loaded.family.blocks(name))
+        for name, whole in loaded.shapes.items()
+    }
 
 
 def _present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:

@@ -25,14 +25,35 @@ class Family:
     AutoTP's explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``after_cut``
     corrects what AutoTP forgets, ``export`` turns a full (name, tensor) pair back into the family's standard layout.
     ``plan`` describes a prepared model to the project's decoder; None where only the family's own forward will do.
+    ``columns`` and ``rows`` name the linear layers that tensor parallelism cuts by output and by input, ``fused`` how
+    many of them lie in one: what AutoTP does, for tools that run without it.
     """
 
     head_counts: tuple[str, ...]
     plan: Callable[[nn.Module], DecoderPlan | None]
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    fused: tuple[tuple[str, int], ...] = ()
     partition_config: dict[str, Any] | None = None
     prepare: Callable[[nn.Module], None] | None = None
     after_cut: Callable[[nn.Module, int], None] | None = None
     export: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+
+    def blocks(self, name: str) -> int:
+        """Number of parameters that lie fused along the cut dimension of parameter ``name``."""
+        return dict(self.fused).get(_layer(name), 1)
+
+    def cut_dim(self, name: str, *, is_tied: bool) -> int | None:
+        """The dimension of a prepared model's parameter that tensor parallelism cuts; None: every rank has all of
+        it."""
+        layer = _layer(name)
+        if layer in self.columns or layer == "lm_head" or (is_tied and layer in ("embed_tokens", "wte")):
+            return 0
+        return 1 if layer in self.rows and name.endswith(".weight") else None
+
+
+def _layer(name: str) -> str:
+    return name.split(".")[-2]
 
 
 def _gpt2_conv1d_to_linear(model: nn.Module) -> None:
@@ -76,14 +97,28 @@ _GPT2_PARTITION = {
     ],
 }
 
+_LLAMA_LIKE = Family(
+    head_counts=("num_attention_heads", "num_key_value_heads"),
+    plan=llama_plan,
+    columns=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    rows=("o_proj", "down_proj"),
+)
 FAMILIES: dict[str, Family] = {
-    "llama": Family(head_counts=("num_attention_heads", "num_key_value_heads"), plan=llama_plan),
-    "qwen2": Family(head_counts=("num_attention_heads", "num_key_value_heads"), plan=llama_plan),
-    "qwen3": Family(head_counts=("num_attention_heads", "num_key_value_heads"), plan=llama_plan),
-    "opt": Family(head_counts=("num_attention_heads",), plan=opt_plan),
+    "llama": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "opt": Family(
+        head_counts=("num_attention_heads",),
+        plan=opt_plan,
+        columns=("q_proj", "k_proj", "v_proj", "fc1"),
+        rows=("out_proj", "fc2"),
+    ),
     "gpt2": Family(
         head_counts=("num_attention_heads",),
         plan=gpt2_plan,
+        columns=("c_attn", "c_fc"),
+        rows=("c_proj",),
+        fused=(("c_attn", 3),),
         partition_config=_GPT2_PARTITION,
         prepare=_gpt2_conv1d_to_linear,
         after_cut=_gpt2_split_sizes,

@@ -32,6 +32,8 @@ _DROPOUTS = [
     "layerdrop",
     "summary_first_dropout",
 ]
+SHARDS = "shards"  # folder of a model that tools/shard_model.py made
+REMOVED_ROWS = "removed_rows.safetensors"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -41,14 +43,17 @@ class LoadedModel:
 
     ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded
     vocabulary rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded
-    with. ``fingerprint`` stands for the names and shapes of all parameters.
+    with. ``shapes`` are those of all parameters, ``fingerprint`` stands for them. ``shards``: the folder of
+    per-rank files (docs/checkpoints.md) that the weights are still to be filled from, after the model is cut.
     """
 
     model: nn.Module
     family: Family
     config: Any
     removed_rows: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[int, ...]]
     fingerprint: str
+    shards: Path | None = None
 
 
 def load_model_config(path: str, where: str) -> Any:
@@ -89,6 +94,26 @@ def has_weights(path: str) -> bool:
     return not local.is_file() and (not local.is_dir() or any(True for p in _WEIGHT_FILES for _ in local.glob(p)))
 
 
+def load_weights(path: str, where: str, **options: Any) -> Any:
+    """A causal language model of transformers with its weights; ``options`` are those of its ``from_pretrained``.
+
+    Raises ConfigError where they cannot be read or some are missing.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
+    return model
+
+
 def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str) -> LoadedModel:
     """Loads (or, from a configuration alone, randomly makes) a causal language model with dropout off.
 
@@ -97,26 +122,18 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     """
     import torch._dynamo.polyfills.loader
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     pristine = load_model_config(path, where)
     config = copy.deepcopy(pristine)
     for name in _DROPOUTS:
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     config.use_cache = False
-    if has_weights(path):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=DTYPES[dtype], attn_implementation=attention, output_loading_info=True
-            )
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
-        if info["missing_keys"]:
-            names = sorted(info["missing_keys"])
-            raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
+    shards = Path(path) / SHARDS if (Path(path) / SHARDS).is_dir() else None
+    if shards is not None:
+        model = _empty_model(config, DTYPES[dtype], attention)
+    elif has_weights(path):
+        model = load_weights(path, where, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
     else:
         get_logger(int(os.environ.get("RANK", "0"))).info(f"{where}: {path} has no weights; random ones are made")
         with torch.random.fork_rng(devices=[]):
@@ -128,9 +145,26 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     if family.prepare is not None:
         family.prepare(model)
     removed = _cut_vocabulary(model, vocab_size, where)
-    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
-    checksum = hashlib.blake2b(repr(shapes).encode(), digest_size=4).hexdigest()
-    return LoadedModel(model, family, pristine, removed, f"{pristine.model_type}-{checksum}")
+    if shards is not None:
+        from safetensors.torch import load_file
+
+        removed = load_file(shards / REMOVED_ROWS)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
+    return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", shards)
+
+
+def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
+    """A model whose weights are memory that nobody has touched: none of it is used until it is cut."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+    model.tie_weights()
+    return model
 
 
 def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, torch.Tensor]:

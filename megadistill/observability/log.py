@@ -1,7 +1,9 @@
-"""Log lines from one rank."""
+"""Log lines from one rank, without secrets."""
 
 import logging
 import sys
+
+from megadistill.observability.redact import redact
 
 _FORMAT = "%(asctime)s %(message)s"
 
@@ -13,7 +15,7 @@ class _BesideBars(logging.Handler):
         from tqdm import tqdm
 
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(redact(self.format(record)), file=sys.stdout)
             sys.stdout.flush()
         except Exception:
             self.handleError(record)

@@ -17,6 +17,13 @@ from megadistill.errors import MegadistillError, TopologyError
 from megadistill.parallel.vocab import VocabShard
 
 
+def set_all_timeouts(timeout_s: float) -> None:
+    """Gives every process group of this process the run's timeout: those that libraries made have torch's default of
+    many minutes. No communication."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 @dataclass(frozen=True)
 class ParallelContext:
     """The place of one process in the grid.
@@ -90,6 +97,14 @@ class ParallelContext:
             return [item]
         items: list[Any] = [None] * self.dp_size
         dist.all_gather_object(items, item, group=self.dp_group)
+        return items
+
+    def gather_objects_over_tp(self, item: Any) -> list[Any]:
+        """The picklable ``item`` of every tensor-parallel rank, in rank order (one object all-gather)."""
+        if self.tp_group is None:
+            return [item]
+        items: list[Any] = [None] * self.tp_size
+        dist.all_gather_object(items, item, group=self.tp_group)
         return items
 
     def gather_objects(self, item: Any) -> list[Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megadistill.checkpoint.save_load import load_checkpoint, save_checkpoint
+import torch
+
+from megadistill.checkpoint.save_load import load_checkpoint
+from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, DivergenceError
@@ -23,6 +26,8 @@ from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.metrics import JsonLines, MetricsWriter
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.heartbeat import Heartbeat
+from megadistill.training.nonfinite import NonFinite
 from megadistill.training.parts import Parts
 from megadistill.training.resume import RESOLVED, Start
 from megadistill.training.setup import TrainingData, make_sampler
@@ -30,7 +35,13 @@ from megadistill.training.step import distillation_step
 from megadistill.training.stopping import StopRequest
 
 
-def train(parts: Parts, data: TrainingData, start: Start, request: StopRequest | None = None) -> dict[str, Any]:
+def train(
+    parts: Parts,
+    data: TrainingData,
+    start: Start,
+    request: StopRequest | None = None,
+    heartbeat: Heartbeat | None = None,
+) -> dict[str, Any]:
     """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world).
 
     A run that is asked to stop (``request``) saves after its step and returns ``stopped``, the signal's name, instead.
@@ -41,10 +52,12 @@ def train(parts: Parts, data: TrainingData, start: Start, request: StopRequest |
         parts.context.on_main(
             lambda: held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
         )
-        return _train(parts, data, start, request or StopRequest())
+        return _train(parts, data, start, request or StopRequest(), heartbeat)
 
 
-def _train(parts: Parts, data: TrainingData, start: Start, request: StopRequest) -> dict[str, Any]:
+def _train(
+    parts: Parts, data: TrainingData, start: Start, request: StopRequest, heartbeat: Heartbeat | None
+) -> dict[str, Any]:
     config, context = parts.config, parts.context
     log = get_logger(context.rank)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
@@ -54,6 +67,7 @@ def _train(parts: Parts, data: TrainingData, start: Start, request: StopRequest)
         log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
         return {}
     begun, metrics, last_eval = time.perf_counter(), {}, {}
+    writer, nonfinite = _writer(parts, start.run_dir), NonFinite(start.run_dir, parts)
     if first_step == 0 and parts.policy.schedule is not None and config.train.eval_every:
         before = validate(parts, data)
         log.info("step 0: " + _shown(before))
@@ -66,6 +80,8 @@ def _train(parts: Parts, data: TrainingData, start: Start, request: StopRequest)
     ):
         for step in range(first_step, config.train.max_steps):
             step_begun, done = time.perf_counter(), step + 1
+            if heartbeat is not None:
+                heartbeat.step = step
             reset_peak(context.device)
             result = distillation_step(step, data.batch(sampler, step), parts)
             metrics = result.metrics
@@ -77,16 +93,23 @@ def _train(parts: Parts, data: TrainingData, start: Start, request: StopRequest)
                 metrics |= last_eval
                 log.info(f"step {done}: " + _shown(last_eval))
             record.write(done, metrics, context.gather_objects_over_dp(result.samples))
-            _check_finite(metrics, done)
+            try:
+                nonfinite.seen(done, result)
+            except DivergenceError:
+                writer.finish()
+                raise
             bar.update()
             if done % config.train.log_every == 0:
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            stopped = request.agreed(context)
+            stopped, status = _agree(request, writer, context)
+            writer.advance(status)
             if _saves(config, done) or stopped:
-                _save(parts, start.run_dir, done)
+                writer.begin(done, _trainer_state(parts))
             if stopped and done < config.train.max_steps:
+                writer.finish()
                 log.info(f"{stopped}: stopped after step {done}, which is saved; the same command goes on")
                 return {"stopped": stopped, "step": done}
+        writer.finish()
     summary = {
         "steps": config.train.max_steps,
         "seconds": time.perf_counter() - begun,
@@ -163,12 +186,13 @@ def _restore(parts: Parts, start: Start) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
     config, context = parts.config, parts.context
     first_step = 0
-    if start.checkpoint is not None:
-        first_step, state = load_checkpoint(start.checkpoint, parts.student, _trainer_state(parts), context)
+    if start.checkpoints:
+        own = start.run_dir / "checkpoints"
+        first_step, state = load_checkpoint(start.checkpoints, own, parts.student, _trainer_state(parts), context)
         _load_trainer_state(parts, state)
         if first_step > config.train.max_steps:
             raise CheckpointError(
-                f"{start.checkpoint} is at step {first_step}, past train.max_steps={config.train.max_steps}"
+                f"{start.checkpoints[0]} is at step {first_step}, past train.max_steps={config.train.max_steps}"
             )
     if context.is_main:
         start.run_dir.mkdir(parents=True, exist_ok=True)
@@ -205,33 +229,31 @@ def _load_trainer_state(parts: Parts, state: dict[str, Any]) -> None:
         parts.policy.buffer.load_state_dict(shard)
 
 
-def _save(parts: Parts, run_dir: Path, step: int) -> None:
-    save_checkpoint(
+def _writer(parts: Parts, run_dir: Path) -> CheckpointWriter:
+    settings = parts.config.checkpoint
+    return CheckpointWriter(
         run_dir / "checkpoints",
-        step,
         parts.student,
-        _trainer_state(parts),
         parts.tokenizer,
         parts.context,
-        keep_last=parts.config.checkpoint.keep_last,
-        keep_every=parts.config.checkpoint.keep_every,
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        asynchronous=settings.asynchronous,
     )
 
 
-def _check_finite(metrics: dict[str, float | None], step: int) -> None:
-    """Before the checkpoint of the step: what is saved can be gone on with. Raises DivergenceError."""
-    wrong = [name for name in ("loss", "grad_norm") if metrics[name] is not None and not math.isfinite(metrics[name])]
-    if wrong:
-        terms = ", ".join(
-            f"{name} {metrics[name]}" for name in ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm")
-        )
-        raise DivergenceError(f"step {step} is not finite ({terms}); lower optim.lr, or look at the data of this step")
+def _agree(request: StopRequest, writer: CheckpointWriter, context: ParallelContext) -> tuple[str | None, int]:
+    """What every rank must know after a step: the name of a signal that any of them got, and whether all of them have
+    written their part of a checkpoint (one all-reduce of two numbers over the world)."""
+    mine = torch.tensor([float(request.signal), float(writer.status)], device=context.device)
+    number, status = context.max_over_world(mine).tolist()
+    return signal.Signals(int(number)).name if number else None, int(status)
 
 
 def _headline(parts: Parts, data: TrainingData, first_step: int, start: Start) -> str:
     config, context = parts.config, parts.context
     backend = choose_backend(config.loss.backend, parts.student.shard, context.device)
-    resumed = f", resumed from {start.checkpoint} at step {first_step}" if start.checkpoint else ""
+    resumed = f", resumed from {start.checkpoints[0].parent} at step {first_step}" if start.checkpoints else ""
     return (
         f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "
         f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}, "

@@ -6,6 +6,7 @@ Shapes: B rows, S columns; n_sft, n_kd rows of the flattened [B * S] hidden stat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -118,6 +119,12 @@ class Objective:
     teacher_head: tuple[torch.Tensor, torch.Tensor | None] | None
     sft: torch.Tensor | None = None
     output: DistillOutput | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses that were computed are finite numbers."""
+        values = [value for value in (self.sft, self.output and self.output.loss) if value is not None]
+        return all(math.isfinite(float(value.detach())) for value in values)
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The loss to back-propagate, a scalar. Hidden states [B, S, H], this rank's head shard [Vs, H] and [Vs]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.checkpoint.manifest import LATEST, find_checkpoint
+from megadistill.checkpoint.manifest import checkpoints_of, find_checkpoint
 from megadistill.config.load import load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, ConfigError
@@ -16,7 +16,7 @@ RESOLVED = "resolved.yaml"
 # which a longer run changes knowingly.
 _MAY_CHANGE = (
     "run.dir",
-    "parallel.timeout_s",
+    "parallel",
     "train.max_steps",
     "train.micro_batch_size",
     "train.save_every",
@@ -27,6 +27,8 @@ _MAY_CHANGE = (
     "train.samples_rows",
     "train.resume",
     "train.stop_grace_s",
+    "train.on_nonfinite",
+    "train.max_nonfinite",
     "generation.max_cache_bytes",
     "loss.backend",
     "loss.chunk_tokens",
@@ -39,10 +41,11 @@ _MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Start:
-    """``checkpoint`` to resume from, or None for a new run."""
+    """``checkpoints`` to resume from, the best first: one behind the other is for when that is damaged. None of them
+    for a new run."""
 
     run_dir: Path
-    checkpoint: Path | None
+    checkpoints: tuple[Path, ...] = ()
 
 
 def plan_start(config: RunConfig) -> Start:
@@ -55,21 +58,22 @@ def plan_start(config: RunConfig) -> Start:
         raise ConfigError(f"run.dir={run_dir} is a file; a folder is needed")
     # A run that ended before its first step has left nothing that another could harm.
     metrics = run_dir / "metrics.jsonl"
-    has_checkpoint = (run_dir / "checkpoints" / LATEST).is_file()
-    is_used = has_checkpoint or (metrics.is_file() and metrics.stat().st_size > 0)
+    own = tuple(checkpoints_of(run_dir))
+    is_used = bool(own) or (metrics.is_file() and metrics.stat().st_size > 0)
     if resume == "never":
         if is_used:
             raise ConfigError(
                 f"run.dir={run_dir} holds another run and train.resume=never; choose another folder or auto"
             )
-        return Start(run_dir, None)
+        return Start(run_dir)
     if is_used:
         _check_same_run(config, run_dir)
     if resume != "auto":
-        own = has_checkpoint and not Path(resume).resolve().is_relative_to(run_dir.resolve())
         # A job that is started again with the same words goes on from its own checkpoints.
-        return Start(run_dir, find_checkpoint(run_dir if own else Path(resume)))
-    return Start(run_dir, find_checkpoint(run_dir) if has_checkpoint else None)
+        if own and not Path(resume).resolve().is_relative_to(run_dir.resolve()):
+            return Start(run_dir, own)
+        return Start(run_dir, (find_checkpoint(Path(resume)),))
+    return Start(run_dir, own)
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:

@@ -4,6 +4,7 @@ losses, one update (paper, section 3). ``rows`` are this data-parallel rank's sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,9 +26,16 @@ _TERMS = ("dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
 
 @dataclass
 class StepResult:
-    """What a step leaves behind: the numbers of metrics.jsonl and the texts of samples.jsonl (this rank's rows)."""
+    """What a step leaves behind: the numbers of metrics.jsonl and the texts of samples.jsonl (this rank's rows).
+
+    ``rows`` are what was trained on, ``finite`` tells of each whether the losses of its micro-batch are. ``is_updated``
+    is False where a number was not finite and student and gate stayed as they were (the same on all ranks).
+    """
 
     metrics: dict[str, float]
+    is_updated: bool
+    rows: Sequence[TrainingRow]
+    finite: list[bool]
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -63,20 +71,23 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
     with timers("train"):
         objectives = accumulate_gradients(training_rows, counts, parts)
 
-    # 5. One update of student and gate.
+    metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, parts)
+
+    # 5. One update of student and gate, unless a number in it is not finite.
     with timers("optimizer"):
         lr = learning_rate(config.optim, step, config.train.max_steps)
-        parts.student.step(lr)
+        is_updated = parts.student.step(lr, skip=not math.isfinite(metrics["loss"]))
         if parts.gate is not None:
-            parts.gate.step(loss_scale=parts.context.dp_size)
+            is_updated = parts.gate.step(loss_scale=parts.context.dp_size, skip=not is_updated)
 
-    metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, parts)
     metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": parts.policy.phi}
     metrics |= {f"text/{name}": float(source == name) for name in SOURCES}
     if parts.policy.buffer is not None:
         metrics["replay/rows"] = float(len(parts.policy.buffer))
     metrics |= timers.seconds()
-    return StepResult(metrics, samples_of(step, rows, writing, parts))
+    size = config.train.micro_batch_size
+    finite = [objectives[i // size].is_finite for i in range(len(training_rows))]
+    return StepResult(metrics, is_updated, training_rows, finite, samples_of(step, rows, writing, parts))
 
 
 def read_by_teacher(rows: Sequence[TrainingRow], parts: Parts) -> list[TrainingRow]:

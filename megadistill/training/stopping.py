@@ -11,15 +11,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
-
 from megadistill.engines.ancestors import Ancestor, ancestors
-from megadistill.parallel.context import ParallelContext
 
 STOPPED = 85  # exit code of a run that was stopped and has saved
 ORPHANED = 86  # exit code of a rank that could not stop in time after its launcher had died
@@ -30,10 +27,10 @@ _POLL_S = 1.0
 
 
 class StopRequest:
-    """What this rank was asked; ``agreed`` is what all ranks know."""
+    """What this rank was asked: ``signal``, the number of one, or 0."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self.grace_s = 0, 120.0
 
     def ask(self, number: int) -> None:
         """Remembers the request; a second Ctrl-C does not wait for the end of the step."""
@@ -41,46 +38,43 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = self.signal or number
 
-    def agreed(self, context: ParallelContext) -> str | None:
-        """Name of a signal that any rank got, the same on every rank (one all-reduce of a number over the world)."""
-        number = int(context.max_over_world(torch.tensor(float(self.signal), device=context.device)))
-        return signal.Signals(number).name if number else None
-
 
 @contextmanager
-def stop_requests(grace_s: float) -> Iterator[StopRequest]:
+def stop_requests() -> Iterator[StopRequest]:
     """Turns signals into requests while it is entered, and the death of a launcher into one. A rank that has not ended
-    ``grace_s`` seconds after its launcher's death is ended (exit code 86): no orphan stays."""
+    ``request.grace_s`` seconds after its launcher's death is ended (exit code 86): no orphan stays."""
     request = StopRequest()
 
     def handle(number: int, _: FrameType | None) -> None:
         request.ask(number)
 
     before: dict[int, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
-    watch = _LauncherWatch(lambda: request.ask(signal.SIGTERM), grace_s)
+    watch = _LauncherWatch(request)
     watch.start()
     try:
         yield request
     finally:
         watch.done.set()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Who has asked once may go on asking, and must not kill what is about to end as it was asked.
+            is_over = request.signal and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if is_over else handler)
 
 
 class _LauncherWatch(threading.Thread):
     """Looks after the launchers above this process until ``done``."""
 
-    def __init__(self, on_death: Callable[[], None], grace_s: float) -> None:
+    def __init__(self, request: StopRequest) -> None:
         super().__init__(daemon=True, name="launcher watch")
-        self._on_death, self._grace_s, self.done = on_death, grace_s, threading.Event()
+        self._request, self.done = request, threading.Event()
         self._launchers = launchers_above()
 
     def run(self) -> None:
         while not self.done.wait(_POLL_S):
             if not all(launcher.is_alive() for launcher in self._launchers):
-                self._on_death()
+                self._request.ask(signal.SIGTERM)
                 # A step may hang, because other ranks are gone already.
-                if not self.done.wait(self._grace_s):
+                if not self.done.wait(self._request.grace_s):
                     os._exit(ORPHANED)
                 return
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.cli.main import main
+from megadistill.cli.main import VERBS, main
 from tests.support.runs import free_port, settings
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_verbs_and_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "no.yaml" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
     assert "no such checkpoint" in capsys.readouterr().err
-    for verb in ("prepare", "train", "generate", "evaluate", "export", "demo", "study"):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0 and f"megadistill {verb}" in capsys.readouterr().out

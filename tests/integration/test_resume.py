@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megadistill.checkpoint.hf_export import check_export, export_checkpoint
+from megadistill.checkpoint.manifest import digest
 from megadistill.errors import CheckpointError
 from tests.support.runs import run_layout, samples, settings, weights
 from tests.support.spawn import RankError
@@ -45,13 +47,7 @@ def _state(run_dir: Path, step: int) -> list[torch.Tensor]:
 
 def test_resume_is_bitwise_the_undisturbed_run(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Losses, tokens, weights and gate; the run directory is what a job that died after step 13 leaves behind."""
-    died = tmp_path / "died"
-    shutil.copytree(undisturbed, died)
-    shutil.rmtree(died / "checkpoints" / "step_20")
-    (died / "checkpoints" / "latest").write_text("step_10\n")
-    (died / "summary.json").unlink()
-    lines = (died / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
+    died = _died_after_ten(undisturbed, tmp_path / "died")
     run_layout(4, [(str(died), _settings(assets))])
     assert _numbers(died) == _numbers(undisturbed)
     assert samples(died) == samples(undisturbed)
@@ -68,18 +64,104 @@ def test_a_new_run_starts_from_a_named_checkpoint(assets: Path, undisturbed: Pat
     assert _numbers(tmp_path / "forked") == _numbers(undisturbed)[10:]
 
 
-def test_other_layouts_and_broken_files_are_refused(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    checkpoint = undisturbed / "checkpoints" / "step_10"
-    with pytest.raises(RankError, match="saved at tp_size=2 dp_size=2 zero_stage=3; this run has tp_size=1 dp_size=2"):
-        run_layout(2, [(str(tmp_path / "a"), _settings(assets, f"train.resume={checkpoint}", "parallel.tp_size=1"))])
-    broken = tmp_path / "step_10"
-    shutil.copytree(checkpoint, broken)
-    victim = next(broken.glob("*optim_states.pt"))
+@pytest.mark.parametrize(("world_size", "tp_size", "zero_stage"), [(1, 1, 0), (2, 1, 3), (2, 2, 1), (4, 4, 2)])
+def test_another_layout_goes_on_with_the_same_losses(
+    assets: Path, undisturbed: Path, tmp_path: Path, world_size: int, tp_size: int, zero_stage: int
+) -> None:
+    """Same run.dir: another tp_size, dp_size and ZeRO stage are no other run."""
+    died = _died_after_ten(undisturbed, tmp_path / "died")
+    more = (f"parallel.tp_size={tp_size}", f"parallel.zero_stage={zero_stage}")
+    run_layout(world_size, [(str(died), [*_settings(assets), *more])])
+    ours, theirs = _numbers(died), _numbers(undisturbed)
+    assert [line["step"] for line in ours] == list(range(1, 21))
+    for key in ("loss", "loss/sft", "loss/dac_kl", "loss/span", "gate/lower"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-4)
+    assert samples(died) == samples(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def small(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one process, a checkpoint after two."""
+    out = tmp_path_factory.mktemp("small") / "run"
+    run_layout(1, [(str(out), _small_settings(assets))])
+    return out
+
+
+def _small_settings(assets: Path) -> list[str]:
+    return settings(assets, "llama", "train.max_steps=4", "train.save_every=2")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no manifest", "no latest"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    assets: Path, small: Path, tmp_path: Path, damage: str
+) -> None:
+    """A run whose last checkpoint is damaged goes on from the one before, and ends with the same numbers."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(small, run_dir)
+    last = run_dir / "checkpoints" / "step_4"
+    victim = max((last / "student").glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    with pytest.raises(RankError, match="does not match its checksum"):
-        run_layout(4, [(str(tmp_path / "b"), _settings(assets, f"train.resume={broken}"))])
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "truncated":
+        victim.write_bytes(content[:-100])
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "no manifest":
+        (last / "manifest.json").write_text("{")
+    else:
+        (run_dir / "checkpoints" / "latest").write_text("step_")
+    run_layout(1, [(str(run_dir), _small_settings(assets))])
+    assert _numbers(run_dir) == _numbers(small)
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_4\n"
+    assert (run_dir / "checkpoints" / "step_4.damaged").exists() is (damage != "no latest")
+    if damage in ("flipped", "truncated", "missing"):
+        explicit = f"train.resume={run_dir / 'checkpoints' / 'step_4.damaged'}"
+        with pytest.raises(RankError, match="checksum|bytes, expected|is missing"):
+            run_layout(1, [(str(tmp_path / "b"), [*_small_settings(assets), explicit])])
+
+
+def _died_after_ten(undisturbed: Path, died: Path) -> Path:
+    """The run directory of a job that died in step 14; its last checkpoint is of step 10."""
+    shutil.copytree(undisturbed, died)
+    shutil.rmtree(died / "checkpoints" / "step_20")
+    (died / "checkpoints" / "latest").write_text("step_10\n")
+    (died / "summary.json").unlink()
+    lines = (died / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
+    return died
+
+
+class _Program:
+    """What a hostile pickle holds: reading it naively makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_reading_a_hostile_checkpoint_executes_nothing(assets: Path, small: Path, tmp_path: Path) -> None:
+    """Its manifest is in order: whoever wrote the files wrote that, too."""
+    hostile, trace = tmp_path / "step_2", tmp_path / "executed"
+    shutil.copytree(small / "checkpoints" / "step_2", hostile)
+    torch.save({"gate": _Program(trace)}, hostile / "trainer.pt")
+    manifest = json.loads((hostile / "manifest.json").read_text())
+    manifest["files"]["trainer.pt"] = digest(hostile / "trainer.pt")
+    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RankError, match="trainer.pt cannot be read as plain tensors"):
+        run_layout(1, [(str(tmp_path / "run"), [*_small_settings(assets), f"train.resume={hostile}"])])
+    model = tmp_path / "model"
+    shutil.copytree(small / "checkpoints" / "step_2" / "hf", model)
+    (model / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": _Program(trace)}, model / "pytorch_model.bin")
+    with pytest.raises(RankError, match="cannot load the weights"):
+        run_layout(1, [(str(tmp_path / "run"), [*_small_settings(assets), f"model.student.path={model}"])])
+    assert not trace.exists()
+    torch.load(hostile / "trainer.pt", weights_only=False)
+    assert trace.exists()
 
 
 def test_going_back_keeps_what_is_written(assets: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ FLOORS = {
 FENCES = {
     "deepspeed": {"engines", "checkpoint", "cli"},
     "transformers": {"models", "data", "checkpoint"},
+    "peft": {"checkpoint"},
     "torch.distributed": {"parallel", "engines", "generation"},
 }
 MAX_FILE_LINES = 400

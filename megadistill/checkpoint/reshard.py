@@ -1,0 +1,132 @@
+"""Files for another layout, made without its processes.
+
+A run reads any layout; what was made for its own it reads faster, each rank its own part. How AutoTP would cut comes
+from the family's row (models/families.py); where that should ever differ, reading is slower and no less right.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.checkpoint.manifest import (
+    HF_FOLDER,
+    STUDENT_FOLDER,
+    check_files,
+    digest,
+    files_below,
+    find_checkpoint,
+    new_folder,
+    read_manifest,
+    write_manifest,
+)
+from megadistill.data.tokenize import load_tokenizer, vocabulary_size
+from megadistill.errors import ConfigError
+from megadistill.models.cuts import Cut
+from megadistill.models.families import Family, family_of, head_counts
+from megadistill.models.loading import (
+    REMOVED_ROWS,
+    SHARDS,
+    has_weights,
+    load_model,
+    load_model_config,
+)
+from megadistill.models.shards import WEIGHT, ShardReader, rewrite, write_layout
+from megadistill.observability.progress import progress_bar
+from megadistill.parallel.topology import resolve_tp_size
+
+
+def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: int, dp_size: int) -> Path:
+    """Writes a checkpoint (or a run's latest one) to ``folder`` as a run of tp_size x dp_size with ZeRO-3 would have.
+
+    Returns the source. Everything is checked against its manifest first. Raises CheckpointError, TopologyError; nothing
+    is left behind then. One rank's part is held in memory at a time.
+    """
+    source = find_checkpoint(Path(checkpoint))
+    manifest = read_manifest(source)
+    for name in progress_bar(sorted(manifest["files"]), description="check", unit="file"):
+        check_files(source, manifest, [name])
+    config = load_model_config(str(source / HF_FOLDER), str(source))
+    resolve_tp_size(tp_size, tp_size, head_counts(config, str(source)))
+    reader = ShardReader(source / STUDENT_FOLDER)
+    cuts = family_cuts(
+        {name: cut.shape for name, cut in reader.cuts.items()},
+        family_of(config, str(source)),
+        tp_size,
+        is_tied=bool(config.tie_word_embeddings),
+    )
+    layout = {**manifest["layout"], "tp_size": tp_size, "dp_size": dp_size, "zero_stage": 3}
+    with new_folder(Path(folder)) as beside:
+        for item in source.iterdir():
+            if item.is_dir() and item.name != STUDENT_FOLDER:
+                shutil.copytree(item, beside / item.name)
+            elif item.is_file():
+                shutil.copy2(item, beside)
+        _write_shards(reader, beside / STUDENT_FOLDER, cuts, tp_size, dp_size, {**reader.info, **layout})
+        files = progress_bar(files_below(beside), description="checksums", unit="file")
+        write_manifest(beside, manifest["step"], layout, {name: digest(beside / name, sync=True) for name in files})
+    return source
+
+
+def shard_model(
+    path: str, folder: str | Path, *, tp_size: int, dp_size: int, dtype: str, tokenizer: str | None = None
+) -> None:
+    """Writes a Hugging Face model as a folder with a file for each rank, which ``model.*.path`` takes like the model.
+
+    Vocabulary rows beyond the tokenizer's (the folder's own by default) are kept apart, as a run cuts them off. Raises
+    ConfigError, TopologyError; nothing is left behind then.
+    """
+    config = load_model_config(path, "MODEL")
+    resolve_tp_size(tp_size, tp_size, head_counts(config, "MODEL"))
+    if not has_weights(path):
+        raise ConfigError(f"MODEL: {path} has no weights")
+    words = load_tokenizer(tokenizer or path)
+    loaded = load_model(path, dtype=dtype, vocab_size=vocabulary_size(words), seed=0, attention="eager", where="MODEL")
+    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+    cuts = family_cuts(loaded.shapes, loaded.family, tp_size, is_tied=bool(config.tie_word_embeddings))
+    with new_folder(Path(folder)) as beside:
+        from safetensors.torch import save_file
+
+        info = {"tp_size": tp_size, "dp_size": dp_size, "model": loaded.fingerprint}
+        _write_shards(_Weights(weights), beside / SHARDS, cuts, tp_size, dp_size, info)
+        removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
+        save_file(removed, beside / SHARDS / REMOVED_ROWS, metadata={"format": "pt"})
+        config.save_pretrained(beside)
+        words.save_pretrained(beside)
+
+
+def family_cuts(
+    shapes: Mapping[str, tuple[int, ...]], family: Family, tp_size: int, *, is_tied: bool
+) -> dict[str, Cut]:
+    """How AutoTP cuts a family's parameters."""
+    return {
+        name: Cut.even(shape, family.cut_dim(name, is_tied=is_tied), family.blocks(name), tp_size)
+        for name, shape in shapes.items()
+    }
+
+
+class _Weights:
+    """Whole tensors in memory (mapped from their files) in the place of a ShardReader."""
+
+    kinds = frozenset({WEIGHT})
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def read(self, kind: str, name: str, cut: Cut, tp_rank: int, start: int, end: int) -> torch.Tensor:
+        """See ShardReader.read."""
+        return cut.shard(self._weights[name], tp_rank).reshape(-1)[start:end]
+
+
+def _write_shards(
+    reader: Any, folder: Path, cuts: Mapping[str, Cut], tp_size: int, dp_size: int, info: Mapping[str, Any]
+) -> None:
+    folder.mkdir(parents=True)
+    write_layout(folder, cuts, **{key: value for key, value in info.items() if key != "version"})
+    files = rewrite(reader, folder, cuts, tp_size, dp_size)
+    for _ in progress_bar(files, description="cut", total=tp_size * dp_size, unit="file"):
+        pass

@@ -1,0 +1,210 @@
+"""Writing checkpoints beside the training: copied at once, written by a thread, committed when every rank has written.
+
+A checkpoint of step N is three things, one after the other:
+
+1. *begin*: every rank copies its part to host memory. Training goes on.
+2. every rank's thread writes its part into ``step_N.partial``, with its checksum.
+3. when all have (the ranks tell each other once a step, with the all-reduce that they make anyway), rank 0's thread
+   makes ``hf/`` of the parts, writes the manifest, renames the folder, and points ``latest`` to it.
+
+So ``latest`` only ever names a whole checkpoint, and whatever dies at whatever moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.checkpoint.hf_export import write_student
+from megadistill.checkpoint.manifest import (
+    HF_FOLDER,
+    LATEST,
+    MANIFEST,
+    STUDENT_FOLDER,
+    digest,
+    files_below,
+    sync_folder,
+    write_atomically,
+    write_manifest,
+)
+from megadistill.engines.student import Student
+from megadistill.errors import CheckpointError
+from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
+from megadistill.parallel.context import ParallelContext
+
+TRAINER = "trainer.pt"
+IDLE, BUSY, FAILED = 0, 1, 2
+
+
+def layout_of(student: Student, trainer_state: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
+    """The grid that saved a checkpoint, and what it can be loaded by: the same parameters and the same gate.
+
+    ``model`` is the fingerprint of the whole model, the same on every rank; ``gate`` is the gate's size.
+    """
+    gate = trainer_state.get("gate", {}).get("gate", {})
+    return {
+        "tp_size": context.tp_size,
+        "dp_size": context.dp_size,
+        "zero_stage": student.engine.zero_optimization_stage(),
+        "model": student.loaded.fingerprint,
+        "gate": sum(tensor.numel() for tensor in gate.values()),
+    }
+
+
+class CheckpointWriter:
+    """Writes ``folder/step_N``, one at a time. All methods but ``status`` are collective over the world.
+
+    With ``asynchronous`` off, ``begin`` returns when the checkpoint is whole.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        student: Student,
+        tokenizer: Any,
+        context: ParallelContext,
+        *,
+        keep_last: int,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+    ) -> None:
+        self._folder, self._student, self._tokenizer, self._context = folder, student, tokenizer, context
+        self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
+        self._job: _Job | None = None
+        self._is_committing = False
+        self._step, self._layout = 0, {}
+
+    @property
+    def status(self) -> int:
+        """IDLE, BUSY or FAILED: what this rank's thread is."""
+        return IDLE if self._job is None else self._job.status
+
+    def begin(self, step: int, trainer_state: dict[str, Any]) -> None:
+        """Takes a copy of everything after ``step`` updates and starts to write it; waits for the one before."""
+        self.finish()
+        context, beside = self._context, self._folder / f"step_{step}.partial"
+        context.on_main(lambda: self._make_room(beside))
+        self._step, self._layout = step, layout_of(self._student, trainer_state, context)
+        runs, steps = self._student.snapshot(), self._student.optimizer_steps
+        state = io.BytesIO()
+        if context.is_main:
+            torch.save(trainer_state, state)  # now: the next step changes the tensors in it
+        self._job = _Job(lambda: self._write(beside, runs, steps, state.getvalue()))
+        if not self._asynchronous:
+            self.finish()
+
+    def advance(self, worst: int) -> None:
+        """Goes on when all ranks are ready; ``worst`` is the greatest status of all ranks.
+
+        Raises CheckpointError, on every rank, when one could not write.
+        """
+        if self._job is None or worst == BUSY:
+            return
+        self._job.thread.join()
+        beside = self._folder / f"step_{self._step}.partial"
+        results = self._context.gather_objects((self._job.result, self._job.error))
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
+        if errors:
+            self._job = None
+            if self._context.is_main:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise CheckpointError(f"the checkpoint of step {self._step} could not be written: {errors[0]}")
+        if self._is_committing:
+            self._job, self._is_committing = None, False
+            return
+        self._is_committing = True
+        digests = {name: entry for found, _ in results for name, entry in found.items()}
+        is_main = self._context.is_main
+        self._job = _Job(lambda: self._commit(beside, digests) if is_main else None)
+
+    def finish(self) -> None:
+        """Waits until what was begun is whole. Raises CheckpointError like ``advance``."""
+        while self._job is not None:
+            self._job.thread.join()
+            status = torch.tensor(float(self.status), device=self._context.device)
+            self.advance(int(self._context.max_over_world(status)))
+
+    def _make_room(self, beside: Path) -> None:
+        try:
+            for pattern in ("step_*.partial", "step_*.replaced"):  # what a killed run left
+                for stale in self._folder.glob(pattern):
+                    shutil.rmtree(stale)
+            (beside / STUDENT_FOLDER).mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{beside} cannot be made: {error.strerror}") from error
+
+    def _write(
+        self, beside: Path, runs: dict[str, tuple[int, torch.Tensor]], steps: int, trainer: bytes
+    ) -> dict[str, dict[str, Any]]:
+        """This rank's files; returns their entries of the manifest."""
+        context, folder = self._context, beside / STUDENT_FOLDER
+        name = shard_file(context.tp_rank, context.dp_rank)
+        write_shard(folder, name, runs)
+        written = [f"{STUDENT_FOLDER}/{name}"]
+        if context.is_main:
+            write_layout(folder, self._student.cuts, **self._layout, optimizer_steps=steps)
+            (beside / TRAINER).write_bytes(trainer)
+        return {file: digest(beside / file, sync=True) for file in written}
+
+    def _commit(self, beside: Path, digests: dict[str, dict[str, Any]]) -> None:
+        """Rank 0, when all parts are there: the Hugging Face folder, the manifest, the name."""
+        student, target = self._student, self._folder / f"step_{self._step}"
+        dtype = next(student.module.parameters()).dtype
+        write_student(ShardReader(beside / STUDENT_FOLDER), student, dtype, beside / HF_FOLDER, self._tokenizer)
+        own = [name for name in files_below(beside) if name not in digests]
+        digests |= {name: digest(beside / name, sync=True) for name in own}
+        write_manifest(beside, self._step, self._layout, dict(sorted(digests.items())))
+        sync_folder(beside)
+        replaced = target.with_name(target.name + ".replaced")
+        if target.exists():
+            target.replace(replaced)
+        beside.replace(target)
+        sync_folder(self._folder)
+        write_atomically(self._folder / LATEST, target.name + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
+        _remove_old(self._folder, self._step, *self._keep)
+
+
+class _Job:
+    """A thread's work, and what became of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: str | None = None
+        self._work = work
+        self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
+        self.thread.start()
+
+    @property
+    def status(self) -> int:
+        if self.thread.is_alive():
+            return BUSY
+        return IDLE if self.error is None else FAILED
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work()
+        except Exception as error:  # every kind ends the run, on all ranks, through advance()
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.error = reason or type(error).__name__
+
+
+def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Keeps the last checkpoints up to ``step`` and those of every ``keep_every`` steps.
+
+    Later ones are of a branch that was left by an earlier resume, and a folder with any other name is the user's: both
+    stay.
+    """
+    found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir() if (path / MANIFEST).is_file())
+    steps = sorted((int(match[1]), path) for match, path in found if match and int(match[1]) <= step)
+    for number, old in steps[:-keep_last]:
+        if not keep_every or number % keep_every:
+            (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+            shutil.rmtree(old)

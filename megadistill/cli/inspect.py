@@ -1,0 +1,124 @@
+"""``megadistill inspect PATH``: what is there."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megadistill.cli.parsing import Parser
+from megadistill.errors import CheckpointError
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "inspect",
+        "Says what a checkpoint, a run's latest one, a Hugging Face folder or a sharded model holds.\n"
+        "Reads headers only, and executes nothing.",
+        "examples:\n  megadistill inspect runs/demo --check\n  megadistill inspect exported/student --tensors",
+    )
+    parser.add_argument("path", metavar="PATH", help="run directory, step_N folder, model folder")
+    parser.add_argument("--check", action="store_true", help="compare every file of a checkpoint with its checksum")
+    parser.add_argument("--tensors", action="store_true", help="one line a tensor: shape, type or cut")
+    parsed = parser.parse(arguments)
+    path = Path(parsed.path)
+
+    from megadistill.models.loading import SHARDS
+
+    if (path / SHARDS).is_dir():
+        _print(_sharded(path / SHARDS, parsed.tensors))
+    elif (path / "config.json").is_file():
+        _print(_model(path, parsed.tensors))
+    else:
+        _print(_checkpoint(path, parsed.tensors))
+        if parsed.check:
+            _check(path)
+    return 0
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _checkpoint(path: Path, with_tensors: bool) -> Iterable[str]:
+    from megadistill.checkpoint.manifest import (
+        HF_FOLDER,
+        STUDENT_FOLDER,
+        checkpoints_of,
+        find_checkpoint,
+        read_manifest,
+    )
+
+    folder = find_checkpoint(path)
+    manifest = read_manifest(folder)
+    layout, files = manifest["layout"], manifest["files"]
+    yield f"checkpoint  {folder}"
+    if others := [other.name for other in checkpoints_of(path) if other != folder]:
+        yield f"others      {', '.join(others)}"
+    yield f"step        {manifest['step']}"
+    yield f"saved by    tp {layout['tp_size']} x dp {layout['dp_size']}, ZeRO-{layout['zero_stage']}"
+    yield f"model       {layout['model']}; gate with {layout['gate']} parameters"
+    yield f"files       {len(files)}, {_bytes(sum(entry['bytes'] for entry in files.values()))}"
+    yield from _sharded(folder / STUDENT_FOLDER, with_tensors)
+    yield from _model(folder / HF_FOLDER, False)
+
+
+def _sharded(folder: Path, with_tensors: bool) -> Iterable[str]:
+    from megadistill.models.shards import ShardReader
+
+    reader = ShardReader(folder)
+    numel = sum(_numel(cut.shape) for cut in reader.cuts.values())
+    kinds = ", ".join(sorted(reader.kinds))
+    yield f"shards      {folder}: {len(reader.cuts)} parameters, {numel:,} numbers each of {kinds}"
+    if "optimizer_steps" in reader.info:
+        yield f"optimizer   {reader.info['optimizer_steps']} updates"
+    if with_tensors:
+        for name, cut in reader.cuts.items():
+            how = "whole" if cut.dim is None else f"cut along {cut.dim} into {' + '.join(map(str, cut.sizes))}"
+            yield f"  {name}  {list(cut.shape)}  {how}"
+
+
+def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
+    from megadistill.models.shards import HFWeights
+
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        weights = HFWeights(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+    types = Counter(weights.dtype(name) for name in weights.names)
+    numel = sum(_numel(weights.shape(name)) for name in weights.names)
+    yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
+    yield f"types       {', '.join(f'{kind} {count}' for kind, count in types.items())}"
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    yield f"tokenizer   {'yes' if has_tokenizer else 'none'}; vocabulary of {config.get('vocab_size')} rows"
+    if with_tensors:
+        yield from (f"  {name}  {weights.shape(name)}  {weights.dtype(name)}" for name in weights.names)
+
+
+def _check(path: Path) -> None:
+    from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+    from megadistill.observability.progress import progress_bar
+
+    folder = find_checkpoint(path)
+    manifest = read_manifest(folder)
+    for name in progress_bar(sorted(manifest["files"]), description="check", unit="file"):
+        check_files(folder, manifest, [name])
+    print("whole       every file is as it was written")
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

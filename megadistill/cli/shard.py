@@ -1,0 +1,44 @@
+"""``megadistill shard MODEL FOLDER --tp-size N``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megadistill.cli.parsing import Parser, positive, refuse_unwritable
+
+
+def run(arguments: Sequence[str]) -> int:
+    parser = Parser(
+        "shard",
+        "Writes a Hugging Face model as one file for each rank. model.teacher.path and model.student.path take the\n"
+        "folder like the model; each process then reads its own part and never holds the whole. Any layout reads it;\n"
+        "the one that it was cut for reads least.",
+        "example:\n"
+        "  megadistill shard models/teacher-13b sharded/teacher --tp-size 8 --dtype bf16\n"
+        "  deepspeed launchers/run.sh --config FILE model.teacher.path=sharded/teacher model.teacher.dtype=bf16",
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, hub name, checkpoint or run directory")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
+    parser.add_argument("--tp-size", type=positive, required=True, metavar="N", help="tensor-parallel processes")
+    parser.add_argument("--dp-size", type=positive, default=1, metavar="M", help="files of each of them (default: 1)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type of the weights (default: bf16)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer; default: the model's own")
+    parsed = parser.parse(arguments)
+    refuse_unwritable(parsed.folder, is_file=False)
+
+    from megadistill.engines.launch import name_accelerator
+
+    name_accelerator()  # before anything imports DeepSpeed, which would guess aloud
+    from megadistill.checkpoint.reshard import shard_model
+    from megadistill.cli.inference import model_folder
+
+    shard_model(
+        model_folder(parsed.model),
+        parsed.folder,
+        tp_size=parsed.tp_size,
+        dp_size=parsed.dp_size,
+        dtype=parsed.dtype,
+        tokenizer=parsed.tokenizer,
+    )
+    print(f"{parsed.model} for tp {parsed.tp_size}: {parsed.folder}")
+    return 0

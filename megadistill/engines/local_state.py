@@ -1,0 +1,141 @@
+"""What this rank holds of every parameter: the places in DeepSpeed's flat tensors, whatever the ZeRO stage.
+
+The only file that looks inside DeepSpeed's optimizers. All tensors are flat views into them: reading one is a
+snapshot to be cloned, copying into one restores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+from megadistill.models.shards import MASTER, MOMENTS
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """The run [start, start + numel) of this rank's tensor-parallel shard of a parameter, as its optimizer holds it.
+
+    ``is_shared``: every data-parallel rank holds the same (ZeRO stage 0). ``tensors``: float32 master weight and
+    AdamW's two moments.
+    """
+
+    name: str
+    start: int
+    numel: int
+    is_shared: bool
+    tensors: dict[str, torch.Tensor]
+
+
+def shard_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of this rank's tensor-parallel shard, of which ZeRO-3 may have taken the data away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_parts(engine: deepspeed.DeepSpeedEngine) -> Iterator[LocalPart]:
+    """All parts that this rank's optimizer updates, in the order of the model's parameters. AdamW's moments are made
+    where it has not made them yet. No communication."""
+    stage = engine.zero_optimization_stage()
+    flats, find = {0: _whole_parts, 1: _fragments, 2: _fragments, 3: _partitions}[stage](engine)
+    base = _base(engine)
+    for flat in flats:  # those of which this rank holds nothing but padding, too: AdamW counts updates in each
+        _adamw_state(base, flat)
+    for name, parameter in engine.module.named_parameters():
+        found = find(parameter)
+        if found is None:
+            continue
+        flat, offset, start, numel, is_shared = found
+        state = _adamw_state(base, flat)
+        tensors = {MASTER: flat.detach(), **{kind: state[kind] for kind in MOMENTS}}
+        runs = {kind: tensor.reshape(-1).narrow(0, offset, numel) for kind, tensor in tensors.items()}
+        yield LocalPart(name, start, numel, is_shared, runs)
+
+
+def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Updates that AdamW has made."""
+    steps = {int(state["step"]) for state in _base(engine).state.values() if state}
+    assert len(steps) <= 1, f"AdamW's parameters have made different numbers of updates: {sorted(steps)}"
+    return steps.pop() if steps else 0
+
+
+def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
+    """Restores AdamW's count, which its bias correction needs."""
+    for state in _base(engine).state.values():
+        state["step"].fill_(steps)
+
+
+@torch.no_grad()
+def set_weights(parameter: nn.Parameter, read: Callable[[int, int], torch.Tensor]) -> None:
+    """Copies a parameter's weights, as the forward pass sees them, from ``read(start, end)``: runs of this rank's
+    tensor-parallel shard. ZeRO-3 copies only the run that this rank keeps. No communication."""
+    whole = parameter.numel()
+    if hasattr(parameter, "ds_id"):
+        whole = parameter.ds_numel
+        kept = parameter.ds_tensor
+        start = torch.distributed.get_rank(parameter.ds_process_group) * kept.numel()
+        end = min(start + kept.numel(), whole)
+        if start < end:
+            kept.data[: end - start].copy_(read(start, end))
+        if parameter.ds_status != ZeroParamStatus.AVAILABLE:  # small ones stay present on every rank
+            return
+    parameter.data.copy_(read(0, whole).view(parameter.shape))
+
+
+def _base(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The AdamW inside DeepSpeed's wrapper; stage 0 in float32 has none."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _adamw_state(base: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
+    state = base.state[flat]
+    if not state:
+        state |= {"step": torch.tensor(0.0)} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
+    return state
+
+
+_Found = tuple[torch.Tensor, int, int, int, bool] | None  # tensor, offset in it, start in the shard, numel, is_shared
+_Finder = tuple[list[torch.Tensor], Callable[[nn.Parameter], _Found]]  # all flat tensors, and where a parameter is
+
+
+def _whole_parts(engine: deepspeed.DeepSpeedEngine) -> _Finder:
+    """Stage 0: whole parameters; in bfloat16 the optimizer keeps float32 copies."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    masters: dict[int, torch.Tensor] = {id(parameter): parameter for parameter in parameters}
+    if hasattr(optimizer, "fp32_groups"):
+        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+        masters |= {id(low): high for low, high in pairs}
+    return list(masters.values()), lambda p: (masters[id(p)], 0, 0, p.numel(), True)
+
+
+def _fragments(engine: deepspeed.DeepSpeedEngine) -> _Finder:
+    """Stages 1 and 2: each group of parameters lies flat, and each rank updates a run of it, which may begin and end
+    within a parameter."""
+    flats = engine.optimizer.single_partition_of_fp32_groups
+
+    def find(parameter: nn.Parameter) -> _Found:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flats[mapping.param_group_index], here.start, there.start, there.numel, False
+
+    return flats, find
+
+
+def _partitions(engine: deepspeed.DeepSpeedEngine) -> _Finder:
+    """Stage 3: each rank updates an equal run of each parameter; the last ones are filled up with zeros."""
+    optimizer, flats = engine.optimizer, engine.optimizer.fp32_partitioned_groups_flat
+
+    def find(parameter: nn.Parameter) -> _Found:
+        group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel()
+        numel = min(int(numel), parameter.ds_numel - start)
+        return (flats[group], int(offset), start, numel, False) if numel > 0 else None
+
+    return flats, find

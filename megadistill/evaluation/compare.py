@@ -1,0 +1,209 @@
+"""Whether two models say the same: the KL between their outputs on text, and the tokens that both write greedily.
+
+Both models are held at once, their weights memory-mapped where the type on disk is the type of the comparison. Text is
+read one row after the other, so nothing is padded or masked; of a row the logits of both models are in memory (float32
+or the models' type, [S, V] each) and the float64 log-probabilities of a few positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megadistill.data.dataset import FieldNames, load_examples
+from megadistill.data.synthetic import CorpusSizes, generate_corpus
+from megadistill.data.tokenize import encode_texts, leading_special_ids
+from megadistill.errors import DataError
+
+# Largest KL, in nats, of two models that count as the same. In bf16 a logit has 8 bits: the same weights by another
+# order of sums differ by this much.
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
+_CHUNK = 32
+_CHARS_PER_TOKEN = 16  # read at most: a file may be larger than the memory
+_BUILT_IN_ROWS = 400
+_MAX_PROMPTS, _MAX_PROMPT_TOKENS = 4, 16
+
+
+@dataclass(frozen=True)
+class GreedyText:
+    """What both models write after the first ``prompt_tokens`` tokens of a row; EOS does not end it.
+
+    ``first_difference`` is None, or the index of the first token that differs; ``kl`` is KL(A||B) in nats there, after
+    a common beginning: within the tolerance, the two tokens are as good as equally likely.
+    """
+
+    row: int
+    prompt_tokens: int
+    tokens_a: tuple[int, ...]
+    tokens_b: tuple[int, ...]
+    first_difference: int | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """KL(A||B) in nats a token over ``num_positions`` positions of ``num_rows`` rows and ``num_classes`` classes.
+
+    ``max_row`` and ``max_position`` say where the largest KL is (position: tokens read before). ``same_top`` is the
+    share of positions with the same most likely token.
+    """
+
+    num_rows: int
+    num_positions: int
+    num_classes: int
+    mean_kl: float
+    max_kl: float
+    max_row: int
+    max_position: int
+    max_logit_difference: float
+    same_top: float
+    greedy: tuple[GreedyText, ...]
+
+    def difference(self, tolerance: float) -> str | None:
+        """Where the models differ, in one line; None where no KL is over ``tolerance`` (a NaN is)."""
+        if not self.max_kl <= tolerance:
+            return f"row {self.max_row}, position {self.max_position}: KL {self.max_kl:.3g} is over {tolerance:g} nats"
+        for text in self.greedy:
+            if text.first_difference is not None and text.kl is not None and not text.kl <= tolerance:
+                return (
+                    f"row {text.row}, greedy token {text.first_difference} after {text.prompt_tokens} tokens: "
+                    f"KL {text.kl:.3g} is over {tolerance:g} nats"
+                )
+        return None
+
+
+def text_rows(
+    path: str | None, tokenizer: Any, *, max_rows: int, max_tokens: int, text_field: str = "instruction"
+) -> list[list[int]]:
+    """At most ``max_rows`` rows of at most ``max_tokens`` ids, each with the tokenizer's leading special ids: a .txt
+    file, the instructions, inputs and outputs of a data file, or the built-in corpus where ``path`` is None, cut into
+    pieces of equal length.
+
+    Raises DataError for a file that cannot be read or holds no text.
+    """
+    limit = max_rows * max_tokens * _CHARS_PER_TOKEN
+    text = ""
+    for part in _parts(path, text_field, limit):
+        text += part + "\n\n"
+        if len(text) >= limit:
+            break
+    prefix = list(leading_special_ids(tokenizer))
+    ids = encode_texts(tokenizer, [text.strip()])[0]
+    room = max_tokens - len(prefix)
+    if not ids or room < 1:
+        raise DataError(f"{path}: there is no text to compare on" if not ids else f"no room in {max_tokens} tokens")
+    starts = itertools.islice(range(0, len(ids), room), max_rows)
+    return [prefix + ids[start : start + room] for start in starts]
+
+
+def _parts(path: str | None, text_field: str, limit: int) -> Iterable[str]:
+    if path is None:
+        sizes = CorpusSizes(teacher=_BUILT_IN_ROWS, references=0, prompts=0, valid=0, test=0)
+        rows = generate_corpus(0, sizes)["teacher_train"]
+        return ["\n".join(filter(None, row.values())) for row in rows]
+    if Path(path).suffix.lower() != ".txt":
+        examples = load_examples(path, fields=FieldNames(text_field)).examples
+        return ("\n".join(filter(None, (row.instruction, row.input, *row.references[:1]))) for row in examples)
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return [file.read(limit)]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None
+
+
+def prompts_of(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Beginnings of the first rows, for greedy text."""
+    return [row[: max(1, min(len(row) // 2, _MAX_PROMPT_TOKENS))] for row in rows[:_MAX_PROMPTS]]
+
+
+@torch.no_grad()
+def compare_models(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    rows: Sequence[Sequence[int]],
+    *,
+    num_greedy: int,
+    progress: Callable[[int], Any] | None = None,
+) -> Comparison:
+    """Compares two causal language models of transformers on rows of token ids; both must have logits of the same
+    classes.
+
+    ``num_greedy`` tokens are written after the beginning of each of the first rows; 0: none. ``progress`` is called
+    with 1 after every row that was read and every text that was written.
+    """
+    device = next(model_a.parameters()).device
+    kls, differences, same, places = [], [], [], []
+    for index, row in enumerate(rows):
+        ids = torch.tensor([list(row)], device=device)
+        kl, difference, is_same = _differences(
+            *(m(input_ids=ids, use_cache=False).logits[0] for m in (model_a, model_b))
+        )
+        kls.append(kl)
+        differences.append(difference)
+        same.append(is_same)
+        places += [(index, position) for position in range(len(row))]
+        if progress:
+            progress(1)
+    greedy = []
+    for index, prompt in enumerate(prompts_of(rows) if num_greedy else []):
+        greedy.append(_compare_greedy(model_a, model_b, index, prompt, num_greedy))
+        if progress:
+            progress(1)
+    kl = torch.cat(kls)
+    largest = int(kl.argmax())  # a NaN counts as the largest
+    num_classes = model_a.get_output_embeddings().weight.shape[0]
+    return Comparison(
+        num_rows=len(rows),
+        num_positions=len(kl),
+        num_classes=num_classes,
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl[largest]),
+        max_row=places[largest][0],
+        max_position=places[largest][1],
+        max_logit_difference=float(torch.cat(differences).max()),
+        same_top=float(torch.cat(same).double().mean()),
+        greedy=tuple(greedy),
+    )
+
+
+def _differences(logits_a: torch.Tensor, logits_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits [S, V]: KL(A||B) in nats [S] float64, largest |difference| [S], same most likely class [S]; on the
+    CPU."""
+    parts = []
+    for a, b in zip(logits_a.split(_CHUNK), logits_b.split(_CHUNK), strict=True):
+        log_a, log_b = (chunk.double().log_softmax(-1) for chunk in (a, b))
+        kl = (log_a.exp() * (log_a - log_b)).sum(-1)
+        parts.append((kl, (a.double() - b.double()).abs().amax(-1), a.argmax(-1) == b.argmax(-1)))
+    kl, difference, same = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return kl.clamp_min(0.0), difference, same
+
+
+def _compare_greedy(
+    model_a: nn.Module, model_b: nn.Module, row: int, prompt: Sequence[int], num_tokens: int
+) -> GreedyText:
+    (tokens_a, logits_a), (tokens_b, logits_b) = (_write(model, prompt, num_tokens) for model in (model_a, model_b))
+    pairs = enumerate(zip(tokens_a, tokens_b, strict=True))
+    first = next((index for index, (a, b) in pairs if a != b), None)
+    kl = None if first is None else float(_differences(logits_a[first : first + 1], logits_b[first : first + 1])[0])
+    return GreedyText(row, len(prompt), tokens_a, tokens_b, first, kl)
+
+
+def _write(model: nn.Module, prompt: Sequence[int], num_tokens: int) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The model's own most likely tokens and the logits [num_tokens, V] that they were chosen by, on the CPU."""
+    device = next(model.parameters()).device
+    new, cache, tokens, chosen_by = list(prompt), None, [], []
+    for _ in range(num_tokens):
+        out = model(input_ids=torch.tensor([new], device=device), past_key_values=cache, use_cache=True)
+        cache, logits = out.past_key_values, out.logits[0, -1]
+        new = [int(logits.argmax())]
+        tokens += new
+        chosen_by.append(logits.cpu())
+    return tuple(tokens), torch.stack(chosen_by)

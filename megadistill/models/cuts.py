@@ -1,0 +1,66 @@
+"""How tensor parallelism cuts a parameter, and how its shards make it whole again. Pure functions of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megadistill.parallel.vocab import VocabShard
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One parameter of ``shape`` over the tensor-parallel ranks.
+
+    ``dim`` is the dimension that is cut, None where every rank holds the whole. ``blocks``: along it this many
+    parameters lie fused (GPT-2's query, key and value), each of which is cut. ``sizes``: the ranks' extents along it.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    blocks: int = 1
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def even(cls, shape: Sequence[int], dim: int | None, blocks: int, tp_size: int) -> Cut:
+        """Cut into parts as equal as can be, larger ones first, as AutoTP cuts."""
+        if dim is None or tp_size == 1:
+            return cls(tuple(shape))
+        block = shape[dim] // blocks
+        sizes = tuple(blocks * VocabShard.split(block, tp_size, rank).size for rank in range(tp_size))
+        return cls(tuple(shape), dim, blocks, sizes)
+
+    @classmethod
+    def found(cls, shape: Sequence[int], shards: Sequence[Sequence[int]], blocks: int) -> Cut:
+        """What the shapes of all ranks' shards tell."""
+        differing = [dim for dim in range(len(shape)) if any(shard[dim] != shape[dim] for shard in shards)]
+        if not differing:
+            return cls(tuple(shape))
+        assert len(differing) == 1, f"a parameter of shape {shape} is cut into {shards}"
+        dim = differing[0]
+        sizes = tuple(shard[dim] for shard in shards)
+        assert sum(sizes) == shape[dim], f"shards {shards} do not make up {shape}"
+        return cls(tuple(shape), dim, blocks, sizes)
+
+    def shard_shape(self, tp_rank: int) -> tuple[int, ...]:
+        """Shape of one rank's shard."""
+        if self.dim is None:
+            return self.shape
+        return (*self.shape[: self.dim], self.sizes[tp_rank], *self.shape[self.dim + 1 :])
+
+    def shard(self, whole: torch.Tensor, tp_rank: int) -> torch.Tensor:
+        """One rank's part of the whole tensor."""
+        if self.dim is None:
+            return whole
+        widths = [size // self.blocks for size in self.sizes]
+        parts = whole.unflatten(self.dim, (self.blocks, -1)).split(widths, self.dim + 1)
+        return parts[tp_rank].flatten(self.dim, self.dim + 1)
+
+    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The whole tensor of all ranks' shards (of the first, where nothing is cut)."""
+        if self.dim is None:
+            return shards[0]
+        parts = [shard.unflatten(self.dim, (self.blocks, -1)) for shard in shards]
+        return torch.cat(parts, self.dim + 1).flatten(self.dim, self.dim + 1)

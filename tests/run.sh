@@ -4,6 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bash "$root/launchers/setup.sh" test
+bash "$root/tests/support/install_cluster_tools.sh"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi

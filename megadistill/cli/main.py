@@ -27,6 +27,8 @@ VERBS = {
     "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
 }
 _OTHER_RANKS_WAIT_S = 5.0
+# Of launchers, and of what starts ranks without setting RANK: srun, Open MPI, MPICH.
+_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(message: str) -> None:
     """One line. Ranks but the first wait before theirs: what all ranks meet is said once, because a launcher ends the
     others when one leaves; what only this rank meets is said by it."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(next((os.environ[name] for name in _RANKS if name in os.environ), "0"))
     if rank:
         time.sleep(_OTHER_RANKS_WAIT_S)
     where = f" [rank {rank}]" if rank else ""

@@ -41,6 +41,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
     from megadistill.training.stopping import STOPPED
 
+    num_ranks = world_size()  # first of all: what follows asks who is rank 0
     refuse_unwritable(config.run.dir, is_file=False)
     if config.generation.teacher_cache is not None:
         refuse_unwritable(config.generation.teacher_cache, is_file=True)
@@ -48,7 +49,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # What can be wrong with the user's files is found before processes wait for one another.
     start = plan_start(config)
-    tp_size = check_models(config, world_size())
+    tp_size = check_models(config, num_ranks)
     tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
     make_sampler(config, data)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import socket
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
+from megadistill.engines.ancestors import ancestors
+from megadistill.engines.mpi_launch import mpi_variables
+from megadistill.engines.rendezvous import meeting_store, name_interfaces
 from megadistill.errors import TopologyError
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -23,8 +28,8 @@ def srun_variables(environment: Mapping[str, str], first_host: Callable[[str], s
     """What a launcher would have set, for a rank that `srun` started itself; empty for any other process.
 
     `SLURM_STEP_NUM_TASKS` is of srun alone: a batch script and what it starts have none. MASTER_ADDR and MASTER_PORT
-    that are set already stay; else the step's first host (``first_host`` of its node list) and a port made of the job's
-    number.
+    that are set already stay; else the step's first host (``first_host`` of its node list; 127.0.0.1 when there is one
+    node) and a port made of the job's number.
     """
     num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in environment or num_tasks < 2:
@@ -39,7 +44,8 @@ def srun_variables(environment: Mapping[str, str], first_host: Callable[[str], s
         "MASTER_PORT": str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
     }
     if "MASTER_ADDR" not in environment:
-        found["MASTER_ADDR"] = first_host(environment["SLURM_STEP_NODELIST"])
+        is_one_node = environment.get("SLURM_STEP_NUM_NODES") == "1"
+        found["MASTER_ADDR"] = "127.0.0.1" if is_one_node else first_host(environment["SLURM_STEP_NODELIST"])
     return {name: value for name, value in found.items() if name not in environment}
 
 
@@ -50,9 +56,32 @@ def _first_host(node_list: str) -> str:
     return shown.stdout.split()[0]
 
 
+def hostfile_of(words: Sequence[str]) -> str | None:
+    """The hostfile that a command line names to DeepSpeed's runner; None without one and for other programs."""
+    for place, word in enumerate(words[:4]):
+        if Path(word).name in ("deepspeed", "ds") or word == "deepspeed.launcher.runner":
+            parser = argparse.ArgumentParser(add_help=False)
+            parser.add_argument("-H", "--hostfile")
+            return parser.parse_known_args(words[place + 1 :])[0].hostfile
+    return None
+
+
+def _refuse_missing_hostfile() -> None:
+    for above in ancestors():
+        hostfile = hostfile_of(above.words)
+        if hostfile is not None and not above.path(hostfile).is_file():
+            raise TopologyError(f"there is no hostfile {hostfile}; deepspeed would train on this machine alone")
+
+
 def world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher. Raises TopologyError for half a set-up."""
+    """Number of processes that the launcher started; 1 without a launcher.
+
+    Gives ranks of srun and mpirun the variables that other launchers set. Raises TopologyError for half a set-up and
+    for a missing hostfile, of which DeepSpeed's runner only warns.
+    """
+    _refuse_missing_hostfile()
     os.environ |= srun_variables(os.environ, _first_host)
+    os.environ |= mpi_variables(os.environ, _free_port)
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if present and len(present) < len(_LAUNCHER_VARIABLES):
         missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
@@ -83,12 +112,21 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if has_cuda else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    backend, timeout = "nccl" if has_cuda else "gloo", timedelta(seconds=timeout_s)
+    interfaces = name_interfaces(os.environ["MASTER_ADDR"])
+    os.environ |= interfaces
+    store = meeting_store(timeout)
+    if store is not None:
+        torch.distributed.init_process_group(
+            backend,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+            # As DeepSpeed does it, which takes over a group that is there.
+            device_id=device if has_cuda and os.environ["WORLD_SIZE"] != "1" else None,
+        )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     try:
         yield device
         torch.distributed.barrier()
@@ -96,7 +134,7 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
         # Without this a rank of another node can abort at exit and leave its launcher waiting.
         torch.distributed.destroy_process_group()
         if is_alone:  # what is started from here is no rank of that world
-            for name in (*_LAUNCHER_VARIABLES, "LOCAL_SIZE"):
+            for name in (*_LAUNCHER_VARIABLES, "LOCAL_SIZE", *interfaces):
                 os.environ.pop(name, None)
 
 

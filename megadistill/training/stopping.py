@@ -13,14 +13,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from megadistill.engines.ancestors import Ancestor, ancestors
 
 STOPPED = 85  # exit code of a run that was stopped and has saved
 ORPHANED = 86  # exit code of a rank that could not stop in time after its launcher had died
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distributed/run")
+_PROGRAMS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 _POLL_S = 1.0
 
 
@@ -69,7 +71,7 @@ class _LauncherWatch(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(_POLL_S):
-            if any(_started(pid) != started for pid, started in self._launchers.items()):
+            if not all(launcher.is_alive() for launcher in self._launchers):
                 self._request.ask(signal.SIGTERM)
                 # A step may hang, because other ranks are gone already.
                 if not self.done.wait(self._request.grace_s):
@@ -77,27 +79,11 @@ class _LauncherWatch(threading.Thread):
                 return
 
 
-def launchers_above() -> dict[int, str]:
-    """Process id -> start time of the ancestors that are launchers; empty where /proc does not tell."""
-    found: dict[int, str] = {}
-    pid = os.getppid()
-    while pid > 1:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
+def launchers_above() -> list[Ancestor]:
+    """The ancestors that are launchers; empty where /proc does not tell."""
+    return [
+        above
+        for above in ancestors()
         # The program or the module that Python runs, not just any argument.
-        if any(name in word for word in words[:4] for name in _LAUNCHERS):
-            found[pid] = _started(pid)
-        pid = parent
-    return found
-
-
-def _started(pid: int) -> str:
-    """Start time of a process, which tells it from a later one with its number; "" for one that has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+        if above.program in _PROGRAMS or any(name in word for word in above.words[:4] for name in _LAUNCHERS)
+    ]

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
-    [*ROOT.glob("launchers/*.sh"), ROOT / "launchers/slurm.sbatch", ROOT / "tests/run.sh", ROOT / ".ci/run"]
+    [*ROOT.glob("launchers/*.s*h"), *ROOT.glob("tests/**/*.sh"), ROOT / "launchers/slurm.sbatch", ROOT / ".ci/run"]
 )
 TOOLS = ["bash", "sh", "env", "dirname", "cat", "cksum", "id", "rm", "mkdir", "printf", "flock"]
 
@@ -220,16 +221,93 @@ def _requirements(name: str) -> list[str]:
         return []
 
 
-def test_slurm_prints_what_it_would_run(clone: Path, tools: Path) -> None:
+def dry_run(script: Path, tools: Path, **variables: str) -> list[str]:
+    """The words of the command that a launcher prints for `--config "a b.yaml"`, as a shell reads them."""
+    done = run("bash", script, "--config", "a b.yaml", path=tools, DRY_RUN="1", **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    return shlex.split(done.stdout.replace("$'", "'"))
+
+
+def test_every_launcher_prints_what_it_would_run(clone: Path, tools: Path) -> None:
+    folder = clone / "launchers"
+    for name in ("deepspeed", "mpirun"):
+        write_script(tools / name, "#!/bin/sh\necho started; exit 1\n")
+    train = [f"{folder}/run.sh", "--config", "a b.yaml"]
+    assert dry_run(folder / "run.sh", tools, MASTER_PORT="7", NPROC="3") == [
+        *["deepspeed", "--log_level", "warning", "--master_port", "7", "--num_gpus", "3"],
+        *train,
+    ]
+    assert dry_run(folder / "mpirun.sh", tools) == ["mpirun", "-n", "2", "--bind-to", "none", "python", "-u", *train]
+    several = dry_run(folder / "mpirun.sh", tools, HOSTFILE="my hosts", MPIRUN_ARGS="-x A")
+    assert several[:-5] == ["mpirun", "--hostfile", "my hosts", "--bind-to", "none", "-x", "A"]
+    in_a_job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1"}
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=300"]
+    words = dry_run(folder / "slurm.sbatch", tools, SLURM_SUBMIT_DIR=str(clone), SLURM_NTASKS="4", **in_a_job)
+    assert words == [*srun, "bash", "-c", 'trap "" USR1; exec python -u "$0" "$@"', *train]
+
+
+@pytest.mark.parametrize(("gpus", "nproc"), [("4", None), ("1", "2")])
+def test_slurm_starts_one_deepspeed_a_node_where_a_task_has_several_devices(
+    clone: Path, tools: Path, gpus: str, nproc: str | None
+) -> None:
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": "n1", "SLURM_GPUS_ON_NODE": gpus}
+    variables |= {"NPROC": nproc} if nproc else {}
+    words = dry_run(clone / "launchers" / "slurm.sbatch", tools, MEGADISTILL_ROOT=str(clone), **variables)
+    assert words[:6] == ["srun", "--kill-on-bad-exit=0", "--wait=300", "--ntasks-per-node=1", "bash", "-c"]
+    assert "--no_ssh --node_rank" in words[6] and words[7:] == [f"{clone}/launchers/run.sh", "--config", "a b.yaml"]
+
+
+def test_run_in_a_batch_job_goes_on_in_the_script_for_slurm(clone: Path, tools: Path, tmp_path: Path) -> None:
+    """From the folder of the job, as slurmd starts a copy of it."""
+    copy = tmp_path / "spool" / "job7" / "slurm_script"
+    write_script(copy, (clone / "launchers" / "run.sh").read_text())
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_ARRAY_TASK_ID": "5"}
+    for where in ("SLURM_SUBMIT_DIR", "MEGADISTILL_ROOT"):
+        assert dry_run(copy, tools, **job, **{where: str(clone)})[-3] == f"{clone}/launchers/run.sh"
+    lost = run("bash", copy, path=tools, SLURM_SUBMIT_DIR=str(tmp_path), **job)
+    assert lost.returncode == 2 and "submit it from the clone" in lost.stderr
+    write_script(tools / "deepspeed", "#!/bin/sh\n")
+    assert dry_run(clone / "launchers" / "run.sh", tools, **job, SLURM_STEP_ID="0")[0] == "deepspeed"
+
+
+def test_jobs_of_an_array_read_their_number(clone: Path, tools: Path) -> None:
     script = clone / "launchers" / "slurm.sbatch"
-    done = run("bash", script, "--config", "a b.yaml", path=tools, DRY_RUN="1", SLURM_SUBMIT_DIR=str(clone))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("srun --kill-on-bad-exit=0 bash -c ")
-    assert done.stdout.rstrip().endswith("/launchers/run.sh --config a\\ b.yaml")
+    words = ["run.dir=runs/%a", "run.seed=%a"]
+    variables = {"SLURM_SUBMIT_DIR": str(clone), "DRY_RUN": "1"}
+    assert run("bash", script, *words, path=tools, **variables).stdout.endswith("run.dir=runs/%a run.seed=%a \n")
+    job = run("bash", script, *words, path=tools, **variables, SLURM_ARRAY_TASK_ID="12")
+    assert job.stdout.endswith("run.dir=runs/12 run.seed=12 \n")
+
+
+def test_both_scripts_ask_slurm_for_the_same() -> None:
+    asked = [
+        [line for line in (ROOT / "launchers" / name).read_text().splitlines() if line.startswith("#SBATCH")]
+        for name in ("run.sh", "slurm.sbatch")
+    ]
+    assert asked[0] == asked[1] and "#SBATCH --signal=B:USR1@300" in asked[0]
+
+
+def test_mpirun_is_missing(clone: Path, tools: Path) -> None:
+    done = run("bash", clone / "launchers" / "mpirun.sh", path=tools)
+    assert done.returncode == 2 and "mpirun is not installed" in done.stderr
+
+
+def test_cluster_tools_that_cannot_be_installed_are_named(tools: Path) -> None:
+    write_script(tools / "ssh", "#!/bin/sh\n")
+    (tools / "id").unlink()
+    write_script(tools / "id", "#!/bin/sh\necho 1000\n")
+    # A PATH of its own: the script looks into /usr/sbin as well.
+    text = (ROOT / "tests" / "support" / "install_cluster_tools.sh").read_text().replace(":/usr/sbin:/sbin", "")
+    write_script(tools.parent / "install.sh", text)
+    done = run("bash", tools.parent / "install.sh", path=tools)
+    assert done.returncode == 0
+    assert done.stdout == (
+        "tests: not installed: slurm-wlm munge pdsh openssh-server iproute2 (not root); what needs them is skipped\n"
+    )
 
 
 def test_slurm_queues_a_stopped_run_again_and_no_other(clone: Path, tools: Path) -> None:
-    """With stand-ins for srun and scontrol; docs/log.md has the real ones."""
+    """With stand-ins for srun and scontrol; tests/integration/test_clusters.py has the real ones."""
     write_script(tools / "scontrol", '#!/bin/sh\necho "scontrol $*"\n')
     write_script(tools / "date", "#!/bin/sh\necho now\n")
     for code, is_queued in ((85, True), (0, False), (1, False)):

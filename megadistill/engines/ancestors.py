@@ -1,0 +1,54 @@
+"""The processes above this one, as /proc shows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """``program`` is the kernel's name of it (at most 15 letters), ``words`` its command line, ``started`` the time
+    that tells it from a later process of its number."""
+
+    pid: int
+    program: str
+    started: str
+    words: tuple[str, ...]
+
+    def is_alive(self) -> bool:
+        fields = _stat(self.pid)[1]
+        return bool(fields) and fields[0] not in "ZX" and fields[19] == self.started
+
+    def path(self, name: str) -> Path:
+        """A file that it names relative to its working directory; to ours, which is inherited, where that is hidden."""
+        try:
+            return Path(os.readlink(f"/proc/{self.pid}/cwd")) / name
+        except OSError:
+            return Path(name)
+
+
+def ancestors() -> Iterator[Ancestor]:
+    """From the parent upwards, without the first process; nothing where there is no /proc."""
+    pid = os.getppid()
+    while pid > 1:
+        program, fields = _stat(pid)
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        except OSError:
+            return
+        if not fields:
+            return
+        yield Ancestor(pid, program, fields[19], tuple(words[:-1]))
+        pid = int(fields[1])
+
+
+def _stat(pid: int) -> tuple[str, list[str]]:
+    """Name and the fields after it; ("", []) for a process that is not there."""
+    try:
+        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+    except OSError:
+        return "", []
+    return before.partition("(")[2], after.split()

@@ -1,0 +1,94 @@
+"""Where ranks meet: on the address that MASTER_ADDR names and no other.
+
+torch's store listens on all addresses of rank 0's machine, and gloo on the one of the host's name: whoever reaches them
+could take part in a run. Here a run on one machine is on the loopback address, whatever the machine is connected to.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from datetime import timedelta
+
+import psutil
+import torch
+
+from megadistill.errors import TopologyError
+
+
+def meeting_store(timeout: timedelta) -> torch.distributed.Store | None:
+    """The store of the world in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, once all ranks are there.
+
+    None under torchrun, whose agent has a store already. Raises TopologyError on rank 0 when it cannot listen.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port, world_size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
+    if os.environ["RANK"] != "0":
+        return torch.distributed.TCPStore(host, port, world_size, False, timeout)
+    # The store closes what it listens on.
+    listener = listen(host, port).detach()
+    return torch.distributed.TCPStore(host, port, world_size, True, timeout, master_listen_fd=listener)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the address of ``host``; on all addresses only where that is none of this machine's, or
+    is the loopback address to this machine alone (Debian gives its own name 127.0.1.1).
+
+    Raises TopologyError when the name or the port is no good.
+    """
+    try:
+        found = [
+            (family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ]
+        for family, address in found:
+            if is_loopback(str(address[0])) and not is_loopback(host):
+                continue
+            try:
+                return socket.create_server(address[:2], family=family)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+        has_ipv4 = any(family == socket.AF_INET for family, _ in found)
+        return socket.create_server(("", port), family=socket.AF_INET if has_ipv4 else socket.AF_INET6)
+    except OSError as error:
+        raise TopologyError(f"rank 0 cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine to everyone: "localhost", 127.0.0.1, ::1."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def name_interfaces(host: str) -> dict[str, str]:
+    """The variables that keep gloo's and NCCL's sockets on the way to ``host``, for those that are not set.
+
+    NCCL chooses better by itself, but on a machine alone it should stay on the loopback interface.
+    """
+    found = {}
+    interface = interface_towards("127.0.0.1" if is_loopback(host) else host)
+    if interface is not None:
+        names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if is_loopback(host) else [])]
+        found = {name: interface for name in names if name not in os.environ}
+    return found
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface whose address this machine uses towards ``host``; None where it has no such. Sends
+    nothing: connecting a datagram socket only looks the way up."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            return name
+    return None

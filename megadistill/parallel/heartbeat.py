@@ -25,6 +25,7 @@ from megadistill.parallel.context import ParallelContext
 
 LOST = 87  # exit code of a rank whose collective failed because another rank is gone or gives no sign
 _EVERY_S, _LISTEN_S, _STORE_S = 1.0, 4.0, 10.0
+_NO_SIGN = {"count": 0, "step": 0, "place": "not begun", "host": "an unknown host"}
 _PACKAGE = f"{os.sep}megadistill{os.sep}"
 
 
@@ -54,7 +55,7 @@ class Heartbeat:
             after = self._signs()
         except Exception:  # the store is gone, and with it the rank that kept it
             return "rank 0, where the ranks meet, gives no sign: it is dead or stopped"
-        silent = [r for r in range(self._world_size) if before[r]["count"] == after[r]["count"] and r != self._rank]
+        silent = [r for r in range(self._world_size) if r != self._rank and before[r]["count"] == after[r]["count"]]
         if silent:
             names = ", ".join(_shown(rank, after[rank]) for rank in silent)
             return f"{names}: no sign of life, dead or stopped"
@@ -77,7 +78,8 @@ class Heartbeat:
 
     def _signs(self) -> list[dict[str, Any]]:
         keys = [f"megadistill/sign/{rank}" for rank in range(self._world_size)]
-        return [json.loads(value) for value in self._asking.multi_get(keys)]
+        # Asking for a sign that was never given would wait for it.
+        return [json.loads(self._asking.get(key)) if self._asking.check([key]) else _NO_SIGN for key in keys]
 
     def _place(self) -> str:
         frame = sys._current_frames().get(self._main or 0)

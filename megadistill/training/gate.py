@@ -21,9 +21,9 @@ class GateTrainer:
         self.gate, self.context = gate.to(context.device), context
         self.optimizer = torch.optim.AdamW(self.gate.parameters(), lr=lr, weight_decay=0.0)
 
-    def step(self, loss_scale: float, skip: bool = False) -> bool:
-        """One update (one all-reduce over dp), unless ``skip`` or its gradient is not finite; returns whether there was
-        one. ``loss_scale``: the factor on the loss that was back-propagated."""
+    def reduce(self, loss_scale: float) -> bool:
+        """Sums the gradient (one all-reduce over dp) and says whether all of it is finite, the same on every rank.
+        ``loss_scale``: the factor on the loss that was back-propagated."""
         for parameter in self.gate.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -33,11 +33,13 @@ class GateTrainer:
         for parameter in self.gate.parameters():
             parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
-        is_updated = not skip and bool(flat.isfinite().all())
-        if is_updated:
+        return bool(flat.isfinite().all())
+
+    def step(self, skip: bool = False) -> None:
+        """One update with the reduced gradient, unless ``skip``."""
+        if not skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return is_updated
 
     def state_dict(self) -> dict[str, Any]:
         return {"gate": self.gate.state_dict(), "optimizer": self.optimizer.state_dict()}

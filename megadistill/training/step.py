@@ -76,9 +76,12 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
     # 5. One update of student and gate, unless a number in it is not finite.
     with timers("optimizer"):
         lr = learning_rate(config.optim, step, config.train.max_steps)
-        is_updated = parts.student.step(lr, skip=not math.isfinite(metrics["loss"]))
+        is_finite = math.isfinite(metrics["loss"])
         if parts.gate is not None:
-            is_updated = parts.gate.step(loss_scale=parts.context.dp_size, skip=not is_updated)
+            is_finite &= parts.gate.reduce(loss_scale=parts.context.dp_size)
+        is_updated = parts.student.step(lr, skip=not is_finite)
+        if parts.gate is not None:
+            parts.gate.step(skip=not is_updated)
 
     metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": parts.policy.phi}
     metrics |= {f"text/{name}": float(source == name) for name in SOURCES}

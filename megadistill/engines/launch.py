@@ -115,7 +115,7 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     backend, timeout = "nccl" if has_cuda else "gloo", timedelta(seconds=timeout_s)
     interfaces = name_interfaces(os.environ["MASTER_ADDR"])
     os.environ |= interfaces
-    store = meeting_store(timeout)
+    store = None if torch.distributed.is_initialized() else meeting_store(timeout)
     if store is not None:
         torch.distributed.init_process_group(
             backend,

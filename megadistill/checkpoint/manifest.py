@@ -21,6 +21,10 @@ _STEP = re.compile(r"step_(\d+)")
 VERSION = 2
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint of a program that writes them otherwise."""
+
+
 def digest(path: Path, *, sync: bool = False) -> dict[str, Any]:
     """Size in bytes and BLAKE2b checksum of one file; ``sync``: of one that is on the disk when this returns."""
     checksum = hashlib.blake2b(digest_size=16)
@@ -50,17 +54,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         if manifest["version"] != VERSION:
-            raise CheckpointError(
+            raise OtherVersionError(
                 f"{path}: version {manifest['version']} is not supported (this program reads {VERSION})"
             )
         for entry in manifest["files"].values():
             int(entry["bytes"]), str(entry["blake2b"])
-        int(manifest["step"]), dict(manifest["layout"])
+        for key in ("tp_size", "dp_size", "zero_stage", "model", "gate"):
+            manifest["layout"][key]
+        named = _STEP.fullmatch(folder.name)
+        if named and int(named[1]) != int(manifest["step"]):
+            raise CheckpointError(f"{path} is damaged: it is of step {manifest['step']}")
         return manifest
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from None
 
 
 def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> None:
@@ -117,19 +125,22 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises CheckpointError where ``target`` is there already and is not an empty folder.
     """
+    target = target.resolve()  # the folder that a link or "." means
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty folder; choose another one")
-    beside = target.with_name(target.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = target.with_name(f"{target.name}.{os.getpid()}.partial")  # nobody else's, whatever there is already
     beside.mkdir(parents=True)
     try:
         yield beside
+        if target.exists():
+            for item in beside.iterdir():
+                item.replace(target / item.name)
+            beside.rmdir()
+        else:
+            beside.replace(target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    if target.exists():
-        target.rmdir()
-    beside.replace(target)
 
 
 def write_atomically(path: Path, text: str) -> None:

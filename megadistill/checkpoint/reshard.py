@@ -126,7 +126,8 @@ def _write_shards(
     reader: Any, folder: Path, cuts: Mapping[str, Cut], tp_size: int, dp_size: int, info: Mapping[str, Any]
 ) -> None:
     folder.mkdir(parents=True)
-    write_layout(folder, cuts, **{key: value for key, value in info.items() if key != "version"})
+    grid = {"tp_size": tp_size, "dp_size": dp_size}
+    write_layout(folder, cuts, **{key: value for key, value in info.items() if key != "version"} | grid)
     files = rewrite(reader, folder, cuts, tp_size, dp_size)
     for _ in progress_bar(files, description="cut", total=tp_size * dp_size, unit="file"):
         pass

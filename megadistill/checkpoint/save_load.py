@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from megadistill.checkpoint.manifest import LATEST, STUDENT_FOLDER, check_files, read_manifest, write_atomically
+from megadistill.checkpoint.manifest import (
+    LATEST,
+    STUDENT_FOLDER,
+    OtherVersionError,
+    check_files,
+    read_manifest,
+    write_atomically,
+)
 from megadistill.checkpoint.writer import TRAINER, layout_of
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError
@@ -29,6 +36,8 @@ def load_checkpoint(
     student: Student,
     trainer_state: dict[str, Any],
     context: ParallelContext,
+    *,
+    max_steps: int,
 ) -> tuple[int, dict[str, Any]]:
     """Restores the student from the first whole one of ``candidates``; returns (number of updates done, trainer state).
 
@@ -47,6 +56,8 @@ def load_checkpoint(
         get_logger(context.rank).warning(f"{damage}; the checkpoint before it is used, this one is kept as .damaged")
         context.on_main(lambda folder=folder: _put_aside(folder))
     _check_fit(folder, manifest["layout"], layout_of(student, trainer_state, context))
+    if manifest["step"] > max_steps:
+        raise CheckpointError(f"{folder} is at step {manifest['step']}, past train.max_steps={max_steps}")
     student.fill(ShardReader(folder / STUDENT_FOLDER), MASTER)
     try:
         saved_state = torch.load(folder / TRAINER, map_location=context.device, weights_only=True)
@@ -63,16 +74,22 @@ def _examine(folder: Path, context: ParallelContext) -> tuple[dict[str, Any], st
     """The manifest, and what is wrong with the files (the same on all ranks, which share the work)."""
     manifest: dict[str, Any] = {}
     damage: str | None = None
+    foreign: CheckpointError | None = None
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest, sorted(manifest["files"])[context.rank :: context.world_size])
+    except OtherVersionError as error:  # nothing is wrong with it, for the program that wrote it
+        foreign = error
     except CheckpointError as error:
         damage = str(error)
+    context.raise_together(foreign)
     found = [error for error in context.gather_objects(damage) if error is not None]
     return manifest, found[0] if found else None
 
 
 def _put_aside(folder: Path) -> None:
+    if not folder.exists():
+        return
     number = 0
     while (aside := folder.with_name(f"{folder.name}.damaged{number or ''}")).exists():
         number += 1

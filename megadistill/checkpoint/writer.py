@@ -38,6 +38,7 @@ from megadistill.checkpoint.manifest import (
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
+from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
 
 TRAINER = "trainer.pt"
@@ -215,6 +216,9 @@ def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> Non
     found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir() if (path / MANIFEST).is_file())
     steps = sorted((int(match[1]), path) for match, path in found if match and int(match[1]) <= step)
     for number, old in steps[:-keep_last]:
-        if not keep_every or number % keep_every:
-            (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
-            shutil.rmtree(old)
+        if (not keep_every or number % keep_every) and not old.is_symlink():  # a link is the user's
+            try:
+                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+                shutil.rmtree(old)
+            except OSError as error:
+                get_logger().warning(f"{old} is not needed any more and cannot be removed: {error.strerror or error}")

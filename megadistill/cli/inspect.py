@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megadistill.cli.parsing import Parser
-from megadistill.errors import CheckpointError
+from megadistill.errors import CheckpointError, ConfigError
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,6 +26,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from megadistill.models.loading import SHARDS
 
+    is_model = (path / SHARDS).is_dir() or (path / "config.json").is_file()
+    if parsed.check and is_model:
+        raise ConfigError(f"{path} is no checkpoint: there are no checksums that --check could compare")
     if (path / SHARDS).is_dir():
         _print(_sharded(path / SHARDS, parsed.tensors))
     elif (path / "config.json").is_file():
@@ -84,9 +87,9 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     from megadistill.models.shards import HFWeights
 
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = dict(json.loads((folder / "config.json").read_text()))
         weights = HFWeights(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
     types = Counter(weights.dtype(name) for name in weights.names)
     numel = sum(_numel(weights.shape(name)) for name in weights.names)
@@ -99,13 +102,15 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
 
 
 def _check(path: Path) -> None:
-    from megadistill.checkpoint.manifest import check_files, find_checkpoint, read_manifest
+    from megadistill.checkpoint.manifest import check_files, files_below, find_checkpoint, read_manifest
     from megadistill.observability.progress import progress_bar
 
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
     for name in progress_bar(sorted(manifest["files"]), description="check", unit="file"):
         check_files(folder, manifest, [name])
+    if more := sorted(set(files_below(folder)) - set(manifest["files"])):
+        print(f"beside it   {len(more)} files that are not of the checkpoint and are not read: {', '.join(more)}")
     print("whole       every file is as it was written")
 
 

@@ -91,13 +91,20 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
     from megadistill.cli.inference import model_folder
     from megadistill.data.tokenize import vocabulary_size
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows
-    from megadistill.models.loading import check_positions, has_weights, load_model, load_model_config
+    from megadistill.models.loading import (
+        check_positions,
+        has_weights,
+        is_sharded,
+        load_model,
+        load_model_config,
+        whole_model,
+    )
     from megadistill.observability.progress import progress_bar
 
     folders = {name: model_folder(path) for name, path in (("A", parsed.a), ("B", parsed.b))}
     configs = {name: load_model_config(folder, name) for name, folder in folders.items()}
     for name, folder in folders.items():
-        if not has_weights(folder):
+        if not has_weights(folder) and not is_sharded(folder):
             raise ConfigError(f"{name}: {folder} has no weights")
     tokenizer, difference = _tokenizer(parsed.tokenizer, folders)
     if difference is not None:
@@ -120,8 +127,8 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
     if max(map(max, rows)) >= shared:
         raise ConfigError(f"the text has token {max(map(max, rows))}, but the models share {shared} vocabulary rows")
     models: list[Any] = [
-        load_model(folder, dtype=parsed.dtype, vocab_size=shared, seed=0, attention="sdpa", where=name)
-        .model.to(device)
+        whole_model(load_model(folder, dtype=parsed.dtype, vocab_size=shared, seed=0, attention="sdpa", where=name))
+        .to(device)
         .eval()
         for name, folder in folders.items()
     ]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from megadistill.engines.decoder import PlanWriter
 from megadistill.engines.step_model import HFStepModel, step_model
 from megadistill.engines.teacher import frozen_model
-from megadistill.models.loading import load_model
+from megadistill.models.loading import load_model, whole_model
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard
 
@@ -28,7 +28,7 @@ def open_model(
     """A StepModel with ``read`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
     loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
     if context.world_size == 1:
-        model = loaded.model.to(context.device).eval().requires_grad_(False)
+        model = whole_model(loaded).to(context.device).eval().requires_grad_(False)
         shard = VocabShard(0, vocab_size, vocab_size, None)
         yield step_model(model, loaded.family.plan(model), shard, context.device)
         return

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
+_FILES = ("config.json", "*.safetensors", "shards/*", "pytorch_model*.bin", "*.index.json")
 _END_BYTES = 1 << 20
 
 
@@ -17,7 +17,7 @@ def describe_model_files(path: str) -> dict[str, str]:
     if not local.exists():
         return {}
     files = [local] if local.is_file() else sorted({file for pattern in _FILES for file in local.glob(pattern)})
-    return {file.name: _describe_file(file) for file in files}
+    return {str(file.relative_to(local.parent if local.is_file() else local)): _describe_file(file) for file in files}
 
 
 def _describe_file(path: Path) -> str:

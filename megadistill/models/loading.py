@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from megadistill.errors import ConfigError
+from megadistill.models.cuts import Cut
 from megadistill.models.families import Family, family_of
+from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.observability.log import get_logger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -94,6 +96,11 @@ def has_weights(path: str) -> bool:
     return not local.is_file() and (not local.is_dir() or any(True for p in _WEIGHT_FILES for _ in local.glob(p)))
 
 
+def is_sharded(path: str) -> bool:
+    """Whether a model folder is one that `megadistill shard` made: load_model reads it, transformers does not."""
+    return (Path(path) / SHARDS).is_dir()
+
+
 def load_weights(path: str, where: str, **options: Any) -> Any:
     """A causal language model of transformers with its weights; ``options`` are those of its ``from_pretrained``.
 
@@ -129,7 +136,7 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     config.use_cache = False
-    shards = Path(path) / SHARDS if (Path(path) / SHARDS).is_dir() else None
+    shards = Path(path) / SHARDS if is_sharded(path) else None
     if shards is not None:
         model = _empty_model(config, DTYPES[dtype], attention)
     elif has_weights(path):
@@ -152,6 +159,19 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
     return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", shards)
+
+
+def whole_model(loaded: LoadedModel) -> nn.Module:
+    """The model for one plain process, which does not cut it: a sharded one takes its weights here.
+
+    Raises CheckpointError where its files do not have them.
+    """
+    if loaded.shards is not None:
+        shards = ShardReader(loaded.shards)
+        for name, parameter in loaded.model.named_parameters():
+            run = shards.read(WEIGHT, name, Cut(loaded.shapes[name]), 0, 0, parameter.numel())
+            parameter.data.copy_(run.view_as(parameter))
+    return loaded.model
 
 
 def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:

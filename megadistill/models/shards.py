@@ -9,6 +9,7 @@ finds exactly its runs; any other takes what overlaps, or joins and cuts anew. N
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -30,8 +31,9 @@ def shard_file(tp_rank: int, dp_rank: int) -> str:
     return f"tp{tp_rank:02d}_dp{dp_rank:02d}.safetensors"
 
 
-def write_layout(folder: Path, cuts: Mapping[str, Cut], **more: Any) -> None:
+def write_layout(folder: Path, cuts: Mapping[str, Cut], *, tp_size: int, dp_size: int, **more: Any) -> None:
     """Writes layout.json; ``more`` are further entries."""
+    more |= {"tp_size": tp_size, "dp_size": dp_size}
     parameters = {name: asdict(cut) for name, cut in cuts.items()}
     text = json.dumps({"version": VERSION, **more, "parameters": parameters}, indent=1)
     (folder / LAYOUT).write_text(text + "\n")
@@ -63,16 +65,19 @@ class ShardReader:
                 )
             self.cuts = {name: _cut(entry) for name, entry in self.info.pop("parameters").items()}
             self._runs: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
-            for path in sorted(folder.glob("tp*_dp*.safetensors")):
-                tp_rank = int(path.name[2:].partition("_")[0])
+            # Those of the layout and no others, whatever lies beside them.
+            for tp_rank, dp_rank in itertools.product(range(self.info["tp_size"]), range(self.info["dp_size"])):
+                path = folder / shard_file(tp_rank, dp_rank)
+                if not path.is_file():
+                    continue
                 file = safe_open(path, framework="pt")
                 for key, start in json.loads(file.metadata()["starts"]).items():
                     numel = file.get_slice(key).get_shape()[0]
                     self._runs.setdefault((tp_rank, key), []).append((start, start + numel, file))
         except FileNotFoundError:
             raise CheckpointError(f"{folder} holds no sharded model: it has no {LAYOUT}") from None
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} is damaged: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} is damaged: {error!r}") from None
         for runs in self._runs.values():
             runs.sort(key=lambda run: run[:2])
 
@@ -127,9 +132,12 @@ class HFWeights:
     """The tensors of a Hugging Face folder by name, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        try:
+            files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder} holds a damaged safetensors file: {error}") from None
         self._file = {name: file for file in files for name in file.keys()}  # noqa: SIM118  not a mapping
         if not self._file:
             raise CheckpointError(f"{folder} has no safetensors files")
@@ -153,7 +161,12 @@ class HFWeights:
 
 
 def _cut(entry: Mapping[str, Any]) -> Cut:
-    return Cut(tuple(entry["shape"]), entry["dim"], int(entry["blocks"]), tuple(entry["sizes"]))
+    cut = Cut(tuple(map(int, entry["shape"])), entry["dim"], int(entry["blocks"]), tuple(map(int, entry["sizes"])))
+    if any(size < 0 for size in (*cut.shape, *cut.sizes)) or cut.blocks < 1:
+        raise ValueError(f"no shape: {dict(entry)}")
+    if cut.dim is not None and not (0 <= cut.dim < len(cut.shape) and sum(cut.sizes) == cut.shape[cut.dim]):
+        raise ValueError(f"no cut: {dict(entry)}")
+    return cut
 
 
 def rewrite(reader: ShardReader, folder: Path, cuts: Mapping[str, Cut], tp_size: int, dp_size: int) -> Iterator[str]:

@@ -124,7 +124,8 @@ class ParallelContext:
             dist.barrier()
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's (picklable) result of ``action`` on every rank; its MegadistillError is raised on every rank.
+        """Rank 0's (picklable) result of ``action`` on every rank; its MegadistillError, or that a file cannot be read
+        or written, is raised on every rank.
 
         Collective over the world: two gathers.
         """
@@ -134,6 +135,10 @@ class ParallelContext:
                 result = action()
             except MegadistillError as found:
                 error = found
+            except OSError as found:
+                if found.filename is None:
+                    raise
+                error = MegadistillError(f"{found.filename}: {found.strerror}")
         self.raise_together(error)
         return self.gather_objects(result)[0]
 

@@ -14,7 +14,6 @@ from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
-from megadistill.errors import CheckpointError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
@@ -29,7 +28,7 @@ from megadistill.parallel.heartbeat import Heartbeat
 from megadistill.training.nonfinite import NonFinite
 from megadistill.training.parts import Parts
 from megadistill.training.record import Record, written
-from megadistill.training.resume import RESOLVED, Start
+from megadistill.training.resume import RESOLVED, Start, plan_start
 from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
 from megadistill.training.stopping import StopRequest
@@ -49,9 +48,12 @@ def train(
     Raises ConfigError, on every rank, when another run writes the same folder.
     """
     with ExitStack() as held:
-        parts.context.on_main(
-            lambda: held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
-        )
+
+        def lock() -> Start:
+            held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
+            return plan_start(parts.config)  # again: the one that held it may have saved since
+
+        start = parts.context.on_main(lock)
         return _train(parts, data, start, request or StopRequest(), heartbeat)
 
 
@@ -164,12 +166,10 @@ def _restore(parts: Parts, start: Start) -> int:
     first_step = 0
     if start.checkpoints:
         own = start.run_dir / "checkpoints"
-        first_step, state = load_checkpoint(start.checkpoints, own, parts.student, _trainer_state(parts), context)
+        first_step, state = load_checkpoint(
+            start.checkpoints, own, parts.student, _trainer_state(parts), context, max_steps=config.train.max_steps
+        )
         _load_trainer_state(parts, state)
-        if first_step > config.train.max_steps:
-            raise CheckpointError(
-                f"{start.checkpoints[0]} is at step {first_step}, past train.max_steps={config.train.max_steps}"
-            )
 
     def make() -> None:
         start.run_dir.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from megadistill.errors import DivergenceError
 from megadistill.observability.log import get_logger
 from megadistill.observability.metrics import JsonLines
 from megadistill.training.parts import Parts
+from megadistill.training.record import written
 from megadistill.training.step import StepResult
 
 FOLDER = "nonfinite"
@@ -30,12 +31,7 @@ class NonFinite:
         self._in_a_row += 1
         file = self._run_dir / FOLDER / f"step_{step}.jsonl"
         rows = [row for part in context.gather_objects_over_dp(self._shown(result)) for row in part]
-        if context.is_main:
-            dump = JsonLines(file)
-            dump.append({"step": step, **{name: str(result.metrics[name]) for name in _TERMS}})
-            for row in rows:
-                dump.append({"step": step, **row})
-            dump.close()
+        context.on_main(lambda: written(lambda: self._dump(file, step, result, rows), file))
         terms = ", ".join(f"{name} {result.metrics[name]}" for name in _TERMS)
         what = f"step {step} is not finite ({terms}); nothing was updated, its batch is in {file}"
         if train.on_nonfinite == "stop":
@@ -43,6 +39,13 @@ class NonFinite:
         if self._in_a_row >= train.max_nonfinite:
             raise DivergenceError(f"{what}; so were the {self._in_a_row - 1} before it (train.max_nonfinite)")
         get_logger(context.rank).warning(f"{what}; skipped")
+
+    def _dump(self, file: Path, step: int, result: StepResult, rows: list[dict[str, object]]) -> None:
+        dump = JsonLines(file)
+        dump.append({"step": step, **{name: str(result.metrics[name]) for name in _TERMS}})
+        for row in rows:
+            dump.append({"step": step, **row})
+        dump.close()
 
     def _shown(self, result: StepResult) -> list[dict[str, object]]:
         decode = self._parts.tokenizer.decode

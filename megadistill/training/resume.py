@@ -39,6 +39,9 @@ _MAY_CHANGE = (
 )
 
 
+_PHI_FOLLOWS = ("train.eval_every", "train.eval_rows", "data.valid_path")
+
+
 @dataclass(frozen=True)
 class Start:
     """``checkpoints`` to resume from, the best first: one behind the other is for when that is damaged. None of them
@@ -69,11 +72,21 @@ def plan_start(config: RunConfig) -> Start:
     if is_used:
         _check_same_run(config, run_dir)
     if resume != "auto":
-        # A job that is started again with the same words goes on from its own checkpoints.
-        if own and not Path(resume).resolve().is_relative_to(run_dir.resolve()):
+        # A job that is started again with the same words goes on from its own checkpoints; going back to one of these
+        # happens once.
+        is_elsewhere = not Path(resume).resolve().is_relative_to(run_dir.resolve())
+        if own and (is_elsewhere or _said_before(resume, run_dir)):
             return Start(run_dir, own)
         return Start(run_dir, (find_checkpoint(Path(resume)),))
     return Start(run_dir, own)
+
+
+def _said_before(resume: str, run_dir: Path) -> bool:
+    """Whether the run was started with this train.resume the last time."""
+    try:
+        return load_config(run_dir / RESOLVED).train.resume == resume
+    except ConfigError:
+        return False
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:
@@ -84,7 +97,9 @@ def _check_same_run(config: RunConfig, run_dir: Path) -> None:
     except ConfigError as error:
         raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
     old, new = _flat(before.model_dump()), _flat(config.model_dump())
-    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(_MAY_CHANGE)]
+    # phi follows the validation loss.
+    kept = _PHI_FOLLOWS if config.generation.mode == "off_policy" else ()
+    changed = [key for key in new if old.get(key) != new[key] and (key in kept or not key.startswith(_MAY_CHANGE))]
     if changed:
         key = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -48,7 +48,6 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
     source, writing = parts.policy.source(step), None
     if source == "generate":
         training_rows, writing = write_and_revise(rows, parts, timers)
-        remember(step, rows, writing, parts)
     elif source == "replay":
         training_rows = replayed(step, parts)
     else:
@@ -82,6 +81,8 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
         is_updated = parts.student.step(lr, skip=not is_finite)
         if parts.gate is not None:
             parts.gate.step(skip=not is_updated)
+    if writing is not None and is_updated:
+        remember(step, rows, writing, parts)
 
     metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": parts.policy.phi}
     metrics |= {f"text/{name}": float(source == name) for name in SOURCES}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from megadistill.checkpoint.hf_export import export_checkpoint
+from megadistill.checkpoint.manifest import digest
 from megadistill.checkpoint.reshard import family_cuts, reshard_checkpoint, shard_model
+from megadistill.cli.main import main
 from megadistill.errors import CheckpointError, ConfigError, TopologyError
 from megadistill.models.families import FAMILIES
-from megadistill.models.shards import MASTER, HFWeights, ShardReader, shard_file
+from megadistill.models.identity import describe_model_files
+from megadistill.models.shards import MASTER, HFWeights, ShardReader, shard_file, write_shard
 from tests.support.runs import FAMILY_CONFIGS, ROOT, join_deepspeed, losses, run_layout, settings, weights
 from tests.support.spawn import run_ranks
 
@@ -147,6 +152,87 @@ def test_a_sharded_model_trains_like_the_model(assets: Path, tmp_path: Path, fam
         assert losses(tmp_path / name) == losses(tmp_path / f"{name}cut")
         ours, theirs = weights(tmp_path / f"{name}cut", 4), weights(tmp_path / name, 4)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_sharded_model_reads_and_writes_in_one_process(assets: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    """verify: the same texts and likelihoods, by the plain forward pass and by generate."""
+    shard_model(
+        str(runs["gpt2"] / "checkpoints" / "step_4" / "hf"), tmp_path / "cut", tp_size=2, dp_size=1, dtype="fp32"
+    )
+    assert main(["verify", str(runs["gpt2"]), str(tmp_path / "cut"), "--rows", "4", "--greedy-tokens", "4"]) == 0
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join((assets / "data" / "valid.jsonl").read_text().splitlines(keepends=True)[:3]))
+    for name, model in (("whole", runs["gpt2"]), ("cut", tmp_path / "cut")):
+        words = ["--model", str(model), "--input", str(prompts), "--output", str(tmp_path / f"{name}.jsonl")]
+        words += ["--max-new-tokens", "6", "--max-prompt-tokens", "64", "--template", "plain", "--temperature", "0"]
+        assert main(["generate", *words]) == 0
+    assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "cut.jsonl").read_text()
+    assert "shards/tp00_dp00.safetensors" in describe_model_files(str(tmp_path / "cut"))
+
+
+def test_converters_touch_nothing_of_the_users(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("x")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    export_checkpoint(runs["gpt2"], tmp_path / "out")
+    export_checkpoint(runs["gpt2"], tmp_path / "link")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "x"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "here").mkdir()
+        patch.chdir(tmp_path / "here")
+        export_checkpoint(runs["gpt2"], ".")
+        assert Path("config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial", "real", "link", "here"}
+
+
+def test_garbage_is_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that somebody wrote, with a manifest to them."""
+    good = runs["gpt2"] / "checkpoints" / "step_4"
+
+    def spoil(file: str, change: Callable[[Any], Any]) -> Path:
+        folder = tmp_path / f"bad{len(list(tmp_path.iterdir()))}" / "step_4"
+        shutil.copytree(good, folder)
+        (folder / file).write_text(json.dumps(change(json.loads((folder / file).read_text()))))
+        if file != "manifest.json":
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest["files"][file] = digest(folder / file)
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    def parameter(**change: Any) -> Callable[[Any], Any]:
+        return lambda tree: tree | {"parameters": tree["parameters"] | {"lm_head.weight": {**cut, **change}}}
+
+    cut = json.loads((good / "student" / "layout.json").read_text())["parameters"]["transformer.wte.weight"]
+    bad = [
+        spoil("manifest.json", lambda tree: tree | {"files": []}),
+        spoil("manifest.json", lambda tree: tree | {"layout": {}}),
+        spoil("manifest.json", lambda tree: tree | {"step": 5}),
+        spoil("manifest.json", lambda tree: [1]),
+        spoil("student/layout.json", lambda tree: tree | {"parameters": [1]}),
+        spoil("student/layout.json", parameter(dim=7)),
+        spoil("student/layout.json", parameter(shape=[-5], dim=None, sizes=[])),
+        spoil("hf/config.json", lambda tree: [1]),
+    ]
+    for folder in bad:
+        assert main(["inspect", str(folder)]) == 2
+        if folder != bad[-1]:
+            assert main(["export", str(folder), str(tmp_path / "out")]) == 2
+            assert main(["reshard", str(folder), str(tmp_path / "out"), "--tp-size", "1", "--dp-size", "1"]) == 2
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_text("garbage")
+    assert main(["inspect", str(tmp_path / "model")]) == 2
+    assert not (tmp_path / "out").exists() and "Traceback" not in capsys.readouterr().err
+
+
+def test_files_that_are_not_of_a_checkpoint_are_not_read(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "step_4"
+    shutil.copytree(runs["gpt2"] / "checkpoints" / "step_4", folder)
+    write_shard(folder / "student", shard_file(0, 99), {"master/transformer.ln_f.weight": (0, torch.full((4,), 100.0))})
+    before = ShardReader(runs["gpt2"] / "checkpoints" / "step_4" / "student").whole(MASTER, "transformer.ln_f.weight")
+    assert torch.equal(ShardReader(folder / "student").whole(MASTER, "transformer.ln_f.weight"), before)
 
 
 def test_what_cannot_be_cut_is_refused(assets: Path, runs: dict[str, Path], tmp_path: Path) -> None:

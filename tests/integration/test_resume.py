@@ -13,8 +13,8 @@ import torch
 from megadistill.checkpoint.hf_export import check_export, export_checkpoint
 from megadistill.checkpoint.manifest import digest
 from megadistill.errors import CheckpointError
-from tests.support.runs import run_layout, samples, settings, weights
-from tests.support.spawn import RankError
+from tests.support.runs import ROOT, run_layout, samples, settings, train_all, weights
+from tests.support.spawn import RankError, run_ranks
 
 TIMES = ("time/", "memory/")
 
@@ -131,6 +131,77 @@ def _died_after_ten(undisturbed: Path, died: Path) -> Path:
     lines = (died / "metrics.jsonl").read_text().splitlines(keepends=True)
     (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
     return died
+
+
+def _checkpoints(run_dir: Path) -> set[str]:
+    return {path.name for path in (run_dir / "checkpoints").glob("step_*")}
+
+
+def test_what_is_no_damage_is_left_alone(assets: Path, small: Path, tmp_path: Path) -> None:
+    """A checkpoint of another program is refused and keeps its name; one that is gone gives way to the one before."""
+    newer, gone = tmp_path / "newer", tmp_path / "gone"
+    for copy in (newer, gone):
+        shutil.copytree(small, copy)
+    for file in newer.glob("checkpoints/step_*/manifest.json"):
+        file.write_text(file.read_text().replace('"version": 2', '"version": 9'))
+    with pytest.raises(RankError, match="version 9 is not supported"):
+        run_layout(1, [(str(newer), _small_settings(assets))])
+    assert _checkpoints(newer) == {"step_2", "step_4"}
+    shutil.rmtree(gone / "checkpoints" / "step_4")
+    run_layout(1, [(str(gone), _small_settings(assets))])
+    assert _numbers(gone) == _numbers(small)
+
+
+def test_going_back_by_the_same_words_happens_once(assets: Path, small: Path, tmp_path: Path) -> None:
+    """A job that is queued again with train.resume=its own step_2 goes on from what it saved since."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(small, run_dir)
+    words = f"train.resume={run_dir / 'checkpoints' / 'step_2'}"
+    with pytest.raises(RankError, match="step_2 is at step 2, past train.max_steps=1"):
+        run_layout(1, [(str(run_dir), [*_small_settings(assets), words, "train.max_steps=1"])])
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_4\n"
+    run_layout(1, [(str(run_dir), [*_small_settings(assets), words, "train.max_steps=3"])])
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_3\n"
+    marked = run_dir / "checkpoints" / "step_3" / "manifest.json"
+    before = marked.stat().st_mtime_ns
+    run_layout(1, [(str(run_dir), [*_small_settings(assets), words])])
+    assert marked.stat().st_mtime_ns == before
+    assert [line["step"] for line in _numbers(run_dir)] == [1, 2, 3, 4]
+
+
+def test_the_start_is_planned_by_who_holds_the_folder(assets: Path, small: Path, tmp_path: Path) -> None:
+    """What another job saved while this one loaded its models is not thrown away."""
+    from megadistill.training import loop
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(small, run_dir)
+    seen = []
+
+    def stale(rank: int) -> None:
+        planned = loop.plan_start
+
+        def plan(config: object) -> object:
+            seen.append(planned(config))  # type: ignore[arg-type]
+            return seen[-1]
+
+        loop.plan_start = plan  # type: ignore[assignment]
+        train_all(
+            rank, [(str(run_dir), [*_small_settings(assets), "train.max_steps=5"])], ROOT / "configs" / "base.yaml"
+        )
+        assert [start.checkpoints[0].name for start in seen] == ["step_4"]
+
+    run_ranks(stale, 1)
+
+
+def test_links_and_what_cannot_be_removed_do_not_fail_a_run(assets: Path, small: Path, tmp_path: Path) -> None:
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(small, run_dir)
+    (run_dir / "checkpoints" / "step_2").rename(elsewhere)
+    (run_dir / "checkpoints" / "step_2").symlink_to(elsewhere)
+    more = ("train.max_steps=6", "checkpoint.keep_last=1")
+    run_layout(1, [(str(run_dir), [*_small_settings(assets), *more])])
+    assert (elsewhere / "manifest.json").is_file()
+    assert _checkpoints(run_dir) == {"step_2", "step_6"}
 
 
 class _Program:

@@ -91,7 +91,7 @@ def run_layout(
     """
     import deepspeed  # noqa: F401  imported once, before the forks
 
-    run_ranks(_train_all, world_size, runs, config, more_ends, timeout_s=timeout_s)
+    run_ranks(train_all, world_size, runs, config, more_ends, timeout_s=timeout_s)
 
 
 def join_deepspeed(rank: int) -> None:
@@ -107,7 +107,8 @@ def join_deepspeed(rank: int) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
-def _train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path, more_ends: bool = False) -> None:
+def train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path, more_ends: bool = False) -> None:
+    """What each rank of ``run_layout`` does."""
     from deepspeed.utils import groups
 
     join_deepspeed(rank)

@@ -46,13 +46,13 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     cuts = {"a": Cut.even((7, 2), 0, 1, 2), "b": Cut.even((6, 5), 0, 3, 2), "norm": Cut((3,))}
     first = tmp_path / "whole"
     first.mkdir()
-    write_layout(first, {name: Cut(cut.shape) for name, cut in cuts.items()}, note="kept")
+    write_layout(first, {name: Cut(cut.shape) for name, cut in cuts.items()}, tp_size=1, dp_size=1, note="kept")
     write_shard(
         first, shard_file(0, 0), {f"master/{name}": (0, tensor.reshape(-1)) for name, tensor in tensors.items()}
     )
     folder = tmp_path / "cut"
     folder.mkdir()
-    write_layout(folder, cuts, note="kept")
+    write_layout(folder, cuts, tp_size=2, dp_size=3, note="kept")
     assert list(rewrite(ShardReader(first), folder, cuts, 2, 3)) == [
         shard_file(t, d) for t in (0, 1) for d in (0, 1, 2)
     ]

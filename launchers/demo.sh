@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Sets up <clone>/.venv where that is still to be done and runs the whole job on a small corpus: README.md, "The demo".
-#   bash launchers/demo.sh [--help]
+#   bash launchers/demo.sh [--help]          DRY_RUN=1 prints the command
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-bash "$root/launchers/setup.sh"
+if [ -z "${DRY_RUN:-}" ]; then bash "$root/launchers/setup.sh"; fi
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
-exec python -m megadistill demo "$@"
+set -- python -m megadistill demo "$@"
+if [ -z "${DRY_RUN:-}" ]; then exec "$@"; fi
+printf '%q ' "$@"
+echo

@@ -24,8 +24,8 @@ from megadistill.data.tokenize import tokenizes_otherwise
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import CheckpointError
 from megadistill.models.families import FAMILIES
-from megadistill.models.loading import DTYPES, LoadedModel
-from megadistill.models.shards import MASTER, HFWeights, ShardReader
+from megadistill.models.loading import DTYPES, LoadedModel, is_sharded
+from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tensors
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
 
@@ -58,8 +58,6 @@ def write_safetensors(
 ) -> None:
     """Writes ``model.safetensors``, or numbered files with an index when it would pass ``max_shard_bytes`` (4 GiB)."""
     limit = max_shard_bytes or _MAX_SHARD_BYTES
-    from safetensors.torch import save_file
-
     files: list[Path] = []
     weight_map: dict[str, int] = {}
     current: dict[str, torch.Tensor] = {}
@@ -67,7 +65,7 @@ def write_safetensors(
 
     def flush() -> None:
         files.append(folder / f"shard-{len(files)}.partial")
-        save_file(current, files[-1], metadata={"format": "pt"})
+        save_tensors(current, files[-1])
         current.clear()
 
     for name, tensor in tensors:
@@ -118,6 +116,10 @@ def export_checkpoint(
     CheckpointError for a broken checkpoint or a folder that is not empty; nothing is left behind then. Needs no
     processes and no GPU, and holds one file's worth of weights.
     """
+    if is_sharded(str(checkpoint)):
+        raise CheckpointError(
+            f"{checkpoint} is a model cut into shards and no checkpoint; take the model it was made from"
+        )
     source, target = find_checkpoint(Path(checkpoint)), Path(folder)
     manifest = read_manifest(source)
     names = [name for name in manifest["files"] if name.startswith((f"{HF_FOLDER}/", f"{STUDENT_FOLDER}/"))]

@@ -6,6 +6,7 @@ from the family's row (models/families.py); where that should ever differ, readi
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from megadistill.checkpoint.manifest import (
     write_manifest,
 )
 from megadistill.data.tokenize import load_tokenizer, vocabulary_size
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, TopologyError
 from megadistill.models.cuts import Cut
 from megadistill.models.families import Family, family_of, head_counts
 from megadistill.models.loading import (
@@ -35,9 +36,9 @@ from megadistill.models.loading import (
     load_model,
     load_model_config,
 )
-from megadistill.models.shards import WEIGHT, ShardReader, rewrite, write_layout
+from megadistill.models.shards import WEIGHT, ShardReader, rewrite, save_tensors, write_layout
 from megadistill.observability.progress import progress_bar
-from megadistill.parallel.topology import resolve_tp_size
+from megadistill.parallel.topology import divisors
 
 
 def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: int, dp_size: int) -> Path:
@@ -51,7 +52,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
     for name in progress_bar(sorted(manifest["files"]), description="check", unit="file"):
         check_files(source, manifest, [name])
     config = load_model_config(str(source / HF_FOLDER), str(source))
-    resolve_tp_size(tp_size, tp_size, head_counts(config, str(source)))
+    _check_tp_size(tp_size, config, str(source))
     reader = ShardReader(source / STUDENT_FOLDER)
     cuts = family_cuts(
         {name: cut.shape for name, cut in reader.cuts.items()},
@@ -81,7 +82,7 @@ def shard_model(
     ConfigError, TopologyError; nothing is left behind then.
     """
     config = load_model_config(path, "MODEL")
-    resolve_tp_size(tp_size, tp_size, head_counts(config, "MODEL"))
+    _check_tp_size(tp_size, config, f"MODEL {path}")
     if not has_weights(path):
         raise ConfigError(f"MODEL: {path} has no weights")
     words = load_tokenizer(tokenizer or path)
@@ -89,12 +90,10 @@ def shard_model(
     weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
     cuts = family_cuts(loaded.shapes, loaded.family, tp_size, is_tied=bool(config.tie_word_embeddings))
     with new_folder(Path(folder)) as beside:
-        from safetensors.torch import save_file
-
         info = {"tp_size": tp_size, "dp_size": dp_size, "model": loaded.fingerprint}
         _write_shards(_Weights(weights), beside / SHARDS, cuts, tp_size, dp_size, info)
         removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
-        save_file(removed, beside / SHARDS / REMOVED_ROWS, metadata={"format": "pt"})
+        save_tensors(removed, beside / SHARDS / REMOVED_ROWS)
         config.save_pretrained(beside)
         words.save_pretrained(beside)
 
@@ -107,6 +106,16 @@ def family_cuts(
         name: Cut.even(shape, family.cut_dim(name, is_tied=is_tied), family.blocks(name), tp_size)
         for name, shape in shapes.items()
     }
+
+
+def _check_tp_size(tp_size: int, config: Any, where: str) -> None:
+    heads = head_counts(config, where)
+    allowed = divisors(math.gcd(*heads))
+    if tp_size not in allowed:
+        raise TopologyError(
+            f"--tp-size {tp_size} does not divide the heads of {where} ({', '.join(map(str, heads))}); "
+            f"allowed: {', '.join(map(str, allowed))}"
+        )
 
 
 class _Weights:

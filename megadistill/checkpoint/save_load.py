@@ -38,8 +38,9 @@ def load_checkpoint(
     context: ParallelContext,
     *,
     max_steps: int,
-) -> tuple[int, dict[str, Any]]:
-    """Restores the student from the first whole one of ``candidates``; returns (number of updates done, trainer state).
+) -> tuple[Path, int, dict[str, Any]]:
+    """Restores the student from the first whole one of ``candidates``; returns (it, number of updates done, trainer
+    state).
 
     Collective over the world; reads its own part of the files where the layout is that of the checkpoint, all of them
     otherwise. ``trainer_state`` is that of the run as it is now: what is loaded must fit it. ``own`` is the run's
@@ -67,7 +68,7 @@ def load_checkpoint(
     context.barrier()
     if folder.parent.resolve() == own.resolve():  # going back is for good: metrics.jsonl goes back as well
         context.on_main(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))
-    return int(manifest["step"]), saved_state
+    return folder, int(manifest["step"]), saved_state
 
 
 def _examine(folder: Path, context: ParallelContext) -> tuple[dict[str, Any], str | None]:

@@ -69,12 +69,16 @@ def _checkpoint(path: Path, with_tensors: bool) -> Iterable[str]:
 
 
 def _sharded(folder: Path, with_tensors: bool) -> Iterable[str]:
-    from megadistill.models.shards import ShardReader
+    from megadistill.models.shards import WEIGHT, ShardReader
 
     reader = ShardReader(folder)
     numel = sum(_numel(cut.shape) for cut in reader.cuts.values())
     kinds = ", ".join(sorted(reader.kinds))
-    yield f"shards      {folder}: {len(reader.cuts)} parameters, {numel:,} numbers each of {kinds}"
+    grid = f"tp {reader.info['tp_size']} x dp {reader.info['dp_size']}"
+    yield f"shards      {folder}: {grid}; {len(reader.cuts)} parameters, {numel:,} numbers each of {kinds}"
+    if WEIGHT in reader.kinds:
+        name = next(iter(reader.cuts))
+        yield f"model       {reader.info['model']}, {str(reader.whole(WEIGHT, name).dtype).removeprefix('torch.')}"
     if "optimizer_steps" in reader.info:
         yield f"optimizer   {reader.info['optimizer_steps']} updates"
     if with_tensors:

@@ -41,10 +41,19 @@ def write_layout(folder: Path, cuts: Mapping[str, Cut], *, tp_size: int, dp_size
 
 def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Tensor]]) -> None:
     """Writes one rank's runs: ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor)."""
+    starts = json.dumps({key: start for key, (start, _) in runs.items()})
+    save_tensors({key: run for key, (_, run) in runs.items()}, folder / file, starts=starts)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> None:
+    """Writes a safetensors file that whoever may read its neighbours may read: the library's own are for their owner
+    alone."""
     from safetensors.torch import save_file
 
-    starts = json.dumps({key: start for key, (start, _) in runs.items()})
-    save_file({key: run for key, (_, run) in runs.items()}, folder / file, metadata={"format": "pt", "starts": starts})
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)
 
 
 class ShardReader:

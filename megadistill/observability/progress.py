@@ -1,5 +1,6 @@
 """A progress bar on a terminal, plain lines elsewhere, silence on every rank but the first."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -24,6 +25,14 @@ class _Lines:
         self._stream.flush()
 
 
+def _columns(stream: TextIO) -> int:
+    """Width of a terminal; some (a pseudo-terminal of a script) have none, and a bar would be invisible on them."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 80
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None,
     *,
@@ -42,7 +51,7 @@ def progress_bar(
     stream = sys.stderr if stream is None else stream
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "disable": rank != 0}
     common["initial"] = initial  # what an earlier run has done
-    if stream.isatty():
+    if stream.isatty() and _columns(stream) > 0:
         return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
     layout = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} gone, {remaining} left{postfix}"
     if total is None and not hasattr(iterable, "__len__"):

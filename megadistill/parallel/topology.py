@@ -38,7 +38,8 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, d
     if global_batch_size % dp_size:
         raise TopologyError(
             f"train.global_batch_size={global_batch_size} cannot be shared evenly by {dp_size} data-parallel ranks; "
-            f"nearest that can: {_listed(_nearest_multiples(global_batch_size, dp_size))}"
+            f"nearest that can, {micro_batch_size} (train.micro_batch_size) at a time: "
+            f"{_listed(_nearest_multiples(global_batch_size, dp_size * micro_batch_size))}"
         )
     rows = global_batch_size // dp_size
     if rows % micro_batch_size:

@@ -64,7 +64,7 @@ def _train(
     log = get_logger(context.rank)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
     first_step = _restore(parts, start)
-    log.info(_headline(parts, data, first_step, start))
+    log.info(_headline(parts, data))
     if first_step == config.train.max_steps:
         log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
         return {}
@@ -166,10 +166,11 @@ def _restore(parts: Parts, start: Start) -> int:
     first_step = 0
     if start.checkpoints:
         own = start.run_dir / "checkpoints"
-        first_step, state = load_checkpoint(
+        found, first_step, state = load_checkpoint(
             start.checkpoints, own, parts.student, _trainer_state(parts), context, max_steps=config.train.max_steps
         )
         _load_trainer_state(parts, state)
+        get_logger(context.rank).info(f"resumed from {found} at step {first_step}")
 
     def make() -> None:
         start.run_dir.mkdir(parents=True, exist_ok=True)
@@ -231,14 +232,13 @@ def _agree(
     return signal.Signals(int(number)).name if number else None, int(status), bool(is_unwritten)
 
 
-def _headline(parts: Parts, data: TrainingData, first_step: int, start: Start) -> str:
+def _headline(parts: Parts, data: TrainingData) -> str:
     config, context = parts.config, parts.context
     backend = choose_backend(config.loss.backend, parts.student.shard, context.device)
-    resumed = f", resumed from {start.checkpoints[0].parent} at step {first_step}" if start.checkpoints else ""
     return (
         f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "
         f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}, "
         f"losses by {backend}; "
-        f"{len(data.train)} rows, {len(data.prompts)} extra prompts{resumed}"
+        f"{len(data.train)} rows, {len(data.prompts)} extra prompts"
         + "".join(f"; {name} {count}" for name, count in data.report.items() if not name.endswith("/rows"))
     )

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import math
 from pathlib import Path
 
@@ -142,3 +143,13 @@ def test_peak_memory_counts_bytes_and_does_not_fall() -> None:
     del block
     reset_peak("cpu")
     assert peak_bytes(torch.device("cpu")) > before + 50_000_000
+
+
+def test_a_terminal_without_a_size_gets_lines() -> None:
+    """A pseudo-terminal of a script: a bar as wide as it is would not be seen."""
+    leader, follower = os.openpty()
+    with os.fdopen(follower, "w") as stream, progress_bar(description="work", total=2, stream=stream) as bar:
+        bar.update(2)
+    told = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert "work: 2/2" in told

@@ -91,3 +91,9 @@ def test_what_is_missing_or_foreign_is_named(written: tuple[Path, dict[str, torc
         ShardReader(folder)
     with pytest.raises(CheckpointError, match="no layout.json"):
         ShardReader(tmp_path)
+
+
+def test_whoever_reads_the_layout_reads_the_weights(written: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """safetensors' own files are for their owner alone, whatever the umask says."""
+    folder, _ = written
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "layout.json").stat().st_mode}

@@ -1,7 +1,7 @@
 import io
 import json
-import os
 import math
+import os
 from pathlib import Path
 
 import pytest

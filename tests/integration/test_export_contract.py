@@ -173,7 +173,8 @@ def exports(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         run = out / "runs" / family
         for name, dtype in (("fp32", None), ("bf16", None), ("cast", "bf16")):
-            hf_export.export_checkpoint(run / ("bf16" if name == "bf16" else "fp32"), out / family / name, dtype=dtype)
+            source = run / ("bf16" if name == "bf16" else "fp32")
+            hf_export.export_checkpoint(source, out / family / name, dtype=dtype, max_shard_bytes=LIMIT)
     return out
 
 

@@ -77,7 +77,7 @@ def test_the_head_is_gathered_once_a_batch(family: str, tmp_path: Path) -> None:
         objective._FusedPass.chunks = counted
         more = ("train.max_steps=2", "train.global_batch_size=8", "loss.chunk_tokens=2", "parallel.tp_size=1")
         run = (str(tmp_path / "run"), settings(tmp_path, family, *more))
-        runs._train_all(rank, [run], runs.ROOT / "configs" / "base.yaml")
+        runs.train_all(rank, [run], runs.ROOT / "configs" / "base.yaml")
         return events, chunks
 
     import deepspeed  # noqa: F401  imported once, before the forks

@@ -24,7 +24,10 @@ def main() -> None:
     lines = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     print("| fault | until the last process is gone, s | exit code of `deepspeed` | |\n|---|---|---|---|")
     for line in lines:
-        print(f"| {line['fault']} | {line['seconds']} | {line['code']} | {MEANINGS.get(line['code'], '')} |")
+        meaning = MEANINGS.get(line["code"], "")
+        if "launcher" in line["fault"]:
+            meaning = "that of DeepSpeed's runner; the ranks stopped and saved"
+        print(f"| {line['fault']} | {line['seconds']} | {line['code']} | {meaning} |")
 
 
 if __name__ == "__main__":

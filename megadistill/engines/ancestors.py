@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+PDSH = ("pdsh", "pdsh.bin")  # Debian starts it by a script
+
 
 @dataclass(frozen=True)
 class Ancestor:
@@ -30,9 +32,9 @@ class Ancestor:
             return Path(name)
 
 
-def ancestors() -> Iterator[Ancestor]:
-    """From the parent upwards, without the first process; nothing where there is no /proc."""
-    pid = os.getppid()
+def ancestors(pid: int | None = None) -> Iterator[Ancestor]:
+    """From the parent (or from ``pid``) upwards, without the first process; nothing where there is no /proc."""
+    pid = os.getppid() if pid is None else pid
     while pid > 1:
         program, fields = _stat(pid)
         try:
@@ -43,6 +45,19 @@ def ancestors() -> Iterator[Ancestor]:
             return
         yield Ancestor(pid, program, fields[19], tuple(words[:-1]))
         pid = int(fields[1])
+
+
+def over_ssh(launcher: Ancestor) -> Iterator[Ancestor]:
+    """The pdsh, and what is above it, that started DeepSpeed's per-node ``launcher`` through ssh from this machine:
+    its command line holds the launcher's own, with the machines and the port of the job. Nothing on other machines."""
+    job = [word for word in launcher.words if word.startswith(("--world_info=", "--master_port="))]
+    if len(job) < 2:
+        return
+    for folder in Path("/proc").glob("[0-9]*"):
+        found = next(ancestors(int(folder.name)), None)
+        if found is not None and found.program in PDSH and all(word in " ".join(found.words) for word in job):
+            yield from ancestors(found.pid)
+            return
 
 
 def _stat(pid: int) -> tuple[str, list[str]]:

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from megadistill.engines.ancestors import Ancestor, ancestors
+from megadistill.engines.ancestors import PDSH, Ancestor, ancestors, over_ssh
 
 STOPPED = 85  # exit code of a run that was stopped and has saved
 ORPHANED = 86  # exit code of a rank that could not stop in time after its launcher had died
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run", "torch/distributed/run")
-_PROGRAMS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
+_PROGRAMS = (*PDSH, "mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 _POLL_S = 1.0
 
 
@@ -80,10 +80,12 @@ class _LauncherWatch(threading.Thread):
 
 
 def launchers_above() -> list[Ancestor]:
-    """The ancestors that are launchers; empty where /proc does not tell."""
-    return [
-        above
-        for above in ancestors()
-        # The program or the module that Python runs, not just any argument.
-        if above.program in _PROGRAMS or any(name in word for word in above.words[:4] for name in _LAUNCHERS)
-    ]
+    """The ancestors that are launchers, also through ssh on this machine; empty where /proc does not tell."""
+    above = [process for process in ancestors() if _is_launcher(process)]
+    beyond = {process.pid: process for launcher in above for process in over_ssh(launcher) if _is_launcher(process)}
+    return [*above, *(process for pid, process in beyond.items() if pid not in {one.pid for one in above})]
+
+
+def _is_launcher(process: Ancestor) -> bool:
+    """By the program, or the module that Python runs, not by just any argument."""
+    return process.program in _PROGRAMS or any(name in word for word in process.words[:4] for name in _LAUNCHERS)

@@ -263,3 +263,29 @@ def test_deepspeed_with_a_hostfile_over_pdsh(assets: Path, tmp_path: Path, expec
 
 
 HOSTS = ("10.77.0.1", "10.77.0.2")
+
+
+@pytest.mark.parametrize("victim", ["deepspeed", "pdsh"])
+def test_ranks_of_both_hosts_end_when_what_started_them_over_ssh_is_killed(
+    assets: Path, tmp_path: Path, victim: str
+) -> None:
+    """Nothing above a rank is a child of the runner: those on its machine look for it, and all stop with them."""
+    need("deepspeed", "pdsh")
+    run_dir = tmp_path / "run"
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    with two_hosts() as (first, _):
+        command = ["ip", "netns", "exec", first, "deepspeed", "--hostfile", hostfile, SCRIPT]
+        endless = arguments(assets, run_dir, "train.max_steps=100000", "parallel.tp_size=1")
+        launched = Launched([*command, *endless], tmp_path / "log", HOME=str(tmp_path))
+        try:
+            wait_for(lambda: is_in_step(run_dir, 2), launched.log.read_text)
+            runner = psutil.Process(launched.process.pid)
+            below = [process for process in runner.children() if process.name().startswith("pdsh")]
+            (runner if victim == "deepspeed" else below[0]).kill()
+        finally:
+            left = survivors(run_dir)
+            launched.process.kill()
+            launched.wait()
+    assert left == [] and is_saved(run_dir), launched.log.read_text()

@@ -284,3 +284,18 @@ def test_export_refuses_what_it_cannot_trust(undisturbed: Path, tmp_path: Path) 
 def test_losses_fall(undisturbed: Path) -> None:
     found = [n["eval/nll"] for n in _numbers(undisturbed) if "eval/nll" in n]
     assert len(found) == 4 and found[-1] < found[0]
+
+
+def test_replayed_text_and_phi_go_on_with_other_processes(assets: Path, tmp_path: Path) -> None:
+    """Mode off_policy: the buffer is dealt out anew to another number of data-parallel ranks."""
+    more = ["train.max_steps=8", "train.save_every=4", "generation.mode=off_policy", "train.eval_every=2"]
+    more += ["generation.off_policy.initial_phi=0.5", "generation.off_policy.replay_batches=3", "train.eval_rows=4"]
+    words = settings(assets, "llama", *more, f"data.valid_path={assets / 'data' / 'valid.jsonl'}")
+    run_layout(1, [(str(tmp_path / "one"), words)])
+    start = f"train.resume={tmp_path / 'one' / 'checkpoints' / 'step_4'}"
+    run_layout(2, [(str(tmp_path / "two"), [*words, "parallel.tp_size=1", start])])
+    expected, found = _numbers(tmp_path / "one")[4:], _numbers(tmp_path / "two")
+    assert any(line["text/replay"] for line in expected) and any(line["text/generate"] for line in expected)
+    for key in ("phi", "text/replay", "text/generate", "replay/rows"):
+        assert [line[key] for line in found] == [line[key] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-4)

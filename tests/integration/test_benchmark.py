@@ -68,3 +68,13 @@ def test_bad_input_exits_2(arguments: list[str], message: str) -> None:
     result = benchmark(*arguments)
     assert result.returncode == 2 and message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_save_measures_the_three_ways(tmp_path: Path) -> None:
+    output = tmp_path / "save.json"
+    done = benchmark("save", "--rounds", "1", "--steps", "1", "--vocab", "1024", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    kinds = json.loads(output.read_text())["kinds"]
+    assert list(kinds) == ["none", "asynchronous", "waiting"]
+    assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in kinds.values())
+    assert "| asynchronous |" in output.with_suffix(".md").read_text()

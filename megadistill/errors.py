@@ -25,3 +25,8 @@ class CheckpointError(MegadistillError):
 
 class DivergenceError(MegadistillError):
     """A loss or gradient that is not finite: nothing after it would mean anything."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,28 +6,30 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
-    check_files,
+    check_with_progress,
     find_checkpoint,
     new_folder,
     read_manifest,
 )
 from megadistill.data.tokenize import tokenizes_otherwise
-from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import CheckpointError
-from megadistill.models.families import FAMILIES
+from megadistill.models.families import FAMILIES, Family
 from megadistill.models.loading import DTYPES, LoadedModel, is_sharded
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tensors
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
+
+if TYPE_CHECKING:  # DeepSpeed, which none of the tools needs
+    from megadistill.engines.teacher import PartitionedModel
 
 _MAX_SHARD_BYTES = 4 << 30
 _INDEX = "model.safetensors.index.json"
@@ -42,8 +44,9 @@ def write_student(
     """
     loaded = student.loaded
     folder.mkdir(parents=True, exist_ok=True)
-    whole = ((name, shards.whole(MASTER, name).to(dtype)) for name in shards.cuts)
-    write_safetensors(((name, _standard_layout(name, tensor, loaded)) for name, tensor in whole), folder)
+    removed = loaded.removed_rows
+    weights = _standard_weights(shards, shards.cuts, loaded.family, dtype, lambda name, _: removed.get(name))
+    write_safetensors(weights, folder)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
     if tokenizes_otherwise(folder):
@@ -86,11 +89,20 @@ def write_safetensors(
     (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _standard_layout(name: str, tensor: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
-    """The family's own layout, with the padded vocabulary rows that were cut at loading put back."""
-    if name in loaded.removed_rows:
-        tensor = torch.cat([tensor, loaded.removed_rows[name].to(tensor)])
-    return tensor if loaded.family.export is None else loaded.family.export(name, tensor)
+def _standard_weights(
+    shards: ShardReader,
+    names: Iterable[str],
+    family: Family,
+    dtype: torch.dtype,
+    removed: Callable[[str, int], torch.Tensor | None],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole weights in the family's own layout. ``removed(name, number of rows)``: the padded vocabulary rows behind
+    these, which were cut off at loading and never trained; None where there are none."""
+    for name in names:
+        tensor = shards.whole(MASTER, name)
+        tensor = tensor if family.export is None else family.export(name, tensor)
+        rows = removed(name, len(tensor))
+        yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 
 
 def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder: Path, tokenizer: Any) -> None:
@@ -125,8 +137,7 @@ def export_checkpoint(
     names = [name for name in manifest["files"] if name.startswith((f"{HF_FOLDER}/", f"{STUDENT_FOLDER}/"))]
     if not names:
         raise CheckpointError(f"{source} holds no exportable model")
-    for name in progress_bar(names, description="check", unit="file"):
-        check_files(source, manifest, [name])
+    check_with_progress(source, manifest, names)
     with new_folder(target) as beside:
         for file in (source / HF_FOLDER).iterdir():
             if file.suffix != ".safetensors" and file.name != _INDEX:
@@ -134,20 +145,17 @@ def export_checkpoint(
         config = json.loads((beside / "config.json").read_text())
         config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")
         (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_safetensors(_masters(source, config, getattr(torch, config["dtype"])), beside, max_shard_bytes)
+        shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
+
+        def removed(name: str, count: int) -> torch.Tensor | None:
+            return exported.read(name)[count:] if exported.shape(name)[0] > count else None
+
+        names = progress_bar(list(shards.cuts), description="export", unit="tensor")
+        weights = _standard_weights(
+            shards, names, FAMILIES[config["model_type"]], getattr(torch, config["dtype"]), removed
+        )
+        write_safetensors(weights, beside, max_shard_bytes)
     return source
-
-
-def _masters(source: Path, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights in the family's layout; rows that were never trained come from hf/."""
-    shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
-    export = FAMILIES[config["model_type"]].export
-    for name in progress_bar(list(shards.cuts), description="export", unit="tensor"):
-        tensor = shards.whole(MASTER, name)
-        tensor = tensor if export is None else export(name, tensor)
-        if len(tensor) < exported.shape(name)[0]:
-            tensor = torch.cat([tensor, exported.read(name)[len(tensor) :].to(tensor)])
-        yield name, tensor.to(dtype)
 
 
 def check_export(folder: str | Path) -> None:

@@ -7,12 +7,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megadistill.errors import CheckpointError
+from megadistill.observability.progress import progress_bar
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -69,6 +70,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no whole checkpoint: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
+
+
+def check_with_progress(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """``check_files`` for a person who waits for it."""
+    for name in progress_bar(sorted(names), description="check", unit="file"):
+        check_files(folder, manifest, [name])
 
 
 def check_files(folder: Path, manifest: dict[str, Any], names: list[str]) -> None:

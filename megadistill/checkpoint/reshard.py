@@ -17,7 +17,7 @@ import torch
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
-    check_files,
+    check_with_progress,
     digest,
     files_below,
     find_checkpoint,
@@ -49,8 +49,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
     """
     source = find_checkpoint(Path(checkpoint))
     manifest = read_manifest(source)
-    for name in progress_bar(sorted(manifest["files"]), description="check", unit="file"):
-        check_files(source, manifest, [name])
+    check_with_progress(source, manifest, manifest["files"])
     config = load_model_config(str(source / HF_FOLDER), str(source))
     _check_tp_size(tp_size, config, str(source))
     reader = ShardReader(source / STUDENT_FOLDER)

@@ -24,7 +24,7 @@ from megadistill.checkpoint.manifest import (
 )
 from megadistill.checkpoint.writer import TRAINER, layout_of
 from megadistill.engines.student import Student
-from megadistill.errors import CheckpointError
+from megadistill.errors import CheckpointError, first_line
 from megadistill.models.shards import MASTER, ShardReader
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
@@ -63,8 +63,7 @@ def load_checkpoint(
     try:
         saved_state = torch.load(folder / TRAINER, map_location=context.device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{folder / TRAINER} cannot be read as plain tensors: {reason}") from None
+        raise CheckpointError(f"{folder / TRAINER} cannot be read as plain tensors: {first_line(error)}") from None
     context.barrier()
     if folder.parent.resolve() == own.resolve():  # going back is for good: metrics.jsonl goes back as well
         context.on_main(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))

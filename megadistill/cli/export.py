@@ -22,9 +22,6 @@ def run(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse(arguments)
 
-    from megadistill.engines.launch import name_accelerator
-
-    name_accelerator()  # before anything imports DeepSpeed, which would guess aloud
     from megadistill.checkpoint.hf_export import export_checkpoint
 
     refuse_unwritable(parsed.folder, is_file=False)

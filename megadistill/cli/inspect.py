@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _sharded(folder: Path, with_tensors: bool) -> Iterable[str]:
     from megadistill.models.shards import WEIGHT, ShardReader
 
     reader = ShardReader(folder)
-    numel = sum(_numel(cut.shape) for cut in reader.cuts.values())
+    numel = sum(math.prod(cut.shape) for cut in reader.cuts.values())
     kinds = ", ".join(sorted(reader.kinds))
     grid = f"tp {reader.info['tp_size']} x dp {reader.info['dp_size']}"
     yield f"shards      {folder}: {grid}; {len(reader.cuts)} parameters, {numel:,} numbers each of {kinds}"
@@ -96,7 +97,7 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
     types = Counter(weights.dtype(name) for name in weights.names)
-    numel = sum(_numel(weights.shape(name)) for name in weights.names)
+    numel = sum(math.prod(weights.shape(name)) for name in weights.names)
     yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
     yield f"types       {', '.join(f'{kind} {count}' for kind, count in types.items())}"
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -106,23 +107,14 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
 
 
 def _check(path: Path) -> None:
-    from megadistill.checkpoint.manifest import check_files, files_below, find_checkpoint, read_manifest
-    from megadistill.observability.progress import progress_bar
+    from megadistill.checkpoint.manifest import check_with_progress, files_below, find_checkpoint, read_manifest
 
     folder = find_checkpoint(path)
     manifest = read_manifest(folder)
-    for name in progress_bar(sorted(manifest["files"]), description="check", unit="file"):
-        check_files(folder, manifest, [name])
+    check_with_progress(folder, manifest, manifest["files"])
     if more := sorted(set(files_below(folder)) - set(manifest["files"])):
         print(f"beside it   {len(more)} files that are not of the checkpoint and are not read: {', '.join(more)}")
     print("whole       every file is as it was written")
-
-
-def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
 
 
 def _bytes(count: float) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from megadistill.config.load import load_config
+from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import ConfigError
 from megadistill.observability.redact import holds_url_credentials
@@ -89,20 +89,12 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
     Raises ConfigError for a setting with a password in it: resolved.yaml has to repeat every setting as it is.
     """
     config = load_config(parsed.config, parsed.overrides)
-    for key, value in _leaves(config.model_dump()):
+    for key, value in flatten(config.model_dump()).items():
         if holds_url_credentials(str(value)):
             raise ConfigError(
                 f"{key} is a URL with a user or password, which would be written to files; leave them out"
             )
     return config
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def ask_hub_only_if_there(paths: Iterable[str | None]) -> None:

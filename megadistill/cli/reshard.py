@@ -23,9 +23,6 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
-    from megadistill.engines.launch import name_accelerator
-
-    name_accelerator()  # before anything imports DeepSpeed, which would guess aloud
     from megadistill.checkpoint.reshard import reshard_checkpoint
 
     source = reshard_checkpoint(parsed.checkpoint, parsed.folder, tp_size=parsed.tp_size, dp_size=parsed.dp_size)

@@ -26,9 +26,6 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
-    from megadistill.engines.launch import name_accelerator
-
-    name_accelerator()  # before anything imports DeepSpeed, which would guess aloud
     from megadistill.checkpoint.reshard import shard_model
     from megadistill.cli.inference import model_folder
 

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from megadistill.config.fields import allowed, nearest_key, section_type, walk
 from megadistill.config.schema import CombinationError, RunConfig, Section
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, first_line
 
 COMMAND_LINE = "command line"
 Tree = dict[str, Any]
@@ -36,7 +36,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         merged = OmegaConf.merge(_defaults(RunConfig), *(layer for _, layer in layers))
         tree = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {first_line(error)}") from error
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -62,6 +62,17 @@ def require(config: RunConfig, key: str, reason: str) -> str:
     return str(value)
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every setting of a dumped configuration."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _defaults(section: type[Section]) -> Tree:
     """Every section with the defaults of its keys: `${...}` finds them, and a missing value has its own name."""
     tree: Tree = {}
@@ -84,11 +95,11 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
         where = f"{above[-1]}: base: " if above else ""
         raise ConfigError(f"{where}{path}: no such file{_similar_file(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
     except (YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{line}: no valid YAML: {problem}") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), not a list")
@@ -110,7 +121,7 @@ def _read_override(text: str) -> tuple[str, Tree]:
     try:
         layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} cannot be read as YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} cannot be read as YAML: {first_line(error)}") from error
     assert isinstance(layer, dict)
     return COMMAND_LINE, _checked(COMMAND_LINE, layer)
 
@@ -203,7 +214,3 @@ def _similar_file(path: Path) -> str:
     names = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, first_line
 from megadistill.models.cuts import Cut
 from megadistill.models.families import Family, family_of
 from megadistill.models.shards import WEIGHT, ShardReader
@@ -73,8 +73,7 @@ def load_model_config(path: str, where: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
+        raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {first_line(error)}") from error
     family_of(config, where)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         # transformers chooses its frequencies by the longest row of a batch: a row would depend on its neighbours.
@@ -113,8 +112,7 @@ def load_weights(path: str, where: str, **options: Any) -> Any:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
+        raise ConfigError(f"{where}: cannot load the weights in '{path}': {first_line(error)}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")

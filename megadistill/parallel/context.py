@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,36 +97,24 @@ class ParallelContext:
 
     def gather_objects_over_dp(self, item: Any) -> list[Any]:
         """The picklable ``item`` of every data-parallel rank, in rank order (one object all-gather)."""
-        if self.dp_group is None:
-            return [item]
-        items: list[Any] = [None] * self.dp_size
-        dist.all_gather_object(items, item, group=self.dp_group)
-        return items
+        return _gather_objects(item, self.dp_size, self.dp_group)
 
     def gather_objects_over_tp(self, item: Any) -> list[Any]:
         """The picklable ``item`` of every tensor-parallel rank, in rank order (one object all-gather)."""
-        if self.tp_group is None:
-            return [item]
-        items: list[Any] = [None] * self.tp_size
-        dist.all_gather_object(items, item, group=self.tp_group)
-        return items
+        return _gather_objects(item, self.tp_size, self.tp_group)
 
     def gather_objects(self, item: Any) -> list[Any]:
         """The picklable ``item`` of every rank of the world (one object all-gather)."""
-        if self.world_size == 1:
-            return [item]
-        items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item)
-        return items
+        return _gather_objects(item, self.world_size, None)
 
     def barrier(self) -> None:
         """Waits for every rank of the world."""
         if self.world_size > 1:
             dist.barrier()
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
+    def on_main(self, action: Callable[[], Any], writes: Path | None = None) -> Any:
         """Rank 0's (picklable) result of ``action`` on every rank; its MegadistillError, or that a file cannot be read
-        or written, is raised on every rank.
+        or written, is raised on every rank. ``writes``: what it writes, for the error.
 
         Collective over the world: two gathers.
         """
@@ -136,9 +125,12 @@ class ParallelContext:
             except MegadistillError as found:
                 error = found
             except OSError as found:
-                if found.filename is None:
+                if writes is not None:
+                    error = MegadistillError(f"{writes} cannot be written: {found.strerror or found}")
+                elif found.filename is not None:
+                    error = MegadistillError(f"{found.filename}: {found.strerror}")
+                else:
                     raise
-                error = MegadistillError(f"{found.filename}: {found.strerror}")
         self.raise_together(error)
         return self.gather_objects(result)[0]
 
@@ -147,3 +139,11 @@ class ParallelContext:
         for found in self.gather_objects(error):
             if found is not None:
                 raise found
+
+
+def _gather_objects(item: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
+    if size == 1:
+        return [item]
+    items: list[Any] = [None] * size
+    dist.all_gather_object(items, item, group=group)
+    return items

@@ -27,7 +27,7 @@ from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.heartbeat import Heartbeat
 from megadistill.training.nonfinite import NonFinite
 from megadistill.training.parts import Parts
-from megadistill.training.record import Record, written
+from megadistill.training.record import Record
 from megadistill.training.resume import RESOLVED, Start, plan_start
 from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
@@ -123,7 +123,7 @@ def _train(
         "validation": last_eval,
     }
     file = start.run_dir / "summary.json"
-    context.on_main(lambda: written(lambda: write_json(file, summary), file))
+    context.on_main(lambda: write_json(file, summary), file)
     log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{config.train.max_steps}'}; metrics in {start.run_dir}")
     return summary
 
@@ -176,7 +176,7 @@ def _restore(parts: Parts, start: Start) -> int:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
 
-    context.on_main(lambda: written(make, start.run_dir))
+    context.on_main(make, start.run_dir)
     return first_step
 
 

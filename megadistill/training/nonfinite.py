@@ -9,7 +9,6 @@ from megadistill.errors import DivergenceError
 from megadistill.observability.log import get_logger
 from megadistill.observability.metrics import JsonLines
 from megadistill.training.parts import Parts
-from megadistill.training.record import written
 from megadistill.training.step import StepResult
 
 FOLDER = "nonfinite"
@@ -31,7 +30,7 @@ class NonFinite:
         self._in_a_row += 1
         file = self._run_dir / FOLDER / f"step_{step}.jsonl"
         rows = [row for part in context.gather_objects_over_dp(self._shown(result)) for row in part]
-        context.on_main(lambda: written(lambda: self._dump(file, step, result, rows), file))
+        context.on_main(lambda: self._dump(file, step, result, rows), file)
         terms = ", ".join(f"{name} {result.metrics[name]}" for name in _TERMS)
         what = f"step {step} is not finite ({terms}); nothing was updated, its batch is in {file}"
         if train.on_nonfinite == "stop":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,6 @@ from typing import Any
 from megadistill.errors import CheckpointError
 from megadistill.observability.metrics import JsonLines, MetricsWriter
 from megadistill.parallel.context import ParallelContext
-
-
-def written(action: Callable[[], Any], what: Path) -> Any:
-    """The result of ``action``; a CheckpointError, which every rank can be told, where ``what`` cannot be written."""
-    try:
-        return action()
-    except OSError as error:
-        raise CheckpointError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 class Record:
@@ -29,7 +20,7 @@ class Record:
         self._run_dir = run_dir
         self._metrics: MetricsWriter | None = None
         self._samples: JsonLines | None = None
-        context.on_main(lambda: written(lambda: self._open(first_step), run_dir))
+        context.on_main(lambda: self._open(first_step), run_dir)
 
     def _open(self, first_step: int) -> None:
         self._metrics = MetricsWriter(self._run_dir, last_step=first_step)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megadistill.checkpoint.manifest import checkpoints_of, find_checkpoint
-from megadistill.config.load import load_config
+from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, ConfigError
 
@@ -96,7 +95,7 @@ def _check_same_run(config: RunConfig, run_dir: Path) -> None:
         before = load_config(run_dir / RESOLVED)
     except ConfigError as error:
         raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
-    old, new = _flat(before.model_dump()), _flat(config.model_dump())
+    old, new = flatten(before.model_dump()), flatten(config.model_dump())
     # phi follows the validation loss.
     kept = _PHI_FOLLOWS if config.generation.mode == "off_policy" else ()
     changed = [key for key in new if old.get(key) != new[key] and (key in kept or not key.startswith(_MAY_CHANGE))]
@@ -107,13 +106,3 @@ def _check_same_run(config: RunConfig, run_dir: Path) -> None:
             f"run.dir={run_dir} holds another run: {key}={old.get(key)} there, {new[key]} here{more}; "
             "choose another run.dir, or give the settings of that run to continue it"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -28,8 +28,9 @@ _TERMS = ("dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
 class StepResult:
     """What a step leaves behind: the numbers of metrics.jsonl and the texts of samples.jsonl (this rank's rows).
 
-    ``rows`` are what was trained on, ``finite`` tells of each whether the losses of its micro-batch are. ``is_updated``
-    is False where a number was not finite and student and gate stayed as they were (the same on all ranks).
+    ``is_updated`` is False where a number was not finite and student and gate stayed as they were (the same on all
+    ranks). ``rows`` are what was trained on; after such a step ``finite`` tells of each whether the losses of its
+    micro-batch are.
     """
 
     metrics: dict[str, float]
@@ -89,8 +90,10 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
     if parts.policy.buffer is not None:
         metrics["replay/rows"] = float(len(parts.policy.buffer))
     metrics |= timers.seconds()
-    size = config.train.micro_batch_size
-    finite = [objectives[i // size].is_finite for i in range(len(training_rows))]
+    finite = []
+    if not is_updated:  # asking every loss waits for the device
+        flags = [objective.is_finite for objective in objectives]
+        finite = [flags[i // config.train.micro_batch_size] for i in range(len(training_rows))]
     return StepResult(metrics, is_updated, training_rows, finite, samples_of(step, rows, writing, parts))
 
 

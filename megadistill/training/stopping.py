@@ -81,9 +81,9 @@ class _LauncherWatch(threading.Thread):
 
 def launchers_above() -> list[Ancestor]:
     """The ancestors that are launchers, also through ssh on this machine; empty where /proc does not tell."""
-    above = [process for process in ancestors() if _is_launcher(process)]
-    beyond = {process.pid: process for launcher in above for process in over_ssh(launcher) if _is_launcher(process)}
-    return [*above, *(process for pid, process in beyond.items() if pid not in {one.pid for one in above})]
+    above = list(ancestors())
+    beyond = [process for launcher in above for process in over_ssh(launcher)]
+    return [process for process in (*above, *beyond) if _is_launcher(process)]
 
 
 def _is_launcher(process: Ancestor) -> bool:

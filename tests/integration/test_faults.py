@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runs import ROOT, free_port, losses, run_layout, samples, settings
+from tests.support.launched import alive, launch
+from tests.support.runs import ROOT, losses, run_layout, samples, settings
 
 LOST, STOPPED = 87, 85
 STEPS = 6
@@ -63,14 +63,9 @@ class Job:
 
     def run(self, then: Callable[[Job], None] | None = None) -> Ended:
         """Starts it, waits for the fault, does ``then``, and waits for the end of every process."""
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]
-        command += ["--master_port", free_port(), str(ROOT / "tests" / "support" / "faulty_rank.py")]
-        command += ["--config", str(ROOT / "configs" / "base.yaml"), f"run.dir={self.run_dir}"]
-        command += _settings(self.assets, *self.more)
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        environment |= {"FAULT": self.fault, "FAULT_DIR": str(self.folder)}
-        log = (self.folder / "log").open("w")
-        runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        log, script = (self.folder / "log").open("w"), ROOT / "tests" / "support" / "faulty_rank.py"
+        fault = {"FAULT": self.fault, "FAULT_DIR": str(self.folder)}
+        runner = launch(script, self.run_dir, _settings(self.assets, *self.more), log, **fault)
         deadline, everyone = time.monotonic() + LIMIT_S, {runner.pid: psutil.Process(runner.pid)}
         hit: float | None = None
         while time.monotonic() < deadline:
@@ -81,13 +76,13 @@ class Job:
                 hit = time.monotonic()
                 if then is not None:
                     then(self)
-            if runner.poll() is not None and not _alive(everyone):
+            if runner.poll() is not None and not alive(everyone.values()):
                 break
             time.sleep(0.1)
-        survivors = [process.pid for process in _alive(everyone)]
+        survivors = [process.pid for process in alive(everyone.values())]
         ended = time.monotonic()
         assert hit is not None, (self.folder / "log").read_text()
-        for process in _alive(everyone):
+        for process in alive(everyone.values()):
             process.kill()
         code = runner.wait(10)
         log.close()
@@ -95,17 +90,6 @@ class Job:
 
     def rank(self, number: int) -> int:
         return int((self.folder / f"rank_{number}").read_text())
-
-
-def _alive(processes: dict[int, psutil.Process]) -> list[psutil.Process]:
-    found = []
-    for process in processes.values():
-        try:
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return found
 
 
 def _can_mount() -> bool:

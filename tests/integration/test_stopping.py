@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runs import ROOT, free_port, run_layout, samples, settings
+from tests.support.launched import alive, launch
+from tests.support.runs import ROOT, run_layout, samples, settings
 
 STOPPED = 85
 
@@ -24,13 +22,11 @@ class Run:
 
     def __init__(self, assets: Path, run_dir: Path, *more: str) -> None:
         self.run_dir = run_dir
-        overrides = [f"run.dir={run_dir}", *settings(assets, "llama", "train.max_steps=100000", "parallel.tp_size=2")]
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]
-        command += ["--master_port", free_port(), str(ROOT / "launchers" / "run.sh")]
-        command += ["--config", str(ROOT / "configs" / "base.yaml"), *overrides, "train.stop_grace_s=20", *more]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        words = settings(
+            assets, "llama", "train.max_steps=100000", "parallel.tp_size=2", "train.stop_grace_s=20", *more
+        )
         self.log = run_dir.with_suffix(".log").open("w")
-        self.runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+        self.runner = launch(ROOT / "launchers" / "run.sh", run_dir, words, self.log)
         self.wait_for_step(2)
         below = psutil.Process(self.runner.pid).children(recursive=True)
         self.ranks = {int(p.environ()["RANK"]): p for p in below if "RANK" in p.environ() and "train" not in p.name()}
@@ -57,7 +53,7 @@ class Run:
 
     def _alive(self) -> list[psutil.Process]:
         self.runner.poll()  # ours to reap; psutil would take its exit code away
-        return [p for p in self.everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return alive(self.everyone)
 
     def close(self) -> None:
         self.survivors(0)

@@ -1,0 +1,37 @@
+"""Runs of two ranks by the real deepspeed launcher, and their processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from tests.support.runs import ROOT, free_port
+
+
+def launch(
+    script: Path, run_dir: Path, settings: Sequence[str], log: IO[str], **variables: str
+) -> subprocess.Popen[bytes]:
+    """Starts two ranks of ``script`` on configs/base.yaml with overrides; ``variables`` join the environment."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]
+    command += ["--master_port", free_port(), str(script), "--config", str(ROOT / "configs" / "base.yaml")]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
+    words = [*command, f"run.dir={run_dir}", *settings]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended; one that nobody has waited for yet has."""
+    found = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found

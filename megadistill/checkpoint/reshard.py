@@ -27,7 +27,6 @@ from megadistill.checkpoint.manifest import (
 )
 from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 from megadistill.errors import ConfigError, TopologyError
-from megadistill.models.cuts import Cut
 from megadistill.models.families import Family, family_of, head_counts
 from megadistill.models.loading import (
     REMOVED_ROWS,
@@ -36,6 +35,7 @@ from megadistill.models.loading import (
     load_model,
     load_model_config,
 )
+from megadistill.models.shard_spec import Cut
 from megadistill.models.shards import WEIGHT, ShardReader, rewrite, save_tensors, write_layout
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.topology import divisors

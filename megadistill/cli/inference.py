@@ -9,12 +9,12 @@ from pathlib import Path
 from megadistill.checkpoint.manifest import HF_FOLDER, LATEST, MANIFEST, find_checkpoint
 from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
-from megadistill.engines.launch import distributed, name_accelerator, world_size
 from megadistill.errors import CheckpointError
+from megadistill.launch.heartbeat import lost_ranks_reported
+from megadistill.launch.world import distributed, name_accelerator, world_size
 from megadistill.models.families import head_counts
 from megadistill.models.loading import load_model_config
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.heartbeat import lost_ranks_reported
 from megadistill.parallel.topology import resolve_tp_size
 
 

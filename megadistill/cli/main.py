@@ -26,6 +26,8 @@ VERBS = {
     "demo": "run the whole job on the built-in corpus and show the result",
     "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
 }
+# Verbs that stand above this package.
+_MODULES = {"demo": "megadistill.demo.run", "study": "megadistill.demo.study"}
 _OTHER_RANKS_WAIT_S = 5.0
 # Of launchers, and of what starts ranks without setting RANK: srun, Open MPI, MPICH.
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}")
         return 2
     try:
-        return importlib.import_module(f"megadistill.cli.{verb}").run(rest)
+        return importlib.import_module(_MODULES.get(verb, f"megadistill.cli.{verb}")).run(rest)
     except MegadistillError as error:
         _report(str(error))
         return error.exit_code

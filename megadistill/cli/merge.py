@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
-    from megadistill.engines.launch import name_accelerator
+    from megadistill.launch.world import name_accelerator
 
     name_accelerator()  # before anything imports DeepSpeed, which would guess aloud
     from megadistill.checkpoint.merge import merge_adapter

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 from megadistill.checkpoint.manifest import write_atomically
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.errors import ConfigError, DataError
-from megadistill.models.identity import describe_model_files
+from megadistill.models.fingerprint import describe_model_files
 from megadistill.observability.lock import try_lock
 
 VERSION = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,10 @@ from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of, re
 
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
-    from megadistill.training.stopping import StopRequest
+    from megadistill.launch.stopping import StopRequest
+
+# What makes the assets of run.prepare; it stands above this package.
+_PREPARES = "megadistill.demo.assets"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -21,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
         "  megadistill train --config configs/smoke.yaml train.max_steps=5 run.dir=runs/try",
     )
     parser.add_config()
-    from megadistill.training.stopping import stop_requests
+    from megadistill.launch.stopping import stop_requests
 
     # From now on, so that a signal while models are loaded is no crash (the run stops after its first step), and that a
     # launcher that dies meanwhile leaves nobody behind.
@@ -32,20 +36,20 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _train(config: RunConfig, request: StopRequest) -> int:
-    from megadistill.cli.assets import ensure_assets
-    from megadistill.engines.launch import distributed, world_size
+    from megadistill.launch.heartbeat import lost_ranks_reported
+    from megadistill.launch.stopping import STOPPED
+    from megadistill.launch.world import distributed, world_size
     from megadistill.parallel.context import ParallelContext
-    from megadistill.parallel.heartbeat import lost_ranks_reported
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
-    from megadistill.training.stopping import STOPPED
 
     num_ranks = world_size()  # first of all: what follows asks who is rank 0
     refuse_unwritable(config.run.dir, is_file=False)
     if config.generation.teacher_cache is not None:
         refuse_unwritable(config.generation.teacher_cache, is_file=True)
-    ensure_assets(config)
+    if config.run.prepare != "none":
+        importlib.import_module(_PREPARES).ensure_assets(config)
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # What can be wrong with the user's files is found before processes wait for one another.
     start = plan_start(config)

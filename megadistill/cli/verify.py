@@ -85,7 +85,7 @@ def _nats(text: str) -> float:
 
 def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]:
     """The comparison (None where tokenizers already differ), and a difference beside those in its numbers."""
-    from megadistill.engines.launch import name_accelerator
+    from megadistill.launch.world import name_accelerator
 
     device = "cuda" if name_accelerator() else "cpu"  # before anything imports DeepSpeed, which would guess aloud
     from megadistill.cli.inference import model_folder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megadistill.engines.decoder import PlanWriter
-from megadistill.engines.step_model import HFStepModel, step_model
+from megadistill.decoding.decoder import PlanWriter
+from megadistill.decoding.hf_decoder import HFStepModel, step_model
 from megadistill.engines.teacher import frozen_model
 from megadistill.models.loading import load_model, whole_model
 from megadistill.parallel.context import ParallelContext

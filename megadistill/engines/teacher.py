@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from megadistill.data.collate import right_padded
-from megadistill.engines.decoder import PlanReader, PlanWriter
+from megadistill.decoding.decoder import PlanReader, PlanWriter
+from megadistill.decoding.hf_decoder import HFStepModel, step_model
+from megadistill.decoding.kv_cache import Reading
 from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
-from megadistill.engines.kv_cache import Reading
 from megadistill.engines.lm_forward import use_objective_forward
 from megadistill.engines.local_state import set_weights, shard_shape
-from megadistill.engines.step_model import HFStepModel, step_model
-from megadistill.models.cuts import Cut
 from megadistill.models.loading import LoadedModel
+from megadistill.models.shard_spec import Cut
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megadistill.data.tokenize import TokenizedExample, decode_responses
-from megadistill.engines.kv_cache import Reading
+from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.protocols import Rows, Sampling, StepModel
+from megadistill.decoding.rollout import rollout
 from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
 from megadistill.generation.policy import STREAM_EVALUATION
-from megadistill.generation.protocols import Rows, Sampling, StepModel
-from megadistill.generation.rollout import rollout
 from megadistill.losses import Head, cross_entropy
 from megadistill.parallel.context import ParallelContext
 

@@ -1,4 +1,4 @@
-from megadistill.generation.sampling import sample_tokens
+from megadistill.decoding.sampling import sample_tokens
 from megadistill.generation.scrg import find_error_positions
 
 __all__ = ["find_error_positions", "sample_tokens"]

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from megadistill.engines.kv_cache import Reading
+from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.protocols import Reader, Rows, Scores
+from megadistill.decoding.sampling import draw_tokens
 from megadistill.generation.policy import STREAM_TEACHER_TOKEN
-from megadistill.generation.protocols import Reader, Rows, Scores
-from megadistill.generation.sampling import draw_tokens
 from megadistill.losses import Head, token_kl
 from megadistill.losses.config import Backend
 from megadistill.parallel.rng import uniform

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megadistill.generation.protocols import Correction, Rows, Scores
+from megadistill.decoding.protocols import Correction, Rows, Scores
 
 NO_ERROR = -1
 

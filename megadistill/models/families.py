@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from megadistill.decoding.plan import DecoderPlan, gpt2_plan, llama_plan, opt_plan
 from megadistill.errors import ConfigError
-from megadistill.models.decoder_plan import DecoderPlan, gpt2_plan, llama_plan, opt_plan
 
 
 @dataclass(frozen=True)

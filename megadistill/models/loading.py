@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from megadistill.errors import ConfigError, first_line
-from megadistill.models.cuts import Cut
 from megadistill.models.families import Family, family_of
+from megadistill.models.shard_spec import Cut
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.observability.log import get_logger
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megadistill.errors import CheckpointError
-from megadistill.models.cuts import Cut
+from megadistill.models.shard_spec import Cut
 
 LAYOUT = "layout.json"
 MASTER, MOMENTS, WEIGHT = "master", ("exp_avg", "exp_avg_sq"), "weight"

@@ -18,20 +18,20 @@ from megadistill.evaluation.answers import AnswerSettings, reference_likelihood,
 from megadistill.evaluation.report import write_json
 from megadistill.evaluation.rouge import score_texts
 from megadistill.generation.replay_buffer import merge, split
+from megadistill.launch.heartbeat import Heartbeat
+from megadistill.launch.stopping import StopRequest
 from megadistill.losses.backends import choose_backend
 from megadistill.observability.lock import only_writer
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.heartbeat import Heartbeat
+from megadistill.training.components import Parts
 from megadistill.training.nonfinite import NonFinite
-from megadistill.training.parts import Parts
 from megadistill.training.record import Record
 from megadistill.training.resume import RESOLVED, Start, plan_start
 from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
-from megadistill.training.stopping import StopRequest
 
 
 def train(

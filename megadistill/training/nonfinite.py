@@ -8,7 +8,7 @@ from pathlib import Path
 from megadistill.errors import DivergenceError
 from megadistill.observability.log import get_logger
 from megadistill.observability.metrics import JsonLines
-from megadistill.training.parts import Parts
+from megadistill.training.components import Parts
 from megadistill.training.step import StepResult
 
 FOLDER = "nonfinite"

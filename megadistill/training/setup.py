@@ -18,15 +18,15 @@ from megadistill.data.tokenize import (
     tokenize_examples,
     vocabulary_size,
 )
+from megadistill.decoding.batch_plan import WavePlan, plan_waves
+from megadistill.decoding.plan import kv_bytes_per_token
+from megadistill.decoding.rollout import MAX_ROWS
 from megadistill.engines.student import trained_model
 from megadistill.engines.teacher import frozen_model
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.policy import TextPolicy
-from megadistill.generation.rollout import MAX_ROWS
-from megadistill.generation.waves import WavePlan, plan_waves
 from megadistill.losses import LossConfig, QuantileGate
 from megadistill.losses.backends import check_backend
-from megadistill.models.decoder_plan import kv_bytes_per_token
 from megadistill.models.families import head_counts
 from megadistill.models.loading import (
     DTYPES,
@@ -38,8 +38,8 @@ from megadistill.models.loading import (
 )
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
+from megadistill.training.components import Parts
 from megadistill.training.gate import GateTrainer
-from megadistill.training.parts import Parts
 from megadistill.training.teacher_text import teacher_texts
 from megadistill.training.texts import BatchRow
 

@@ -16,8 +16,8 @@ from megadistill.generation.policy import SOURCES
 from megadistill.generation.scoring import ReadText
 from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
+from megadistill.training.components import Parts
 from megadistill.training.micro_batch import Counts, Objective, TrainingRow, build_micro_batch
-from megadistill.training.parts import Parts
 from megadistill.training.schedule import learning_rate
 from megadistill.training.texts import BatchRow, Writing, remember, replayed, write_and_revise
 

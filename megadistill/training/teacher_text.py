@@ -17,12 +17,12 @@ from typing import Any
 from megadistill.checkpoint.manifest import write_atomically
 from megadistill.config.schema import RunConfig
 from megadistill.data.tokenize import TokenizedExample
+from megadistill.decoding.protocols import Rows, Sampling
+from megadistill.decoding.rollout import rollout
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.policy import STREAM_TEACHER_TEXT
-from megadistill.generation.protocols import Rows, Sampling
-from megadistill.generation.rollout import rollout
-from megadistill.models.identity import describe_model_files
+from megadistill.models.fingerprint import describe_model_files
 from megadistill.models.loading import has_weights
 from megadistill.observability.lock import only_writer
 from megadistill.observability.log import get_logger

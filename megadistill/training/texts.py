@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megadistill.data.tokenize import TokenizedExample
+from megadistill.decoding.protocols import Correction, Rows, Sampling, Scores, StepModel
+from megadistill.decoding.rollout import Draft
 from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_REPLAY, STREAM_ROLLOUT
-from megadistill.generation.protocols import Correction, Rows, Sampling, Scores, StepModel
 from megadistill.generation.replay_buffer import ReplayEntry
-from megadistill.generation.rollout import Draft
 from megadistill.generation.scoring import ReadText, score_rows
 from megadistill.generation.scrg import NO_ERROR, Revision, revise
 from megadistill.observability.timers import Timers
+from megadistill.training.components import Parts
 from megadistill.training.micro_batch import TrainingRow
-from megadistill.training.parts import Parts
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.engines.kv_cache import Reading
-from megadistill.generation.protocols import Correction, Rows, Sampling
-from megadistill.generation.rollout import Draft
+from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.protocols import Correction, Rows, Sampling
+from megadistill.decoding.rollout import Draft
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 from tests.support.spawn import run_ranks
 

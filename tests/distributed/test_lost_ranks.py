@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megadistill.launch.heartbeat import LOST, Heartbeat, lost_connection
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.heartbeat import LOST, Heartbeat, lost_connection
 from tests.support.runs import ROOT, free_port
 from tests.support.spawn import run_ranks
 
@@ -88,7 +88,7 @@ import sys, time, torch, torch.distributed as dist
 from datetime import timedelta
 sys.path.insert(0, sys.argv[1])
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.heartbeat import lost_ranks_reported
+from megadistill.launch.heartbeat import lost_ranks_reported
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
 context = ParallelContext.build(1, 3, torch.device("cpu"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadistill.generation.sampling import sample_tokens
+from megadistill.decoding.sampling import sample_tokens
 from megadistill.parallel import VocabShard
 from tests.support.sampling import expected_probabilities
 from tests.support.spawn import run_ranks

@@ -76,7 +76,7 @@ def test_long_prompts(refused: Callable[..., str]) -> None:
 
 
 def test_tokenizers_that_differ(refused: Callable[..., str], assets: Path, tmp_path: Path) -> None:
-    from megadistill.data.train_tokenizer import train_tokenizer
+    from megadistill.demo.tokenizer import train_tokenizer
 
     other = tmp_path / "other"
     train_tokenizer(["quite another text, with other words in it " * 30], other, vocab_size=300)

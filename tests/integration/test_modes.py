@@ -248,7 +248,7 @@ def test_rotary_frequencies_stay_float32(assets: Path) -> None:
 
 FAILING = """
 import os, sys
-from megadistill.generation.rollout import Draft
+from megadistill.decoding.rollout import Draft
 append, calls = Draft._append, [0]
 def failing(*arguments):
     calls[0] += 1

@@ -20,7 +20,7 @@ from megadistill.checkpoint.reshard import family_cuts, reshard_checkpoint, shar
 from megadistill.cli.main import main
 from megadistill.errors import CheckpointError, ConfigError, TopologyError
 from megadistill.models.families import FAMILIES
-from megadistill.models.identity import describe_model_files
+from megadistill.models.fingerprint import describe_model_files
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, shard_file, write_shard
 from tests.support.runs import FAMILY_CONFIGS, ROOT, join_deepspeed, losses, run_layout, settings, weights
 from tests.support.spawn import run_ranks

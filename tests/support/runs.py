@@ -32,7 +32,7 @@ def write_assets(folder: Path) -> None:
     families."""
     from megadistill.data.synthetic import CorpusSizes, generate_corpus, write_corpus
     from megadistill.data.tokenize import load_tokenizer
-    from megadistill.data.train_tokenizer import train_tokenizer
+    from megadistill.demo.tokenizer import train_tokenizer
 
     corpus = generate_corpus(3, CorpusSizes(teacher=150, references=24, prompts=24, valid=12, test=12))
     write_corpus(folder / "data", corpus)
@@ -98,7 +98,7 @@ def join_deepspeed(rank: int) -> None:
     """Makes a rank of ``run_ranks`` one of a launcher's, as DeepSpeed wants it."""
     import deepspeed
 
-    from megadistill.engines.backend import leave_out_shm_op
+    from megadistill.launch.deepspeed_patches import leave_out_shm_op
 
     world_size = str(torch.distributed.get_world_size())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}

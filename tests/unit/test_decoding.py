@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megadistill.engines.decoder import PlanReader, PlanWriter
-from megadistill.engines.kv_cache import KVCache, Reading
-from megadistill.engines.step_model import HFStepModel, step_model
-from megadistill.generation.protocols import Correction, Rows, Sampling
-from megadistill.generation.rollout import Draft, rollout
+from megadistill.decoding.decoder import PlanReader, PlanWriter
+from megadistill.decoding.hf_decoder import HFStepModel, step_model
+from megadistill.decoding.kv_cache import KVCache, Reading
+from megadistill.decoding.protocols import Correction, Rows, Sampling
+from megadistill.decoding.rollout import Draft, rollout
 from megadistill.models.families import FAMILIES
 from megadistill.parallel import VocabShard
 from tests.support.runs import FAMILY_CONFIGS
@@ -141,7 +141,7 @@ def test_long_readings_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> No
     reader = prepared(make_model("llama", torch.float64), "llama")
     readings = [Reading(row, 0, prompt) for row, prompt in enumerate(PROMPTS)]
     whole = reader.read(readings)
-    monkeypatch.setattr("megadistill.engines.decoder._MAX_TOKENS", 3)
+    monkeypatch.setattr("megadistill.decoding.decoder._MAX_TOKENS", 3)
     for states, expected in zip(reader.read(readings), whole, strict=True):
         assert torch.allclose(states, expected, atol=1e-12)
 

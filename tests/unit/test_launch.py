@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadistill.engines import rendezvous
-from megadistill.engines.ancestors import ancestors
-from megadistill.engines.launch import hostfile_of, srun_variables
-from megadistill.engines.mpi_launch import mpi_variables
 from megadistill.errors import TopologyError
+from megadistill.launch import rendezvous
+from megadistill.launch.ancestors import ancestors
+from megadistill.launch.mpi import mpi_variables
+from megadistill.launch.world import hostfile_of, srun_variables
 
 SRUN = {
     "SLURM_STEP_NUM_TASKS": "4",
@@ -138,7 +138,7 @@ def test_the_hostfile_of_a_command_line(command: str, hostfile: str | None) -> N
 
 
 def test_ancestors_tell_their_name_their_words_and_their_folder(tmp_path: Path) -> None:
-    code = "from megadistill.engines.ancestors import ancestors; a = next(ancestors())"
+    code = "from megadistill.launch.ancestors import ancestors; a = next(ancestors())"
     code += "; print(a.program, a.words[2], a.path('f'), a.is_alive())"
     shell = tmp_path / "my launcher"
     shell.symlink_to("/bin/sh")
@@ -149,7 +149,7 @@ def test_ancestors_tell_their_name_their_words_and_their_folder(tmp_path: Path) 
 
 def test_a_process_that_has_ended_is_no_living_ancestor() -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    inner = "from megadistill.engines.ancestors import *; a = next(ancestors()); import os, time; os.kill(a.pid, 9)"
+    inner = "from megadistill.launch.ancestors import *; a = next(ancestors()); import os, time; os.kill(a.pid, 9)"
     inner += "; exec('while a.is_alive(): time.sleep(0.01)'); print('gone')"
     done = subprocess.run([sys.executable, "-c", code, inner], capture_output=True, text=True, timeout=60)
     assert done.stdout == "gone\n", done.stderr

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megadistill.decoding.sampling import sample_tokens
 from megadistill.errors import ConfigError
-from megadistill.generation.sampling import sample_tokens
 from megadistill.parallel import VocabShard
 from megadistill.parallel.rng import uniform
 from tests.support.sampling import expected_probabilities, expected_tokens
@@ -122,7 +122,7 @@ def test_a_low_temperature_is_greedy():
 @pytest.mark.parametrize("logits", [[-torch.inf, 0.0, -800.0], [0.0, -800.0, -torch.inf], [0.0, 0.0, -800.0]])
 def test_classes_without_mass_are_never_drawn(number, logits, monkeypatch):
     monkeypatch.setattr(
-        "megadistill.generation.sampling.uniform",
+        "megadistill.decoding.sampling.uniform",
         lambda seed, sequence_ids, positions, stream=0: torch.full((1,), number, dtype=torch.float64),
     )
     for options in SETTINGS:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from megadistill.engines.kv_cache import Reading
+from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.protocols import Rows
+from megadistill.decoding.sampling import sample_tokens
 from megadistill.generation.policy import STREAM_TEACHER_TOKEN
-from megadistill.generation.protocols import Rows
-from megadistill.generation.sampling import sample_tokens
 from megadistill.generation.scoring import ReadText, score_rows
 from megadistill.losses import Head, token_kl
 from megadistill.parallel import VocabShard

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megadistill.decoding.protocols import Correction, Rows, Sampling, Scores
+from megadistill.decoding.rollout import Draft, rollout
 from megadistill.generation import find_error_positions, sample_tokens
-from megadistill.generation.protocols import Correction, Rows, Sampling, Scores
-from megadistill.generation.rollout import Draft, rollout
 from megadistill.generation.scrg import Revision, revise
 from megadistill.parallel import VocabShard
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.errors import CheckpointError
-from megadistill.models.cuts import Cut
+from megadistill.models.shard_spec import Cut
 from megadistill.models.shards import ShardReader, rewrite, shard_file, write_layout, write_shard
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megadistill.data import load_examples, load_tokenizer, render_prompt, tokenize_examples
 from megadistill.data.synthetic import KINDS, OPPOSITE, TRADES, VERBS, CorpusSizes, generate_corpus, write_corpus
-from megadistill.data.train_tokenizer import train_tokenizer
+from megadistill.demo.tokenizer import train_tokenizer
 from megadistill.errors import DataError
 
 SMALL = CorpusSizes(teacher=400, references=32, prompts=200, valid=24, test=24)
@@ -220,7 +220,7 @@ def test_smallest_vocabulary_and_too_little_text_still_work(tmp_path):
 _MAKE = """
 import sys
 from megadistill.data.synthetic import CorpusSizes, generate_corpus, write_corpus
-from megadistill.data.train_tokenizer import train_tokenizer
+from megadistill.demo.tokenizer import train_tokenizer
 corpus = generate_corpus(5, CorpusSizes(teacher=200, references=16, prompts=64, valid=8, test=8))
 write_corpus(sys.argv[1], corpus)
 train_tokenizer((row["output"] for row in corpus["teacher_train"]), sys.argv[1], vocab_size=500)

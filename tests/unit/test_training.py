@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megadistill.config.schema import GenerationSection, OptimSection
+from megadistill.decoding.batch_plan import WavePlan, plan_waves
 from megadistill.errors import ConfigError
 from megadistill.generation.policy import TextPolicy
 from megadistill.generation.replay_buffer import ReplayEntry
-from megadistill.generation.waves import WavePlan, plan_waves
 from megadistill.training.micro_batch import TrainingRow, build_micro_batch
 from megadistill.training.schedule import learning_rate
 

@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(sizes: Sizes) -> list[Row]:
     """All rows of one size, alternately in one process."""
-    from megadistill.engines.step_model import HFStepModel, step_model
-    from megadistill.generation.protocols import Correction, Rows, Sampling
-    from megadistill.generation.rollout import Draft
+    from megadistill.decoding.hf_decoder import HFStepModel, step_model
+    from megadistill.decoding.protocols import Correction, Rows, Sampling
+    from megadistill.decoding.rollout import Draft
     from megadistill.models.families import FAMILIES
     from megadistill.parallel import VocabShard
 

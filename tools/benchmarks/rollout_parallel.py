@@ -48,7 +48,7 @@ def _run(rank: int, task: Any, sizes: Sizes, folder: Path, store: str, results: 
     with (folder / f"{os.getpid()}.log").open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    from megadistill.engines.backend import leave_out_shm_op
+    from megadistill.launch.deepspeed_patches import leave_out_shm_op
 
     leave_out_shm_op()
     # A file is the meeting point: nothing listens on an outside address.
@@ -82,8 +82,8 @@ def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
 
 
 def _draft(writer: Any, sizes: Sizes, rows: range) -> Any:
-    from megadistill.generation.protocols import Rows, Sampling
-    from megadistill.generation.rollout import Draft
+    from megadistill.decoding.protocols import Rows, Sampling
+    from megadistill.decoding.rollout import Draft
 
     prompts = tuple(tuple(3 + (7 * i + j) % (sizes.vocab - 3) for j in range(sizes.prompt_tokens)) for i in rows)
     texts = Rows(tuple(rows), prompts, ((),) * len(rows))
@@ -93,7 +93,7 @@ def _draft(writer: Any, sizes: Sizes, rows: range) -> Any:
 
 def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
     """Bytes that each rank receives a row and token while two ranks decode one batch together."""
-    from megadistill.generation import rollout
+    from megadistill.decoding import rollout
 
     counted = {"sampling": 0, "model": 0}
     place = ["model"]

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any]:
     from megadistill.data.tokenize import load_tokenizer
-    from megadistill.data.train_tokenizer import train_tokenizer
-    from megadistill.engines.launch import distributed
+    from megadistill.demo.tokenizer import train_tokenizer
+    from megadistill.launch.world import distributed
     from megadistill.parallel.context import ParallelContext
 
     sizes = Sizes(vocab, rows=8, prompt_tokens=64, new_tokens=64, rounds=rounds)

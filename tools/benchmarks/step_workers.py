@@ -187,7 +187,7 @@ class Phases:
 def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> None:
     """What `megadistill train` does on one process, without its checkpoints and files."""
     from megadistill.config.schema import RunConfig
-    from megadistill.engines.launch import distributed
+    from megadistill.launch.world import distributed
     from megadistill.observability.timers import Timers
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer

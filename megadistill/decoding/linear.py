@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadistill.models.decoder_plan import NormPlan
+from megadistill.decoding.plan import NormPlan
 
 # Weights up to this size are joined on accelerators: one launch instead of two or three. Larger ones are not copied.
 _MAX_JOINED_BYTES = 2**24

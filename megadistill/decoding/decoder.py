@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadistill.engines.kv_cache import KVCache, Reading
-from megadistill.engines.products import Logits, Norm, Product, rotate
-from megadistill.models.decoder_plan import DecoderPlan, LayerPlan
+from megadistill.decoding.kv_cache import KVCache, Reading
+from megadistill.decoding.linear import Logits, Norm, Product, rotate
+from megadistill.decoding.plan import DecoderPlan, LayerPlan
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 

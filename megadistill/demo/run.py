@@ -60,8 +60,8 @@ def enter_repository() -> None:
 
 def run_demo(overrides: Sequence[str], *, again: str | None = None) -> dict[str, Any]:
     """All stages; returns the content of the run's summary.json with the scores of the three models under ``demo``."""
-    from megadistill.cli.assets import assets_folder, make_assets
     from megadistill.config.load import load_config
+    from megadistill.demo.assets import assets_folder, make_assets
 
     config = load_config(CONFIG, overrides)
     run_dir, assets = Path(config.run.dir), assets_folder("demo", config.run.seed)

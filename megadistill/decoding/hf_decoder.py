@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from megadistill.data.collate import left_padded, right_padded
-from megadistill.engines.decoder import PlanWriter
-from megadistill.engines.kv_cache import KVCache, Reading
-from megadistill.engines.products import Logits
-from megadistill.models.decoder_plan import DecoderPlan, key_value_shape
-from megadistill.models.hf_cache import cache_over
+from megadistill.decoding.decoder import PlanWriter
+from megadistill.decoding.hf_cache import cache_over
+from megadistill.decoding.kv_cache import KVCache, Reading
+from megadistill.decoding.linear import Logits
+from megadistill.decoding.plan import DecoderPlan, key_value_shape
 from megadistill.parallel.vocab import VocabShard
 
 

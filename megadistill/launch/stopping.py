@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from megadistill.engines.ancestors import PDSH, Ancestor, ancestors, over_ssh
+from megadistill.launch.ancestors import PDSH, Ancestor, ancestors, over_ssh
 
 STOPPED = 85  # exit code of a run that was stopped and has saved
 ORPHANED = 86  # exit code of a rank that could not stop in time after its launcher had died

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadistill.cli.assets import assets_folder, make_assets, run_alone
-from megadistill.cli.demo import CONFIG, enter_repository, evaluate_once, launch_training, scores_of
 from megadistill.cli.parsing import Parser
+from megadistill.demo.assets import assets_folder, make_assets, run_alone
+from megadistill.demo.run import CONFIG, enter_repository, evaluate_once, launch_training, scores_of
 
 CONTROL = "configs/demo_sft.yaml"
 _ARMS = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megadistill.engines.kv_cache import Reading
+from megadistill.decoding.kv_cache import Reading
 from megadistill.parallel.vocab import VocabShard
 
 

@@ -12,11 +12,11 @@ import torch
 from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
 from megadistill.data.tokenize import TokenizedExample
+from megadistill.decoding.batch_plan import WavePlan
+from megadistill.decoding.protocols import Reader
 from megadistill.engines.student import Student
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.generation.policy import TextPolicy
-from megadistill.generation.protocols import Reader
-from megadistill.generation.waves import WavePlan
 from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.gate import GateTrainer

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megadistill.generation.protocols import Correction, Rows, Sampling, StepModel
-from megadistill.generation.sampling import draw_tokens
+from megadistill.decoding.protocols import Correction, Rows, Sampling, StepModel
+from megadistill.decoding.sampling import draw_tokens
 from megadistill.parallel.rng import uniform
 
 MAX_ROWS = 64

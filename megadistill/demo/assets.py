@@ -77,7 +77,7 @@ def ensure_assets(config: RunConfig) -> None:
 
 def is_ready(folder: Path, name: str) -> bool:
     """Whether every part of a recipe is whole."""
-    from megadistill.cli.recipes import RECIPES
+    from megadistill.demo.recipes import RECIPES
 
     return all((folder / part).exists() for part in ("data", "tokenizer", *RECIPES[name].models))
 
@@ -86,7 +86,7 @@ def make_assets(name: str, seed: int, say: Callable[[str], None] = print) -> Pat
     """Makes the missing parts of a recipe and returns its folder. One process at a time; others wait for the lock."""
     from filelock import FileLock
 
-    from megadistill.cli.recipes import RECIPES
+    from megadistill.demo.recipes import RECIPES
 
     folder, recipe = assets_folder(name, seed), RECIPES[name]
     if is_ready(folder, name):
@@ -109,9 +109,9 @@ def make_assets(name: str, seed: int, say: Callable[[str], None] = print) -> Pat
 
 
 def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None]) -> None:
-    from megadistill.cli.recipes import RECIPES
     from megadistill.data.synthetic import generate_corpus, write_corpus
-    from megadistill.data.train_tokenizer import train_tokenizer
+    from megadistill.demo.recipes import RECIPES
+    from megadistill.demo.tokenizer import train_tokenizer
 
     recipe = RECIPES[name]
     if not (folder / "data").exists():

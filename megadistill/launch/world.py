@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from megadistill.engines.ancestors import ancestors
-from megadistill.engines.mpi_launch import mpi_variables
-from megadistill.engines.rendezvous import meeting_store, name_interfaces
 from megadistill.errors import TopologyError
+from megadistill.launch.ancestors import ancestors
+from megadistill.launch.mpi import mpi_variables
+from megadistill.launch.rendezvous import meeting_store, name_interfaces
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
@@ -103,7 +103,7 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     has_cuda = name_accelerator()
     import deepspeed
 
-    from megadistill.engines.backend import leave_out_shm_op
+    from megadistill.launch.deepspeed_patches import leave_out_shm_op
 
     leave_out_shm_op()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

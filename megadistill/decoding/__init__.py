@@ -1,0 +1,1 @@
+"""Writing and reading text with a model: decoder, cache, sampling, rollout."""

@@ -1,0 +1,1 @@
+"""The built-in corpus and models, and the verbs that run the whole job on them."""

@@ -1,0 +1,1 @@
+"""This process's place in a job: launchers, rendezvous, signals, lost ranks."""

@@ -42,7 +42,13 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
-    from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
+    from megadistill.training.setup import (
+        build_components,
+        check_models,
+        load_training_data,
+        make_sampler,
+        run_tokenizer,
+    )
 
     num_ranks = world_size()  # first of all: what follows asks who is rank 0
     refuse_unwritable(config.run.dir, is_file=False)
@@ -60,5 +66,5 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         with lost_ranks_reported(context) as heartbeat:
-            parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
-            return STOPPED if "stopped" in train(parts, data, start, request, heartbeat) else 0
+            components = build_components(config, context, tokenizer, [*data.train, *data.prompts])
+            return STOPPED if "stopped" in train(components, data, start, request, heartbeat) else 0

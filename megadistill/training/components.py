@@ -25,8 +25,8 @@ TeacherTexts = Mapping[tuple[int, ...], tuple[int, ...]]  # prompt -> response
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Everything a step needs. Optional parts are None where the configuration has no use for them."""
+class Components:
+    """Everything a step needs. Optional components are None where the configuration has no use for them."""
 
     config: RunConfig
     context: ParallelContext

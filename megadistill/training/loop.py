@@ -26,7 +26,7 @@ from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
-from megadistill.training.components import Parts
+from megadistill.training.components import Components
 from megadistill.training.nonfinite import NonFinite
 from megadistill.training.record import Record
 from megadistill.training.resume import RESOLVED, Start, plan_start
@@ -35,7 +35,7 @@ from megadistill.training.step import distillation_step
 
 
 def train(
-    parts: Parts,
+    components: Components,
     data: TrainingData,
     start: Start,
     request: StopRequest | None = None,
@@ -51,29 +51,29 @@ def train(
 
         def lock() -> Start:
             held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
-            return plan_start(parts.config)  # again: the one that held it may have saved since
+            return plan_start(components.config)  # again: the one that held it may have saved since
 
-        start = parts.context.on_main(lock)
-        return _train(parts, data, start, request or StopRequest(), heartbeat)
+        start = components.context.on_main(lock)
+        return _train(components, data, start, request or StopRequest(), heartbeat)
 
 
 def _train(
-    parts: Parts, data: TrainingData, start: Start, request: StopRequest, heartbeat: Heartbeat | None
+    components: Components, data: TrainingData, start: Start, request: StopRequest, heartbeat: Heartbeat | None
 ) -> dict[str, Any]:
-    config, context = parts.config, parts.context
+    config, context = components.config, components.context
     log = get_logger(context.rank)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
-    first_step = _restore(parts, start)
-    log.info(_headline(parts, data))
+    first_step = _restore(components, start)
+    log.info(_headline(components, data))
     if first_step == config.train.max_steps:
         log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
         return {}
     begun, metrics, last_eval = time.perf_counter(), {}, {}
-    writer, nonfinite = _writer(parts, start.run_dir), NonFinite(start.run_dir, parts)
-    if first_step == 0 and parts.policy.schedule is not None and config.train.eval_every:
-        before = validate(parts, data)
+    writer, nonfinite = _writer(components, start.run_dir), NonFinite(start.run_dir, components)
+    if first_step == 0 and components.policy.schedule is not None and config.train.eval_every:
+        before = validate(components, data)
         log.info("step 0: " + _shown(before))
-        _observe(parts, before)  # what phi compares the first validation with
+        _observe(components, before)  # what phi compares the first validation with
     with (
         Record(start.run_dir, context, first_step) as record,
         writer,
@@ -86,13 +86,13 @@ def _train(
             if heartbeat is not None:
                 heartbeat.step = step
             reset_peak(context.device)
-            result = distillation_step(step, data.batch(sampler, step), parts)
+            result = distillation_step(step, data.batch(sampler, step), components)
             metrics = result.metrics
             metrics["time/step_s"] = time.perf_counter() - step_begun
             metrics["memory/peak_bytes"] = float(peak_bytes(context.device))
             if config.train.eval_every and (done % config.train.eval_every == 0 or done == config.train.max_steps):
-                last_eval = validate(parts, data)
-                _observe(parts, last_eval)
+                last_eval = validate(components, data)
+                _observe(components, last_eval)
                 metrics |= last_eval
                 log.info(f"step {done}: " + _shown(last_eval))
             record.write(done, metrics, context.gather_objects_over_dp(result.samples))
@@ -105,7 +105,7 @@ def _train(
                 context.raise_together(record.error)
             writer.advance(status)
             if _saves(config, done) or stopped:
-                writer.begin(done, _trainer_state(parts))
+                writer.begin(done, _trainer_state(components))
             if stopped and done < config.train.max_steps:
                 writer.finish()
                 log.info(f"{stopped}: stopped after step {done}, which is saved; the same command goes on")
@@ -128,19 +128,19 @@ def _train(
     return summary
 
 
-def validate(parts: Parts, data: TrainingData) -> dict[str, float]:
+def validate(components: Components, data: TrainingData) -> dict[str, float]:
     """Likelihood of the references of the first ``train.eval_rows`` validation rows, and ROUGE-L of greedy answers."""
-    config = parts.config
+    config = components.config
     rows = data.valid[: config.train.eval_rows]
     settings = AnswerSettings(
-        parts.tokenizer,
+        components.tokenizer,
         config.generation.max_new_tokens,
         config.data.max_tokens,
-        batch_size=min(config.eval.batch_size, parts.waves.most_rows),
+        batch_size=min(config.eval.batch_size, components.waves.most_rows),
     )
-    with parts.student.writer() as writer:
-        likelihood = reference_likelihood(writer, rows, settings, parts.context)
-        answers = write_answers(writer, rows, None, settings, parts.context)
+    with components.student.writer() as writer:
+        likelihood = reference_likelihood(writer, rows, settings, components.context)
+        answers = write_answers(writer, rows, None, settings, components.context)
     scores = score_texts(answers, [row.references for row in rows])
     found = {
         "eval/nll": likelihood.nll if likelihood.num_tokens else None,
@@ -154,22 +154,27 @@ def _shown(numbers: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
-def _observe(parts: Parts, validation: dict[str, float]) -> None:
+def _observe(components: Components, validation: dict[str, float]) -> None:
     """Lets phi follow the validation loss (mode off_policy)."""
-    if parts.policy.schedule is not None and "eval/nll" in validation:
-        parts.policy.schedule.observe(validation["eval/nll"])
+    if components.policy.schedule is not None and "eval/nll" in validation:
+        components.policy.schedule.observe(validation["eval/nll"])
 
 
-def _restore(parts: Parts, start: Start) -> int:
+def _restore(components: Components, start: Start) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
-    config, context = parts.config, parts.context
+    config, context = components.config, components.context
     first_step = 0
     if start.checkpoints:
         own = start.run_dir / "checkpoints"
         found, first_step, state = load_checkpoint(
-            start.checkpoints, own, parts.student, _trainer_state(parts), context, max_steps=config.train.max_steps
+            start.checkpoints,
+            own,
+            components.student,
+            _trainer_state(components),
+            context,
+            max_steps=config.train.max_steps,
         )
-        _load_trainer_state(parts, state)
+        _load_trainer_state(components, state)
         get_logger(context.rank).info(f"resumed from {found} at step {first_step}")
 
     def make() -> None:
@@ -185,36 +190,36 @@ def _saves(config: RunConfig, done: int) -> bool:
     return done == config.train.max_steps or (every > 0 and done % every == 0)
 
 
-def _trainer_state(parts: Parts) -> dict[str, Any]:
+def _trainer_state(components: Components) -> dict[str, Any]:
     """What a checkpoint holds beside the student, the same on every rank and at every layout (the replay buffer is
     gathered over the data-parallel group)."""
-    state: dict[str, Any] = {} if parts.gate is None else {"gate": parts.gate.state_dict()}
-    if parts.policy.schedule is not None and parts.policy.buffer is not None:
-        shards = parts.context.gather_objects_over_dp(parts.policy.buffer.state_dict())
-        state["off_policy"] = {"schedule": parts.policy.schedule.state_dict(), "buffer": merge(shards)}
+    state: dict[str, Any] = {} if components.gate is None else {"gate": components.gate.state_dict()}
+    if components.policy.schedule is not None and components.policy.buffer is not None:
+        shards = components.context.gather_objects_over_dp(components.policy.buffer.state_dict())
+        state["off_policy"] = {"schedule": components.policy.schedule.state_dict(), "buffer": merge(shards)}
     return state
 
 
-def _load_trainer_state(parts: Parts, state: dict[str, Any]) -> None:
-    if parts.gate is not None:
-        parts.gate.load_state_dict(state["gate"])
-    if parts.policy.schedule is not None and parts.policy.buffer is not None:
+def _load_trainer_state(components: Components, state: dict[str, Any]) -> None:
+    if components.gate is not None:
+        components.gate.load_state_dict(state["gate"])
+    if components.policy.schedule is not None and components.policy.buffer is not None:
         if "off_policy" not in state:
-            log = get_logger(parts.context.rank)
+            log = get_logger(components.context.rank)
             log.info("the checkpoint is of another generation.mode: the replay buffer starts empty, phi as configured")
             return
-        parts.policy.schedule.load_state_dict(state["off_policy"]["schedule"])
-        shard = split(state["off_policy"]["buffer"], parts.context.dp_rank, parts.context.dp_size)
-        parts.policy.buffer.load_state_dict(shard)
+        components.policy.schedule.load_state_dict(state["off_policy"]["schedule"])
+        shard = split(state["off_policy"]["buffer"], components.context.dp_rank, components.context.dp_size)
+        components.policy.buffer.load_state_dict(shard)
 
 
-def _writer(parts: Parts, run_dir: Path) -> CheckpointWriter:
-    settings = parts.config.checkpoint
+def _writer(components: Components, run_dir: Path) -> CheckpointWriter:
+    settings = components.config.checkpoint
     return CheckpointWriter(
         run_dir / "checkpoints",
-        parts.student,
-        parts.tokenizer,
-        parts.context,
+        components.student,
+        components.tokenizer,
+        components.context,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         asynchronous=settings.asynchronous,
@@ -232,9 +237,9 @@ def _agree(
     return signal.Signals(int(number)).name if number else None, int(status), bool(is_unwritten)
 
 
-def _headline(parts: Parts, data: TrainingData) -> str:
-    config, context = parts.config, parts.context
-    backend = choose_backend(config.loss.backend, parts.student.shard, context.device)
+def _headline(components: Components, data: TrainingData) -> str:
+    config, context = components.config, components.context
+    backend = choose_backend(config.loss.backend, components.student.shard, context.device)
     return (
         f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "
         f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}, "

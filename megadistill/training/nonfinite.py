@@ -8,7 +8,7 @@ from pathlib import Path
 from megadistill.errors import DivergenceError
 from megadistill.observability.log import get_logger
 from megadistill.observability.metrics import JsonLines
-from megadistill.training.components import Parts
+from megadistill.training.components import Components
 from megadistill.training.step import StepResult
 
 FOLDER = "nonfinite"
@@ -18,8 +18,8 @@ _TERMS = ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm")
 class NonFinite:
     """Counts such steps; ``seen`` is collective over the data-parallel group, and raises on every rank or none."""
 
-    def __init__(self, run_dir: Path, parts: Parts) -> None:
-        self._run_dir, self._parts, self._in_a_row = run_dir, parts, 0
+    def __init__(self, run_dir: Path, components: Components) -> None:
+        self._run_dir, self._parts, self._in_a_row = run_dir, components, 0
 
     def seen(self, step: int, result: StepResult) -> None:
         """Looks at what step number ``step`` left behind. Raises DivergenceError where the run is to stop."""

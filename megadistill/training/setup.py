@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its configuration: tokenizer, rows, models, engines, gate."""
+"""Builds the components of a run from its configuration: tokenizer, rows, models, engines, gate."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megadistill.models.loading import (
 )
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
-from megadistill.training.components import Parts
+from megadistill.training.components import Components
 from megadistill.training.gate import GateTrainer
 from megadistill.training.teacher_text import teacher_texts
 from megadistill.training.texts import BatchRow
@@ -214,9 +214,9 @@ def load_models(config: RunConfig, tokenizer: Any) -> tuple[LoadedModel, LoadedM
     return student, load("model.teacher.path", config.model.teacher.dtype, _TEACHER_SEED)
 
 
-def build_parts(
+def build_components(
     config: RunConfig, context: ParallelContext, tokenizer: Any, rows: Sequence[TokenizedExample] = ()
-) -> Parts:
+) -> Components:
     """Loads and partitions both models and makes the gate (collective over the world).
 
     ``rows``: everything that mode ``teacher`` will train on; the teacher writes its text here.
@@ -248,7 +248,7 @@ def build_parts(
     if config.generation.mode == "teacher":
         assert teacher is not None
         texts = teacher_texts(config, rows, teacher, context, eos_ids=eos_ids, rows_at_once=waves.num_rows)
-    return Parts(
+    return Components(
         config=config,
         context=context,
         tokenizer=tokenizer,

@@ -16,7 +16,7 @@ from megadistill.generation.policy import SOURCES
 from megadistill.generation.scoring import ReadText
 from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
-from megadistill.training.components import Parts
+from megadistill.training.components import Components
 from megadistill.training.micro_batch import Counts, Objective, TrainingRow, build_micro_batch
 from megadistill.training.schedule import learning_rate
 from megadistill.training.texts import BatchRow, Writing, remember, replayed, write_and_revise
@@ -40,19 +40,19 @@ class StepResult:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> StepResult:
+def distillation_step(step: int, rows: Sequence[BatchRow], components: Components) -> StepResult:
     """Runs update ``step`` (0-based) and returns its metrics, equal on all ranks, and this rank's samples."""
-    config = parts.config
-    timers = Timers(torch.cuda.synchronize if parts.context.device.type == "cuda" else None)
+    config = components.config
+    timers = Timers(torch.cuda.synchronize if components.context.device.type == "cuda" else None)
 
     # 1. Sequence level: the text to train on. Every rank decides alike.
-    source, writing = parts.policy.source(step), None
+    source, writing = components.policy.source(step), None
     if source == "generate":
-        training_rows, writing = write_and_revise(rows, parts, timers)
+        training_rows, writing = write_and_revise(rows, components, timers)
     elif source == "replay":
-        training_rows = replayed(step, parts)
+        training_rows = replayed(step, components)
     else:
-        texts = [parts.teacher_text(row.example) if source == "teacher" else row.reference for row in rows]
+        texts = [components.teacher_text(row.example) if source == "teacher" else row.reference for row in rows]
         training_rows = [
             TrainingRow(row.example.prompt_ids, row.reference, text) for row, text in zip(rows, texts, strict=True)
         ]
@@ -60,48 +60,48 @@ def distillation_step(step: int, rows: Sequence[BatchRow], parts: Parts) -> Step
     # 2. The teacher reads that text, where it has not while correcting it; spans are found in it.
     if source != "generate":
         with timers("teacher"):
-            training_rows = read_by_teacher(training_rows, parts)
+            training_rows = read_by_teacher(training_rows, components)
     with timers("spans"):
-        training_rows = find_spans(training_rows, parts)
+        training_rows = find_spans(training_rows, components)
 
     # 3. Global counts: the only normalisation there is.
-    counts = global_counts(training_rows, parts)
+    counts = global_counts(training_rows, components)
 
     # 4. Token, span and reference losses, micro-batch by micro-batch; gradients are summed.
     with timers("train"):
-        objectives = accumulate_gradients(training_rows, counts, parts)
+        objectives = accumulate_gradients(training_rows, counts, components)
 
-    metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, parts)
+    metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, components)
 
     # 5. One update of student and gate, unless a number in it is not finite.
     with timers("optimizer"):
         lr = learning_rate(config.optim, step, config.train.max_steps)
         is_finite = math.isfinite(metrics["loss"])
-        if parts.gate is not None:
-            is_finite &= parts.gate.reduce(loss_scale=parts.context.dp_size)
-        is_updated = parts.student.step(lr, skip=not is_finite)
-        if parts.gate is not None:
-            parts.gate.step(skip=not is_updated)
+        if components.gate is not None:
+            is_finite &= components.gate.reduce(loss_scale=components.context.dp_size)
+        is_updated = components.student.step(lr, skip=not is_finite)
+        if components.gate is not None:
+            components.gate.step(skip=not is_updated)
     if writing is not None and is_updated:
-        remember(step, rows, writing, parts)
+        remember(step, rows, writing, components)
 
-    metrics |= {"lr": lr, "grad_norm": parts.student.grad_norm, "phi": parts.policy.phi}
+    metrics |= {"lr": lr, "grad_norm": components.student.grad_norm, "phi": components.policy.phi}
     metrics |= {f"text/{name}": float(source == name) for name in SOURCES}
-    if parts.policy.buffer is not None:
-        metrics["replay/rows"] = float(len(parts.policy.buffer))
+    if components.policy.buffer is not None:
+        metrics["replay/rows"] = float(len(components.policy.buffer))
     metrics |= timers.seconds()
     finite = []
     if not is_updated:  # asking every loss waits for the device
         flags = [objective.is_finite for objective in objectives]
         finite = [flags[i // config.train.micro_batch_size] for i in range(len(training_rows))]
-    return StepResult(metrics, is_updated, training_rows, finite, samples_of(step, rows, writing, parts))
+    return StepResult(metrics, is_updated, training_rows, finite, samples_of(step, rows, writing, components))
 
 
-def read_by_teacher(rows: Sequence[TrainingRow], parts: Parts) -> list[TrainingRow]:
+def read_by_teacher(rows: Sequence[TrainingRow], components: Components) -> list[TrainingRow]:
     """The teacher's hidden states of text that it has not read while it was corrected."""
-    if parts.teacher is None:
+    if components.teacher is None:
         return list(rows)
-    read = ReadText(parts.reader(), [row.prompt for row in rows], 0, keep=False)
+    read = ReadText(components.reader(), [row.prompt for row in rows], 0, keep=False)
     read.update([row.text or () for row in rows], [0] * len(rows))
     return [
         row if row.text is None else replace(row, teacher_hidden=hidden)
@@ -109,19 +109,21 @@ def read_by_teacher(rows: Sequence[TrainingRow], parts: Parts) -> list[TrainingR
     ]
 
 
-def find_spans(rows: Sequence[TrainingRow], parts: Parts) -> list[TrainingRow]:
+def find_spans(rows: Sequence[TrainingRow], components: Components) -> list[TrainingRow]:
     """Which neighbouring tokens of each text share a phrase (no communication)."""
-    if parts.teacher is None:
+    if components.teacher is None:
         return list(rows)
     return [
-        replace(row, pairs=pair_mask_from_span_ids(token_span_ids(row.text, parts.tokenizer, parts.span_prior)))
+        replace(
+            row, pairs=pair_mask_from_span_ids(token_span_ids(row.text, components.tokenizer, components.span_prior))
+        )
         if row.text
         else row
         for row in rows
     ]
 
 
-def global_counts(rows: Sequence[TrainingRow], parts: Parts) -> Counts:
+def global_counts(rows: Sequence[TrainingRow], components: Components) -> Counts:
     """Tokens and span pairs of the whole step (one all-reduce of three numbers over the data-parallel group)."""
     local = torch.tensor(
         [
@@ -130,30 +132,32 @@ def global_counts(rows: Sequence[TrainingRow], parts: Parts) -> Counts:
             sum(sum(row.pairs) for row in rows),
         ],
         dtype=torch.float64,
-        device=parts.context.device,
+        device=components.context.device,
     )
-    return Counts(*parts.context.sum_over_dp(local).tolist())
+    return Counts(*components.context.sum_over_dp(local).tolist())
 
 
-def accumulate_gradients(rows: Sequence[TrainingRow], counts: Counts, parts: Parts) -> list[Objective]:
+def accumulate_gradients(rows: Sequence[TrainingRow], counts: Counts, components: Components) -> list[Objective]:
     """Forward and backward of every micro-batch; both heads are gathered once for all of them."""
-    size, objectives = parts.config.train.micro_batch_size, []
-    gate = parts.gate.gate if parts.gate is not None else None
-    with parts.teacher_head() as teacher_head, parts.student.head():
+    size, objectives = components.config.train.micro_batch_size, []
+    gate = components.gate.gate if components.gate is not None else None
+    with components.teacher_head() as teacher_head, components.student.head():
         for start in range(0, len(rows), size):
-            micro = build_micro_batch(rows[start : start + size], pad_id=parts.pad_id, device=parts.context.device)
-            objective = Objective(micro, counts, parts.loss, gate, parts.student.shard, teacher_head)
+            micro = build_micro_batch(
+                rows[start : start + size], pad_id=components.pad_id, device=components.context.device
+            )
+            objective = Objective(micro, counts, components.loss, gate, components.student.shard, teacher_head)
             batch = micro.batch
-            loss = parts.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, objective)
-            parts.student.backward(loss)
+            loss = components.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, objective)
+            components.student.backward(loss)
             if start + size < len(rows):
-                parts.student.end_micro_step()
+                components.student.end_micro_step()
             objectives.append(objective)
     return objectives
 
 
 def collect_metrics(
-    objectives: Sequence[Objective], counts: Counts, revision: Revision | None, parts: Parts
+    objectives: Sequence[Objective], counts: Counts, revision: Revision | None, components: Components
 ) -> dict[str, float]:
     """Global values from every rank's shares (one all-reduce over the data-parallel group)."""
     outputs = [objective.output for objective in objectives if objective.output is not None]
@@ -166,17 +170,17 @@ def collect_metrics(
         float(len(revision.error_positions) if revision is not None else 0),
         float(sum(revision.num_corrections) if revision is not None else 0),
     ]
-    device = parts.context.device
-    total = parts.context.sum_over_dp(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
+    device = components.context.device
+    total = components.context.sum_over_dp(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
     sft, (dac_kl, span, kept_mass, lower, upper) = total[0], total[1:6]
     num_corrected, position_sum, num_rows, num_corrections = total[6:]
-    config = parts.loss
+    config = components.loss
     metrics = {
         "loss": config.sft * sft + config.dac_kl * dac_kl + config.span * span,
         "loss/sft": sft,
         "loss/dac_kl": dac_kl,
         "loss/span": span,
-        "num_tokens": counts.num_kd if parts.teacher is not None else counts.num_sft,
+        "num_tokens": counts.num_kd if components.teacher is not None else counts.num_sft,
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
         "kept_mass": kept_mass,
@@ -193,9 +197,11 @@ def collect_metrics(
     return metrics
 
 
-def samples_of(step: int, rows: Sequence[BatchRow], writing: Writing | None, parts: Parts) -> list[dict[str, Any]]:
+def samples_of(
+    step: int, rows: Sequence[BatchRow], writing: Writing | None, components: Components
+) -> list[dict[str, Any]]:
     """The first rows of the global batch as text, for samples.jsonl: nothing in them depends on the layout."""
-    train = parts.config.train
+    train = components.config.train
     if writing is None or not train.samples_every or step % train.samples_every:
         return []
     first_id = step * train.global_batch_size
@@ -204,9 +210,9 @@ def samples_of(step: int, rows: Sequence[BatchRow], writing: Writing | None, par
             "step": step + 1,
             "sequence_id": row.sequence_id,
             "prompt": row.example.prompt,
-            "student": parts.decode(writing.written.responses[i]),
+            "student": components.decode(writing.written.responses[i]),
             "error_position": writing.revision.error_positions[i],
-            "corrected": parts.decode(writing.revision.rows.responses[i]),
+            "corrected": components.decode(writing.revision.rows.responses[i]),
         }
         for i, row in enumerate(rows)
         if row.sequence_id - first_id < train.samples_rows

@@ -13,7 +13,7 @@ from megadistill.generation.replay_buffer import ReplayEntry
 from megadistill.generation.scoring import ReadText, score_rows
 from megadistill.generation.scrg import NO_ERROR, Revision, revise
 from megadistill.observability.timers import Timers
-from megadistill.training.components import Parts
+from megadistill.training.components import Components
 from megadistill.training.micro_batch import TrainingRow
 
 
@@ -34,16 +34,18 @@ class Writing:
     revision: Revision
 
 
-def write_and_revise(rows: Sequence[BatchRow], parts: Parts, timers: Timers) -> tuple[list[TrainingRow], Writing]:
+def write_and_revise(
+    rows: Sequence[BatchRow], components: Components, timers: Timers
+) -> tuple[list[TrainingRow], Writing]:
     """SCRG (paper, Eq. 3-4) on all rows of the step, as many at a time as the cache may hold.
 
     Student parameters are gathered once for writing, scoring and re-generation. Rows per rank and waves are equal in
     number on every rank, and so are the teacher's readings.
     """
     waves: list[tuple[list[TrainingRow], Writing]] = []
-    with parts.student.writer() as writer:
-        for start in range(0, len(rows), parts.waves.num_rows):
-            waves.append(_write_wave(rows[start : start + parts.waves.num_rows], writer, parts, timers))
+    with components.student.writer() as writer:
+        for start in range(0, len(rows), components.waves.num_rows):
+            waves.append(_write_wave(rows[start : start + components.waves.num_rows], writer, components, timers))
     written = [writing.written for _, writing in waves]
     revisions = [writing.revision for _, writing in waves]
     everything = Writing(
@@ -59,25 +61,25 @@ def write_and_revise(rows: Sequence[BatchRow], parts: Parts, timers: Timers) -> 
 
 
 def _write_wave(
-    rows: Sequence[BatchRow], writer: StepModel, parts: Parts, timers: Timers
+    rows: Sequence[BatchRow], writer: StepModel, components: Components, timers: Timers
 ) -> tuple[list[TrainingRow], Writing]:
-    generation, teacher = parts.config.generation, parts.teacher
+    generation, teacher = components.config.generation, components.teacher
     assert teacher is not None
     prompts = Rows(tuple(r.sequence_id for r in rows), tuple(r.example.prompt_ids for r in rows), ((),) * len(rows))
-    limits = [parts.response_limit(len(prompt)) for prompt in prompts.prompts]
+    limits = [components.response_limit(len(prompt)) for prompt in prompts.prompts]
     sampling = Sampling(
-        parts.config.run.seed, generation.sampling_temperature, top_k=generation.top_k, top_p=generation.top_p
+        components.config.run.seed, generation.sampling_temperature, top_k=generation.top_k, top_p=generation.top_p
     )
     with timers("rollout"):
         draft = Draft(
-            writer, prompts, limits=limits, eos_ids=parts.eos_ids, sampling=sampling,
+            writer, prompts, limits=limits, eos_ids=components.eos_ids, sampling=sampling,
             keep_hidden=generation.scrg.enabled,
         )  # fmt: skip
         draft.write(STREAM_ROLLOUT)
     written = draft.rows
     columns = max(len(prompt) + limit for prompt, limit in zip(prompts.prompts, limits, strict=True))
-    keeps = generation.scrg.enabled and parts.waves.keeps_teacher
-    read = ReadText(parts.reader(), prompts.prompts, columns, keep=keeps)
+    keeps = generation.scrg.enabled and components.waves.keeps_teacher
+    read = ReadText(components.reader(), prompts.prompts, columns, keep=keeps)
 
     def score(text: Rows, starts: Sequence[int], round_index: int) -> Scores:
         with timers("teacher"):
@@ -90,11 +92,11 @@ def _write_wave(
                 student_head=writer.head,
                 teacher_hidden=[read.hidden[row][start:] for row, start in enumerate(starts)],
                 teacher_head=teacher.head,
-                shard=parts.student.shard,
-                seed=parts.config.run.seed,
+                shard=components.student.shard,
+                seed=components.config.run.seed,
                 round_index=round_index,
                 sample_teacher=generation.scrg.teacher_token == "sample",
-                backend=parts.loss.backend,
+                backend=components.loss.backend,
             )
 
     def rewrite(corrections: Sequence[Correction], round_index: int) -> Rows:
@@ -114,12 +116,12 @@ def _write_wave(
     return training, Writing(written, revision)
 
 
-def remember(step: int, rows: Sequence[BatchRow], writing: Writing, parts: Parts) -> None:
+def remember(step: int, rows: Sequence[BatchRow], writing: Writing, components: Components) -> None:
     """Puts a step's corrected text into the replay buffer, where there is one."""
-    if parts.policy.buffer is None:
+    if components.policy.buffer is None:
         return
     revision = writing.revision
-    parts.policy.buffer.append(
+    components.policy.buffer.append(
         [
             ReplayEntry(
                 sequence_id=row.sequence_id,
@@ -135,10 +137,10 @@ def remember(step: int, rows: Sequence[BatchRow], writing: Writing, parts: Parts
     )
 
 
-def replayed(step: int, parts: Parts) -> list[TrainingRow]:
+def replayed(step: int, components: Components) -> list[TrainingRow]:
     """Rows of earlier steps, with the text that the student wrote then."""
-    assert parts.policy.buffer is not None
-    entries = parts.policy.buffer.draw(parts.config.run.seed, step, stream=STREAM_REPLAY)
+    assert components.policy.buffer is not None
+    entries = components.policy.buffer.draw(components.config.run.seed, step, stream=STREAM_REPLAY)
     return [TrainingRow(entry.prompt, entry.reference, entry.text) for entry in entries]
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # instead of this folder, whose modules have names of libraries
 # Where the places are: module, attribute (of a class, with a dot).
 PLACES = {
-    "start": ("megadistill.training.setup", "build_parts"),
+    "start": ("megadistill.training.setup", "build_components"),
     "rollout": ("megadistill.training.step", "write_and_revise"),
     "backward": ("megadistill.engines.student", "Student.backward"),
     "save": ("megadistill.checkpoint.writer", "write_shard"),

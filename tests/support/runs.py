@@ -124,7 +124,7 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
-    from megadistill.training.setup import build_parts, check_models, load_training_data, run_tokenizer
+    from megadistill.training.setup import build_components, check_models, load_training_data, run_tokenizer
 
     config = load_config(file, [f"run.dir={run_dir}", *overrides])
     start = plan_start(config)
@@ -133,7 +133,7 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
     tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-    parts = build_parts(config, context, tokenizer, [*data.train, *data.prompts])
+    parts = build_components(config, context, tokenizer, [*data.train, *data.prompts])
     if more_ends:
         parts = replace(parts, eos_ids=frozenset(range(0, len(tokenizer), 5)))
     train(parts, data, start)

@@ -190,7 +190,13 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     from megadistill.launch.world import distributed
     from megadistill.observability.timers import Timers
     from megadistill.parallel.context import ParallelContext
-    from megadistill.training.setup import build_parts, check_models, load_training_data, make_sampler, run_tokenizer
+    from megadistill.training.setup import (
+        build_components,
+        check_models,
+        load_training_data,
+        make_sampler,
+        run_tokenizer,
+    )
     from megadistill.training.step import distillation_step
 
     # Phases in the clock of the whole: other programs share the cores.
@@ -201,7 +207,7 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     data = load_training_data(config, tokenizer)
     sampler = make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
-        parts = build_parts(config, ParallelContext.build(tp_size, config.parallel.timeout_s, device), tokenizer)
+        parts = build_components(config, ParallelContext.build(tp_size, config.parallel.timeout_s, device), tokenizer)
         number = 0
         while turns.wait():
             result = distillation_step(number, data.batch(sampler, number), parts)

@@ -22,7 +22,7 @@ from megadistill.parallel.rng import uniform
 MAX_ROWS = 64
 
 
-class Draft:
+class RolloutState:
     """One wave of rows while they are written: responses, the kept cache, and the hidden states that made each token.
 
     ``limits[row]`` is the most tokens its response may have; EOS (kept) ends it earlier.
@@ -192,9 +192,11 @@ def rollout(
         wave = Rows(
             tuple(rows.sequence_ids[row] for row in part), tuple(rows.prompts[row] for row in part), ((),) * len(part)
         )
-        draft = Draft(model, wave, limits=[limits[row] for row in part], eos_ids=eos_ids, sampling=sampling)
-        draft.write(stream)
-        for row, response in zip(part, draft.rows.responses, strict=True):
+        rollout_state = RolloutState(
+            model, wave, limits=[limits[row] for row in part], eos_ids=eos_ids, sampling=sampling
+        )
+        rollout_state.write(stream)
+        for row, response in zip(part, rollout_state.rows.responses, strict=True):
             responses[row] = response
         if progress is not None:
             progress(len(part))

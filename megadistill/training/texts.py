@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megadistill.data.tokenize import TokenizedExample
 from megadistill.decoding.protocols import Correction, Rows, Sampling, Scores, StepModel
-from megadistill.decoding.rollout import Draft
+from megadistill.decoding.rollout import RolloutState
 from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_REPLAY, STREAM_ROLLOUT
 from megadistill.generation.replay_buffer import ReplayEntry
 from megadistill.generation.scoring import ReadText, score_rows
@@ -71,12 +71,12 @@ def _write_wave(
         components.config.run.seed, generation.sampling_temperature, top_k=generation.top_k, top_p=generation.top_p
     )
     with timers("rollout"):
-        draft = Draft(
+        rollout_state = RolloutState(
             writer, prompts, limits=limits, eos_ids=components.eos_ids, sampling=sampling,
             keep_hidden=generation.scrg.enabled,
         )  # fmt: skip
-        draft.write(STREAM_ROLLOUT)
-    written = draft.rows
+        rollout_state.write(STREAM_ROLLOUT)
+    written = rollout_state.rows
     columns = max(len(prompt) + limit for prompt, limit in zip(prompts.prompts, limits, strict=True))
     keeps = generation.scrg.enabled and components.waves.keeps_teacher
     read = ReadText(components.reader(), prompts.prompts, columns, keep=keeps)
@@ -88,7 +88,7 @@ def _write_wave(
             return score_rows(
                 text,
                 starts,
-                student_hidden=[draft.hidden(row, start) for row, start in enumerate(starts)],
+                student_hidden=[rollout_state.hidden(row, start) for row, start in enumerate(starts)],
                 student_head=writer.head,
                 teacher_hidden=[read.hidden[row][start:] for row, start in enumerate(starts)],
                 teacher_head=teacher.head,
@@ -101,8 +101,8 @@ def _write_wave(
 
     def rewrite(corrections: Sequence[Correction], round_index: int) -> Rows:
         with timers("regenerate"):
-            draft.rewrite(corrections, STREAM_CONTINUATION + round_index)
-            return draft.rows
+            rollout_state.rewrite(corrections, STREAM_CONTINUATION + round_index)
+            return rollout_state.rows
 
     revision = Revision(written, (NO_ERROR,) * len(rows), (0,) * len(rows), (0,) * len(rows))
     if generation.scrg.enabled:

@@ -11,7 +11,7 @@ import torch
 
 from megadistill.decoding.kv_cache import Reading
 from megadistill.decoding.protocols import Correction, Rows, Sampling
-from megadistill.decoding.rollout import Draft
+from megadistill.decoding.rollout import RolloutState
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 from tests.support.spawn import run_ranks
 
@@ -72,12 +72,14 @@ def _texts(writer: Any, rows: Rows) -> tuple[Any, ...]:
     texts = []
     for temperature in (1.0, 0.0):
         sampling = Sampling(5, temperature)
-        draft = Draft(writer, rows, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling)
-        draft.write(0)
-        texts.append(draft.rows.responses)
-        lengths = [len(response) for response in draft.rows.responses]
-        draft.rewrite([Correction(row, min(n - 1, 2 * row), 40) for row, n in enumerate(lengths)], 1)
-        texts.append(draft.rows.responses)
+        rollout_state = RolloutState(
+            writer, rows, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling
+        )
+        rollout_state.write(0)
+        texts.append(rollout_state.rows.responses)
+        lengths = [len(response) for response in rollout_state.rows.responses]
+        rollout_state.rewrite([Correction(row, min(n - 1, 2 * row), 40) for row, n in enumerate(lengths)], 1)
+        texts.append(rollout_state.rows.responses)
     return tuple(texts)
 
 

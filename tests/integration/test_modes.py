@@ -248,14 +248,14 @@ def test_rotary_frequencies_stay_float32(assets: Path) -> None:
 
 FAILING = """
 import os, sys
-from megadistill.decoding.rollout import Draft
-append, calls = Draft._append, [0]
+from megadistill.decoding.rollout import RolloutState
+append, calls = RolloutState._append, [0]
 def failing(*arguments):
     calls[0] += 1
     if os.environ["RANK"] == "1" and calls[0] == 12:
         raise RuntimeError("injected into the decoding")
     return append(*arguments)
-Draft._append = failing
+RolloutState._append = failing
 from megadistill.cli.main import main
 sys.exit(main(sys.argv[2:]))  # deepspeed puts --local_rank first
 """

@@ -13,7 +13,7 @@ from megadistill.decoding.decoder import PlanReader, PlanWriter
 from megadistill.decoding.hf_decoder import HFStepModel, step_model
 from megadistill.decoding.kv_cache import KVCache, Reading
 from megadistill.decoding.protocols import Correction, Rows, Sampling
-from megadistill.decoding.rollout import Draft, rollout
+from megadistill.decoding.rollout import RolloutState, rollout
 from megadistill.models.families import FAMILIES
 from megadistill.parallel import VocabShard
 from tests.support.runs import FAMILY_CONFIGS
@@ -100,15 +100,19 @@ def test_writing_on_is_generating_from_the_prefix(variant: str) -> None:
                 texts[row] = kept + (generated(model, PROMPTS[row] + kept, left) if left else ())
         drafts.append(list(texts))
     writer = prepared(model, variant)
-    draft = Draft(writer, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True)
-    draft.write(0)
+    rollout_state = RolloutState(
+        writer, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True
+    )
+    rollout_state.write(0)
     for corrections, expected in zip(rounds, drafts, strict=True):
-        lengths = [len(response) for response in draft.rows.responses]
-        draft.rewrite([Correction(row, *at) for row, at in corrections.items() if at[0] < lengths[row]], 0)
-        assert draft.rows.responses == tuple(expected)
-    whole = writer.read([Reading(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, draft.rows.responses, strict=True)])
+        lengths = [len(response) for response in rollout_state.rows.responses]
+        rollout_state.rewrite([Correction(row, *at) for row, at in corrections.items() if at[0] < lengths[row]], 0)
+        assert rollout_state.rows.responses == tuple(expected)
+    whole = writer.read(
+        [Reading(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, rollout_state.rows.responses, strict=True)]
+    )
     for row, (prompt, states) in enumerate(zip(PROMPTS, whole, strict=True)):
-        assert torch.allclose(draft.hidden(row), states[len(prompt) - 1 :], atol=1e-4), "kept hidden states"
+        assert torch.allclose(rollout_state.hidden(row), states[len(prompt) - 1 :], atol=1e-4), "kept hidden states"
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in WITHOUT_PLAN])
@@ -152,8 +156,12 @@ def test_bf16_decoding_stays_close(variant: str) -> None:
     wide = prepared(make_model(variant, torch.float64), variant)
     narrow = prepared(make_model(variant).to(torch.bfloat16), variant)
     for model in (wide, narrow):
-        draft = Draft(model, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
-        draft.write(0)
-        states = model.read([Reading(0, 0, (*PROMPTS[0], *draft.rows.responses[0][:-1]))])[0]
+        rollout_state = RolloutState(
+            model, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
+        )
+        rollout_state.write(0)
+        states = model.read([Reading(0, 0, (*PROMPTS[0], *rollout_state.rows.responses[0][:-1]))])[0]
         close = 1e-9 if model is wide else 0.2
-        assert torch.allclose(draft.hidden(0).double(), states[len(PROMPTS[0]) - 1 :].double(), atol=close, rtol=close)
+        assert torch.allclose(
+            rollout_state.hidden(0).double(), states[len(PROMPTS[0]) - 1 :].double(), atol=close, rtol=close
+        )

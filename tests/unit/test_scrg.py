@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.decoding.protocols import Correction, Rows, Sampling, Scores
-from megadistill.decoding.rollout import Draft, rollout
+from megadistill.decoding.rollout import RolloutState, rollout
 from megadistill.generation import find_error_positions, sample_tokens
 from megadistill.generation.scrg import Revision, revise
 from megadistill.parallel import VocabShard
@@ -65,9 +65,9 @@ class Counter:
         return torch.nn.functional.one_hot(following, V).float() * 50
 
 
-def _draft(rows: Rows, limits: list[int], model: Counter | None = None) -> Draft:
+def _draft(rows: Rows, limits: list[int], model: Counter | None = None) -> RolloutState:
     model = model or Counter()
-    return Draft(model, rows, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True)
+    return RolloutState(model, rows, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True)
 
 
 def _write(rows: Rows, limits: list[int], model: Counter | None = None, **more: object) -> tuple[tuple[int, ...], ...]:
@@ -91,26 +91,26 @@ def test_rows_without_room_write_nothing() -> None:
 
 def test_corrected_rows_join_when_the_decoding_reaches_them() -> None:
     rows, model = Rows((0, 1, 2, 3), ((2,), (2, 3), (2,), (7,)), ((),) * 4), Counter()
-    draft = _draft(rows, [7] * 4, model)
-    draft.write(0)
-    assert draft.rows.responses == (
+    rollout_state = _draft(rows, [7] * 4, model)
+    rollout_state.write(0)
+    assert rollout_state.rows.responses == (
         (3, 4, 5, 6, 7, 8, 9),
         (4, 5, 6, 7, 8, 9, 10),
         (3, 4, 5, 6, 7, 8, 9),
         (8, 9, 10, EOS),
     )
     model.widths.clear()
-    draft.rewrite([Correction(0, 4, 3), Correction(2, 1, 9), Correction(3, 3, 5), Correction(1, 6, 2)], 0)
-    assert draft.rows.responses == (
+    rollout_state.rewrite([Correction(0, 4, 3), Correction(2, 1, 9), Correction(3, 3, 5), Correction(1, 6, 2)], 0)
+    assert rollout_state.rows.responses == (
         (3, 4, 5, 6, 3, 4, 5), (4, 5, 6, 7, 8, 9, 2), (3, 9, 10, EOS), (8, 9, 10, 5, 6, 7, 8)
     )  # fmt: skip
     # Row 2 from column 1 to its EOS, row 3 from 3, row 0 from 4; row 1 had nothing right of its correction.
     assert model.widths == [1, 1, 1, 2, 2]
-    assert draft.hidden(0).flatten().tolist() == [2, 3, 4, 5, 6, 3, 4]
-    assert draft.hidden(3, 3).flatten().tolist() == [10, 5, 6, 7]
-    draft.rewrite([], 1)
-    draft.rewrite([Correction(1, 0, EOS)], 1)
-    assert draft.rows.responses[1] == (EOS,)
+    assert rollout_state.hidden(0).flatten().tolist() == [2, 3, 4, 5, 6, 3, 4]
+    assert rollout_state.hidden(3, 3).flatten().tolist() == [10, 5, 6, 7]
+    rollout_state.rewrite([], 1)
+    rollout_state.rewrite([Correction(1, 0, EOS)], 1)
+    assert rollout_state.rows.responses[1] == (EOS,)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,10 +120,10 @@ def test_writing_on_is_writing_anew(data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(1, 6))
     prompts = tuple(tuple(data.draw(st.lists(st.integers(2, V - 1), min_size=1, max_size=3))) for _ in range(num_rows))
     limits = [data.draw(st.integers(0, 7)) for _ in range(num_rows)]
-    draft = _draft(Rows(tuple(range(num_rows)), prompts, ((),) * num_rows), limits)
-    draft.write(0)
+    rollout_state = _draft(Rows(tuple(range(num_rows)), prompts, ((),) * num_rows), limits)
+    rollout_state.write(0)
     texts = [_continued(prompt[-1], (), limit) for prompt, limit in zip(prompts, limits, strict=True)]
-    assert draft.rows.responses == tuple(texts)
+    assert rollout_state.rows.responses == tuple(texts)
     for _ in range(data.draw(st.integers(0, 3))):
         corrections = []
         for row, text in enumerate(texts):
@@ -131,10 +131,10 @@ def test_writing_on_is_writing_anew(data: st.DataObject) -> None:
                 position, token = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(1, V - 1))
                 corrections.append(Correction(row, position, token))
                 texts[row] = _continued(token, (*text[:position], token), limits[row])
-        draft.rewrite(corrections, 0)
-        assert draft.rows.responses == tuple(texts)
+        rollout_state.rewrite(corrections, 0)
+        assert rollout_state.rows.responses == tuple(texts)
         for row, text in enumerate(texts):
-            assert draft.hidden(row).flatten().tolist() == [prompts[row][-1], *text][: len(text)]
+            assert rollout_state.hidden(row).flatten().tolist() == [prompts[row][-1], *text][: len(text)]
 
 
 def _continued(last: int, text: tuple[int, ...], limit: int) -> tuple[int, ...]:
@@ -179,7 +179,7 @@ class Marker:
 
 
 def _revise(rows: Rows, teacher: Marker, rounds: int = 1, limit: int = 6) -> Revision:
-    """What happens to given responses: a draft that wrote them, corrected as the teacher says."""
+    """What happens to given responses: a rollout_state that wrote them, corrected as the teacher says."""
     texts = list(rows.responses)
 
     def rewrite(corrections: list[Correction], round_index: int) -> Rows:

@@ -98,7 +98,7 @@ def measure(sizes: Sizes) -> list[Row]:
     """All rows of one size, alternately in one process."""
     from megadistill.decoding.hf_decoder import HFStepModel, step_model
     from megadistill.decoding.protocols import Correction, Rows, Sampling
-    from megadistill.decoding.rollout import Draft
+    from megadistill.decoding.rollout import RolloutState
     from megadistill.models.families import FAMILIES
     from megadistill.parallel import VocabShard
 
@@ -108,13 +108,15 @@ def measure(sizes: Sizes) -> list[Row]:
     prompts = [tuple(chance.randrange(3, sizes.vocab) for _ in range(sizes.prompt_tokens)) for _ in range(sizes.rows)]
     shorter = [prompt[: chance.randint(-(-sizes.prompt_tokens // 2), sizes.prompt_tokens)] for prompt in prompts]
     head = (model.lm_head.weight, None)
-    drafts: dict[str, Draft] = {}
+    drafts: dict[str, RolloutState] = {}
 
     def write(name: str, texts: list[tuple[int, ...]], make: Callable[[], Any]) -> None:
         rows = Rows(tuple(range(sizes.rows)), tuple(texts), ((),) * sizes.rows)
         limits = [sizes.new_tokens] * sizes.rows
         # Making the model is part of the time: weights are laid out anew after every update.
-        drafts[name] = Draft(make(), rows, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
+        drafts[name] = RolloutState(
+            make(), rows, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
+        )
         drafts[name].write(0)
 
     def ours() -> Any:

@@ -83,12 +83,12 @@ def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
 
 def _draft(writer: Any, sizes: Sizes, rows: range) -> Any:
     from megadistill.decoding.protocols import Rows, Sampling
-    from megadistill.decoding.rollout import Draft
+    from megadistill.decoding.rollout import RolloutState
 
     prompts = tuple(tuple(3 + (7 * i + j) % (sizes.vocab - 3) for j in range(sizes.prompt_tokens)) for i in rows)
     texts = Rows(tuple(rows), prompts, ((),) * len(rows))
     limits = [sizes.new_tokens] * len(rows)
-    return Draft(writer, texts, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
+    return RolloutState(writer, texts, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
 
 
 def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
@@ -115,10 +115,10 @@ def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
         return all_gather(tensors, *arguments, **more)
 
     with _student(sizes, folder, _RANKS, 0).writer() as writer:
-        draft = _draft(writer, sizes, range(sizes.rows))
+        rollout_state = _draft(writer, sizes, range(sizes.rows))
         rollout.draw_tokens, dist.all_reduce, dist.all_gather = counting_draw, counting_reduce, counting_gather
         try:
-            draft.write(0)
+            rollout_state.write(0)
         finally:
             rollout.draw_tokens, dist.all_reduce, dist.all_gather = draw, all_reduce, all_gather
     tokens = sizes.rows * sizes.new_tokens

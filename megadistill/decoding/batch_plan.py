@@ -8,7 +8,7 @@ from megadistill.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class WavePlan:
+class DecodeBatchPlan:
     """``num_rows`` of a step are written together; ``keeps_teacher`` says whether the teacher's cache is kept beside
     the student's; ``most_rows`` is what fits of rows that are only written (validation)."""
 
@@ -17,9 +17,9 @@ class WavePlan:
     most_rows: int
 
 
-def plan_waves(
+def plan_decode_batches(
     *, rows_per_rank: int, columns: int, one_row: int, writer_bytes: int, reader_bytes: int, max_cache_bytes: int
-) -> WavePlan:
+) -> DecodeBatchPlan:
     """Splits a rank's rows of a step.
 
     ``columns``: of a wave, whose longest prompt and longest response may be of two rows; ``one_row``: of one row alone.
@@ -39,8 +39,8 @@ def plan_waves(
         )
     most_rows = max(1, max_cache_bytes // max(writer, 1))
     if rows_per_rank * (writer + reader) <= max_cache_bytes:
-        return WavePlan(rows_per_rank, True, most_rows)
+        return DecodeBatchPlan(rows_per_rank, True, most_rows)
     widest = min(rows_per_rank, most_rows)
     # Equal waves: the last one of a few rows would cost nearly as much as a full one.
     num_waves = -(-rows_per_rank // widest)
-    return WavePlan(-(-rows_per_rank // num_waves), False, most_rows)
+    return DecodeBatchPlan(-(-rows_per_rank // num_waves), False, most_rows)

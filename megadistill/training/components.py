@@ -12,7 +12,7 @@ import torch
 from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
 from megadistill.data.tokenize import TokenizedExample
-from megadistill.decoding.batch_plan import WavePlan
+from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.protocols import Reader
 from megadistill.engines.student import Student
 from megadistill.engines.teacher import PartitionedModel
@@ -39,7 +39,7 @@ class Components:
     teacher: PartitionedModel | None
     gate: GateTrainer | None
     policy: TextPolicy
-    waves: WavePlan
+    decode_plan: DecodeBatchPlan
     teacher_texts: TeacherTexts | None = None
 
     def response_limit(self, prompt_length: int) -> int:

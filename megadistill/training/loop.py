@@ -136,7 +136,7 @@ def validate(components: Components, data: TrainingData) -> dict[str, float]:
         components.tokenizer,
         config.generation.max_new_tokens,
         config.data.max_tokens,
-        batch_size=min(config.eval.batch_size, components.waves.most_rows),
+        batch_size=min(config.eval.batch_size, components.decode_plan.most_rows),
     )
     with components.student.writer() as writer:
         likelihood = reference_likelihood(writer, rows, settings, components.context)

@@ -18,7 +18,7 @@ from megadistill.data.tokenize import (
     tokenize_examples,
     vocabulary_size,
 )
-from megadistill.decoding.batch_plan import WavePlan, plan_waves
+from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_ROWS
 from megadistill.engines.student import trained_model
@@ -223,7 +223,7 @@ def build_components(
     """
     loss = loss_config(config.loss)
     check_backend(loss.backend, context.device)
-    waves = _waves(config, context)
+    decode_plan = _plan_decode_batches(config, context)
     student_model, teacher_model = load_models(config, tokenizer)
     zero_stage = config.parallel.zero_stage
     teacher = None
@@ -247,7 +247,7 @@ def build_components(
     texts = None
     if config.generation.mode == "teacher":
         assert teacher is not None
-        texts = teacher_texts(config, rows, teacher, context, eos_ids=eos_ids, rows_at_once=waves.num_rows)
+        texts = teacher_texts(config, rows, teacher, context, eos_ids=eos_ids, rows_at_once=decode_plan.num_rows)
     return Components(
         config=config,
         context=context,
@@ -267,12 +267,12 @@ def build_components(
             dp_rank=context.dp_rank,
             dp_size=context.dp_size,
         ),
-        waves=waves,
+        decode_plan=decode_plan,
         teacher_texts=texts,
     )
 
 
-def _waves(config: RunConfig, context: ParallelContext) -> WavePlan:
+def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:
     """How many rows this run writes at a time (the same on every rank)."""
 
     def token_bytes(key: str, dtype: str) -> int:
@@ -284,7 +284,7 @@ def _waves(config: RunConfig, context: ParallelContext) -> WavePlan:
     mode, data = config.generation.mode, config.data
     longest = data.max_prompt_tokens + min(config.generation.max_new_tokens, data.max_tokens - 1)
     writer, reader = {"teacher": (teacher, 0), "dataset": (0, 0)}.get(mode, (student, teacher))
-    return plan_waves(
+    return plan_decode_batches(
         # The student writes the rows of a step, the teacher those of the whole file.
         rows_per_rank=MAX_ROWS if mode == "teacher" else config.train.global_batch_size // context.dp_size,
         columns=longest,

@@ -44,8 +44,8 @@ def write_and_revise(
     """
     waves: list[tuple[list[TrainingRow], Writing]] = []
     with components.student.writer() as writer:
-        for start in range(0, len(rows), components.waves.num_rows):
-            waves.append(_write_wave(rows[start : start + components.waves.num_rows], writer, components, timers))
+        for start in range(0, len(rows), components.decode_plan.num_rows):
+            waves.append(_write_wave(rows[start : start + components.decode_plan.num_rows], writer, components, timers))
     written = [writing.written for _, writing in waves]
     revisions = [writing.revision for _, writing in waves]
     everything = Writing(
@@ -78,7 +78,7 @@ def _write_wave(
         rollout_state.write(STREAM_ROLLOUT)
     written = rollout_state.rows
     columns = max(len(prompt) + limit for prompt, limit in zip(prompts.prompts, limits, strict=True))
-    keeps = generation.scrg.enabled and components.waves.keeps_teacher
+    keeps = generation.scrg.enabled and components.decode_plan.keeps_teacher
     read = ReadText(components.reader(), prompts.prompts, columns, keep=keeps)
 
     def score(text: Rows, starts: Sequence[int], round_index: int) -> Scores:

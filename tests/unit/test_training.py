@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megadistill.config.schema import GenerationSection, OptimSection
-from megadistill.decoding.batch_plan import WavePlan, plan_waves
+from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.errors import ConfigError
 from megadistill.generation.policy import TextPolicy
 from megadistill.generation.replay_buffer import ReplayEntry
@@ -94,14 +94,14 @@ def test_a_batch_without_any_loss_still_has_a_row() -> None:
 
 
 def test_waves_are_as_wide_as_the_cache() -> None:
-    def plan(max_cache_bytes: int, rows: int = 10) -> WavePlan:
-        return plan_waves(
+    def plan(max_cache_bytes: int, rows: int = 10) -> DecodeBatchPlan:
+        return plan_decode_batches(
             rows_per_rank=rows, columns=5, one_row=4, writer_bytes=2, reader_bytes=8, max_cache_bytes=max_cache_bytes
         )
 
-    assert plan(10 * 50) == WavePlan(10, True, 50)
-    assert plan(10 * 50 - 1) == WavePlan(10, False, 49)  # the teacher's cache goes first
-    assert plan(99) == WavePlan(5, False, 9)  # nine fit; two waves of five are as many as nine and one
-    assert plan(39) == WavePlan(3, False, 3) and plan(10) == plan(8) == WavePlan(1, False, 1)
+    assert plan(10 * 50) == DecodeBatchPlan(10, True, 50)
+    assert plan(10 * 50 - 1) == DecodeBatchPlan(10, False, 49)  # the teacher's cache goes first
+    assert plan(99) == DecodeBatchPlan(5, False, 9)  # nine fit; two waves of five are as many as nine and one
+    assert plan(39) == DecodeBatchPlan(3, False, 3) and plan(10) == plan(8) == DecodeBatchPlan(1, False, 1)
     with pytest.raises(ConfigError, match=r"generation.max_cache_bytes=7 is less than one row of 4 tokens .*: 8;"):
         plan(7)

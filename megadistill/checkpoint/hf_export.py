@@ -45,7 +45,7 @@ def write_student(
     loaded = student.loaded
     folder.mkdir(parents=True, exist_ok=True)
     removed = loaded.removed_rows
-    weights = _standard_weights(shards, shards.cuts, loaded.family, dtype, lambda name, _: removed.get(name))
+    weights = _standard_weights(shards, shards.shard_specs, loaded.family, dtype, lambda name, _: removed.get(name))
     write_safetensors(weights, folder)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
@@ -150,7 +150,7 @@ def export_checkpoint(
         def removed(name: str, count: int) -> torch.Tensor | None:
             return exported.read(name)[count:] if exported.shape(name)[0] > count else None
 
-        names = progress_bar(list(shards.cuts), description="export", unit="tensor")
+        names = progress_bar(list(shards.shard_specs), description="export", unit="tensor")
         weights = _standard_weights(
             shards, names, FAMILIES[config["model_type"]], getattr(torch, config["dtype"]), removed
         )

@@ -35,7 +35,7 @@ from megadistill.models.loading import (
     load_model,
     load_model_config,
 )
-from megadistill.models.shard_spec import Cut
+from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader, rewrite, save_tensors, write_layout
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.topology import divisors
@@ -54,7 +54,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
     _check_tp_size(tp_size, config, str(source))
     reader = ShardReader(source / STUDENT_FOLDER)
     cuts = family_cuts(
-        {name: cut.shape for name, cut in reader.cuts.items()},
+        {name: cut.shape for name, cut in reader.shard_specs.items()},
         family_of(config, str(source)),
         tp_size,
         is_tied=bool(config.tie_word_embeddings),
@@ -99,10 +99,10 @@ def shard_model(
 
 def family_cuts(
     shapes: Mapping[str, tuple[int, ...]], family: Family, tp_size: int, *, is_tied: bool
-) -> dict[str, Cut]:
+) -> dict[str, ShardSpec]:
     """How AutoTP cuts a family's parameters."""
     return {
-        name: Cut.even(shape, family.cut_dim(name, is_tied=is_tied), family.blocks(name), tp_size)
+        name: ShardSpec.even(shape, family.shard_dim(name, is_tied=is_tied), family.blocks(name), tp_size)
         for name, shape in shapes.items()
     }
 
@@ -125,13 +125,13 @@ class _Weights:
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = weights
 
-    def read(self, kind: str, name: str, cut: Cut, tp_rank: int, start: int, end: int) -> torch.Tensor:
+    def read(self, kind: str, name: str, cut: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
         """See ShardReader.read."""
         return cut.shard(self._weights[name], tp_rank).reshape(-1)[start:end]
 
 
 def _write_shards(
-    reader: Any, folder: Path, cuts: Mapping[str, Cut], tp_size: int, dp_size: int, info: Mapping[str, Any]
+    reader: Any, folder: Path, cuts: Mapping[str, ShardSpec], tp_size: int, dp_size: int, info: Mapping[str, Any]
 ) -> None:
     folder.mkdir(parents=True)
     grid = {"tp_size": tp_size, "dp_size": dp_size}

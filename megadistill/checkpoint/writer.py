@@ -160,7 +160,7 @@ class CheckpointWriter:
         write_shard(folder, name, runs)
         written = [f"{STUDENT_FOLDER}/{name}"]
         if context.is_main:
-            write_layout(folder, self._student.cuts, **self._layout, optimizer_steps=steps)
+            write_layout(folder, self._student.shard_specs, **self._layout, optimizer_steps=steps)
             (beside / TRAINER).write_bytes(trainer)
         return {file: digest(beside / file, sync=True) for file in written}
 

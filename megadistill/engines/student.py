@@ -42,7 +42,7 @@ class Student(PartitionedModel):
         super().fill(shards, kind)
         kinds = {MASTER: kind} | {moment: moment for moment in MOMENTS if moment in shards.kinds}
         for part in local_parts(self.engine):
-            cut, end = self.cuts[part.name], part.start + part.numel
+            cut, end = self.shard_specs[part.name], part.start + part.numel
             for ours, theirs in kinds.items():
                 part.tensors[ours].copy_(shards.read(theirs, part.name, cut, self.context.tp_rank, part.start, end))
         if "optimizer_steps" in shards.info:
@@ -56,7 +56,7 @@ class Student(PartitionedModel):
         for i, part in enumerate(local_parts(self.engine)):
             if part.is_shared and i % context.dp_size != context.dp_rank:
                 continue
-            if self.cuts[part.name].dim is None and context.tp_rank:
+            if self.shard_specs[part.name].dim is None and context.tp_rank:
                 continue
             for kind, tensor in part.tensors.items():
                 runs[f"{kind}/{part.name}"] = (part.start, tensor.detach().to("cpu", copy=True))

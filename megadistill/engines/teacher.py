@@ -19,7 +19,7 @@ from megadistill.engines.gathered import gathered_module, gathered_parameters, k
 from megadistill.engines.lm_forward import use_objective_forward
 from megadistill.engines.local_state import set_weights, shard_shape
 from megadistill.models.loading import LoadedModel
-from megadistill.models.shard_spec import Cut
+from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard
@@ -30,13 +30,13 @@ class PartitionedModel:
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel, context: ParallelContext) -> None:
         self.engine, self.loaded, self.context = engine, loaded, context
-        if context.tp_size > 1 and loaded.family.after_cut is not None:
-            loaded.family.after_cut(engine.module, context.tp_size)
+        if context.tp_size > 1 and loaded.family.post_shard is not None:
+            loaded.family.post_shard(engine.module, context.tp_size)
         if context.tp_size > 1 and engine.first_dataloader_check is not None:
             # It pickles the arguments, objectives included, and asks globals that another engine may have set.
             engine.first_dataloader_check.remove()
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
-        self.cuts = _cuts(engine.module, loaded, context)
+        self.shard_specs = _shard_specs(engine.module, loaded, context)
         self._plan = loaded.family.plan(engine.module)
         if loaded.shards is not None:
             self.fill(ShardReader(loaded.shards), WEIGHT)
@@ -46,7 +46,7 @@ class PartitionedModel:
         for name, parameter in self.module.named_parameters():
 
             def read(start: int, end: int, name: str = name) -> torch.Tensor:
-                return shards.read(kind, name, self.cuts[name], self.context.tp_rank, start, end)
+                return shards.read(kind, name, self.shard_specs[name], self.context.tp_rank, start, end)
 
             set_weights(parameter, read)
 
@@ -82,13 +82,13 @@ class PartitionedModel:
         return PlanReader(self._plan, self.shard, self.context.device, _present)
 
 
-def _cuts(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, Cut]:
+def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, ShardSpec]:
     """How DeepSpeed cut every parameter (one object all-gather over the tensor-parallel group)."""
     shapes = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
     assert list(shapes) == list(loaded.shapes), "AutoTP renamed parameters"
     ranks = context.gather_objects_over_tp(shapes)
     return {
-        name: Cut.found(whole, [rank[name] for rank in ranks], loaded.family.blocks(name))
+        name: ShardSpec.from_shard_shapes(whole, [rank[name] for rank in ranks], loaded.family.blocks(name))
         for name, whole in loaded.shapes.items()
     }
 

@@ -22,7 +22,7 @@ class Family:
     """One row: everything the engines and exporters must know of a family.
 
     ``head_counts`` names the configuration attributes whose values tp_size must divide. ``partition_config`` is
-    AutoTP's explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``after_cut``
+    AutoTP's explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``post_shard``
     corrects what AutoTP forgets, ``export`` turns a full (name, tensor) pair back into the family's standard layout.
     ``plan`` describes a prepared model to the project's decoder; None where only the family's own forward will do.
     ``columns`` and ``rows`` name the linear layers that tensor parallelism cuts by output and by input, ``fused`` how
@@ -36,14 +36,14 @@ class Family:
     fused: tuple[tuple[str, int], ...] = ()
     partition_config: dict[str, Any] | None = None
     prepare: Callable[[nn.Module], None] | None = None
-    after_cut: Callable[[nn.Module, int], None] | None = None
+    post_shard: Callable[[nn.Module, int], None] | None = None
     export: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
     def blocks(self, name: str) -> int:
         """Number of parameters that lie fused along the cut dimension of parameter ``name``."""
         return dict(self.fused).get(_layer(name), 1)
 
-    def cut_dim(self, name: str, *, is_tied: bool) -> int | None:
+    def shard_dim(self, name: str, *, is_tied: bool) -> int | None:
         """The dimension of a prepared model's parameter that tensor parallelism cuts; None: every rank has all of
         it."""
         layer = _layer(name)
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
         fused=(("c_attn", 3),),
         partition_config=_GPT2_PARTITION,
         prepare=_gpt2_conv1d_to_linear,
-        after_cut=_gpt2_split_sizes,
+        post_shard=_gpt2_split_sizes,
         export=_gpt2_export,
     ),
 }

@@ -18,7 +18,7 @@ from torch import nn
 
 from megadistill.errors import ConfigError, first_line
 from megadistill.models.families import Family, family_of
-from megadistill.models.shard_spec import Cut
+from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.observability.log import get_logger
 
@@ -167,7 +167,7 @@ def whole_model(loaded: LoadedModel) -> nn.Module:
     if loaded.shards is not None:
         shards = ShardReader(loaded.shards)
         for name, parameter in loaded.model.named_parameters():
-            run = shards.read(WEIGHT, name, Cut(loaded.shapes[name]), 0, 0, parameter.numel())
+            run = shards.read(WEIGHT, name, ShardSpec(loaded.shapes[name]), 0, 0, parameter.numel())
             parameter.data.copy_(run.view_as(parameter))
     return loaded.model
 

@@ -11,7 +11,7 @@ from megadistill.parallel.vocab import VocabShard
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """One parameter of ``shape`` over the tensor-parallel ranks.
 
     ``dim`` is the dimension that is cut, None where every rank holds the whole. ``blocks``: along it this many
@@ -24,8 +24,8 @@ class Cut:
     sizes: tuple[int, ...] = ()
 
     @classmethod
-    def even(cls, shape: Sequence[int], dim: int | None, blocks: int, tp_size: int) -> Cut:
-        """Cut into parts as equal as can be, larger ones first, as AutoTP cuts."""
+    def even(cls, shape: Sequence[int], dim: int | None, blocks: int, tp_size: int) -> ShardSpec:
+        """ShardSpec into parts as equal as can be, larger ones first, as AutoTP cuts."""
         if dim is None or tp_size == 1:
             return cls(tuple(shape))
         block = shape[dim] // blocks
@@ -33,7 +33,7 @@ class Cut:
         return cls(tuple(shape), dim, blocks, sizes)
 
     @classmethod
-    def found(cls, shape: Sequence[int], shards: Sequence[Sequence[int]], blocks: int) -> Cut:
+    def from_shard_shapes(cls, shape: Sequence[int], shards: Sequence[Sequence[int]], blocks: int) -> ShardSpec:
         """What the shapes of all ranks' shards tell."""
         differing = [dim for dim in range(len(shape)) if any(shard[dim] != shape[dim] for shard in shards)]
         if not differing:
@@ -58,7 +58,7 @@ class Cut:
         parts = whole.unflatten(self.dim, (self.blocks, -1)).split(widths, self.dim + 1)
         return parts[tp_rank].flatten(self.dim, self.dim + 1)
 
-    def join(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
         """The whole tensor of all ranks' shards (of the first, where nothing is cut)."""
         if self.dim is None:
             return shards[0]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megadistill.errors import CheckpointError
-from megadistill.models.shard_spec import Cut
+from megadistill.models.shard_spec import ShardSpec
 
 LAYOUT = "layout.json"
 MASTER, MOMENTS, WEIGHT = "master", ("exp_avg", "exp_avg_sq"), "weight"
@@ -31,7 +31,7 @@ def shard_file(tp_rank: int, dp_rank: int) -> str:
     return f"tp{tp_rank:02d}_dp{dp_rank:02d}.safetensors"
 
 
-def write_layout(folder: Path, cuts: Mapping[str, Cut], *, tp_size: int, dp_size: int, **more: Any) -> None:
+def write_layout(folder: Path, cuts: Mapping[str, ShardSpec], *, tp_size: int, dp_size: int, **more: Any) -> None:
     """Writes layout.json; ``more`` are further entries."""
     more |= {"tp_size": tp_size, "dp_size": dp_size}
     parameters = {name: asdict(cut) for name, cut in cuts.items()}
@@ -72,7 +72,7 @@ class ShardReader:
                 raise CheckpointError(
                     f"{folder / LAYOUT}: version {self.info['version']} is not supported (this program reads {VERSION})"
                 )
-            self.cuts = {name: _cut(entry) for name, entry in self.info.pop("parameters").items()}
+            self.shard_specs = {name: _cut(entry) for name, entry in self.info.pop("parameters").items()}
             self._runs: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
             # Those of the layout and no others, whatever lies beside them.
             for tp_rank, dp_rank in itertools.product(range(self.info["tp_size"]), range(self.info["dp_size"])):
@@ -95,7 +95,7 @@ class ShardReader:
         """What there is of each parameter."""
         return {key.partition("/")[0] for _, key in self._runs}
 
-    def read(self, kind: str, name: str, cut: Cut, tp_rank: int, start: int, end: int) -> torch.Tensor:
+    def read(self, kind: str, name: str, cut: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
         """The run [start, end) of shard ``tp_rank`` of a parameter that is cut as ``cut`` says.
 
         Raises CheckpointError where the folder does not have it.
@@ -115,12 +115,12 @@ class ShardReader:
             shape = cut.shard_shape(tp_rank)
             if numel := torch.Size(shape).numel():
                 shards.append(self._run(kind, name, tp_rank, 0, numel).view(shape))
-        return cut.join(shards)
+        return spec.unshard(shards)
 
-    def _cut_of(self, name: str) -> Cut:
-        if name not in self.cuts:
+    def _cut_of(self, name: str) -> ShardSpec:
+        if name not in self.shard_specs:
             raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
-        return self.cuts[name]
+        return self.shard_specs[name]
 
     def _run(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> torch.Tensor:
         key = f"{kind}/{name}"
@@ -169,8 +169,10 @@ class HFWeights:
         return self._file[name].get_tensor(name)
 
 
-def _cut(entry: Mapping[str, Any]) -> Cut:
-    cut = Cut(tuple(map(int, entry["shape"])), entry["dim"], int(entry["blocks"]), tuple(map(int, entry["sizes"])))
+def _cut(entry: Mapping[str, Any]) -> ShardSpec:
+    cut = ShardSpec(
+        tuple(map(int, entry["shape"])), entry["dim"], int(entry["blocks"]), tuple(map(int, entry["sizes"]))
+    )
     if any(size < 0 for size in (*cut.shape, *cut.sizes)) or cut.blocks < 1:
         raise ValueError(f"no shape: {dict(entry)}")
     if cut.dim is not None and not (0 <= cut.dim < len(cut.shape) and sum(cut.sizes) == cut.shape[cut.dim]):
@@ -178,7 +180,9 @@ def _cut(entry: Mapping[str, Any]) -> Cut:
     return cut
 
 
-def rewrite(reader: ShardReader, folder: Path, cuts: Mapping[str, Cut], tp_size: int, dp_size: int) -> Iterator[str]:
+def rewrite(
+    reader: ShardReader, folder: Path, cuts: Mapping[str, ShardSpec], tp_size: int, dp_size: int
+) -> Iterator[str]:
     """Writes another layout's files, yielding each name when it is written; one rank's part is held at a time."""
     for tp_rank in range(tp_size):
         for dp_rank in range(dp_size):

@@ -55,7 +55,7 @@ def _engine_cuts(rank: int, assets: Path, families: list[str], tp_size: int) -> 
             str(assets / family / "student"), dtype="fp32", vocab_size=403, seed=0, attention="sdpa", where="student"
         )
         context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-        found[family] = (loaded.shapes, frozen_model(loaded, context, zero_stage=0, dtype="fp32").cuts)
+        found[family] = (loaded.shapes, frozen_model(loaded, context, zero_stage=0, dtype="fp32").shard_specs)
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
             setattr(groups, name, None)
     return found
@@ -96,7 +96,7 @@ def test_a_resharded_checkpoint_is_that_layouts_own(
         back = load_file(tmp_path / "back" / "student" / file)
         there = load_file(tmp_path / "b" / "checkpoints" / "step_4" / "student" / file)
         assert back.keys() == there.keys() and all(torch.equal(back[key], there[key]) for key in there)
-    assert ShardReader(tmp_path / "back" / "student").cuts == ours.cuts
+    assert ShardReader(tmp_path / "back" / "student").shard_specs == ours.shard_specs
 
 
 def test_exports_come_from_the_masters(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_exports_come_from_the_masters(runs: dict[str, Path], tmp_path: Path) ->
     for name in exported.names:
         whole = exported.read(name)
         assert whole.dtype == torch.float32 and torch.equal(whole.bfloat16(), rounded[name])
-        assert torch.equal(whole[: shards.cuts[name].shape[0]], shards.whole(MASTER, name))
+        assert torch.equal(whole[: shards.shard_specs[name].shape[0]], shards.whole(MASTER, name))
     assert any(not torch.equal(exported.read(name), rounded[name].float()) for name in exported.names)
     from transformers import AutoModelForCausalLM
 

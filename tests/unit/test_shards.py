@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.errors import CheckpointError
-from megadistill.models.shard_spec import Cut
+from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import ShardReader, rewrite, shard_file, write_layout, write_shard
 
 
@@ -19,34 +19,34 @@ from megadistill.models.shards import ShardReader, rewrite, shard_file, write_la
 def test_shards_make_up_the_whole(tp_size: int, dim: int, blocks: int, block: int, other: int) -> None:
     shape = (blocks * block, other) if dim == 0 else (other, blocks * block)
     whole = torch.arange(float(blocks * block * other)).view(shape)
-    cut = Cut.even(shape, dim, blocks, tp_size)
+    cut = ShardSpec.even(shape, dim, blocks, tp_size)
     shards = [cut.shard(whole, rank) for rank in range(tp_size)] if tp_size > 1 else [whole]
-    assert torch.equal(cut.join(shards), whole)
+    assert torch.equal(spec.unshard(shards), whole)
     assert [tuple(shard.shape) for shard in shards] == [cut.shard_shape(rank) for rank in range(tp_size)]
     if cut.dim is not None:
-        assert Cut.found(shape, [shard.shape for shard in shards], blocks) == cut
+        assert ShardSpec.from_shard_shapes(shape, [shard.shape for shard in shards], blocks) == cut
 
 
 def test_fused_parameters_are_cut_one_by_one() -> None:
     """Query, key and value of GPT-2: a rank's shard holds a part of each."""
     whole = torch.arange(12.0)
-    cut = Cut.even((12,), 0, 3, 2)
+    cut = ShardSpec.even((12,), 0, 3, 2)
     assert cut.shard(whole, 1).tolist() == [2, 3, 6, 7, 10, 11]
 
 
 def test_shards_that_do_not_fit_are_no_cut() -> None:
     with pytest.raises(AssertionError, match="do not make up"):
-        Cut.found((4, 4), [(1, 4), (2, 4)], 1)
+        ShardSpec.from_shard_shapes((4, 4), [(1, 4), (2, 4)], 1)
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A model of three parameters, saved by tp 2 x dp 3."""
     tensors = {name: torch.randn(shape) for name, shape in (("a", (7, 2)), ("b", (6, 5)), ("norm", (3,)))}
-    cuts = {"a": Cut.even((7, 2), 0, 1, 2), "b": Cut.even((6, 5), 0, 3, 2), "norm": Cut((3,))}
+    cuts = {"a": ShardSpec.even((7, 2), 0, 1, 2), "b": ShardSpec.even((6, 5), 0, 3, 2), "norm": ShardSpec((3,))}
     first = tmp_path / "whole"
     first.mkdir()
-    write_layout(first, {name: Cut(cut.shape) for name, cut in cuts.items()}, tp_size=1, dp_size=1, note="kept")
+    write_layout(first, {name: ShardSpec(cut.shape) for name, cut in cuts.items()}, tp_size=1, dp_size=1, note="kept")
     write_shard(
         first, shard_file(0, 0), {f"master/{name}": (0, tensor.reshape(-1)) for name, tensor in tensors.items()}
     )
@@ -66,7 +66,7 @@ def test_any_layout_reads_any_run(written: tuple[Path, dict[str, torch.Tensor]],
     assert reader.kinds == {"master"} and reader.info["note"] == "kept"
     for name, blocks, dim in (("a", 1, 0), ("b", 3, 0), ("norm", 1, None)):
         assert torch.equal(reader.whole("master", name), tensors[name])
-        cut = Cut.even(tensors[name].shape, dim, blocks, tp_size)
+        cut = ShardSpec.even(tensors[name].shape, dim, blocks, tp_size)
         for rank in range(tp_size):
             flat = (cut.shard(tensors[name], rank) if cut.dim is not None else tensors[name]).reshape(-1)
             for start in range(len(flat)):
@@ -80,7 +80,7 @@ def test_what_is_missing_or_foreign_is_named(written: tuple[Path, dict[str, torc
     with pytest.raises(CheckpointError, match="has no parameter c"):
         reader.whole("master", "c")
     with pytest.raises(CheckpointError, match=r"a has shape \[7, 2\], expected \[8, 2\]"):
-        reader.read("master", "a", Cut((8, 2)), 0, 0, 1)
+        reader.read("master", "a", ShardSpec((8, 2)), 0, 0, 1)
     with pytest.raises(CheckpointError, match="exp_avg/a"):
         reader.whole("exp_avg", "a")
     (folder / shard_file(1, 2)).unlink()

@@ -51,7 +51,7 @@ def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any
         student = _student(folder, sizes, context)
         train_tokenizer(["a few words for a small tokenizer"] * 50, folder / "tokenizer", vocab_size=300)
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
-        numbers = sum(torch.Size(cut.shape).numel() for cut in student.cuts.values())
+        numbers = sum(torch.Size(cut.shape).numel() for cut in student.shard_specs.values())
         seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         blocked: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         for round_index in range(rounds + 1):

@@ -1,7 +1,7 @@
 """The project's own decoder: a plan's weights, run over a preallocated cache.
 
-``PlanReader`` reads text, layer by layer for all rows at once: under ZeRO-3 each layer is gathered once a reading,
-however many rows there are. ``PlanWriter`` also decodes, with every weight present and laid out for small products.
+``PlanPrefiller`` reads text, layer by layer for all rows at once: under ZeRO-3 each layer is gathered once a reading,
+however many rows there are. ``PlanDecoder`` also decodes, with every weight present and laid out for small products.
 
 Shapes: n tokens of all rows one behind the other, k active rows, H hidden size, d head size. ``turns`` are rotary
 positions as complex numbers, ``room`` is a layer's part of the cache, ``seen`` what attention gives, heads side by
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadistill.decoding.kv_cache import KVCache, Reading
+from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import Logits, Norm, Product, rotate
 from megadistill.decoding.plan import DecoderPlan, LayerPlan
 from megadistill.parallel.collectives import all_reduce_sum
@@ -54,7 +54,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class PlanReader:
+class PlanPrefiller:
     """Reads text with a decoder whose parameters ``present(modules)`` makes whole for a while.
 
     ``read`` makes the same collective calls whatever it reads: every rank of the data-parallel group must call it
@@ -82,7 +82,7 @@ class PlanReader:
         return KVCache(len(self.plan.layers), offsets, shape, self.dtype, self.device)
 
     @torch.no_grad()
-    def read(self, readings: Sequence[Reading], state: KVCache | None = None) -> list[Tensor]:
+    def read(self, readings: Sequence[PrefillChunk], state: KVCache | None = None) -> list[Tensor]:
         """Hidden states [number of tokens, H] of each reading.
 
         With a ``state`` what is read is kept there, and readings see what their slots hold before their column;
@@ -189,7 +189,7 @@ class PlanReader:
         return total if bias is None else total + bias
 
     def _attend_readings(
-        self, heads: Tensor, *, room: Tensor | None, readings: Sequence[Reading], offsets: Sequence[int]
+        self, heads: Tensor, *, room: Tensor | None, readings: Sequence[PrefillChunk], offsets: Sequence[int]
     ) -> Tensor:
         """Causal attention [n, heads * d] of every reading to its row, whose keys and values are kept in ``room``."""
         sizes, split = [len(reading.tokens) for reading in readings], self.num_heads + self.num_kv_heads
@@ -220,8 +220,8 @@ class PlanReader:
         return _joined(seen)
 
 
-class PlanWriter(PlanReader):
-    """Implements ``generation.protocols.StepModel``: all parameters are present, and laid out once for many small
+class PlanDecoder(PlanPrefiller):
+    """Implements ``generation.protocols.Decoder``: all parameters are present, and laid out once for many small
     products."""
 
     def __init__(
@@ -239,7 +239,7 @@ class PlanWriter(PlanReader):
 
     def prefill(self, state: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads the prompts of slots 0, 1, ... into the cache; returns the hidden state [B, H] of each last token."""
-        readings = [Reading(slot, state.offsets[slot], prompt) for slot, prompt in enumerate(prompts)]
+        readings = [PrefillChunk(slot, state.offsets[slot], prompt) for slot, prompt in enumerate(prompts)]
         return torch.stack([hidden[-1] for hidden in self.read(readings, state)])
 
     @torch.inference_mode()

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from megadistill.data.collate import left_padded, right_padded
-from megadistill.decoding.decoder import PlanWriter
+from megadistill.decoding.decoder import PlanDecoder
 from megadistill.decoding.hf_cache import cache_over
-from megadistill.decoding.kv_cache import KVCache, Reading
+from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import Logits
 from megadistill.decoding.plan import DecoderPlan, key_value_shape
 from megadistill.parallel.vocab import VocabShard
 
 
-def step_model(
+def make_decoder(
     model: nn.Module, plan: DecoderPlan | None, shard: VocabShard, device: torch.device
-) -> PlanWriter | HFStepModel:
+) -> PlanDecoder | HFDecoder:
     """The project's decoder where the model has a plan, else its own forward; all parameters must be present."""
     head = model.get_output_embeddings()
     weights = (head.weight, getattr(head, "bias", None))
     if plan is None:
-        return HFStepModel(model, shard, device, weights)
-    return PlanWriter(plan, shard, device, weights)
+        return HFDecoder(model, shard, device, weights)
+    return PlanDecoder(plan, shard, device, weights)
 
 
-class HFStepModel:
-    """Implements ``generation.protocols.StepModel`` over a transformers model whose parameters are present.
+class HFDecoder:
+    """Implements ``generation.protocols.Decoder`` over a transformers model whose parameters are present.
 
     It writes into the same preallocated cache as the project's own decoder. The model's own tensor-parallel reductions
     are its only communication.
@@ -73,7 +73,7 @@ class HFStepModel:
         ).last_hidden_state
 
     @torch.no_grad()
-    def read(self, readings: Sequence[Reading]) -> list[Tensor]:
+    def read(self, readings: Sequence[PrefillChunk]) -> list[Tensor]:
         """Hidden states [number of tokens, H] of whole rows, in one forward pass."""
         assert all(reading.column == 0 for reading in readings)
         batch = right_padded([(reading.tokens, None) for reading in readings], 0).to(self.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 
-class Reading(NamedTuple):
+class PrefillChunk(NamedTuple):
     """Tokens of one row to read, the first of them at ``column`` of slot ``slot`` (position = column - its offset)."""
 
     slot: int

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -27,7 +27,7 @@ class State(Protocol):
         ...
 
 
-class StepModel(Protocol):
+class Decoder(Protocol):
     """A causal decoder over preallocated columns. Communicates over the tensor-parallel group only."""
 
     shard: VocabShard
@@ -52,14 +52,14 @@ class StepModel(Protocol):
         ...
 
 
-class Reader(Protocol):
+class Prefiller(Protocol):
     """Reads whole rows, or goes on reading kept ones. Every call communicates alike, whatever is read."""
 
     keeps_cache: bool
 
     def new_state(self, offsets: Sequence[int], columns: int) -> Any: ...
 
-    def read(self, readings: Sequence[Reading], state: Any = None) -> list[torch.Tensor]:
+    def read(self, readings: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
         """Hidden states [number of tokens, H] of each reading."""
         ...
 

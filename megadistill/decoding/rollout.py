@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from megadistill.decoding.protocols import Correction, Rows, Sampling, StepModel
+from megadistill.decoding.protocols import Correction, Decoder, Rows, Sampling
 from megadistill.decoding.sampling import draw_tokens
 from megadistill.parallel.rng import uniform
 
@@ -30,7 +30,7 @@ class RolloutState:
 
     def __init__(
         self,
-        model: StepModel,
+        model: Decoder,
         rows: Rows,
         *,
         limits: Sequence[int],
@@ -169,7 +169,7 @@ class RolloutState:
 
 
 def rollout(
-    model: StepModel,
+    model: Decoder,
     rows: Rows,
     *,
     limits: Sequence[int],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megadistill.decoding.decoder import PlanWriter
-from megadistill.decoding.hf_decoder import HFStepModel, step_model
+from megadistill.decoding.decoder import PlanDecoder
+from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.engines.teacher import frozen_model
 from megadistill.models.loading import load_model, whole_model
 from megadistill.parallel.context import ParallelContext
@@ -24,13 +24,13 @@ def open_model(
     attention: str = "sdpa",
     seed: int = 0,
     where: str = "model",
-) -> Iterator[PlanWriter | HFStepModel]:
-    """A StepModel with ``read`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
+) -> Iterator[PlanDecoder | HFDecoder]:
+    """A Decoder with ``read`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
     loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
     if context.world_size == 1:
         model = whole_model(loaded).to(context.device).eval().requires_grad_(False)
         shard = VocabShard(0, vocab_size, vocab_size, None)
-        yield step_model(model, loaded.family.plan(model), shard, context.device)
+        yield make_decoder(model, loaded.family.plan(model), shard, context.device)
         return
-    with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).writer() as writer:
+    with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).decoder() as writer:
         yield writer

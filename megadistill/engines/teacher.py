@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from megadistill.data.collate import right_padded
-from megadistill.decoding.decoder import PlanReader, PlanWriter
-from megadistill.decoding.hf_decoder import HFStepModel, step_model
-from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
+from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
+from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
 from megadistill.engines.lm_forward import use_objective_forward
@@ -55,13 +55,13 @@ class PartitionedModel:
         return self.engine.module
 
     @contextmanager
-    def writer(self) -> Iterator[PlanWriter | HFStepModel]:
-        """A StepModel with all parameters gathered once (over the data-parallel group) for as long as it is used."""
+    def decoder(self) -> Iterator[PlanDecoder | HFDecoder]:
+        """A Decoder with all parameters gathered once (over the data-parallel group) for as long as it is used."""
         was_training = self.module.training
         with gathered_module(self.engine, runs_forward=self._plan is None) as module:
             module.eval()
             try:
-                yield step_model(module, self._plan, self.shard, self.context.device)
+                yield make_decoder(module, self._plan, self.shard, self.context.device)
             finally:
                 module.train(was_training)
 
@@ -74,12 +74,12 @@ class PartitionedModel:
         with kept_parameters([head.weight, bias]):
             yield head.weight, bias
 
-    def reader(self, rows_per_pass: int) -> PlanReader | EngineReader:
+    def prefiller(self, rows_per_pass: int) -> PlanPrefiller | EnginePrefiller:
         """Reads text layer by layer, each part of the model gathered once a reading (over the data-parallel group);
         models without a plan are read ``rows_per_pass`` rows at a time by their own forward pass."""
         if self._plan is None:
-            return EngineReader(self.engine, self.context.device, rows_per_pass)
-        return PlanReader(self._plan, self.shard, self.context.device, _present)
+            return EnginePrefiller(self.engine, self.context.device, rows_per_pass)
+        return PlanPrefiller(self._plan, self.shard, self.context.device, _present)
 
 
 def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, ShardSpec]:
@@ -97,7 +97,7 @@ def _present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     return gathered_parameters([parameter for module in modules for parameter in module.parameters()])
 
 
-class EngineReader:
+class EnginePrefiller:
     """Reads whole rows through a DeepSpeed engine: under ZeRO-3 every data-parallel rank must read as many rows."""
 
     keeps_cache = False
@@ -109,7 +109,7 @@ class EngineReader:
         raise AssertionError("this reader keeps nothing")
 
     @torch.no_grad()
-    def read(self, readings: Sequence[Reading], state: Any = None) -> list[torch.Tensor]:
+    def read(self, readings: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
         """Hidden states [number of tokens, H] of each reading."""
         found: list[torch.Tensor] = []
         for start in range(0, len(readings), self._rows_per_pass):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megadistill.data.tokenize import TokenizedExample, decode_responses
-from megadistill.decoding.kv_cache import Reading
-from megadistill.decoding.protocols import Rows, Sampling, StepModel
+from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.protocols import Decoder, Rows, Sampling
 from megadistill.decoding.rollout import rollout
 from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
 from megadistill.generation.policy import STREAM_EVALUATION
@@ -36,7 +36,7 @@ class AnswerSettings:
 
 
 def write_answers(
-    model: StepModel,
+    model: Decoder,
     rows: Sequence[TokenizedExample],
     seed: int | None,
     settings: AnswerSettings,
@@ -76,7 +76,7 @@ def reference_likelihood(
 ) -> LikelihoodTotal:
     """Negative log-likelihood, in nats, of every row's first reference (EOS included), on every rank.
 
-    ``model`` is a StepModel that also has ``read`` and ``head``.
+    ``model`` is a Decoder that also has ``read`` and ``head``.
     """
     mine = [row for row in rows[context.dp_rank :: context.dp_size] if row.response_ids is not None]
     parts = []
@@ -84,7 +84,7 @@ def reference_likelihood(
         batch = mine[start : start + settings.batch_size]
         responses = [row.response_ids or () for row in batch]
         readings = [
-            Reading(i, 0, (*row.prompt_ids, *response[:-1]))
+            PrefillChunk(i, 0, (*row.prompt_ids, *response[:-1]))
             for i, (row, response) in enumerate(zip(batch, responses, strict=True))
         ]
         hidden = [

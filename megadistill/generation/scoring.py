@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from megadistill.decoding.kv_cache import Reading
-from megadistill.decoding.protocols import Reader, Rows, Scores
+from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.protocols import Prefiller, Rows, Scores
 from megadistill.decoding.sampling import draw_tokens
 from megadistill.generation.policy import STREAM_TEACHER_TOKEN
 from megadistill.losses import Head, token_kl
@@ -22,14 +22,14 @@ from megadistill.parallel.vocab import VocabShard
 HeadContext = Callable[[], AbstractContextManager[tuple[torch.Tensor, torch.Tensor | None]]]
 
 
-class ReadText:
+class TeacherStates:
     """Text of a wave of rows as a model reads it: ``hidden[row]`` [length of the response, H] predict its tokens.
 
     A correction changes the end of a row only, so its beginning is read once: with a reader that keeps its cache
     nothing is read twice, another one reads changed rows anew. Each ``update`` is one call of the reader.
     """
 
-    def __init__(self, reader: Reader, prompts: Sequence[Sequence[int]], max_columns: int, *, keep: bool) -> None:
+    def __init__(self, reader: Prefiller, prompts: Sequence[Sequence[int]], max_columns: int, *, keep: bool) -> None:
         self._reader, self._prompts = reader, prompts
         self._state = reader.new_state([0] * len(prompts), max_columns) if keep and reader.keeps_cache else None
         self.hidden: list[torch.Tensor | None] = [None] * len(prompts)
@@ -49,7 +49,7 @@ class ReadText:
                 first, tokens = len(prompt) + start - 1, response[start - 1 : -1]
             else:
                 start, first, tokens = 0, 0, (*prompt, *response[:-1])
-            readings.append(Reading(row, first, tokens))
+            readings.append(PrefillChunk(row, first, tokens))
             places.append((row, start, len(response)))
         states = self._reader.read(readings, self._state)
         for (row, start, length), found in zip(places, states, strict=True):

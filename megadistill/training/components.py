@@ -13,7 +13,7 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
 from megadistill.data.tokenize import TokenizedExample
 from megadistill.decoding.batch_plan import DecodeBatchPlan
-from megadistill.decoding.protocols import Reader
+from megadistill.decoding.protocols import Prefiller
 from megadistill.engines.student import Student
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.generation.policy import TextPolicy
@@ -46,10 +46,10 @@ class Components:
         """Most tokens that a response to a prompt of this length may have."""
         return min(self.config.generation.max_new_tokens, self.config.data.max_tokens - prompt_length)
 
-    def reader(self) -> Reader:
+    def prefiller(self) -> Prefiller:
         """The teacher as a reader of text."""
         assert self.teacher is not None
-        return self.teacher.reader(self.config.train.micro_batch_size)
+        return self.teacher.prefiller(self.config.train.micro_batch_size)
 
     def teacher_text(self, example: TokenizedExample) -> tuple[int, ...]:
         """The teacher's own response to a prompt, for mode teacher."""

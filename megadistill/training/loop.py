@@ -138,7 +138,7 @@ def validate(components: Components, data: TrainingData) -> dict[str, float]:
         config.data.max_tokens,
         batch_size=min(config.eval.batch_size, components.decode_plan.most_rows),
     )
-    with components.student.writer() as writer:
+    with components.student.decoder() as writer:
         likelihood = reference_likelihood(writer, rows, settings, components.context)
         answers = write_answers(writer, rows, None, settings, components.context)
     scores = score_texts(answers, [row.references for row in rows])

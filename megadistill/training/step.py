@@ -13,7 +13,7 @@ import torch
 
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.generation.policy import SOURCES
-from megadistill.generation.scoring import ReadText
+from megadistill.generation.scoring import TeacherStates
 from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
@@ -101,7 +101,7 @@ def read_by_teacher(rows: Sequence[TrainingRow], components: Components) -> list
     """The teacher's hidden states of text that it has not read while it was corrected."""
     if components.teacher is None:
         return list(rows)
-    read = ReadText(components.reader(), [row.prompt for row in rows], 0, keep=False)
+    read = TeacherStates(components.prefiller(), [row.prompt for row in rows], 0, keep=False)
     read.update([row.text or () for row in rows], [0] * len(rows))
     return [
         row if row.text is None else replace(row, teacher_hidden=hidden)

@@ -79,7 +79,7 @@ def _write_missing(
     sampling = Sampling(config.run.seed, generation.teacher_temperature)
     block = rows_at_once * context.dp_size
     with (
-        teacher.writer() as writer,
+        teacher.decoder() as writer,
         progress_bar(description="teacher text", total=len(prompts), unit="row", rank=context.rank) as bar,
     ):
         for start in range(0, len(prompts), block):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megadistill.data.tokenize import TokenizedExample
-from megadistill.decoding.protocols import Correction, Rows, Sampling, Scores, StepModel
+from megadistill.decoding.protocols import Correction, Decoder, Rows, Sampling, Scores
 from megadistill.decoding.rollout import RolloutState
 from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_REPLAY, STREAM_ROLLOUT
 from megadistill.generation.replay_buffer import ReplayEntry
-from megadistill.generation.scoring import ReadText, score_rows
+from megadistill.generation.scoring import TeacherStates, score_rows
 from megadistill.generation.scrg import NO_ERROR, Revision, revise
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
@@ -43,7 +43,7 @@ def write_and_revise(
     number on every rank, and so are the teacher's readings.
     """
     waves: list[tuple[list[TrainingRow], Writing]] = []
-    with components.student.writer() as writer:
+    with components.student.decoder() as writer:
         for start in range(0, len(rows), components.decode_plan.num_rows):
             waves.append(_write_wave(rows[start : start + components.decode_plan.num_rows], writer, components, timers))
     written = [writing.written for _, writing in waves]
@@ -61,7 +61,7 @@ def write_and_revise(
 
 
 def _write_wave(
-    rows: Sequence[BatchRow], writer: StepModel, components: Components, timers: Timers
+    rows: Sequence[BatchRow], writer: Decoder, components: Components, timers: Timers
 ) -> tuple[list[TrainingRow], Writing]:
     generation, teacher = components.config.generation, components.teacher
     assert teacher is not None
@@ -79,7 +79,7 @@ def _write_wave(
     written = rollout_state.rows
     columns = max(len(prompt) + limit for prompt, limit in zip(prompts.prompts, limits, strict=True))
     keeps = generation.scrg.enabled and components.decode_plan.keeps_teacher
-    read = ReadText(components.reader(), prompts.prompts, columns, keep=keeps)
+    read = TeacherStates(components.prefiller(), prompts.prompts, columns, keep=keeps)
 
     def score(text: Rows, starts: Sequence[int], round_index: int) -> Scores:
         with timers("teacher"):

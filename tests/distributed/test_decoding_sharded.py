@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.protocols import Correction, Rows, Sampling
 from megadistill.decoding.rollout import RolloutState
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
@@ -58,14 +58,14 @@ def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
         context = ParallelContext.build(tp_size, 60, torch.device("cpu"))
         loaded = load_model(path, dtype="fp32", vocab_size=V, seed=0, attention="sdpa", where=name)
         model = frozen_model(loaded, context, zero_stage=zero_stage, dtype="fp32")
-        states = model.reader(2).read(_readings())
-        with model.writer() as writer:
+        states = model.prefiller(2).read(_readings())
+        with model.decoder() as writer:
             found[name] = (*_texts(writer, rows), [row[:, :4] for row in states])
     return found
 
 
-def _readings() -> list[Reading]:
-    return [Reading(slot, 0, prompt) for slot, prompt in enumerate(PROMPTS)]
+def _readings() -> list[PrefillChunk]:
+    return [PrefillChunk(slot, 0, prompt) for slot, prompt in enumerate(PROMPTS)]
 
 
 def _texts(writer: Any, rows: Rows) -> tuple[Any, ...]:

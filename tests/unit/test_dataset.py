@@ -1,4 +1,4 @@
-"""Reading instruction rows: formats, field rules, and one clear line for every kind of bad input."""
+"""PrefillChunk instruction rows: formats, field rules, and one clear line for every kind of bad input."""
 
 import json
 from pathlib import Path

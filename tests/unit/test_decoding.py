@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megadistill.decoding.decoder import PlanReader, PlanWriter
-from megadistill.decoding.hf_decoder import HFStepModel, step_model
-from megadistill.decoding.kv_cache import KVCache, Reading
+from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
+from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
+from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.protocols import Correction, Rows, Sampling
 from megadistill.decoding.rollout import RolloutState, rollout
 from megadistill.models.families import FAMILIES
@@ -63,11 +63,11 @@ def generated(model: torch.nn.Module, prompt: tuple[int, ...], limit: int = LIMI
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def prepared(model: torch.nn.Module, variant: str) -> PlanWriter | HFStepModel:
+def prepared(model: torch.nn.Module, variant: str) -> PlanDecoder | HFDecoder:
     family = FAMILIES[VARIANTS[variant][0]]
     if family.prepare is not None:
         family.prepare(model)
-    return step_model(model, family.plan(model), SHARD, CPU)
+    return make_decoder(model, family.plan(model), SHARD, CPU)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -77,9 +77,9 @@ def test_greedy_rollout_is_generate(variant: str, by_forward: bool) -> None:
     model = make_model(variant)
     expected = tuple(generated(model, prompt) for prompt in PROMPTS)
     writer = prepared(model, variant)
-    assert isinstance(writer, HFStepModel) == (variant in WITHOUT_PLAN)
+    assert isinstance(writer, HFDecoder) == (variant in WITHOUT_PLAN)
     if by_forward:
-        writer = HFStepModel(model, SHARD, CPU, writer.head)
+        writer = HFDecoder(model, SHARD, CPU, writer.head)
     limits = [LIMIT] * len(PROMPTS)
     for max_rows in (1, 3, 64):
         found = rollout(writer, ROWS, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, max_rows=max_rows)
@@ -109,7 +109,7 @@ def test_writing_on_is_generating_from_the_prefix(variant: str) -> None:
         rollout_state.rewrite([Correction(row, *at) for row, at in corrections.items() if at[0] < lengths[row]], 0)
         assert rollout_state.rows.responses == tuple(expected)
     whole = writer.read(
-        [Reading(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, rollout_state.rows.responses, strict=True)]
+        [PrefillChunk(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, rollout_state.rows.responses, strict=True)]
     )
     for row, (prompt, states) in enumerate(zip(PROMPTS, whole, strict=True)):
         assert torch.allclose(rollout_state.hidden(row), states[len(prompt) - 1 :], atol=1e-4), "kept hidden states"
@@ -127,12 +127,12 @@ def test_reading_is_the_familys_forward(variant: str) -> None:
         expected = [model.base_model(torch.tensor([prompt])).last_hidden_state[0] for prompt in PROMPTS]
     plan = family.plan(model)
     assert plan is not None
-    reader = PlanReader(plan, SHARD, CPU)
-    fresh = reader.read([Reading(row, 0, prompt) for row, prompt in enumerate(PROMPTS)])
+    reader = PlanPrefiller(plan, SHARD, CPU)
+    fresh = reader.read([PrefillChunk(row, 0, prompt) for row, prompt in enumerate(PROMPTS)])
     state = reader.new_state([0] * 4, 8)
     assert isinstance(state, KVCache)
-    first = reader.read([Reading(row, 0, prompt[:1]) for row, prompt in enumerate(PROMPTS)], state)
-    rest = reader.read([Reading(row, 1, p[1:]) for row, p in enumerate(PROMPTS) if len(p) > 1], state)
+    first = reader.read([PrefillChunk(row, 0, prompt[:1]) for row, prompt in enumerate(PROMPTS)], state)
+    rest = reader.read([PrefillChunk(row, 1, p[1:]) for row, p in enumerate(PROMPTS) if len(p) > 1], state)
     rest.insert(1, first[1][:0])
     close = 1e-12 if variant in ("opt", "gpt2") else 3e-6
     for row, states in enumerate(expected):
@@ -143,7 +143,7 @@ def test_reading_is_the_familys_forward(variant: str) -> None:
 
 def test_long_readings_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = prepared(make_model("llama", torch.float64), "llama")
-    readings = [Reading(row, 0, prompt) for row, prompt in enumerate(PROMPTS)]
+    readings = [PrefillChunk(row, 0, prompt) for row, prompt in enumerate(PROMPTS)]
     whole = reader.read(readings)
     monkeypatch.setattr("megadistill.decoding.decoder._MAX_TOKENS", 3)
     for states, expected in zip(reader.read(readings), whole, strict=True):
@@ -160,7 +160,7 @@ def test_bf16_decoding_stays_close(variant: str) -> None:
             model, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
         )
         rollout_state.write(0)
-        states = model.read([Reading(0, 0, (*PROMPTS[0], *rollout_state.rows.responses[0][:-1]))])[0]
+        states = model.read([PrefillChunk(0, 0, (*PROMPTS[0], *rollout_state.rows.responses[0][:-1]))])[0]
         close = 1e-9 if model is wide else 0.2
         assert torch.allclose(
             rollout_state.hidden(0).double(), states[len(PROMPTS[0]) - 1 :].double(), atol=close, rtol=close

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from megadistill.decoding.kv_cache import Reading
+from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.protocols import Rows
 from megadistill.decoding.sampling import sample_tokens
 from megadistill.generation.policy import STREAM_TEACHER_TOKEN
-from megadistill.generation.scoring import ReadText, score_rows
+from megadistill.generation.scoring import TeacherStates, score_rows
 from megadistill.losses import Head, token_kl
 from megadistill.parallel import VocabShard
 from tests.unit.test_decoding import PROMPTS, make_model, prepared
@@ -83,7 +83,7 @@ class Counting:
     def new_state(self, offsets: Sequence[int], columns: int) -> object:
         return self._reader.new_state(offsets, columns)
 
-    def read(self, readings: Sequence[Reading], state: object = None) -> list[torch.Tensor]:
+    def read(self, readings: Sequence[PrefillChunk], state: object = None) -> list[torch.Tensor]:
         self.calls.append({reading.slot: len(reading.tokens) for reading in readings})
         return self._reader.read(readings, state)
 
@@ -92,7 +92,7 @@ class Counting:
 @pytest.mark.parametrize("keeps_cache", [True, False])
 def test_text_is_read_from_the_correction_on(keep: bool, keeps_cache: bool) -> None:
     reader = Counting(prepared(make_model("qwen3"), "qwen3"), keeps_cache)
-    text = ReadText(reader, PROMPTS, 20, keep=keep)
+    text = TeacherStates(reader, PROMPTS, 20, keep=keep)
     first = ((5, 6, 7, 8), (9, 10), (11, 12, 13), ())
     text.update(first, [0, 0, 0, 0])
     # Row 0 is corrected at 1 and grows, row 1 ends by its correction at 0, row 2 stays, row 3 is empty.
@@ -107,5 +107,5 @@ def test_text_is_read_from_the_correction_on(keep: bool, keeps_cache: bool) -> N
         if not response:
             assert found is None or len(found) == 0
             continue
-        whole = reader._reader.read([Reading(0, 0, (*prompt, *response[:-1]))])[0][len(prompt) - 1 :]
+        whole = reader._reader.read([PrefillChunk(0, 0, (*prompt, *response[:-1]))])[0][len(prompt) - 1 :]
         assert found is not None and torch.allclose(found, whole, atol=1e-5)

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(sizes: Sizes) -> list[Row]:
     """All rows of one size, alternately in one process."""
-    from megadistill.decoding.hf_decoder import HFStepModel, step_model
+    from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
     from megadistill.decoding.protocols import Correction, Rows, Sampling
     from megadistill.decoding.rollout import RolloutState
     from megadistill.models.families import FAMILIES
@@ -120,7 +120,7 @@ def measure(sizes: Sizes) -> list[Row]:
         drafts[name].write(0)
 
     def ours() -> Any:
-        return step_model(model, FAMILIES["llama"].plan(model), shard, device)
+        return make_decoder(model, FAMILIES["llama"].plan(model), shard, device)
 
     def rewrite() -> None:
         places = [(2 * i + 1) * sizes.new_tokens // (2 * sizes.rows) for i in range(sizes.rows)]
@@ -131,7 +131,7 @@ def measure(sizes: Sizes) -> list[Row]:
         "transformers generate": lambda: generate(model, prompts, sizes.new_tokens),
         "products of the decoded tokens": lambda: products(model, sizes),
         "megadistill, the family's own forward": lambda: write(
-            "forward", prompts, lambda: HFStepModel(model, shard, device, head)
+            "forward", prompts, lambda: HFDecoder(model, shard, device, head)
         ),
         "megadistill rollout": lambda: write("rollout", prompts, ours),
         "megadistill re-generation": rewrite,

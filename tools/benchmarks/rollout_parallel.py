@@ -114,7 +114,7 @@ def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
         counted[place[0]] += sum(tensor.nbytes for tensor in tensors)
         return all_gather(tensors, *arguments, **more)
 
-    with _student(sizes, folder, _RANKS, 0).writer() as writer:
+    with _student(sizes, folder, _RANKS, 0).decoder() as writer:
         rollout_state = _draft(writer, sizes, range(sizes.rows))
         rollout.draw_tokens, dist.all_reduce, dist.all_gather = counting_draw, counting_reduce, counting_gather
         try:
@@ -136,7 +136,7 @@ def _zero(sizes: Sizes, folder: Path) -> dict[str, float]:
         for stage, student in students.items():
             dist.barrier()
             begin = time.process_time()
-            with student.writer() as writer:
+            with student.decoder() as writer:
                 entered = time.process_time()
                 _draft(writer, sizes, mine).write(0)
             seconds = time.process_time() - begin

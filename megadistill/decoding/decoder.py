@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
-from megadistill.decoding.linear import Logits, Norm, Product, rotate
+from megadistill.decoding.linear import FusedLinear, Logits, Norm, rotate
 from megadistill.decoding.plan import DecoderPlan, LayerPlan
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
@@ -40,9 +40,12 @@ class _Layer:
 
     def __init__(self, plan: LayerPlan, is_cut: bool) -> None:
         self.attention_norm, self.mlp_norm = Norm(plan.attention_norm), Norm(plan.mlp_norm)
-        self.qkv, self.up = Product(plan.qkv), Product(plan.up)
+        self.qkv, self.up = FusedLinear(plan.qkv), FusedLinear(plan.up)
         # The bias of a product whose inputs are cut is added once, after the sum over the shards.
-        self.out, self.down = Product([plan.out], has_bias=not is_cut), Product([plan.down], has_bias=not is_cut)
+        self.out, self.down = (
+            FusedLinear([plan.out], has_bias=not is_cut),
+            FusedLinear([plan.down], has_bias=not is_cut),
+        )
         self.out_bias, self.down_bias = (
             getattr(module, "bias", None) if is_cut else None for module in (plan.out, plan.down)
         )

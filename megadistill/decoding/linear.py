@@ -18,7 +18,7 @@ from megadistill.decoding.plan import NormPlan
 _MAX_JOINED_BYTES = 2**24
 
 
-class Product:
+class FusedLinear:
     """x [n, K] -> x W^T + b [n, N], W and b those of several modules one under the other."""
 
     def __init__(self, modules: Sequence[nn.Module], *, has_bias: bool = True) -> None:

@@ -13,7 +13,7 @@ from megadistill.errors import ConfigError
 def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "evaluate",
-        "Scores models on evaluation sets: sampled with every seed of eval.seeds, greedy, and by the\n"
+        "RougeScores models on evaluation sets: sampled with every seed of eval.seeds, greedy, and by the\n"
         "likelihood of the references.",
         "examples:\n"
         "  megadistill evaluate --config configs/demo.yaml --model runs/demo --suite dolly=FILE\n"

@@ -95,7 +95,7 @@ class Rows:
         return len(self.prompts)
 
 
-class Scores(NamedTuple):
+class TeacherScores(NamedTuple):
     """The teacher's reading of responses, right-padded to N columns.
 
     ``kl_map`` [B, N] float, nats: KL(teacher || student) at every response position. ``teacher_tokens`` [B, N] int64:

@@ -11,7 +11,7 @@ from megadistill.evaluation.report import (
     to_jsonable,
     write_json,
 )
-from megadistill.evaluation.rouge import Scores, score_texts
+from megadistill.evaluation.rouge import RougeScores, score_texts
 from megadistill.evaluation.suites import SEEDS, SUITES, EvalSet, SuiteResult, load_eval_set, run_suite, select_rows
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "EvalSet",
     "LikelihoodTotal",
     "MeanStd",
-    "Scores",
+    "RougeScores",
     "SuiteResult",
     "Summary",
     "load_eval_set",

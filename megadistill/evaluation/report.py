@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import DataError
-from megadistill.evaluation.rouge import Scores
+from megadistill.evaluation.rouge import RougeScores
 
 METRICS = ("rouge_l", "exact_match", "distinct_1", "distinct_2")
 
@@ -29,7 +29,7 @@ class MeanStd:
 
 @dataclass(frozen=True)
 class Summary:
-    """Scores over seeds; a metric is None where no row has references."""
+    """RougeScores over seeds; a metric is None where no row has references."""
 
     rouge_l: MeanStd | None
     exact_match: MeanStd | None
@@ -48,7 +48,7 @@ def mean_std(values: Sequence[float]) -> MeanStd:
     return MeanStd(mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None, len(values))
 
 
-def summarise(scores: Sequence[Scores]) -> Summary:
+def summarise(scores: Sequence[RougeScores]) -> Summary:
     """One score a seed, all of the same rows, to their mean and deviation.
 
     Raises:

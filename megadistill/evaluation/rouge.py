@@ -1,4 +1,4 @@
-"""Scores of generated texts against references: ROUGE-L, exact match, distinct n-grams. Pure functions of texts."""
+"""RougeScores of generated texts against references: ROUGE-L, exact match, distinct n-grams. Pure functions of texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megadistill.errors import DataError
 
 
 @dataclass(frozen=True)
-class Scores:
+class RougeScores:
     """Means over the rows that have references, in percent; None where no row has any.
 
     `distinct_1` and `distinct_2` (distinct word n-grams in percent of all, over every prediction) show repetition that
@@ -30,7 +30,7 @@ def score_texts(
     predictions: Sequence[str],
     references: Sequence[tuple[str, ...]],
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-) -> Scores:
+) -> RougeScores:
     """Score prediction k against its references, the best one counting. Rows without references are counted and never
     scored.
 
@@ -46,7 +46,7 @@ def score_texts(
     scored = [(text, refs) for text, refs in zip(predictions, references, strict=True) if refs]
     rouge = [rouge_l(text, refs) for text, refs in (progress(scored) if progress else scored)]
     exact = [100.0 * is_exact_match(text, refs) for text, refs in scored]
-    return Scores(
+    return RougeScores(
         rouge_l=_mean(rouge),
         exact_match=_mean(exact),
         distinct_1=distinct_n(predictions, 1),

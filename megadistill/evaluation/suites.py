@@ -13,7 +13,7 @@ from megadistill.data.dataset import Example, FieldNames, load_examples
 from megadistill.data.tokenize import TokenizedExample, tokenize_examples
 from megadistill.errors import ConfigError, DataError
 from megadistill.evaluation.report import Summary, summarise
-from megadistill.evaluation.rouge import Scores, score_texts
+from megadistill.evaluation.rouge import RougeScores, score_texts
 
 SEEDS = (10, 20, 30, 40, 50)
 
@@ -61,13 +61,13 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores of one model on one set. `predictions` are the greedy texts, or the first seed's where nothing was decoded
+    """RougeScores of one model on one set. `predictions` are the greedy texts, or the first seed's where nothing was decoded
     greedily.
     """
 
     name: str
     sampled: Summary | None
-    greedy: Scores | None
+    greedy: RougeScores | None
     seeds: tuple[int, ...]
     num_skipped: int
     num_dropped: int

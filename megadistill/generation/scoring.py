@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from megadistill.decoding.kv_cache import PrefillChunk
-from megadistill.decoding.protocols import Prefiller, Rows, Scores
+from megadistill.decoding.protocols import Prefiller, Rows, TeacherScores
 from megadistill.decoding.sampling import draw_tokens
 from megadistill.generation.policy import STREAM_TEACHER_TOKEN
 from megadistill.losses import Head, token_kl
@@ -71,7 +71,7 @@ def score_rows(
     round_index: int,
     sample_teacher: bool,
     backend: Backend = "auto",
-) -> Scores:
+) -> TeacherScores:
     """KL map and teacher tokens of every response position from ``starts[row]`` on (method.md section 1).
 
     ``student_hidden``, ``teacher_hidden``: [length - start, H] a row. Communicates over the tensor-parallel group as
@@ -98,7 +98,7 @@ def score_rows(
     kl_map = torch.zeros(mask.shape, dtype=kl.dtype, device=device)
     token_map = torch.zeros(mask.shape, dtype=torch.int64, device=device)
     kl_map[mask], token_map[mask] = kl, drawn if sample_teacher else top1
-    return Scores(kl_map, token_map, mask)
+    return TeacherScores(kl_map, token_map, mask)
 
 
 def _together(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

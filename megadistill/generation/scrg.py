@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megadistill.decoding.protocols import Correction, Rows, Scores
+from megadistill.decoding.protocols import Correction, Rows, TeacherScores
 
 NO_ERROR = -1
 
@@ -50,7 +50,7 @@ def find_error_positions(
 def revise(
     rows: Rows,
     *,
-    score: Callable[[Rows, Sequence[int], int], Scores],
+    score: Callable[[Rows, Sequence[int], int], TeacherScores],
     rewrite: Callable[[Sequence[Correction], int], Rows],
     rounds: int,
 ) -> Revision:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megadistill.data.tokenize import TokenizedExample
-from megadistill.decoding.protocols import Correction, Decoder, Rows, Sampling, Scores
+from megadistill.decoding.protocols import Correction, Decoder, Rows, Sampling, TeacherScores
 from megadistill.decoding.rollout import RolloutState
 from megadistill.generation.policy import STREAM_CONTINUATION, STREAM_REPLAY, STREAM_ROLLOUT
 from megadistill.generation.replay_buffer import ReplayEntry
@@ -81,7 +81,7 @@ def _write_wave(
     keeps = generation.scrg.enabled and components.decode_plan.keeps_teacher
     read = TeacherStates(components.prefiller(), prompts.prompts, columns, keep=keeps)
 
-    def score(text: Rows, starts: Sequence[int], round_index: int) -> Scores:
+    def score(text: Rows, starts: Sequence[int], round_index: int) -> TeacherScores:
         with timers("teacher"):
             read.update(text.responses, starts)
         with timers("score"):

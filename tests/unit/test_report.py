@@ -8,10 +8,10 @@ import pytest
 
 from megadistill.errors import DataError
 from megadistill.evaluation.report import mean_std, results_table, summarise, text_table, to_jsonable, write_json
-from megadistill.evaluation.rouge import Scores
+from megadistill.evaluation.rouge import RougeScores
 from megadistill.evaluation.suites import SuiteResult
 
-ONE = Scores(10.0, 0.0, 50.0, 60.0, num_scored=3, num_without_references=1)
+ONE = RougeScores(10.0, 0.0, 50.0, 60.0, num_scored=3, num_without_references=1)
 
 
 def test_mean_and_sample_deviation():

@@ -1,10 +1,10 @@
-"""Scores against values worked out by hand."""
+"""RougeScores against values worked out by hand."""
 
 import pytest
 
 from megadistill.errors import DataError
 from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
-from megadistill.evaluation.rouge import Scores, distinct_n, is_exact_match, rouge_l, score_texts
+from megadistill.evaluation.rouge import RougeScores, distinct_n, is_exact_match, rouge_l, score_texts
 
 
 def test_rouge_l_by_hand():
@@ -33,7 +33,7 @@ def test_exact_match_ignores_white_space_only():
 
 def test_rows_without_references_are_counted_and_not_scored_as_zero():
     scores = score_texts(["a b", "c", "d"], [("a b",), (), ("x",)])
-    assert scores == Scores(
+    assert scores == RougeScores(
         rouge_l=pytest.approx(50.0),
         exact_match=50.0,
         distinct_1=100.0,

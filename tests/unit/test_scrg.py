@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.decoding.protocols import Correction, Rows, Sampling, Scores
+from megadistill.decoding.protocols import Correction, Rows, Sampling, TeacherScores
 from megadistill.decoding.rollout import RolloutState, rollout
 from megadistill.generation import find_error_positions, sample_tokens
 from megadistill.generation.scrg import Revision, revise
@@ -165,7 +165,7 @@ class Marker:
     def __init__(self, objections: dict[tuple[int, int], dict[int, int]]) -> None:
         self.objections, self.calls = objections, 0
 
-    def __call__(self, rows: Rows, starts: list[int], round_index: int) -> Scores:
+    def __call__(self, rows: Rows, starts: list[int], round_index: int) -> TeacherScores:
         self.calls += 1
         width = max(len(response) for response in rows.responses)
         tokens = torch.zeros(len(rows.responses), width, dtype=torch.int64)
@@ -175,7 +175,7 @@ class Marker:
             mask[row, starts[row] : len(response)] = True
             for rank, (column, token) in enumerate(self.objections.get((round_index, row), {}).items()):
                 tokens[row, column], kl[row, column] = token, 8.0 - rank
-        return Scores(kl, tokens, mask)
+        return TeacherScores(kl, tokens, mask)
 
 
 def _revise(rows: Rows, teacher: Marker, rounds: int = 1, limit: int = 6) -> Revision:

@@ -4,15 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 OpenUnitInterval = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
 DType = Literal["fp32", "bf16"]
 
 
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    dir: Text = Field(description="Folder of this run: resolved.yaml, metrics, samples, checkpoints.")
+    dir: NonEmptyStr = Field(description="Folder of this run: resolved.yaml, metrics, samples, checkpoints.")
     seed: Annotated[int, Field(ge=0, le=2**40)] = Field(
         0, description="Seed of everything random: data order, sampling, gate, random models."
     )
@@ -42,7 +42,7 @@ class RunSection(Section):
 
 
 class TeacherSection(Section):
-    path: Text | None = Field(
+    path: NonEmptyStr | None = Field(
         None,
         description="Model folder, hub name, or a configuration file (random weights). null only for plain SFT.",
     )
@@ -50,7 +50,7 @@ class TeacherSection(Section):
 
 
 class StudentSection(Section):
-    path: Text = Field(description="Model folder, hub name, or a configuration file (random weights).")
+    path: NonEmptyStr = Field(description="Model folder, hub name, or a configuration file (random weights).")
     dtype: DType = Field(
         "fp32", description="Type of weights and activations; with bf16 the optimizer keeps float32 master weights."
     )
@@ -59,7 +59,7 @@ class StudentSection(Section):
 class ModelSection(Section):
     teacher: TeacherSection = Field(default_factory=TeacherSection, description="The model to learn from; frozen.")
     student: StudentSection = Field(description="The model that is trained.")
-    tokenizer: Text | None = Field(
+    tokenizer: NonEmptyStr | None = Field(
         None, description="Tokenizer folder or hub name; null: the student's folder, then the teacher's."
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
@@ -70,26 +70,30 @@ class ModelSection(Section):
 
 
 class ParallelSection(Section):
-    tp_size: Literal["auto"] | Count = Field(
+    tp_size: Literal["auto"] | PositiveInt = Field(
         "auto",
         description="Tensor-parallel ranks; auto: the most that divide the processes and all head counts.",
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(3, description="DeepSpeed ZeRO stage of teacher and student.")
-    timeout_s: Count = Field(1800, description="Seconds after which a collective that does not complete ends the job.")
+    timeout_s: PositiveInt = Field(
+        1800, description="Seconds after which a collective that does not complete ends the job."
+    )
 
 
 class DataSection(Section):
-    train_path: Text | None = Field(
+    train_path: NonEmptyStr | None = Field(
         None, description="Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub data set."
     )
-    prompts_path: Text | None = Field(
+    prompts_path: NonEmptyStr | None = Field(
         None, description="Extra rows of which only the prompts are used: token and span losses, no SFT."
     )
     prompts_ratio: BelowOne = Field(0.0, description="Share of each global batch that comes from data.prompts_path.")
-    valid_path: Text | None = Field(None, description="Validation rows, for train.eval_every.")
-    max_prompt_tokens: Count = Field(256, description="Longest prompt, template included, in tokens.")
-    max_tokens: Count = Field(512, description="Longest prompt plus response, in tokens.")
-    skip_bad_rows: bool = Field(False, description="Count and skip malformed rows instead of stopping at the first.")
+    valid_path: NonEmptyStr | None = Field(None, description="Validation rows, for train.eval_every.")
+    max_prompt_tokens: PositiveInt = Field(256, description="Longest prompt, template included, in tokens.")
+    max_tokens: PositiveInt = Field(512, description="Longest prompt plus response, in tokens.")
+    skip_bad_rows: bool = Field(
+        False, description="PositiveInt and skip malformed rows instead of stopping at the first."
+    )
     long_prompt: Literal["drop", "truncate", "error"] = Field(
         "drop", description="What to do with prompts over data.max_prompt_tokens."
     )
@@ -97,17 +101,19 @@ class DataSection(Section):
     span_prior: Literal["phrases", "spacy", "punctuation", "window", "none"] = Field(
         "phrases", description="What divides a response into spans: noun, verb and prepositional phrases by default."
     )
-    span_window: Count = Field(4, description="Length of a span for span_prior window.")
-    instruction_field: Text = Field("instruction", description="Name of the column with the instruction.")
-    input_field: Text = Field("input", description="Name of the column with the optional input.")
-    output_field: Text = Field("output", description="Name of the column with the reference or the list of references.")
-    hub_split: Text = Field("train", description="Split to read of a hub data set.")
-    hub_config: Text | None = Field(None, description="Configuration (subset) of a hub data set.")
+    span_window: PositiveInt = Field(4, description="Length of a span for span_prior window.")
+    instruction_field: NonEmptyStr = Field("instruction", description="Name of the column with the instruction.")
+    input_field: NonEmptyStr = Field("input", description="Name of the column with the optional input.")
+    output_field: NonEmptyStr = Field(
+        "output", description="Name of the column with the reference or the list of references."
+    )
+    hub_split: NonEmptyStr = Field("train", description="Split to read of a hub data set.")
+    hub_config: NonEmptyStr | None = Field(None, description="Configuration (subset) of a hub data set.")
 
 
 class ScrgSection(Section):
     enabled: bool = Field(True, description="Correct the student's text before it is trained on (paper, Eq. 3-4).")
-    rounds: Count = Field(1, description="Detections and corrections per response, each right of the one before.")
+    rounds: PositiveInt = Field(1, description="Detections and corrections per response, each right of the one before.")
     teacher_token: Literal["sample", "greedy"] = Field(
         "sample", description="How the teacher's own token is taken: a sample (paper) or its most likely one."
     )
@@ -115,39 +121,41 @@ class ScrgSection(Section):
 
 class OffPolicySection(Section):
     initial_phi: UnitInterval = Field(0.0, description="Probability of student text, new or replayed, at the start.")
-    eps: NonNegative = Field(0.1, description="Rise of the validation loss, in nats, that raises phi by 0.1.")
-    replay_batches: Count = Field(64, description="Global batches of student text that the replay buffer holds.")
+    eps: NonNegativeFloat = Field(0.1, description="Rise of the validation loss, in nats, that raises phi by 0.1.")
+    replay_batches: PositiveInt = Field(64, description="Global batches of student text that the replay buffer holds.")
 
 
 class GenerationSection(Section):
     mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
         "on_policy",
-        description="Text of the token and span losses: the student's own, also replayed as DistiLLM schedules it, "
+        description="NonEmptyStr of the token and span losses: the student's own, also replayed as DistiLLM schedules it, "
         "either, the references, or the teacher's own (SeqKD).",
     )
     student_ratio: UnitInterval = Field(0.5, description="Probability of student text at a step, for mode mixed.")
     off_policy: OffPolicySection = Field(default_factory=OffPolicySection, description="For mode off_policy.")
-    teacher_temperature: NonNegative = Field(
+    teacher_temperature: NonNegativeFloat = Field(
         0.0, description="Sampling temperature of the teacher's text for mode teacher; 0: greedy."
     )
-    teacher_cache: Text | None = Field(
+    teacher_cache: NonEmptyStr | None = Field(
         None,
         description="For mode teacher: file of its text, written once and reused; null: teacher_text.jsonl in run.dir.",
     )
-    max_new_tokens: Count = Field(256, description="Longest response that is generated; data.max_tokens ends it too.")
-    sampling_temperature: NonNegative = Field(1.0, description="Temperature of the student's samples; 0: greedy.")
-    top_k: Natural = Field(0, description="Sample among the top_k most likely tokens; 0: all.")
+    max_new_tokens: PositiveInt = Field(
+        256, description="Longest response that is generated; data.max_tokens ends it too."
+    )
+    sampling_temperature: NonNegativeFloat = Field(1.0, description="Temperature of the student's samples; 0: greedy.")
+    top_k: NonNegativeInt = Field(0, description="Sample among the top_k most likely tokens; 0: all.")
     top_p: TopP = Field(1.0, description="Sample among the most likely tokens that hold this much probability; 1: all.")
-    max_cache_bytes: Count = Field(
+    max_cache_bytes: PositiveInt = Field(
         2**33, description="Keys and values that a process keeps: how many rows of a step are written at a time."
     )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation.")
 
 
 class LossSection(Section):
-    sft: NonNegative = Field(1.0, description="Weight of the cross-entropy on the references.")
-    dac_kl: NonNegative = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
-    span: NonNegative = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
+    sft: NonNegativeFloat = Field(1.0, description="Weight of the cross-entropy on the references.")
+    dac_kl: NonNegativeFloat = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
+    span: NonNegativeFloat = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
     divergence: Literal[
         "dac_kl",
         "forward_kl",
@@ -164,7 +172,7 @@ class LossSection(Section):
         0.1, description="alpha of the skewed divergences: the first side's share of the mixture."
     )
     jensen_shannon_beta: OpenUnitInterval = Field(0.5, description="beta of jensen_shannon: the teacher's share.")
-    temperature: Positive = Field(
+    temperature: PositiveFloat = Field(
         1.0, description="Distillation temperature tau; the token loss is multiplied by tau squared."
     )
     clip: Literal["gate", "fixed", "off"] = Field(
@@ -176,9 +184,9 @@ class LossSection(Section):
     quantile: Literal["mass", "rank"] = Field("mass", description="Quantiles of the teacher's mass, or of ranks.")
     lower: OpenUnitInterval = Field(0.02, description="Lower quantile for clip fixed; where the gate starts.")
     upper: OpenUnitInterval = Field(0.98, description="Upper quantile for clip fixed; where the gate starts.")
-    top_k: Count = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
-    softness: Positive = Field(0.25, description="Width of the mask's edges, in nats.")
-    chunk_tokens: Literal["auto"] | Count = Field("auto", description="Tokens whose logits are held at a time.")
+    top_k: PositiveInt = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
+    softness: PositiveFloat = Field(0.25, description="Width of the mask's edges, in nats.")
+    chunk_tokens: Literal["auto"] | PositiveInt = Field("auto", description="Tokens whose logits are held at a time.")
     backend: Literal["auto", "torch", "compile", "triton"] = Field(
         "auto", description="What runs the losses between the matrix products; auto picks by device and vocabulary."
     )
@@ -188,9 +196,9 @@ class LossSection(Section):
     guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
     lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")
     upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
-    coverage_weight: NonNegative = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
+    coverage_weight: NonNegativeFloat = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
     coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
-    span_eps: Positive = Field(1e-6, description="Smoothing of the root in the span loss.")
+    span_eps: PositiveFloat = Field(1e-6, description="Smoothing of the root in the span loss.")
 
     @field_validator("clip", mode="before")
     @classmethod
@@ -200,67 +208,69 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
-    lr: Positive = Field(1e-4, description="Peak learning rate of AdamW.")
+    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
     min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
-    eps: Positive = Field(1e-6, description="AdamW's epsilon.")
-    weight_decay: NonNegative = Field(0.0, description="AdamW's weight decay.")
+    eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
     warmup_ratio: UnitInterval = Field(0.05, description="Share of train.max_steps with a rising learning rate.")
-    warmup_steps: Natural | None = Field(None, description="The same in steps; wins over optim.warmup_ratio.")
+    warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; wins over optim.warmup_ratio.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    gradient_clipping: NonNegative = Field(1.0, description="Largest norm of the gradient; 0: off.")
-    gate_lr: Positive = Field(1e-3, description="Learning rate of the gate, constant.")
+    gradient_clipping: NonNegativeFloat = Field(1.0, description="Largest norm of the gradient; 0: off.")
+    gate_lr: PositiveFloat = Field(1e-3, description="Learning rate of the gate, constant.")
 
 
 class TrainSection(Section):
-    max_steps: Count = Field(1000, description="Optimizer updates.")
-    global_batch_size: Count = Field(16, description="Rows per step over all processes.")
-    micro_batch_size: Count = Field(4, description="Rows per forward and backward pass on one data-parallel rank.")
-    save_every: Natural = Field(0, description="Steps between checkpoints; 0: only at the end.")
-    eval_every: Natural = Field(0, description="Steps between validations on data.valid_path; 0: never.")
-    eval_rows: Count = Field(64, description="Rows of data.valid_path that a validation reads.")
-    log_every: Count = Field(
+    max_steps: PositiveInt = Field(1000, description="Optimizer updates.")
+    global_batch_size: PositiveInt = Field(16, description="Rows per step over all processes.")
+    micro_batch_size: PositiveInt = Field(
+        4, description="Rows per forward and backward pass on one data-parallel rank."
+    )
+    save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    eval_every: NonNegativeInt = Field(0, description="Steps between validations on data.valid_path; 0: never.")
+    eval_rows: PositiveInt = Field(64, description="Rows of data.valid_path that a validation reads.")
+    log_every: PositiveInt = Field(
         1, description="Steps between updates of the loss beside the progress bar; metrics.jsonl has every step."
     )
-    samples_every: Natural = Field(
+    samples_every: NonNegativeInt = Field(
         10, description="Steps between entries in samples.jsonl (where the student writes in such a step); 0: none."
     )
-    samples_rows: Count = Field(4, description="Rows per entry in samples.jsonl.")
+    samples_rows: PositiveInt = Field(4, description="Rows per entry in samples.jsonl.")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="A step whose loss or gradient is not finite changes nothing, its batch goes to RUN/nonfinite/; "
         "then the run stops, or goes on.",
     )
-    max_nonfinite: Count = Field(
+    max_nonfinite: PositiveInt = Field(
         10, description="With on_nonfinite skip: so many such steps one after the other stop the run all the same."
     )
-    stop_grace_s: Count = Field(
+    stop_grace_s: PositiveInt = Field(
         120,
         description="Seconds for a step and its checkpoint when the launcher has died; then the process ends itself.",
     )
-    resume: Text = Field(
+    resume: NonEmptyStr = Field(
         "auto", description="auto: from the last checkpoint of run.dir; never; or a checkpoint's path."
     )
 
 
 class EvalSection(Section):
-    path: Text | None = Field(None, description="Evaluation rows; same formats as data.train_path.")
-    seeds: tuple[Natural, ...] = Field(
+    path: NonEmptyStr | None = Field(None, description="Evaluation rows; same formats as data.train_path.")
+    seeds: tuple[NonNegativeInt, ...] = Field(
         (10, 20, 30, 40, 50),
         strict=False,
         description="One sampled evaluation each; mean and deviation are reported.",
     )
-    max_new_tokens: Count = Field(256, description="Longest answer.")
-    temperature: NonNegative = Field(1.0, description="Sampling temperature of the sampled evaluations.")
+    max_new_tokens: PositiveInt = Field(256, description="Longest answer.")
+    temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature of the sampled evaluations.")
     top_p: TopP = Field(1.0, description="Nucleus of the sampled evaluations; 1: all.")
     greedy: bool = Field(True, description="Also evaluate greedy answers.")
-    batch_size: Count = Field(16, description="Rows generated at a time on one data-parallel rank.")
-    max_rows: Count | None = Field(None, description="Evaluate only the first rows; null: all.")
+    batch_size: PositiveInt = Field(16, description="Rows generated at a time on one data-parallel rank.")
+    max_rows: PositiveInt | None = Field(None, description="Evaluate only the first rows; null: all.")
 
 
 class CheckpointSection(Section):
-    keep_last: Count = Field(2, description="Checkpoints that stay on disk; older ones are removed.")
-    keep_every: Natural = Field(0, description="Checkpoints of every so many steps stay as well; 0: none.")
+    keep_last: PositiveInt = Field(2, description="Checkpoints that stay on disk; older ones are removed.")
+    keep_every: NonNegativeInt = Field(0, description="Checkpoints of every so many steps stay as well; 0: none.")
     asynchronous: bool = Field(
         True,
         description="Write beside the training, from a copy in host memory (12 bytes a parameter over all processes).",

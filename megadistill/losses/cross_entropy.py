@@ -14,7 +14,7 @@ from megadistill.losses.backends import row_kernels
 from megadistill.losses.config import Backend
 from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import (
-    Count,
+    Normalizer,
     StudentGradients,
     bias_shifts,
     check_labels,
@@ -38,7 +38,7 @@ def cross_entropy(
     labels: Tensor,
     shard: VocabShard,
     *,
-    num_tokens: Count,
+    num_tokens: Normalizer,
     chunk_tokens: int | Literal["auto"] = "auto",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         shard: VocabShard,
-        num_tokens: Count,
+        num_tokens: Normalizer,
         chunk_tokens: int | Literal["auto"],
         backend: Backend,
         needs: tuple[bool, bool, bool],

@@ -27,7 +27,7 @@ _TILE_ELEMENTS_ACCELERATOR = 2**27
 _MEMORY_PARTS = 64
 _MIN_CHUNK, _MAX_CHUNK = 16, 4096
 
-Count = int | float | Tensor
+Normalizer = int | float | Tensor
 
 
 def check_shard(shard: VocabShard) -> None:
@@ -86,7 +86,7 @@ def chunks(num_rows: int, size: int, halo: int = 0) -> Iterator[tuple[slice, int
         yield slice(begin - num_halo, min(begin + size, num_rows)), num_halo
 
 
-def inverse_count(count: Count, device: torch.device) -> Tensor:
+def inverse_count(count: Normalizer, device: torch.device) -> Tensor:
     """1 / count as a float64 scalar on the device, 0 where there is nothing to count. Raises ValueError for what is no
     count."""
     is_wrong = not isinstance(count, int | float | Tensor) or (isinstance(count, Tensor) and count.numel() != 1)

@@ -21,7 +21,7 @@ from megadistill.losses.clipping import ClipTerms, merge_clip_sums
 from megadistill.losses.config import LossConfig
 from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
-    Count,
+    Normalizer,
     StudentGradients,
     bias_shifts,
     check_labels,
@@ -77,8 +77,8 @@ def distill_loss(
     config: LossConfig,
     shard: VocabShard,
     *,
-    num_tokens: Count,
-    num_pairs: Count,
+    num_tokens: Normalizer,
+    num_pairs: Normalizer,
 ) -> DistillOutput:
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
@@ -132,8 +132,8 @@ class _Call:
     gate: nn.Module | None
     config: LossConfig
     shard: VocabShard
-    num_tokens: Count
-    num_pairs: Count
+    num_tokens: Normalizer
+    num_pairs: Normalizer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Counts:
+class GlobalCounts:
     """Global numbers that divide the sums of one step: over data-parallel ranks and micro-batches."""
 
     num_sft: float
@@ -112,7 +112,7 @@ class Objective:
     """
 
     micro_batch: MicroBatch
-    counts: Counts
+    counts: GlobalCounts
     config: LossConfig
     gate: QuantileGate | None
     shard: VocabShard

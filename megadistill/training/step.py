@@ -17,7 +17,7 @@ from megadistill.generation.scoring import TeacherStates
 from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
-from megadistill.training.micro_batch import Counts, Objective, TrainingRow, build_micro_batch
+from megadistill.training.micro_batch import GlobalCounts, Objective, TrainingRow, build_micro_batch
 from megadistill.training.schedule import learning_rate
 from megadistill.training.texts import BatchRow, Writing, remember, replayed, write_and_revise
 
@@ -123,7 +123,7 @@ def find_spans(rows: Sequence[TrainingRow], components: Components) -> list[Trai
     ]
 
 
-def global_counts(rows: Sequence[TrainingRow], components: Components) -> Counts:
+def global_counts(rows: Sequence[TrainingRow], components: Components) -> GlobalCounts:
     """Tokens and span pairs of the whole step (one all-reduce of three numbers over the data-parallel group)."""
     local = torch.tensor(
         [
@@ -134,10 +134,10 @@ def global_counts(rows: Sequence[TrainingRow], components: Components) -> Counts
         dtype=torch.float64,
         device=components.context.device,
     )
-    return Counts(*components.context.sum_over_dp(local).tolist())
+    return GlobalCounts(*components.context.sum_over_dp(local).tolist())
 
 
-def accumulate_gradients(rows: Sequence[TrainingRow], counts: Counts, components: Components) -> list[Objective]:
+def accumulate_gradients(rows: Sequence[TrainingRow], counts: GlobalCounts, components: Components) -> list[Objective]:
     """Forward and backward of every micro-batch; both heads are gathered once for all of them."""
     size, objectives = components.config.train.micro_batch_size, []
     gate = components.gate.gate if components.gate is not None else None
@@ -157,7 +157,7 @@ def accumulate_gradients(rows: Sequence[TrainingRow], counts: Counts, components
 
 
 def collect_metrics(
-    objectives: Sequence[Objective], counts: Counts, revision: Revision | None, components: Components
+    objectives: Sequence[Objective], counts: GlobalCounts, revision: Revision | None, components: Components
 ) -> dict[str, float]:
     """Global values from every rank's shares (one all-reduce over the data-parallel group)."""
     outputs = [objective.output for objective in objectives if objective.output is not None]

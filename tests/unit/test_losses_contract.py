@@ -167,7 +167,7 @@ def test_without_autograd_nothing_but_the_values_is_formed():
 
 
 class Counter(TorchDispatchMode):
-    """Counts matrix products and the largest tensor that any operation makes."""
+    """GlobalCounts matrix products and the largest tensor that any operation makes."""
 
     def __init__(self):
         super().__init__()

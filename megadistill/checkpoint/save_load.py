@@ -55,7 +55,7 @@ def load_checkpoint(
         if folder == candidates[-1]:
             raise CheckpointError(damage)
         get_logger(context.rank).warning(f"{damage}; the checkpoint before it is used, this one is kept as .damaged")
-        context.on_main(lambda folder=folder: _put_aside(folder))
+        context.run_on_rank0(lambda folder=folder: _put_aside(folder))
     _check_fit(folder, manifest["layout"], layout_of(student, trainer_state, context))
     if manifest["step"] > max_steps:
         raise CheckpointError(f"{folder} is at step {manifest['step']}, past train.max_steps={max_steps}")
@@ -66,7 +66,7 @@ def load_checkpoint(
         raise CheckpointError(f"{folder / TRAINER} cannot be read as plain tensors: {first_line(error)}") from None
     context.barrier()
     if folder.parent.resolve() == own.resolve():  # going back is for good: metrics.jsonl goes back as well
-        context.on_main(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))
+        context.run_on_rank0(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))
     return folder, int(manifest["step"]), saved_state
 
 
@@ -82,7 +82,7 @@ def _examine(folder: Path, context: ParallelContext) -> tuple[dict[str, Any], st
         foreign = error
     except CheckpointError as error:
         damage = str(error)
-    context.raise_together(foreign)
+    context.raise_on_all_ranks(foreign)
     found = [error for error in context.gather_objects(damage) if error is not None]
     return manifest, found[0] if found else None
 

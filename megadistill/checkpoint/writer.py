@@ -92,11 +92,11 @@ class CheckpointWriter:
         """Takes a copy of everything after ``step`` updates and starts to write it; waits for the one before."""
         self.finish()
         context, beside = self._context, self._folder / f"step_{step}.partial"
-        context.on_main(lambda: self._make_room(beside))
+        context.run_on_rank0(lambda: self._make_room(beside))
         self._step, self._layout = step, layout_of(self._student, trainer_state, context)
         runs, steps = self._student.snapshot(), self._student.optimizer_steps
         state = io.BytesIO()
-        if context.is_main:
+        if context.is_rank0:
             torch.save(trainer_state, state)  # now: the next step changes the tensors in it
         self._job = _Job(lambda: self._write(beside, runs, steps, state.getvalue()))
         if not self._asynchronous:
@@ -115,7 +115,7 @@ class CheckpointWriter:
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
         if errors:
             self._job = None
-            if self._context.is_main:
+            if self._context.is_rank0:
                 shutil.rmtree(beside, ignore_errors=True)
             raise CheckpointError(f"the checkpoint of step {self._step} could not be written: {errors[0]}")
         if self._is_committing:
@@ -123,8 +123,8 @@ class CheckpointWriter:
             return
         self._is_committing = True
         digests = {name: entry for found, _ in results for name, entry in found.items()}
-        is_main = self._context.is_main
-        self._job = _Job(lambda: self._commit(beside, digests) if is_main else None)
+        is_rank0 = self._context.is_rank0
+        self._job = _Job(lambda: self._commit(beside, digests) if is_rank0 else None)
 
     def finish(self) -> None:
         """Waits until what was begun is whole. Raises CheckpointError like ``advance``."""
@@ -159,7 +159,7 @@ class CheckpointWriter:
         name = shard_file(context.tp_rank, context.dp_rank)
         write_shard(folder, name, runs)
         written = [f"{STUDENT_FOLDER}/{name}"]
-        if context.is_main:
+        if context.is_rank0:
             write_layout(folder, self._student.shard_specs, **self._layout, optimizer_steps=steps)
             (beside / TRAINER).write_bytes(trainer)
         return {file: digest(beside / file, sync=True) for file in written}

@@ -127,7 +127,7 @@ def evaluate_models(
                     total_nll = reference_likelihood(model, rows.rows, settings, context)
                     if total_nll.num_tokens:
                         likelihoods[name][suite] = total_nll.nll
-        if not context.is_main:
+        if not context.is_rank0:
             return None
     return {
         "table": results_table(results, likelihoods),

@@ -84,7 +84,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
         try:
             # Before the model is loaded: what is refused is refused soon.
-            num_done = context.on_main(lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
+            num_done = context.run_on_rank0(lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
             rows = tokenize_examples(
                 examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
                 max_tokens=limit, long_prompt=parsed.long_prompt,
@@ -95,7 +95,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
                 ) as model:
                     answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
                     _write_blocks(writer, examples, rows, num_done, answer, parsed.batch_size, context)
-            context.on_main(writer.finish)
+            context.run_on_rank0(writer.finish)
         finally:
             writer.close()
 
@@ -206,7 +206,7 @@ def _write_blocks(
             count = _Count(bar, start, block.stop, context.dp_size)
             answers = answer(rows=[rows[i] for i in block], progress=count)
             lines = [_line(examples[i], rows[i], text) for i, text in zip(block, answers, strict=True)]
-            context.on_main(partial(write, lines[max(0, num_done - start) :]))
+            context.run_on_rank0(partial(write, lines[max(0, num_done - start) :]))
             bar.update(block.stop - bar.n)
 
 

@@ -75,7 +75,7 @@ class ParallelContext:
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         """True on the one rank that prints and writes shared files."""
         return self.rank == 0
 
@@ -112,14 +112,14 @@ class ParallelContext:
         if self.world_size > 1:
             dist.barrier()
 
-    def on_main(self, action: Callable[[], Any], writes: Path | None = None) -> Any:
+    def run_on_rank0(self, action: Callable[[], Any], writes: Path | None = None) -> Any:
         """Rank 0's (picklable) result of ``action`` on every rank; its MegadistillError, or that a file cannot be read
         or written, is raised on every rank. ``writes``: what it writes, for the error.
 
         Collective over the world: two gathers.
         """
         result, error = None, None
-        if self.is_main:
+        if self.is_rank0:
             try:
                 result = action()
             except MegadistillError as found:
@@ -131,10 +131,10 @@ class ParallelContext:
                     error = MegadistillError(f"{found.filename}: {found.strerror}")
                 else:
                     raise
-        self.raise_together(error)
+        self.raise_on_all_ranks(error)
         return self.gather_objects(result)[0]
 
-    def raise_together(self, error: MegadistillError | None) -> None:
+    def raise_on_all_ranks(self, error: MegadistillError | None) -> None:
         """Raises the first rank's error on every rank, so that nobody waits for a rank that has left (one gather)."""
         for found in self.gather_objects(error):
             if found is not None:

@@ -53,7 +53,7 @@ def train(
             held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
             return plan_start(components.config)  # again: the one that held it may have saved since
 
-        start = components.context.on_main(lock)
+        start = components.context.run_on_rank0(lock)
         return _train(components, data, start, request or StopRequest(), heartbeat)
 
 
@@ -102,7 +102,7 @@ def _train(
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             stopped, status, is_unwritten = _agree(request, writer, record, context)
             if is_unwritten:
-                context.raise_together(record.error)
+                context.raise_on_all_ranks(record.error)
             writer.advance(status)
             if _saves(config, done) or stopped:
                 writer.begin(done, _trainer_state(components))
@@ -123,7 +123,7 @@ def _train(
         "validation": last_eval,
     }
     file = start.run_dir / "summary.json"
-    context.on_main(lambda: write_json(file, summary), file)
+    context.run_on_rank0(lambda: write_json(file, summary), file)
     log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{config.train.max_steps}'}; metrics in {start.run_dir}")
     return summary
 
@@ -181,7 +181,7 @@ def _restore(components: Components, start: Start) -> int:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
 
-    context.on_main(make, start.run_dir)
+    context.run_on_rank0(make, start.run_dir)
     return first_step
 
 

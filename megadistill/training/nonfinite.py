@@ -30,7 +30,7 @@ class NonFinite:
         self._in_a_row += 1
         file = self._run_dir / FOLDER / f"step_{step}.jsonl"
         rows = [row for part in context.gather_objects_over_dp(self._shown(result)) for row in part]
-        context.on_main(lambda: self._dump(file, step, result, rows), file)
+        context.run_on_rank0(lambda: self._dump(file, step, result, rows), file)
         terms = ", ".join(f"{name} {result.metrics[name]}" for name in _TERMS)
         what = f"step {step} is not finite ({terms}); nothing was updated, its batch is in {file}"
         if train.on_nonfinite == "stop":

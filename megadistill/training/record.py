@@ -13,14 +13,14 @@ from megadistill.parallel.context import ParallelContext
 
 class Record:
     """The files of a run from ``first_step`` on. ``error``: why rank 0 could not write, None on all other ranks: a
-    rank that left alone would keep the others waiting, so they are told first (`ParallelContext.raise_together`)."""
+    rank that left alone would keep the others waiting, so they are told first (`ParallelContext.raise_on_all_ranks`)."""
 
     def __init__(self, run_dir: Path, context: ParallelContext, first_step: int) -> None:
         self.error: CheckpointError | None = None
         self._run_dir = run_dir
         self._metrics: MetricsWriter | None = None
         self._samples: JsonLines | None = None
-        context.on_main(lambda: self._open(first_step), run_dir)
+        context.run_on_rank0(lambda: self._open(first_step), run_dir)
 
     def _open(self, first_step: int) -> None:
         self._metrics = MetricsWriter(self._run_dir, last_step=first_step)

@@ -56,7 +56,7 @@ def teacher_texts(
                 held.enter_context(only_writer(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}"))
                 return _open(path, _settings(config, teacher))
 
-        known: dict[str, Prompt] = context.on_main(begin)
+        known: dict[str, Prompt] = context.run_on_rank0(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
         if missing:
             log = get_logger(context.rank)
@@ -98,7 +98,7 @@ def _write_missing(
             for some_prompts, some_texts in context.gather_objects_over_dp((mine, texts)):
                 new |= {_key(prompt): text for prompt, text in zip(some_prompts, some_texts, strict=True)}
             written |= new
-            context.on_main(partial(_append, path, new))
+            context.run_on_rank0(partial(_append, path, new))
             bar.update(len(part))
     return written
 

@@ -11,7 +11,7 @@ from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
 from megadistill.errors import CheckpointError
 from megadistill.launch.heartbeat import lost_ranks_reported
-from megadistill.launch.world import distributed, name_accelerator, world_size
+from megadistill.launch.world import configure_accelerator, distributed, world_size
 from megadistill.models.families import head_counts
 from megadistill.models.loading import load_model_config
 from megadistill.parallel.context import ParallelContext
@@ -35,7 +35,7 @@ def model_folder(path: str) -> str:
 @contextmanager
 def inference_context(parallel: ParallelSection, models: dict[str, str]) -> Iterator[ParallelContext]:
     """The processes of a launcher, or this one. ``models`` maps a name for messages to a model's path."""
-    has_cuda = name_accelerator()
+    has_cuda = configure_accelerator()
     counts = [n for name, path in models.items() for n in head_counts(load_model_config(path, name), name)]
     tp_size = resolve_tp_size(parallel.tp_size, world_size(), counts)
     if world_size() == 1:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 from megadistill.checkpoint.manifest import write_atomically
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.errors import ConfigError, DataError
-from megadistill.models.fingerprint import describe_model_files
+from megadistill.models.fingerprint import model_fingerprint
 from megadistill.observability.lock import try_lock
 
 VERSION = 1
@@ -190,7 +190,7 @@ def describe_model(path: str, commit: str | None) -> dict[str, str]:
     if not local.exists():
         return {"--model": path if commit is None else f"{path} at {commit}"}
     with _clear_errors(local, "read"):
-        files = describe_model_files(path)
+        files = model_fingerprint(path)
     return {"--model": str(local.resolve()), **{f"{name} of --model": text for name, text in files.items()}}
 
 

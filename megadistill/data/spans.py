@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import regex
 
-from megadistill.data.surface import surface_of
+from megadistill.data.surface import token_char_starts
 from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def token_span_ids(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBa
 
     Works for any ids, canonical or sampled: a token's place is that of its first byte in the decoded text.
     """
-    text, starts = surface_of(tokenizer, response_ids)
+    text, starts = token_char_starts(tokenizer, response_ids)
     spans = prior.spans(text)
     if not spans:
         return [-1] * len(starts)

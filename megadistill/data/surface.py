@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 
 
-def surface_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int | None]]:
+def token_char_starts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int | None]]:
     """The text of `ids`, special tokens left out, and for each token the character at which its own text starts.
 
     White space at the front of a piece is passed over (" dog" starts at "d"), unless the piece is all white space. A

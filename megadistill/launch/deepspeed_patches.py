@@ -3,7 +3,7 @@
 import deepspeed
 
 
-def leave_out_shm_op() -> None:
+def disable_shm_op() -> None:
     """Call before `deepspeed.init_distributed`: no C++ compiler is needed, and nothing is compiled or locked on disk.
 
     The operation is a shared-memory `inference_all_reduce` that ignores its group, so nothing here may use it; without

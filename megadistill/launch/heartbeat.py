@@ -47,7 +47,7 @@ class Heartbeat:
         """No more signs."""
         self._done.set()
 
-    def lost(self) -> str:
+    def describe_lost_ranks(self) -> str:
         """Which ranks give no sign and where they were last (listens for some seconds)."""
         try:
             before = self._signs()
@@ -105,7 +105,7 @@ def lost_ranks_reported(context: ParallelContext) -> Iterator[Heartbeat | None]:
         where = _innermost(lost.__traceback__)
         line = (
             f"megadistill [rank {context.rank}]: in step {heartbeat.step + 1}, {where}: the other ranks did not answer "
-            f"(parallel.timeout_s={context.timeout_s:g}): {heartbeat.lost()}"
+            f"(parallel.timeout_s={context.timeout_s:g}): {heartbeat.describe_lost_ranks()}"
         )
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()

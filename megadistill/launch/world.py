@@ -100,12 +100,12 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     if is_alone:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
-    has_cuda = name_accelerator()
+    has_cuda = configure_accelerator()
     import deepspeed
 
-    from megadistill.launch.deepspeed_patches import leave_out_shm_op
+    from megadistill.launch.deepspeed_patches import disable_shm_op
 
-    leave_out_shm_op()
+    disable_shm_op()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch 2.13 renames; nothing a user could do about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -138,7 +138,7 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
                 os.environ.pop(name, None)
 
 
-def name_accelerator() -> bool:
+def configure_accelerator() -> bool:
     """Whether there are GPUs. Where there are none DeepSpeed, which transformers imports too, is told instead of
     guessing."""
     has_cuda = torch.cuda.is_available()

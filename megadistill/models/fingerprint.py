@@ -10,7 +10,7 @@ _FILES = ("config.json", "*.safetensors", "shards/*", "pytorch_model*.bin", "*.i
 _END_BYTES = 1 << 20
 
 
-def describe_model_files(path: str) -> dict[str, str]:
+def model_fingerprint(path: str) -> dict[str, str]:
     """File name -> size and checksum, of a folder's configuration and weights or of a configuration file; empty for a
     hub name. Times are not in it. Raises OSError for what cannot be read."""
     local = Path(path)

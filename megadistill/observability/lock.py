@@ -24,7 +24,7 @@ def try_lock(file: IO[Any]) -> bool:
 
 
 @contextmanager
-def only_writer(path: Path, what: str) -> Iterator[None]:
+def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """Holds ``path`` (made if need be) for this process.
 
     Raises ConfigError when another process holds it; a file system without locks is no reason to stop.

@@ -21,7 +21,7 @@ from megadistill.generation.replay_buffer import merge, split
 from megadistill.launch.heartbeat import Heartbeat
 from megadistill.launch.stopping import StopRequest
 from megadistill.losses.backends import choose_backend
-from megadistill.observability.lock import only_writer
+from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.observability.progress import progress_bar
@@ -50,7 +50,7 @@ def train(
     with ExitStack() as held:
 
         def lock() -> Start:
-            held.enter_context(only_writer(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
+            held.enter_context(exclusive_lock(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
             return plan_start(components.config)  # again: the one that held it may have saved since
 
         start = components.context.run_on_rank0(lock)
@@ -100,7 +100,7 @@ def _train(
             bar.update()
             if done % config.train.log_every == 0:
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            stopped, status, is_unwritten = _agree(request, writer, record, context)
+            stopped, status, is_unwritten = _sync_step_status(request, writer, record, context)
             if is_unwritten:
                 context.raise_on_all_ranks(record.error)
             writer.advance(status)
@@ -226,7 +226,7 @@ def _writer(components: Components, run_dir: Path) -> CheckpointWriter:
     )
 
 
-def _agree(
+def _sync_step_status(
     request: StopRequest, writer: CheckpointWriter, record: Record, context: ParallelContext
 ) -> tuple[str | None, int, bool]:
     """What every rank must know after a step: the name of a signal that any of them got, whether all of them have

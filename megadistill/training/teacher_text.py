@@ -22,9 +22,9 @@ from megadistill.decoding.rollout import rollout
 from megadistill.engines.teacher import PartitionedModel
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.policy import STREAM_TEACHER_TEXT
-from megadistill.models.fingerprint import describe_model_files
+from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.loading import has_weights
-from megadistill.observability.lock import only_writer
+from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
@@ -53,7 +53,9 @@ def teacher_texts(
 
         def begin() -> dict[str, Prompt]:
             with _one_line(path):
-                held.enter_context(only_writer(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}"))
+                held.enter_context(
+                    exclusive_lock(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}")
+                )
                 return _open(path, _settings(config, teacher))
 
         known: dict[str, Prompt] = context.run_on_rank0(begin)
@@ -129,7 +131,7 @@ def _settings(config: RunConfig, teacher: PartitionedModel) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "teacher": path,
-        "files": describe_model_files(path),
+        "files": model_fingerprint(path),
         "dtype": config.model.teacher.dtype,
         "vocabulary": teacher.shard.total,
         "temperature": generation.teacher_temperature,

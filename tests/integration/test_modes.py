@@ -177,11 +177,11 @@ def test_another_teacher_in_the_same_place_is_noticed(assets: Path, tmp_path: Pa
 
 
 def test_one_run_a_folder(assets: Path, tmp_path: Path) -> None:
-    from megadistill.observability.lock import only_writer
+    from megadistill.observability.lock import exclusive_lock
 
     run = [(str(tmp_path / "run"), settings(assets, "llama", "train.max_steps=1"))]
     with (
-        only_writer(tmp_path / "run" / ".lock", "x"),
+        exclusive_lock(tmp_path / "run" / ".lock", "x"),
         pytest.raises(RankError, match="is being written by another run"),
     ):
         run_layout(2, run)

@@ -20,7 +20,7 @@ from megadistill.checkpoint.reshard import family_cuts, reshard_checkpoint, shar
 from megadistill.cli.main import main
 from megadistill.errors import CheckpointError, ConfigError, TopologyError
 from megadistill.models.families import FAMILIES
-from megadistill.models.fingerprint import describe_model_files
+from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, shard_file, write_shard
 from tests.support.runs import FAMILY_CONFIGS, ROOT, join_deepspeed, losses, run_layout, settings, weights
 from tests.support.spawn import run_ranks
@@ -167,7 +167,7 @@ def test_a_sharded_model_reads_and_writes_in_one_process(assets: Path, runs: dic
         words += ["--max-new-tokens", "6", "--max-prompt-tokens", "64", "--template", "plain", "--temperature", "0"]
         assert main(["generate", *words]) == 0
     assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "cut.jsonl").read_text()
-    assert "shards/tp00_dp00.safetensors" in describe_model_files(str(tmp_path / "cut"))
+    assert "shards/tp00_dp00.safetensors" in model_fingerprint(str(tmp_path / "cut"))
 
 
 def test_converters_touch_nothing_of_the_users(runs: dict[str, Path], tmp_path: Path) -> None:

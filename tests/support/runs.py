@@ -98,12 +98,12 @@ def join_deepspeed(rank: int) -> None:
     """Makes a rank of ``run_ranks`` one of a launcher's, as DeepSpeed wants it."""
     import deepspeed
 
-    from megadistill.launch.deepspeed_patches import leave_out_shm_op
+    from megadistill.launch.deepspeed_patches import disable_shm_op
 
     world_size = str(torch.distributed.get_world_size())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
-    leave_out_shm_op()
+    disable_shm_op()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 

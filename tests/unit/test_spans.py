@@ -17,7 +17,7 @@ from megadistill.data.spans import (
     pair_mask_from_span_ids,
     token_span_ids,
 )
-from megadistill.data.surface import surface_of
+from megadistill.data.surface import token_char_starts
 from megadistill.data.tokenize import decode_responses, encode_responses, load_tokenizer
 from megadistill.errors import ConfigError
 from tests.support.tokenizers import byte_level, sentence_piece, word_piece
@@ -178,7 +178,7 @@ def test_a_piece_with_a_leading_space_belongs_to_its_word(tokenizer):
 @pytest.mark.parametrize("text", [SENTENCE, "café 北京\nhouse 🙂 straße", "  two  spaces ", "a\n\nb\tc", "x" * 50])
 def test_surface_agrees_with_the_tokenizers_own_offsets(tokenizer, text):
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    shown, starts = surface_of(tokenizer, encoded["input_ids"])
+    shown, starts = token_char_starts(tokenizer, encoded["input_ids"])
     lead = len(shown) - len(text)
     assert shown[lead:] == text and shown[:lead].strip() == ""
     for (start, end), found in zip(encoded["offset_mapping"], starts, strict=True):
@@ -200,7 +200,7 @@ def test_surface_of_arbitrary_ids_is_the_decoded_text(tokenizers):
         usable = [id_ for id_ in range(len(tokenizer)) if kind != "sentence_piece" or not is_high_byte(tokenizer, id_)]
         for _ in range(60):
             ids = draw.choices(usable, k=draw.randrange(1, 40))
-            text, starts = surface_of(tokenizer, ids)
+            text, starts = token_char_starts(tokenizer, ids)
             decoded = decode_responses(tokenizer, [ids])[0]
             # The SentencePiece decoder strips one leading space; a broken character is one U+FFFD or several.
             assert text.replace("\ufffd", "").removeprefix(" ") == decoded.replace("\ufffd", "").removeprefix(" "), kind
@@ -213,12 +213,12 @@ def test_surface_of_arbitrary_ids_is_the_decoded_text(tokenizers):
 
 def test_a_character_cut_over_tokens_lies_in_one_span(tokenizer):
     ids = encode_responses(tokenizer, ["🙂🙂"])[0]
-    text, starts = surface_of(tokenizer, ids)
+    text, starts = token_char_starts(tokenizer, ids)
     assert text.strip() == "🙂🙂" and len(ids) > 2
     lead = len(text) - 2
     assert sorted(set(starts)) == [lead, lead + 1]
     half = ids[:1]
-    broken, where = surface_of(tokenizer, half)
+    broken, where = token_char_starts(tokenizer, half)
     assert broken == "\ufffd" and where == [0]
 
 

@@ -48,9 +48,9 @@ def _run(rank: int, task: Any, sizes: Sizes, folder: Path, store: str, results: 
     with (folder / f"{os.getpid()}.log").open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    from megadistill.launch.deepspeed_patches import leave_out_shm_op
+    from megadistill.launch.deepspeed_patches import disable_shm_op
 
-    leave_out_shm_op()
+    disable_shm_op()
     # A file is the meeting point: nothing listens on an outside address.
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, _RANKS), rank=rank, world_size=_RANKS, timeout=timedelta(minutes=10)

@@ -1,4 +1,4 @@
-"""The trained engine: forward with an objective, backward, update."""
+"""The trained engine: forward with an head_fn, backward, update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from megadistill.config.schema import OptimSection, TrainSection
 from megadistill.engines.ds_config import student_config
-from megadistill.engines.lm_forward import Objective, use_objective_forward
+from megadistill.engines.lm_forward import HeadFn, use_head_fn_forward
 from megadistill.engines.local_state import local_parts, optimizer_steps, set_optimizer_steps
 from megadistill.engines.teacher import PartitionedModel, initialize
 from megadistill.models.loading import LoadedModel
@@ -72,11 +72,11 @@ class Student(PartitionedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        objective: Objective,
+        head_fn: HeadFn,
     ) -> Any:
-        """``objective(hidden [B, S, H], head weight [Vs, H], head bias)`` evaluated inside the engine's forward."""
+        """``head_fn(hidden [B, S, H], head weight [Vs, H], head bias)`` evaluated inside the engine's forward."""
         return self.engine(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, objective=objective
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, head_fn=head_fn
         )
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -132,7 +132,7 @@ def trained_model(
 ) -> Student:
     """Partitions a model together with its AdamW (collective over the world)."""
     model = loaded.model
-    use_objective_forward(model)
+    use_head_fn_forward(model)
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

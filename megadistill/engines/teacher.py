@@ -16,7 +16,7 @@ from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
-from megadistill.engines.lm_forward import use_objective_forward
+from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shard_spec import ShardSpec
@@ -125,7 +125,7 @@ class EnginePrefiller:
 def frozen_model(loaded: LoadedModel, context: ParallelContext, *, zero_stage: int, dtype: str) -> PartitionedModel:
     """Partitions a model that is never trained (collective over the world)."""
     model = loaded.model
-    use_objective_forward(model)
+    use_head_fn_forward(model)
     model.eval()
     config = teacher_config(zero_stage=zero_stage, tp_size=context.tp_size, dtype=dtype, family=loaded.family)
     engine = initialize(model, config, context)

@@ -105,7 +105,7 @@ def _labelled_rows(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Te
 
 
 @dataclass
-class Objective:
+class MicroBatchLoss:
     """The three losses of one micro-batch as a function of the student's hidden states and head (method.md section 4).
 
     Called once, inside the engine's forward; ``sft`` (unweighted, detached) and ``output`` are its by-products.

@@ -17,7 +17,7 @@ from megadistill.generation.scoring import TeacherStates
 from megadistill.generation.scrg import NO_ERROR, Revision
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
-from megadistill.training.micro_batch import GlobalCounts, Objective, TrainingRow, build_micro_batch
+from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, TrainingRow, build_micro_batch
 from megadistill.training.schedule import learning_rate
 from megadistill.training.texts import BatchRow, Writing, remember, replayed, write_and_revise
 
@@ -69,9 +69,9 @@ def distillation_step(step: int, rows: Sequence[BatchRow], components: Component
 
     # 4. Token, span and reference losses, micro-batch by micro-batch; gradients are summed.
     with timers("train"):
-        objectives = accumulate_gradients(training_rows, counts, components)
+        losses = accumulate_gradients(training_rows, counts, components)
 
-    metrics = collect_metrics(objectives, counts, None if writing is None else writing.revision, components)
+    metrics = collect_metrics(losses, counts, None if writing is None else writing.revision, components)
 
     # 5. One update of student and gate, unless a number in it is not finite.
     with timers("optimizer"):
@@ -92,7 +92,7 @@ def distillation_step(step: int, rows: Sequence[BatchRow], components: Component
     metrics |= timers.seconds()
     finite = []
     if not is_updated:  # asking every loss waits for the device
-        flags = [objective.is_finite for objective in objectives]
+        flags = [loss_fn.is_finite for loss_fn in losses]
         finite = [flags[i // config.train.micro_batch_size] for i in range(len(training_rows))]
     return StepResult(metrics, is_updated, training_rows, finite, samples_of(step, rows, writing, components))
 
@@ -137,33 +137,35 @@ def global_counts(rows: Sequence[TrainingRow], components: Components) -> Global
     return GlobalCounts(*components.context.sum_over_dp(local).tolist())
 
 
-def accumulate_gradients(rows: Sequence[TrainingRow], counts: GlobalCounts, components: Components) -> list[Objective]:
+def accumulate_gradients(
+    rows: Sequence[TrainingRow], counts: GlobalCounts, components: Components
+) -> list[MicroBatchLoss]:
     """Forward and backward of every micro-batch; both heads are gathered once for all of them."""
-    size, objectives = components.config.train.micro_batch_size, []
+    size, losses = components.config.train.micro_batch_size, []
     gate = components.gate.gate if components.gate is not None else None
     with components.teacher_head() as teacher_head, components.student.head():
         for start in range(0, len(rows), size):
             micro = build_micro_batch(
                 rows[start : start + size], pad_id=components.pad_id, device=components.context.device
             )
-            objective = Objective(micro, counts, components.loss, gate, components.student.shard, teacher_head)
+            loss_fn = MicroBatchLoss(micro, counts, components.loss, gate, components.student.shard, teacher_head)
             batch = micro.batch
-            loss = components.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, objective)
+            loss = components.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, loss_fn)
             components.student.backward(loss)
             if start + size < len(rows):
                 components.student.end_micro_step()
-            objectives.append(objective)
-    return objectives
+            losses.append(loss_fn)
+    return losses
 
 
 def collect_metrics(
-    objectives: Sequence[Objective], counts: GlobalCounts, revision: Revision | None, components: Components
+    losses: Sequence[MicroBatchLoss], counts: GlobalCounts, revision: Revision | None, components: Components
 ) -> dict[str, float]:
     """Global values from every rank's shares (one all-reduce over the data-parallel group)."""
-    outputs = [objective.output for objective in objectives if objective.output is not None]
+    outputs = [loss_fn.output for loss_fn in losses if loss_fn.output is not None]
     positions = [p for p in revision.error_positions if p != NO_ERROR] if revision is not None else []
     sums = [
-        float(sum(float(objective.sft) for objective in objectives if objective.sft is not None)),
+        float(sum(float(loss_fn.sft) for loss_fn in losses if loss_fn.sft is not None)),
         *(float(sum(float(getattr(output, name)) for output in outputs)) for name in _TERMS),
         float(len(positions)),
         float(sum(positions)),

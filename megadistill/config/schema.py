@@ -91,9 +91,7 @@ class DataSection(Section):
     valid_path: NonEmptyStr | None = Field(None, description="Validation rows, for train.eval_every.")
     max_prompt_tokens: PositiveInt = Field(256, description="Longest prompt, template included, in tokens.")
     max_tokens: PositiveInt = Field(512, description="Longest prompt plus response, in tokens.")
-    skip_bad_rows: bool = Field(
-        False, description="PositiveInt and skip malformed rows instead of stopping at the first."
-    )
+    skip_bad_rows: bool = Field(False, description="Count and skip malformed rows instead of stopping at the first.")
     long_prompt: Literal["drop", "truncate", "error"] = Field(
         "drop", description="What to do with prompts over data.max_prompt_tokens."
     )
@@ -128,7 +126,7 @@ class OffPolicySection(Section):
 class GenerationSection(Section):
     mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
         "on_policy",
-        description="NonEmptyStr of the token and span losses: the student's own, also replayed as DistiLLM schedules it, "
+        description="Text of the token and span losses: the student's own, also replayed as DistiLLM schedules it, "
         "either, the references, or the teacher's own (SeqKD).",
     )
     student_ratio: UnitInterval = Field(0.5, description="Probability of student text at a step, for mode mixed.")

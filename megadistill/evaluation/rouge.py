@@ -1,4 +1,4 @@
-"""RougeScores of generated texts against references: ROUGE-L, exact match, distinct n-grams. Pure functions of texts."""
+"""Scores of generated texts against references: ROUGE-L, exact match, distinct n-grams. Pure functions of texts."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """RougeScores of one model on one set. `predictions` are the greedy texts, or the first seed's where nothing was decoded
+    """Scores of one model on one set. `predictions` are the greedy texts, or the first seed's where nothing was decoded
     greedily.
     """
 

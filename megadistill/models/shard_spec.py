@@ -25,7 +25,7 @@ class ShardSpec:
 
     @classmethod
     def even(cls, shape: Sequence[int], dim: int | None, blocks: int, tp_size: int) -> ShardSpec:
-        """ShardSpec into parts as equal as can be, larger ones first, as AutoTP cuts."""
+        """Cut into parts as equal as can be, larger ones first, as AutoTP cuts."""
         if dim is None or tp_size == 1:
             return cls(tuple(shape))
         block = shape[dim] // blocks

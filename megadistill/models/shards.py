@@ -115,7 +115,7 @@ class ShardReader:
             shape = cut.shard_shape(tp_rank)
             if numel := torch.Size(shape).numel():
                 shards.append(self._run(kind, name, tp_rank, 0, numel).view(shape))
-        return spec.unshard(shards)
+        return cut.unshard(shards)
 
     def _cut_of(self, name: str) -> ShardSpec:
         if name not in self.shard_specs:

@@ -16,7 +16,7 @@ _TERMS = ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm")
 
 
 class NonFinite:
-    """GlobalCounts such steps; ``seen`` is collective over the data-parallel group, and raises on every rank or none."""
+    """Counts such steps; ``seen`` is collective over the data-parallel group, and raises on every rank or none."""
 
     def __init__(self, run_dir: Path, components: Components) -> None:
         self._run_dir, self._parts, self._in_a_row = run_dir, components, 0

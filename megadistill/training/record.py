@@ -13,7 +13,8 @@ from megadistill.parallel.context import ParallelContext
 
 class Record:
     """The files of a run from ``first_step`` on. ``error``: why rank 0 could not write, None on all other ranks: a
-    rank that left alone would keep the others waiting, so they are told first (`ParallelContext.raise_on_all_ranks`)."""
+    rank that left alone would keep the others waiting, so they are told first
+    (`ParallelContext.raise_on_all_ranks`)."""
 
     def __init__(self, run_dir: Path, context: ParallelContext, first_step: int) -> None:
         self.error: CheckpointError | None = None

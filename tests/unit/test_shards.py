@@ -21,7 +21,7 @@ def test_shards_make_up_the_whole(tp_size: int, dim: int, blocks: int, block: in
     whole = torch.arange(float(blocks * block * other)).view(shape)
     cut = ShardSpec.even(shape, dim, blocks, tp_size)
     shards = [cut.shard(whole, rank) for rank in range(tp_size)] if tp_size > 1 else [whole]
-    assert torch.equal(spec.unshard(shards), whole)
+    assert torch.equal(cut.unshard(shards), whole)
     assert [tuple(shard.shape) for shard in shards] == [cut.shard_shape(rank) for rank in range(tp_size)]
     if cut.dim is not None:
         assert ShardSpec.from_shard_shapes(shape, [shard.shape for shard in shards], blocks) == cut

@@ -237,7 +237,7 @@ def _csv_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
     # surrogateescape keeps a broken byte inside its own row, where the check of every text reports it.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.prefiller(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         header: list[str] | None = None
         while True:
             where = f"{path}:{reader.line_num + 1}"

@@ -40,15 +40,10 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.launch.stopping import STOPPED
     from megadistill.launch.world import distributed, world_size
     from megadistill.parallel.context import ParallelContext
+    from megadistill.training.data import load_training_data, make_sampler
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
-    from megadistill.training.setup import (
-        build_components,
-        check_models,
-        load_training_data,
-        make_sampler,
-        run_tokenizer,
-    )
+    from megadistill.training.setup import build_components, check_models, run_tokenizer
 
     num_ranks = world_size()  # first of all: what follows asks who is rank 0
     refuse_unwritable(config.run.dir, is_file=False)

@@ -227,6 +227,11 @@ class TrainSection(Section):
     save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
     eval_every: NonNegativeInt = Field(0, description="Steps between validations on data.valid_path; 0: never.")
     eval_rows: PositiveInt = Field(64, description="Rows of data.valid_path that a validation reads.")
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None,
+        strict=False,
+        description="First and last step, counted from 1, of a torch trace in RUN/profile; null: none.",
+    )
     log_every: PositiveInt = Field(
         1, description="Steps between updates of the loss beside the progress bar; metrics.jsonl has every step."
     )
@@ -291,8 +296,8 @@ class RunConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """False for plain SFT: dataset text, and no loss that compares with a teacher."""
-        return self.loss.dac_kl > 0 or self.loss.span > 0 or self.generation.mode != "dataset"
+        """False for plain SFT: no loss compares with a teacher."""
+        return self.loss.dac_kl > 0 or self.loss.span > 0
 
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
@@ -316,9 +321,8 @@ class RunConfig(Section):
         )
         _require(
             self.model.teacher.path is not None or not self.needs_teacher,
-            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} "
-            f"generation.mode={self.generation.mode} need a teacher; plain SFT is loss.dac_kl=0 loss.span=0 "
-            "generation.mode=dataset",
+            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} need a teacher; "
+            "plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset",
             ("model.teacher.path",),
         )
         _require(
@@ -346,11 +350,11 @@ class RunConfig(Section):
             f"train.eval_every={train.eval_every} needs data.valid_path",
             ("train.eval_every", "data.valid_path"),
         )
+        profile = train.profile_steps
         _require(
-            self.generation.mode != "off_policy" or train.eval_every > 0 or self.generation.off_policy.initial_phi > 0,
-            "generation.mode=off_policy with generation.off_policy.initial_phi=0 and train.eval_every=0 would never "
-            "use student text: phi rises after validations only",
-            ("generation.mode", "generation.off_policy.initial_phi", "train.eval_every"),
+            profile is None or profile[0] <= profile[1],
+            f"train.profile_steps={list(profile or ())} must not end before it begins",
+            ("train.profile_steps",),
         )
         _require(
             bool(self.eval.seeds) or self.eval.greedy,

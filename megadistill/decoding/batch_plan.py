@@ -1,4 +1,4 @@
-"""How many rows are written at a time: as many as the cache may hold."""
+"""How many examples are written at a time: as many as the cache may hold."""
 
 from __future__ import annotations
 
@@ -9,38 +9,55 @@ from megadistill.errors import ConfigError
 
 @dataclass(frozen=True)
 class DecodeBatchPlan:
-    """``num_rows`` of a step are written together; ``keeps_teacher`` says whether the teacher's cache is kept beside
-    the student's; ``most_rows`` is what fits of rows that are only written (validation)."""
+    """How a rank's examples of a step are written.
 
-    num_rows: int
-    keeps_teacher: bool
-    most_rows: int
+    Attributes:
+        batch_size: Examples that are written together.
+        keeps_teacher_cache: Whether the teacher's cache is kept beside the student's.
+        max_batch_size: What fits of examples that are only written (validation).
+    """
+
+    batch_size: int
+    keeps_teacher_cache: bool
+    max_batch_size: int
 
 
 def plan_decode_batches(
-    *, rows_per_rank: int, columns: int, one_row: int, writer_bytes: int, reader_bytes: int, max_cache_bytes: int
+    *,
+    examples_per_rank: int,
+    columns: int,
+    example_columns: int,
+    writer_bytes: int,
+    reader_bytes: int,
+    max_cache_bytes: int,
 ) -> DecodeBatchPlan:
-    """Splits a rank's rows of a step.
+    """Splits a rank's examples of a step into decode batches.
 
-    ``columns``: of a wave, whose longest prompt and longest response may be of two rows; ``one_row``: of one row alone.
-    ``writer_bytes`` and ``reader_bytes`` are those of one token in the cache of the model that writes (the student) and
-    of the one that reads (the teacher).
+    The teacher's cache is kept (a correction is then read from its position on) only where all examples fit together:
+    wide decoding saves more than reading an example twice costs. A function of the configuration, so ranks agree.
 
-    The teacher's cache is kept (a correction is then read from its position on) only where all rows fit together: wide
-    decoding saves more than reading a row twice costs. A function of the configuration, so ranks agree. Raises
-    ConfigError when not even one row fits.
+    Args:
+        examples_per_rank: Examples to write.
+        columns: Longest prompt plus longest response of a batch, which may come from two examples.
+        example_columns: Longest prompt plus response of one example.
+        writer_bytes: Bytes of one token in the cache of the model that writes (the student).
+        reader_bytes: The same of the model that reads (the teacher).
+        max_cache_bytes: What all of them may take.
+
+    Raises:
+        ConfigError: Not even one example fits.
     """
     writer, reader = columns * writer_bytes, columns * reader_bytes
-    alone = one_row * writer_bytes
-    if alone > max_cache_bytes:
+    smallest = example_columns * writer_bytes
+    if smallest > max_cache_bytes:
         raise ConfigError(
-            f"generation.max_cache_bytes={max_cache_bytes} is less than one row of {one_row} tokens needs on this "
-            f"layout: {alone}; shorten data.max_prompt_tokens or generation.max_new_tokens, or allow more"
+            f"generation.max_cache_bytes={max_cache_bytes} is too small: one example of {example_columns} tokens needs "
+            f"{smallest} on this layout. Shorten data.max_prompt_tokens or generation.max_new_tokens, or raise it"
         )
-    most_rows = max(1, max_cache_bytes // max(writer, 1))
-    if rows_per_rank * (writer + reader) <= max_cache_bytes:
-        return DecodeBatchPlan(rows_per_rank, True, most_rows)
-    widest = min(rows_per_rank, most_rows)
-    # Equal waves: the last one of a few rows would cost nearly as much as a full one.
-    num_waves = -(-rows_per_rank // widest)
-    return DecodeBatchPlan(-(-rows_per_rank // num_waves), False, most_rows)
+    max_batch_size = max(1, max_cache_bytes // max(writer, 1))
+    if examples_per_rank * (writer + reader) <= max_cache_bytes:
+        return DecodeBatchPlan(examples_per_rank, True, max_batch_size)
+    widest = min(examples_per_rank, max_batch_size)
+    # Equal batches: a last one of a few examples would cost nearly as much as a full one.
+    num_batches = -(-examples_per_rank // widest)
+    return DecodeBatchPlan(-(-examples_per_rank // num_batches), False, max_batch_size)

@@ -23,6 +23,7 @@ from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import FusedLinear, Logits, Norm, rotate
 from megadistill.decoding.plan import DecoderPlan, LayerPlan
 from megadistill.parallel.collectives import all_reduce_sum
+from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 Present = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
@@ -227,15 +228,13 @@ class PlanDecoder(PlanPrefiller):
     """Implements ``generation.protocols.Decoder``: all parameters are present, and laid out once for many small
     products."""
 
-    def __init__(
-        self, plan: DecoderPlan, shard: VocabShard, device: torch.device, head: tuple[Tensor, Tensor | None]
-    ) -> None:
-        super().__init__(plan, shard, device)
+    def __init__(self, plan: DecoderPlan, device: torch.device, head: OutputHead) -> None:
+        super().__init__(plan, head.shard, device)
         self.head = head
         with torch.no_grad():
-            self._ready = [_Layer(layer, shard.tp_size > 1) for layer in plan.layers]
+            self._ready = [_Layer(layer, head.shard.tp_size > 1) for layer in plan.layers]
             self._norm = None if plan.final_norm is None else Norm(plan.final_norm)
-            self._logits = Logits(*head)
+            self._logits = Logits(head.weight, head.bias)
 
     def _layers(self) -> Iterator[_Layer]:
         return iter(self._ready)

@@ -16,6 +16,7 @@ from megadistill.decoding.hf_cache import cache_over
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import Logits
 from megadistill.decoding.plan import DecoderPlan, key_value_shape
+from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -23,11 +24,8 @@ def make_decoder(
     model: nn.Module, plan: DecoderPlan | None, shard: VocabShard, device: torch.device
 ) -> PlanDecoder | HFDecoder:
     """The project's decoder where the model has a plan, else its own forward; all parameters must be present."""
-    head = model.get_output_embeddings()
-    weights = (head.weight, getattr(head, "bias", None))
-    if plan is None:
-        return HFDecoder(model, shard, device, weights)
-    return PlanDecoder(plan, shard, device, weights)
+    head = OutputHead.of(model.get_output_embeddings(), shard)
+    return HFDecoder(model, device, head) if plan is None else PlanDecoder(plan, device, head)
 
 
 class HFDecoder:
@@ -37,11 +35,9 @@ class HFDecoder:
     are its only communication.
     """
 
-    def __init__(
-        self, model: nn.Module, shard: VocabShard, device: torch.device, head: tuple[Tensor, Tensor | None]
-    ) -> None:
-        self.model, self.shard, self.device, self.head = model, shard, device, head
-        self._logits = Logits(*head)
+    def __init__(self, model: nn.Module, device: torch.device, head: OutputHead) -> None:
+        self.model, self.shard, self.device, self.head = model, head.shard, device, head
+        self._logits = Logits(head.weight, head.bias)
 
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
         """An empty cache for rows whose first columns are ``offsets``."""

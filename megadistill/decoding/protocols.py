@@ -1,42 +1,36 @@
-"""What generation needs of a model. SCRG and decoding see nothing else, so both are tested with a fake one.
+"""What writing and reading text needs of a model. Text sources and decoding use nothing else, so fakes can stand in.
 
-Shapes: B rows, k active rows, N response columns, H hidden size, Vs this rank's slice of the vocabulary.
+Shapes: B examples, k active examples, H hidden size, Vs this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
 from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
-
-
-class State(Protocol):
-    """What a model remembers of rows in slots 0 ... B - 1; only the first ones are decoded."""
-
-    def swap(self, a: int, b: int) -> None:
-        """Exchanges the rows of two slots."""
-        ...
-
-    def sort(self, order: Sequence[int]) -> None:
-        """Slot i gets the row of slot ``order[i]``."""
-        ...
 
 
 class Decoder(Protocol):
     """A causal decoder over preallocated columns. Communicates over the tensor-parallel group only."""
 
-    shard: VocabShard
-    device: torch.device
-    head: tuple[torch.Tensor, torch.Tensor | None]
-    """This rank's weight [Vs, H] and bias [Vs] of the output head."""
+    @property
+    def shard(self) -> VocabShard: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def head(self) -> OutputHead: ...
 
     def new_state(self, offsets: Sequence[int], columns: int) -> Any:
-        """Room for rows whose first columns are ``offsets``."""
+        """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``. It can ``swap(a, b)``
+        two slots and ``sort(order)`` all of them."""
         ...
 
     def prefill(self, state: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -53,63 +47,32 @@ class Decoder(Protocol):
 
 
 class Prefiller(Protocol):
-    """Reads whole rows, or goes on reading kept ones. Every call communicates alike, whatever is read."""
+    """Reads given text, or continues to read where it stopped. Every call communicates alike, whatever is read."""
 
-    keeps_cache: bool
+    @property
+    def keeps_cache(self) -> bool: ...
 
     def new_state(self, offsets: Sequence[int], columns: int) -> Any: ...
 
-    def read(self, readings: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
-        """Hidden states [number of tokens, H] of each reading."""
+    def read(self, chunks: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
+        """Hidden states [number of tokens, H] of each chunk."""
         ...
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep every class. ``seed`` keys the random
-    numbers."""
+class TextModel(Protocol):
+    """A (partitioned) model that can write and read text."""
 
-    seed: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    @property
+    def shard(self) -> VocabShard: ...
 
+    def decoder(self) -> AbstractContextManager[Decoder]:
+        """A decoder with all parameters gathered once, for as long as it is used."""
+        ...
 
-@dataclass(frozen=True)
-class Rows:
-    """Prompts of this data-parallel rank with their responses (token ids, EOS included where there is one).
+    def prefiller(self, examples_per_pass: int) -> Prefiller:
+        """Reads text; a model without a decoder plan reads ``examples_per_pass`` examples at a time."""
+        ...
 
-    ``sequence_ids`` are global and never repeat within a run: they key every random number of a row, whatever the
-    layout.
-    """
-
-    sequence_ids: tuple[int, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    responses: tuple[tuple[int, ...], ...]
-
-    def with_responses(self, responses: Sequence[Sequence[int]]) -> Rows:
-        """The same prompts with other responses."""
-        return Rows(self.sequence_ids, self.prompts, tuple(tuple(r) for r in responses))
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-
-class TeacherScores(NamedTuple):
-    """The teacher's reading of responses, right-padded to N columns.
-
-    ``kl_map`` [B, N] float, nats: KL(teacher || student) at every response position. ``teacher_tokens`` [B, N] int64:
-    the teacher's own token there. ``mask`` [B, N] bool: positions that were read.
-    """
-
-    kl_map: torch.Tensor
-    teacher_tokens: torch.Tensor
-    mask: torch.Tensor
-
-
-class Correction(NamedTuple):
-    """The teacher's token for one position of a row."""
-
-    row: int
-    position: int
-    token: int
+    def head(self) -> AbstractContextManager[OutputHead]:
+        """The output head, gathered once for as long as it is used."""
+        ...

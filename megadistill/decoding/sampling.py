@@ -8,6 +8,7 @@ one class to the next where the logits did not. Suffixes: B rows, V this rank's 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,32 @@ _GROUP = 128
 # Elements of the float64 masses that exist at once.
 _MAX_ELEMENTS_CPU = 2**18
 _MAX_ELEMENTS_ACCELERATOR = 2**22
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every class.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    seed: int = 0
+    """Keys the random numbers."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"sampling temperature {self.temperature} must be a finite number >= 0 (0 = greedy)")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ConfigError(f"top_k {self.top_k!r} must be an integer >= 0 (0 = all classes)")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} must lie in (0, 1] (1 = all classes)")
+
+
+_PLAIN = Sampling()
 
 
 @torch.no_grad()
@@ -57,68 +84,40 @@ def sample_tokens(
             f"({len(logits_shard)},)"
         )
     numbers = None if temperature == 0 else uniform(seed, sequence_ids, positions, stream=stream)
-    return draw_tokens(logits_shard, shard, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+    return draw_tokens(logits_shard, shard, numbers, Sampling(seed, temperature, top_k, top_p))
 
 
 @torch.no_grad()
-def draw_tokens(
-    logits_shard: Tensor,
-    shard: VocabShard,
-    numbers: Tensor | None,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Tensor:
-    """`sample_tokens` with the rows' random numbers [B] in (0, 1) at hand; greedy needs none.
+def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None, sampling: Sampling = _PLAIN) -> Tensor:
+    """`sample_tokens` with the examples' random numbers [B] in (0, 1) at hand; greedy needs none.
 
-    Some rows at a time (the same on all ranks), because what is made of their logits is in float64.
+    Some examples at a time (the same on all ranks), because what is made of their logits is in float64.
     """
-    _check(logits_shard, shard, temperature, top_k, top_p)
-    if temperature == 0:
+    _check_shapes(logits_shard, shard)
+    if sampling.temperature == 0:
         return _greedy(logits_shard, shard)
     assert numbers is not None
     elements = _MAX_ELEMENTS_CPU if logits_shard.device.type == "cpu" else _MAX_ELEMENTS_ACCELERATOR
     size = min(max(1, elements // max(1, -(-shard.total // shard.tp_size))), max(1, len(logits_shard)))
-    # One room for all parts: new memory of this size costs more than the exponentials on CPUs.
-    room = torch.empty(size, _groups(shard.size) * _GROUP, dtype=torch.float64, device=logits_shard.device)
+    # One buffer for all parts: new memory of this size costs more than the exponentials on CPUs.
+    buffer = torch.empty(size, _groups(shard.size) * _GROUP, dtype=torch.float64, device=logits_shard.device)
     parts = zip(logits_shard.split(size), numbers.split(size), strict=True)
-    drawn = [_sample(part, shard, number, room, temperature, top_k, top_p) for part, number in parts]
+    drawn = [_sample(part, shard, number, buffer, sampling) for part, number in parts]
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
-def _sample(
-    logits_shard: Tensor,
-    shard: VocabShard,
-    numbers: Tensor,
-    room: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Tensor:
+def _sample(logits_shard: Tensor, shard: VocabShard, numbers: Tensor, buffer: Tensor, sampling: Sampling) -> Tensor:
     scaled_BV = logits_shard
-    if temperature != 1:
-        scaled_BV = scaled_BV.to(torch.float64) / temperature
-    if 0 < top_k < shard.total:
-        scaled_BV = _keep_top_k(scaled_BV, shard, top_k)
-    if top_p < 1:
-        scaled_BV = _keep_top_p(scaled_BV.to(torch.float64), _ordered_bits(logits_shard), shard, top_p)
-    return _draw(scaled_BV, shard, numbers, room)
+    if sampling.temperature != 1:
+        scaled_BV = scaled_BV.to(torch.float64) / sampling.temperature
+    if 0 < sampling.top_k < shard.total:
+        scaled_BV = _keep_top_k(scaled_BV, shard, sampling.top_k)
+    if sampling.top_p < 1:
+        scaled_BV = _keep_top_p(scaled_BV.to(torch.float64), _ordered_bits(logits_shard), shard, sampling.top_p)
+    return _draw(scaled_BV, shard, numbers, buffer)
 
 
-def _check(
-    logits: Tensor,
-    shard: VocabShard,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> None:
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"sampling temperature {temperature} must be a finite number >= 0 (0 = greedy)")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise ConfigError(f"top_k {top_k!r} must be an integer >= 0 (0 = all classes)")
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p {top_p} must lie in (0, 1] (1 = all classes)")
+def _check_shapes(logits: Tensor, shard: VocabShard) -> None:
     if shard.group is None and shard.size != shard.total:
         raise ConfigError(f"a shard of {shard.size} of {shard.total} classes needs its process group")
     if logits.dim() != 2 or logits.shape[1] != shard.size:
@@ -134,10 +133,10 @@ def _greedy(logits_BV: Tensor, shard: VocabShard) -> Tensor:
     return all_gather_rows(candidate, shard.group).amin(0).clamp_max(shard.total - 1)
 
 
-def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor, room: Tensor) -> Tensor:
+def _draw(scaled_BV: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor) -> Tensor:
     """The class whose piece of the cumulative distribution holds number [B]."""
     largest = _largest(scaled_BV).to(torch.float64)
-    mass_BGC, bounds_BG = _masses(scaled_BV, _finite(largest), room)
+    mass_BGC, bounds_BG = _masses(scaled_BV, _finite(largest), buffer)
     local_mass = bounds_BG[:, -1]
     gathered = all_gather_rows(torch.stack([largest, local_mass], -1), shard.group)
     scales = torch.exp(gathered[..., 0] - _finite(gathered[..., 0].amax(0)))
@@ -158,10 +157,10 @@ def _groups(num_classes: int) -> int:
     return max(1, -(-num_classes // _GROUP))
 
 
-def _masses(scaled_BV: Tensor, largest: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+def _masses(scaled_BV: Tensor, largest: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """exp(scaled - largest) in groups of classes [B, G, C], and the mass up to the end of each group [B, G]."""
     num_rows, num_classes = scaled_BV.shape
-    num_groups, mass = _groups(num_classes), room[:num_rows]
+    num_groups, mass = _groups(num_classes), buffer[:num_rows]
     mass[:, num_classes:] = 0
     kept = mass[:, :num_classes]
     torch.sub(scaled_BV, largest.unsqueeze(-1), out=kept)

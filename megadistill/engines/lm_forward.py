@@ -1,7 +1,7 @@
-"""The forward pass that both engines run: hidden states, and optionally an head_fn that owns the head.
+"""The forward pass that both engines run: hidden states, and optionally a head function that owns the head.
 
 DeepSpeed calls the model's ``forward``; ZeRO-3 gathers a parameter while the forward of its module runs. The
-head_fn needs the head's weight outside the head's own forward, so it is called inside the model's forward, where
+head function needs the head's weight outside the head's own forward, so it is called inside the model's forward, where
 the weight (registered as an external parameter) is present, once a batch. The model object itself is passed to
 DeepSpeed: its names, configuration and tensor-parallel plan stay what AutoTP expects.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HeadFn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
+HeadFn = Callable[[torch.Tensor, nn.Module], Any]
 
 
 def _forward(
@@ -25,14 +25,13 @@ def _forward(
     position_ids: torch.Tensor,
     head_fn: HeadFn | None = None,
 ) -> Any:
-    """Hidden states [B, S, H] of the decoder, or what ``head_fn(hidden, head weight, head bias)`` makes of them."""
+    """Hidden states [B, S, H] of the decoder, or what ``head_fn(hidden, output embeddings)`` makes of them."""
     hidden = self.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     ).last_hidden_state
     if head_fn is None:
         return hidden
-    head = self.get_output_embeddings()
-    return head_fn(hidden, head.weight, getattr(head, "bias", None))
+    return head_fn(hidden, self.get_output_embeddings())
 
 
 def use_head_fn_forward(model: nn.Module) -> None:

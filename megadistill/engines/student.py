@@ -1,4 +1,4 @@
-"""The trained engine: forward with an head_fn, backward, update."""
+"""The trained engine: forward with a loss function, backward, update."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import nn
 
 from megadistill.config.schema import OptimSection, TrainSection
 from megadistill.engines.ds_config import student_config
-from megadistill.engines.lm_forward import HeadFn, use_head_fn_forward
+from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import local_parts, optimizer_steps, set_optimizer_steps
 from megadistill.engines.teacher import PartitionedModel, initialize
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shards import MASTER, MOMENTS, ShardReader
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.output_head import OutputHead
 
 
 class Student(PartitionedModel):
@@ -72,9 +73,13 @@ class Student(PartitionedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        head_fn: HeadFn,
-    ) -> Any:
-        """``head_fn(hidden [B, S, H], head weight [Vs, H], head bias)`` evaluated inside the engine's forward."""
+        loss_fn: Callable[[torch.Tensor, OutputHead], torch.Tensor],
+    ) -> torch.Tensor:
+        """``loss_fn(hidden [B, S, H], head)`` evaluated inside the engine's forward, where the head is gathered."""
+
+        def head_fn(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
+            return loss_fn(hidden, OutputHead.of(module, self.shard))
+
         return self.engine(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, head_fn=head_fn
         )

@@ -22,6 +22,7 @@ from megadistill.models.loading import LoadedModel
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -66,13 +67,12 @@ class PartitionedModel:
                 module.train(was_training)
 
     @contextmanager
-    def head(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    def head(self) -> Iterator[OutputHead]:
         """This rank's head shard, weight [Vs, H] and bias, gathered once over the data-parallel group; passes of the
         engine meanwhile neither gather nor release it."""
-        head = self.module.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        with kept_parameters([head.weight, bias]):
-            yield head.weight, bias
+        head = OutputHead.of(self.module.get_output_embeddings(), self.shard)
+        with kept_parameters([head.weight, head.bias]):
+            yield head
 
     def prefiller(self, rows_per_pass: int) -> PlanPrefiller | EnginePrefiller:
         """Reads text layer by layer, each part of the model gathered once a reading (over the data-parallel group);

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from megadistill.data.sample import Sample
 from megadistill.data.tokenize import TokenizedExample, decode_responses
 from megadistill.decoding.kv_cache import PrefillChunk
-from megadistill.decoding.protocols import Decoder, Rows, Sampling
+from megadistill.decoding.protocols import Decoder
 from megadistill.decoding.rollout import rollout
+from megadistill.decoding.sampling import Sampling
 from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
-from megadistill.generation.policy import STREAM_EVALUATION
 from megadistill.losses import Head, cross_entropy
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.rng import Stream
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,20 @@ def write_answers(
     gathers texts once over the data-parallel group.
     """
     mine = list(range(context.dp_rank, len(rows), context.dp_size))
-    part = Rows(tuple(rows[i].id for i in mine), tuple(rows[i].prompt_ids for i in mine), ((),) * len(mine))
+    part = [Sample(rows[i].id, rows[i].prompt_ids) for i in mine]
     written = rollout(
         model,
         part,
-        limits=[min(settings.max_new_tokens, max(1, settings.max_tokens - len(p))) for p in part.prompts],
+        limits=[min(settings.max_new_tokens, max(1, settings.max_tokens - len(sample.prompt_ids))) for sample in part],
         eos_ids=settings.eos_ids,
         sampling=Sampling(
             seed or 0, settings.temperature if seed is not None else 0.0, top_k=settings.top_k, top_p=settings.top_p
         ),
-        stream=STREAM_EVALUATION,
-        max_rows=settings.batch_size,
+        stream=Stream.EVALUATION,
+        max_examples=settings.batch_size,
         progress=progress,
     )
-    texts = decode_responses(settings.tokenizer, written.responses)
+    texts = decode_responses(settings.tokenizer, written)
     answers = [""] * len(rows)
     for indices, found in context.gather_objects_over_dp((mine, texts)):
         for index, text in zip(indices, found, strict=True):
@@ -92,7 +94,9 @@ def reference_likelihood(
             for states, response in zip(model.read(readings), responses, strict=True)
         ]
         labels = torch.tensor([token for response in responses for token in response], device=model.device)
-        nats = cross_entropy(Head(torch.cat(hidden), *model.head), labels, model.shard, num_tokens=1)
+        nats = cross_entropy(
+            Head(torch.cat(hidden), model.head.weight, model.head.bias), labels, model.shard, num_tokens=1
+        )
         parts.append(LikelihoodTotal(float(nats), len(labels), len(batch)))
     local = total_likelihood(parts)
     return total_likelihood(context.gather_objects_over_dp(local))

@@ -14,33 +14,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from megadistill.data.sample import Sample
 from megadistill.errors import CheckpointError, ConfigError, TopologyError
 from megadistill.parallel.rng import uniform
 
 # An entry in a state: sequence id, step, error position, corrections; then the lengths of its three token lists.
 _NUM_NUMBERS, _NUM_COLUMNS = 4, 7
 _NO_REFERENCE = -1
-
-
-@dataclass(frozen=True)
-class ReplayEntry:
-    """One row as it was trained on at ``step``: ``text`` is the student's response after correction, EOS included.
-
-    ``error_position`` and ``num_corrections`` are those of SCRG. ``reference`` is None for a row without one.
-    """
-
-    sequence_id: int
-    step: int
-    prompt: tuple[int, ...]
-    reference: tuple[int, ...] | None
-    text: tuple[int, ...]
-    error_position: int
-    num_corrections: int
 
 
 class ReplayBuffer:
@@ -66,7 +51,7 @@ class ReplayBuffer:
         self.global_batch_size = global_batch_size
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self._batches: deque[tuple[ReplayEntry, ...]] = deque(maxlen=capacity // global_batch_size)
+        self._batches: deque[tuple[Sample, ...]] = deque(maxlen=capacity // global_batch_size)
 
     def __len__(self) -> int:
         """Entries on all ranks together."""
@@ -80,27 +65,28 @@ class ReplayBuffer:
     def is_empty(self) -> bool:
         return not self._batches
 
-    def entries(self) -> Iterator[ReplayEntry]:
-        """This rank's entries, the oldest first."""
-        return (entry for batch in self._batches for entry in batch)
+    def samples(self) -> Iterator[Sample]:
+        """This rank's samples, the oldest first."""
+        return (sample for batch in self._batches for sample in batch)
 
-    def append(self, batch: Sequence[ReplayEntry]) -> None:
-        """Adds this rank's rows of one global batch, in the order of sequence ids; when full, drops the oldest batch.
+    def append(self, batch: Sequence[Sample]) -> None:
+        """Adds this rank's samples of one global batch, in the order of sequence ids; a full buffer drops the oldest.
 
+        Kept are prompt, reference and response ids and what SCRG did; the teacher's states are read again.
         Every data-parallel rank must do so for the same steps. Raises ValueError when the sequence ids are not this
         rank's share of one batch (step * global_batch_size + place, as BatchSampler counts) or not later than the last.
         """
         size = self.global_batch_size
-        ids = [entry.sequence_id for entry in batch]
+        ids = [sample.sequence_id for sample in batch]
         first = ids[0] // size * size if ids else 0
         expected = list(range(first + self.dp_rank, first + size, self.dp_size))
         if ids != expected:
             raise ValueError(f"rank {self.dp_rank} of {self.dp_size} appends the rows {expected} of a batch, got {ids}")
         if self._batches and first <= self._batches[-1][-1].sequence_id:
             raise ValueError(f"batches are appended in order: {ids[0]} after {self._batches[-1][0].sequence_id}")
-        self._batches.append(tuple(batch))
+        self._batches.append(tuple(_kept(sample) for sample in batch))
 
-    def draw(self, seed: int, step: int, *, stream: int) -> list[ReplayEntry]:
+    def draw(self, seed: int, step: int, *, stream: int) -> list[Sample]:
         """This rank's rows of the replayed batch of ``step``, in the order of their places; no communication.
 
         A function of (seed, step, stream) and of the buffer: what the ranks draw together is the same at every layout.
@@ -118,15 +104,16 @@ class ReplayBuffer:
         """This rank's shard as numbers and two tensors, for torch.save and a load with weights_only=True.
 
         ``rows`` [n, 7] int64: sequence id, step, error position, number of corrections, and the lengths of prompt,
-        reference (-1: none) and text. ``tokens`` [sum of lengths] int32: prompt, reference, text of each row in turn.
+        reference (-1: none) and response. ``tokens`` [sum of lengths] int32: the three of each sample in turn.
         """
         rows: list[list[int]] = []
         tokens: list[int] = []
-        for entry in self.entries():
-            reference = entry.reference
-            lengths = [len(entry.prompt), _NO_REFERENCE if reference is None else len(reference), len(entry.text)]
-            rows.append([entry.sequence_id, entry.step, entry.error_position, entry.num_corrections, *lengths])
-            tokens += (*entry.prompt, *(reference or ()), *entry.text)
+        for sample in self.samples():
+            prompt, reference, response = sample.prompt_ids, sample.reference_ids, sample.response_ids or ()
+            lengths = [len(prompt), _NO_REFERENCE if reference is None else len(reference), len(response)]
+            step = sample.sequence_id // self.global_batch_size
+            rows.append([sample.sequence_id, step, sample.error_position, sample.num_corrections, *lengths])
+            tokens += (*prompt, *(reference or ()), *response)
         return {
             "capacity": self.capacity,
             "global_batch_size": self.global_batch_size,
@@ -145,8 +132,8 @@ class ReplayBuffer:
         for key in ("capacity", "global_batch_size", "dp_rank", "dp_size"):
             if state[key] != getattr(self, key):
                 raise CheckpointError(f"the saved replay buffer has {key}={state[key]}, this run {getattr(self, key)}")
-        entries, per_batch = _decode(state), self.global_batch_size // self.dp_size
-        batches = [entries[at : at + per_batch] for at in range(0, len(entries), per_batch)]
+        samples, per_batch = _decode(state), self.global_batch_size // self.dp_size
+        batches = [samples[at : at + per_batch] for at in range(0, len(samples), per_batch)]
         # Through append, which checks the order and the places of all rows.
         fresh = ReplayBuffer(self.capacity, self.global_batch_size, dp_rank=self.dp_rank, dp_size=self.dp_size)
         try:
@@ -210,12 +197,24 @@ def _pieces(state: dict[str, Any]) -> list[torch.Tensor]:
     return list(tokens.split(sizes)) if sizes else []
 
 
-def _decode(state: dict[str, Any]) -> list[ReplayEntry]:
-    entries = []
+def _decode(state: dict[str, Any]) -> list[Sample]:
+    samples = []
     for row, piece in zip(state["rows"].tolist(), _pieces(state), strict=True):
-        sequence_id, step, error_position, num_corrections, num_prompt, num_reference, _ = row
+        sequence_id, _, error_position, num_corrections, num_prompt, num_reference, _ = row
         tokens, end = tuple(piece.tolist()), num_prompt + max(0, num_reference)
-        reference = None if num_reference == _NO_REFERENCE else tokens[num_prompt:end]
-        prompt, text = tokens[:num_prompt], tokens[end:]
-        entries.append(ReplayEntry(sequence_id, step, prompt, reference, text, error_position, num_corrections))
-    return entries
+        samples.append(
+            Sample(
+                sequence_id,
+                tokens[:num_prompt],
+                reference_ids=None if num_reference == _NO_REFERENCE else tokens[num_prompt:end],
+                response_ids=tokens[end:],
+                error_position=error_position,
+                num_corrections=num_corrections,
+            )
+        )
+    return samples
+
+
+def _kept(sample: Sample) -> Sample:
+    """What is worth keeping of a sample that was trained on."""
+    return replace(sample, prompt="", rollout_ids=None, teacher_hidden=None, pair_mask=())

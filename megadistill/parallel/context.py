@@ -113,32 +113,44 @@ class ParallelContext:
             dist.barrier()
 
     def run_on_rank0(self, action: Callable[[], Any], writes: Path | None = None) -> Any:
-        """Rank 0's (picklable) result of ``action`` on every rank; its MegadistillError, or that a file cannot be read
-        or written, is raised on every rank. ``writes``: what it writes, for the error.
+        """Runs ``action`` on rank 0 and returns its result on every rank.
 
-        Collective over the world: two gathers.
+        Collective over the world: rank 0 broadcasts its result, or the error that every rank then raises. What a rank
+        holds is the result and its pickle, whatever the number of ranks.
+
+        Args:
+            action: Runs on rank 0 alone. Its result must be picklable.
+            writes: The file or folder that it writes, for the error.
+
+        Raises:
+            MegadistillError: On every rank, the one that ``action`` raised, or that a file cannot be read or written.
         """
-        result, error = None, None
+        outcome: list[Any] = [None, None]  # result, error
         if self.is_rank0:
             try:
-                result = action()
-            except MegadistillError as found:
-                error = found
-            except OSError as found:
+                outcome[0] = action()
+            except MegadistillError as error:
+                outcome[1] = error
+            except OSError as error:
                 if writes is not None:
-                    error = MegadistillError(f"{writes} cannot be written: {found.strerror or found}")
-                elif found.filename is not None:
-                    error = MegadistillError(f"{found.filename}: {found.strerror}")
+                    outcome[1] = MegadistillError(f"{writes} cannot be written: {error.strerror or error}")
+                elif error.filename is not None:
+                    outcome[1] = MegadistillError(f"{error.filename}: {error.strerror}")
                 else:
                     raise
-        self.raise_on_all_ranks(error)
-        return self.gather_objects(result)[0]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
 
     def raise_on_all_ranks(self, error: MegadistillError | None) -> None:
-        """Raises the first rank's error on every rank, so that nobody waits for a rank that has left (one gather)."""
-        for found in self.gather_objects(error):
-            if found is not None:
-                raise found
+        """Raises the first rank's error on every rank, so that nobody waits for a rank that has left (one object
+        all-gather; errors only, which are small)."""
+        for gathered in self.gather_objects(error):
+            if gathered is not None:
+                raise gathered
 
 
 def _gather_objects(item: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:

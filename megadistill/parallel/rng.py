@@ -6,6 +6,8 @@ SC 2011) in int64 tensor operations, so that every device and every layout gives
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
@@ -53,3 +55,15 @@ def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     high = (by_high + (by_low >> 16)) >> 16
     low = (by_low + ((by_high & 0xFFFF) << 16)) & _MASK
     return high, low
+
+
+class Stream(IntEnum):
+    """Keeps the random numbers of different purposes apart. A round of SCRG adds its index to its stream."""
+
+    ROLLOUT = 0
+    TEACHER_TOKEN = 1_000
+    CONTINUATION = 2_000
+    TEXT_SOURCE = 3_000
+    REPLAY = 3_001
+    EVALUATION = 4_000
+    TEACHER_TEXT = 5_000

@@ -1,4 +1,4 @@
-"""The run: steps, validation, checkpoints, and what is written down."""
+"""The run: steps, and a checkpoint where one is due; hooks do the rest (validation, records, profiling)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,23 +14,23 @@ from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
-from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
-from megadistill.evaluation.report import write_json
-from megadistill.evaluation.rouge import score_texts
-from megadistill.generation.replay_buffer import merge, split
+from megadistill.files import write_json
 from megadistill.launch.heartbeat import Heartbeat
 from megadistill.launch.stopping import StopRequest
 from megadistill.losses.backends import choose_backend
 from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
-from megadistill.observability.memory import peak_bytes, reset_peak
-from megadistill.observability.progress import progress_bar
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.components import Components
-from megadistill.training.nonfinite import NonFinite
-from megadistill.training.record import Record
+from megadistill.training.data import TrainingData, make_sampler
+from megadistill.training.hooks.base import Hook, HookList, StepEvent
+from megadistill.training.hooks.nonfinite import NonFinite
+from megadistill.training.hooks.profile import Profile
+from megadistill.training.hooks.progress import Progress
+from megadistill.training.hooks.record import Record
+from megadistill.training.hooks.throughput import Throughput
+from megadistill.training.hooks.validation import Validation
 from megadistill.training.resume import RESOLVED, Start, plan_start
-from megadistill.training.setup import TrainingData, make_sampler
 from megadistill.training.step import distillation_step
 
 
@@ -41,11 +41,21 @@ def train(
     request: StopRequest | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> dict[str, Any]:
-    """Runs from ``start`` to ``train.max_steps`` and returns what summary.json holds (collective over the world).
+    """Runs from ``start`` to ``train.max_steps`` (collective over the world).
 
-    A run that is asked to stop (``request``) saves after its step and returns ``stopped``, the signal's name, instead.
+    Args:
+        components: What the run is made of.
+        data: What it trains on.
+        start: Where it starts; looked at again once its folder is locked.
+        request: Asks the run to stop: it saves after its step.
+        heartbeat: Is told which step the run is in.
 
-    Raises ConfigError, on every rank, when another run writes the same folder.
+    Returns:
+        What summary.json holds; ``{"stopped": signal name, "step": number}`` for a run that was asked to stop; nothing
+        where all steps were done before.
+
+    Raises:
+        ConfigError: On every rank, when another run writes the same folder.
     """
     with ExitStack() as held:
 
@@ -61,121 +71,91 @@ def _train(
     components: Components, data: TrainingData, start: Start, request: StopRequest, heartbeat: Heartbeat | None
 ) -> dict[str, Any]:
     config, context = components.config, components.context
-    log = get_logger(context.rank)
-    sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
-    first_step = _restore(components, start)
+    log, max_steps = get_logger(context.rank), config.train.max_steps
+    record = Record(start.run_dir, components)
+    hooks = _hooks(components, data, start.run_dir, record)
+    first_step = _restore(components, hooks, start)
     log.info(_headline(components, data))
-    if first_step == config.train.max_steps:
-        log.info(f"{start.run_dir}: all {first_step} steps are done; a larger train.max_steps goes on")
+    if first_step == max_steps:
+        log.info(
+            f"nothing to do: all {max_steps} steps of {start.run_dir} are done. Increase train.max_steps to continue."
+        )
         return {}
-    begun, metrics, last_eval = time.perf_counter(), {}, {}
-    writer, nonfinite = _writer(components, start.run_dir), NonFinite(start.run_dir, components)
-    if first_step == 0 and components.policy.schedule is not None and config.train.eval_every:
-        before = validate(components, data)
-        log.info("step 0: " + _shown(before))
-        _observe(components, before)  # what phi compares the first validation with
-    with (
-        Record(start.run_dir, context, first_step) as record,
-        writer,
-        progress_bar(
-            description="train", total=config.train.max_steps, initial=first_step, unit="step", rank=context.rank
-        ) as bar,
-    ):
-        for step in range(first_step, config.train.max_steps):
-            step_begun, done = time.perf_counter(), step + 1
+    sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
+    began, metrics = time.perf_counter(), {}
+    with hooks, _checkpoint_writer(components, start.run_dir) as writer:
+        hooks.run_started(first_step)
+        for step in range(first_step, max_steps):
+            done = step + 1
             if heartbeat is not None:
                 heartbeat.step = step
-            reset_peak(context.device)
+            hooks.step_started(done)
             result = distillation_step(step, data.batch(sampler, step), components)
+            hooks.step_ended(StepEvent(done, result))
             metrics = result.metrics
-            metrics["time/step_s"] = time.perf_counter() - step_begun
-            metrics["memory/peak_bytes"] = float(peak_bytes(context.device))
-            if config.train.eval_every and (done % config.train.eval_every == 0 or done == config.train.max_steps):
-                last_eval = validate(components, data)
-                _observe(components, last_eval)
-                metrics |= last_eval
-                log.info(f"step {done}: " + _shown(last_eval))
-            record.write(done, metrics, context.gather_objects_over_dp(result.samples))
-            nonfinite.seen(done, result)
-            bar.update()
-            if done % config.train.log_every == 0:
-                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            stopped, status, is_unwritten = _sync_step_status(request, writer, record, context)
-            if is_unwritten:
+            status = _sync_step_status(request, writer, record, context)
+            if status.is_unrecorded:
                 context.raise_on_all_ranks(record.error)
-            writer.advance(status)
-            if _saves(config, done) or stopped:
-                writer.begin(done, _trainer_state(components))
-            if stopped and done < config.train.max_steps:
+            writer.advance(status.writer)
+            if status.stop_signal or _is_save_due(config, done):
+                writer.begin(done, _trainer_state(components, hooks))
+                hooks.saved(done)
+            if status.stop_signal and done < max_steps:
                 writer.finish()
-                log.info(f"{stopped}: stopped after step {done}, which is saved; the same command goes on")
-                return {"stopped": stopped, "step": done}
+                hooks.stopped(done, status.stop_signal)
+                log.info(f"{status.stop_signal}: checkpoint saved at step {done}. Rerun the same command to resume.")
+                return {"stopped": status.stop_signal, "step": done}
         writer.finish()
     summary = {
-        "steps": config.train.max_steps,
-        "seconds": time.perf_counter() - begun,
+        "steps": max_steps,
+        "seconds": time.perf_counter() - began,
         "resumed_from": first_step,
         "processes": context.world_size,
         "tp_size": context.tp_size,
         "dp_size": context.dp_size,
         "data": data.report,
         "last_step": metrics,
-        "validation": last_eval,
+        **hooks.summary(),
     }
     file = start.run_dir / "summary.json"
     context.run_on_rank0(lambda: write_json(file, summary), file)
-    log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{config.train.max_steps}'}; metrics in {start.run_dir}")
+    log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{max_steps}'}; metrics are in {start.run_dir}")
     return summary
 
 
-def validate(components: Components, data: TrainingData) -> dict[str, float]:
-    """Likelihood of the references of the first ``train.eval_rows`` validation rows, and ROUGE-L of greedy answers."""
-    config = components.config
-    rows = data.valid[: config.train.eval_rows]
-    settings = AnswerSettings(
-        components.tokenizer,
-        config.generation.max_new_tokens,
-        config.data.max_tokens,
-        batch_size=min(config.eval.batch_size, components.decode_plan.most_rows),
+def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Record) -> HookList:
+    """The hooks of a run. Each may add to a step's metrics, so those that do stand before the record."""
+    hooks, profile_steps = HookList(), components.config.train.profile_steps
+    hooks.add(
+        Throughput(components),
+        Validation(components, data.valid, notify=hooks.validated),
+        record,
+        NonFinite(run_dir, components),
+        Progress(components),
     )
-    with components.student.decoder() as writer:
-        likelihood = reference_likelihood(writer, rows, settings, components.context)
-        answers = write_answers(writer, rows, None, settings, components.context)
-    scores = score_texts(answers, [row.references for row in rows])
-    found = {
-        "eval/nll": likelihood.nll if likelihood.num_tokens else None,
-        "eval/rouge_l": scores.rouge_l,
-        "eval/exact_match": scores.exact_match,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    if profile_steps is not None:
+        hooks.add(Profile(run_dir, components.context, *profile_steps))
+    return hooks
 
 
-def _shown(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-
-
-def _observe(components: Components, validation: dict[str, float]) -> None:
-    """Lets phi follow the validation loss (mode off_policy)."""
-    if components.policy.schedule is not None and "eval/nll" in validation:
-        components.policy.schedule.observe(validation["eval/nll"])
-
-
-def _restore(components: Components, start: Start) -> int:
+def _restore(components: Components, hooks: Hook, start: Start) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
     config, context = components.config, components.context
     first_step = 0
     if start.checkpoints:
-        own = start.run_dir / "checkpoints"
-        found, first_step, state = load_checkpoint(
+        folder, first_step, state = load_checkpoint(
             start.checkpoints,
-            own,
+            start.run_dir / "checkpoints",
             components.student,
-            _trainer_state(components),
+            _trainer_state(components, hooks),
             context,
             max_steps=config.train.max_steps,
         )
-        _load_trainer_state(components, state)
-        get_logger(context.rank).info(f"resumed from {found} at step {first_step}")
+        if components.gate is not None:
+            components.gate.load_state_dict(state["gate"])
+        components.source.load_state_dict(state)
+        hooks.load_state_dict(state)
+        get_logger(context.rank).info(f"resumed from {folder} at step {first_step}")
 
     def make() -> None:
         start.run_dir.mkdir(parents=True, exist_ok=True)
@@ -185,35 +165,18 @@ def _restore(components: Components, start: Start) -> int:
     return first_step
 
 
-def _saves(config: RunConfig, done: int) -> bool:
+def _trainer_state(components: Components, hooks: Hook) -> dict[str, Any]:
+    """What a checkpoint holds beside the student, the same on every rank and at every layout."""
+    gate = {} if components.gate is None else {"gate": components.gate.state_dict()}
+    return gate | components.source.state_dict() | hooks.state_dict()
+
+
+def _is_save_due(config: RunConfig, done: int) -> bool:
     every = config.train.save_every
     return done == config.train.max_steps or (every > 0 and done % every == 0)
 
 
-def _trainer_state(components: Components) -> dict[str, Any]:
-    """What a checkpoint holds beside the student, the same on every rank and at every layout (the replay buffer is
-    gathered over the data-parallel group)."""
-    state: dict[str, Any] = {} if components.gate is None else {"gate": components.gate.state_dict()}
-    if components.policy.schedule is not None and components.policy.buffer is not None:
-        shards = components.context.gather_objects_over_dp(components.policy.buffer.state_dict())
-        state["off_policy"] = {"schedule": components.policy.schedule.state_dict(), "buffer": merge(shards)}
-    return state
-
-
-def _load_trainer_state(components: Components, state: dict[str, Any]) -> None:
-    if components.gate is not None:
-        components.gate.load_state_dict(state["gate"])
-    if components.policy.schedule is not None and components.policy.buffer is not None:
-        if "off_policy" not in state:
-            log = get_logger(components.context.rank)
-            log.info("the checkpoint is of another generation.mode: the replay buffer starts empty, phi as configured")
-            return
-        components.policy.schedule.load_state_dict(state["off_policy"]["schedule"])
-        shard = split(state["off_policy"]["buffer"], components.context.dp_rank, components.context.dp_size)
-        components.policy.buffer.load_state_dict(shard)
-
-
-def _writer(components: Components, run_dir: Path) -> CheckpointWriter:
+def _checkpoint_writer(components: Components, run_dir: Path) -> CheckpointWriter:
     settings = components.config.checkpoint
     return CheckpointWriter(
         run_dir / "checkpoints",
@@ -226,15 +189,22 @@ def _writer(components: Components, run_dir: Path) -> CheckpointWriter:
     )
 
 
+class _StepStatus(NamedTuple):
+    """What every rank must know after a step: the name of a signal that any of them received, the status of the slowest
+    checkpoint writer, and whether rank 0 could not record the step."""
+
+    stop_signal: str | None
+    writer: int
+    is_unrecorded: bool
+
+
 def _sync_step_status(
     request: StopRequest, writer: CheckpointWriter, record: Record, context: ParallelContext
-) -> tuple[str | None, int, bool]:
-    """What every rank must know after a step: the name of a signal that any of them got, whether all of them have
-    written their part of a checkpoint, and whether rank 0 could not write the step down (one all-reduce of three
-    numbers over the world)."""
+) -> _StepStatus:
+    """Agrees on the status (one all-reduce of three numbers over the world)."""
     mine = [float(request.signal), float(writer.status), float(record.error is not None)]
-    number, status, is_unwritten = context.max_over_world(torch.tensor(mine, device=context.device)).tolist()
-    return signal.Signals(int(number)).name if number else None, int(status), bool(is_unwritten)
+    number, status, is_unrecorded = context.max_over_world(torch.tensor(mine, device=context.device)).tolist()
+    return _StepStatus(signal.Signals(int(number)).name if number else None, int(status), bool(is_unrecorded))
 
 
 def _headline(components: Components, data: TrainingData) -> str:

@@ -1,7 +1,6 @@
-"""One forward pass of the student: reference rows for L_SFT and rows of training text for the teacher's losses,
-together.
+"""One forward pass of the student: references for L_SFT and responses for the teacher's losses, together.
 
-Shapes: B rows, S columns; n_sft, n_kd rows of the flattened [B * S] hidden states that carry a loss.
+Shapes: B sequences, S columns; n_sft, n_kd positions of the flattened [B * S] hidden states that carry a loss.
 """
 
 from __future__ import annotations
@@ -9,18 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from megadistill.data.collate import IGNORE_INDEX, SequenceBatch, right_padded
+from megadistill.data.sample import Sample, TokenIds
 from megadistill.losses import DistillOutput, Head, LossConfig, QuantileGate, cross_entropy, distill_loss
-from megadistill.parallel.vocab import VocabShard
-
-Tokens = Sequence[int]
+from megadistill.parallel.output_head import OutputHead
 
 
-@dataclass(frozen=True)
-class GlobalCounts:
+class GlobalCounts(NamedTuple):
     """Global numbers that divide the sums of one step: over data-parallel ranks and micro-batches."""
 
     num_sft: float
@@ -29,20 +27,17 @@ class GlobalCounts:
 
 
 @dataclass(frozen=True)
-class TrainingRow:
-    """One prompt of a step. ``text`` is what the teacher's losses are computed on (None: nothing), ``pairs[t]`` says
-    that its tokens t and t+1 are in one span, ``teacher_hidden`` [len(text), H_T] predicts its tokens."""
-
-    prompt: Tokens
-    reference: Tokens | None
-    text: Tokens | None
-    pairs: Sequence[bool] = ()
-    teacher_hidden: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
 class MicroBatch:
-    """Tensors of one forward pass; indices are into the flattened [B * S] rows."""
+    """Tensors of one forward pass.
+
+    Attributes:
+        batch: Right-padded sequences [B, S].
+        sft_index, kd_index: [n_sft], [n_kd] positions of the flattened hidden states that predict references and
+            responses.
+        sft_labels, kd_labels: The tokens that they predict.
+        pair_mask: [n_kd] bool, as ``Sample.pair_mask``.
+        teacher_hidden: [n_kd, H_T], None where nothing has a response.
+    """
 
     batch: SequenceBatch
     sft_index: torch.Tensor
@@ -54,49 +49,49 @@ class MicroBatch:
 
     @property
     def is_shared(self) -> bool:
-        """True when the teacher's losses are on the reference rows themselves: one pass over the head serves all
-        three."""
+        """True when the teacher's losses are on the references themselves: one pass over the head serves all three."""
         return torch.equal(self.sft_index, self.kd_index)
 
 
-def build_micro_batch(rows: Sequence[TrainingRow], *, pad_id: int, device: torch.device) -> MicroBatch:
-    """Collates rows. Text that equals the reference is not repeated. A batch without any loss has one padding row,
-    because every rank makes the same number of forward passes."""
-    sequences: list[tuple[Tokens, Tokens]] = []
+def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) -> MicroBatch:
+    """Collates samples. A response that is the reference is not repeated. A batch without any loss has one padding
+    token, because every rank makes the same number of forward passes."""
+    sequences: list[tuple[TokenIds, TokenIds]] = []
     reference_at: dict[int, int] = {}
-    for number, row in enumerate(rows):
-        if row.reference is not None:
-            reference_at[number] = len(sequences)
-            sequences.append((row.prompt, row.reference))
+    for i, sample in enumerate(samples):
+        if sample.reference_ids is not None:
+            reference_at[i] = len(sequences)
+            sequences.append((sample.prompt_ids, sample.reference_ids))
     for_kd: list[int] = []
-    pairs: list[bool] = []
+    pair_mask: list[bool] = []
     hidden: list[torch.Tensor] = []
-    for number, row in enumerate(rows):
-        if row.text is None or row.teacher_hidden is None:
+    for i, sample in enumerate(samples):
+        if sample.response_ids is None or sample.teacher_hidden is None:
             continue
-        if row.text is row.reference:
-            for_kd.append(reference_at[number])
+        if sample.response_ids is sample.reference_ids:
+            for_kd.append(reference_at[i])
         else:
             for_kd.append(len(sequences))
-            sequences.append((row.prompt, row.text))
-        pairs.extend(row.pairs)
-        hidden.append(row.teacher_hidden)
+            sequences.append((sample.prompt_ids, sample.response_ids))
+        pair_mask.extend(sample.pair_mask)
+        hidden.append(sample.teacher_hidden)
     batch = right_padded(sequences or [((pad_id,), ())], pad_id).to(device)
-    sft_index, sft_labels = _labelled_rows(batch, list(reference_at.values()))
-    kd_index, kd_labels = _labelled_rows(batch, for_kd)
+    sft_index, sft_labels = _predicting(batch, list(reference_at.values()))
+    kd_index, kd_labels = _predicting(batch, for_kd)
     return MicroBatch(
         batch,
         sft_index,
         sft_labels,
         kd_index,
         kd_labels,
-        torch.tensor(pairs, dtype=torch.bool, device=device),
+        torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
     )
 
 
-def _labelled_rows(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat indices and labels of the predicting rows of some sequences, in order."""
+def _predicting(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat indices of the positions of some sequences that predict a token of a response, and these tokens, in
+    order."""
     width = batch.labels.shape[1]
     wanted = torch.tensor(sequences, dtype=torch.int64, device=batch.labels.device)
     labels = batch.labels[wanted]
@@ -115,38 +110,35 @@ class MicroBatchLoss:
     counts: GlobalCounts
     config: LossConfig
     gate: QuantileGate | None
-    shard: VocabShard
-    teacher_head: tuple[torch.Tensor, torch.Tensor | None] | None
+    teacher_head: OutputHead | None
     sft: torch.Tensor | None = None
     output: DistillOutput | None = None
 
     @property
     def is_finite(self) -> bool:
-        """Whether the losses that were computed are finite numbers."""
+        """Whether the losses that were computed are finite numbers (waits for the device)."""
         values = [value for value in (self.sft, self.output and self.output.loss) if value is not None]
         return all(math.isfinite(float(value.detach())) for value in values)
 
-    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The loss to back-propagate, a scalar. Hidden states [B, S, H], this rank's head shard [Vs, H] and [Vs]."""
+    def __call__(self, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        """The loss to back-propagate, a scalar, of hidden states [B, S, H]."""
         flat, micro, config = hidden.flatten(0, 1), self.micro_batch, self.config
         if self.teacher_head is None:
-            return self._reference_loss(flat, weight, bias)
+            return self._reference_loss(flat, head)
         if micro.is_shared and self.counts.num_sft == self.counts.num_kd:
-            self.output = self._distill(flat, weight, bias, config)
+            self.output = self._distill(flat, head, self.teacher_head, config)
             self.sft = self.output.sft
             return self.output.loss
-        self.output = self._distill(flat, weight, bias, replace(config, sft=0.0))
+        self.output = self._distill(flat, head, self.teacher_head, replace(config, sft=0.0))
         if config.sft == 0:
             return self.output.loss
-        return self.output.loss + self._reference_loss(flat, weight, bias)
+        return self.output.loss + self._reference_loss(flat, head)
 
-    def _reference_loss(self, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        micro = self.micro_batch
-        head = Head(flat[micro.sft_index], weight, bias)
+    def _reference_loss(self, flat: torch.Tensor, head: OutputHead) -> torch.Tensor:
         loss = cross_entropy(
-            head,
-            micro.sft_labels,
-            self.shard,
+            Head(flat[self.micro_batch.sft_index], head.weight, head.bias),
+            self.micro_batch.sft_labels,
+            head.shard,
             num_tokens=self.counts.num_sft,
             chunk_tokens=self.config.chunk_tokens,
             backend=self.config.backend,
@@ -155,21 +147,19 @@ class MicroBatchLoss:
         return self.config.sft * loss
 
     def _distill(
-        self, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: LossConfig
+        self, flat: torch.Tensor, head: OutputHead, teacher_head: OutputHead, config: LossConfig
     ) -> DistillOutput:
-        assert self.teacher_head is not None
-        micro, (teacher_weight, teacher_bias) = self.micro_batch, self.teacher_head
-        teacher_hidden = micro.teacher_hidden
+        micro, teacher_hidden = self.micro_batch, self.micro_batch.teacher_hidden
         if teacher_hidden is None:
-            teacher_hidden = teacher_weight.new_zeros(0, teacher_weight.shape[1])
+            teacher_hidden = teacher_head.weight.new_zeros(0, teacher_head.weight.shape[1])
         return distill_loss(
-            Head(flat[micro.kd_index], weight, bias),
-            Head(teacher_hidden, teacher_weight, teacher_bias),
+            Head(flat[micro.kd_index], head.weight, head.bias),
+            Head(teacher_hidden, teacher_head.weight, teacher_head.bias),
             micro.kd_labels,
             micro.pair_mask,
             self.gate,
             config,
-            self.shard,
+            head.shard,
             num_tokens=self.counts.num_kd,
             num_pairs=self.counts.num_pairs,
         )

@@ -9,6 +9,7 @@ from megadistill.checkpoint.manifest import checkpoints_of, find_checkpoint
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, ConfigError
+from megadistill.generation.sources import source_class
 
 RESOLVED = "resolved.yaml"
 # What may change when a run is continued: nothing here enters the mathematics of a step but the length of the schedule,
@@ -28,6 +29,7 @@ _MAY_CHANGE = (
     "train.stop_grace_s",
     "train.on_nonfinite",
     "train.max_nonfinite",
+    "train.profile_steps",
     "generation.max_cache_bytes",
     "loss.backend",
     "loss.chunk_tokens",
@@ -36,9 +38,6 @@ _MAY_CHANGE = (
     "checkpoint",
     "data.valid_path",
 )
-
-
-_PHI_FOLLOWS = ("train.eval_every", "train.eval_rows", "data.valid_path")
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,13 @@ def plan_start(config: RunConfig) -> Start:
         # A job that is started again with the same words goes on from its own checkpoints; going back to one of these
         # happens once.
         is_elsewhere = not Path(resume).resolve().is_relative_to(run_dir.resolve())
-        if own and (is_elsewhere or _said_before(resume, run_dir)):
+        if own and (is_elsewhere or _same_resume_as_last_start(resume, run_dir)):
             return Start(run_dir, own)
         return Start(run_dir, (find_checkpoint(Path(resume)),))
     return Start(run_dir, own)
 
 
-def _said_before(resume: str, run_dir: Path) -> bool:
+def _same_resume_as_last_start(resume: str, run_dir: Path) -> bool:
     """Whether the run was started with this train.resume the last time."""
     try:
         return load_config(run_dir / RESOLVED).train.resume == resume
@@ -96,8 +95,7 @@ def _check_same_run(config: RunConfig, run_dir: Path) -> None:
     except ConfigError as error:
         raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
     old, new = flatten(before.model_dump()), flatten(config.model_dump())
-    # phi follows the validation loss.
-    kept = _PHI_FOLLOWS if config.generation.mode == "off_policy" else ()
+    kept = source_class(config).validation_settings()
     changed = [key for key in new if old.get(key) != new[key] and (key in kept or not key.startswith(_MAY_CHANGE))]
     if changed:
         key = changed[0]

@@ -1,5 +1,7 @@
-"""One distillation step, top to bottom: the student writes, the teacher corrects, the student writes on; then three
-losses, one update (paper, section 3). ``rows`` are this data-parallel rank's share of the global batch.
+"""One distillation step, top to bottom: samples, counts, gradients, update (paper, section 3).
+
+The student writes, the teacher corrects, the student continues (where the text source does so); then three losses and
+one update of student and gate.
 """
 
 from __future__ import annotations
@@ -7,129 +9,93 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
+from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
-from megadistill.generation.policy import SOURCES
-from megadistill.generation.scoring import TeacherStates
-from megadistill.generation.scrg import NO_ERROR, Revision
+from megadistill.generation.sources.base import STANDARD_KINDS, TextSource
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
-from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, TrainingRow, build_micro_batch
+from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.schedule import learning_rate
-from megadistill.training.texts import BatchRow, Writing, remember, replayed, write_and_revise
 
+# Scalars of DistillOutput that are reported, in the order in which they are summed over ranks.
 _TERMS = ("dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
 
 
 @dataclass
 class StepResult:
-    """What a step leaves behind: the numbers of metrics.jsonl and the texts of samples.jsonl (this rank's rows).
+    """What a step leaves behind.
 
-    ``is_updated`` is False where a number was not finite and student and gate stayed as they were (the same on all
-    ranks). ``rows`` are what was trained on; after such a step ``finite`` tells of each whether the losses of its
-    micro-batch are.
+    Attributes:
+        metrics: Numbers of metrics.jsonl, the same on every rank.
+        is_updated: False where a number was not finite and student and gate stayed as they were (the same on all
+            ranks).
+        samples: What this rank trained on.
+        finite: After a step without an update, whether the losses of each sample's micro-batch are finite.
     """
 
     metrics: dict[str, float]
     is_updated: bool
-    rows: Sequence[TrainingRow]
-    finite: list[bool]
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: Sequence[Sample]
+    finite: list[bool] = field(default_factory=list)
 
 
-def distillation_step(step: int, rows: Sequence[BatchRow], components: Components) -> StepResult:
-    """Runs update ``step`` (0-based) and returns its metrics, equal on all ranks, and this rank's samples."""
-    config = components.config
-    timers = Timers(torch.cuda.synchronize if components.context.device.type == "cuda" else None)
+def distillation_step(step: int, batch: Sequence[Sample], components: Components) -> StepResult:
+    """Runs update ``step`` (0-based) on ``batch``, this data-parallel rank's share of the global batch."""
+    device = components.context.device
+    timers = Timers(torch.cuda.synchronize if device.type == "cuda" else None)
 
-    # 1. Sequence level: the text to train on. Every rank decides alike.
-    source, writing = components.policy.source(step), None
-    if source == "generate":
-        training_rows, writing = write_and_revise(rows, components, timers)
-    elif source == "replay":
-        training_rows = replayed(step, components)
-    else:
-        texts = [components.teacher_text(row.example) if source == "teacher" else row.reference for row in rows]
-        training_rows = [
-            TrainingRow(row.example.prompt_ids, row.reference, text) for row, text in zip(rows, texts, strict=True)
-        ]
-
-    # 2. The teacher reads that text, where it has not while correcting it; spans are found in it.
-    if source != "generate":
-        with timers("teacher"):
-            training_rows = read_by_teacher(training_rows, components)
+    # 1. Sequence level: the text to train on, read by the teacher; spans are found in it.
+    source = components.source.choose(step)
+    samples = source.samples(step, batch, timers)
     with timers("spans"):
-        training_rows = find_spans(training_rows, components)
+        samples = find_spans(samples, components)
 
-    # 3. Global counts: the only normalisation there is.
-    counts = global_counts(training_rows, components)
+    # 2. Global counts: the only normalization there is.
+    counts = count_tokens(samples, components)
 
-    # 4. Token, span and reference losses, micro-batch by micro-batch; gradients are summed.
+    # 3. Token, span and reference losses, micro-batch by micro-batch; gradients are summed.
     with timers("train"):
-        losses = accumulate_gradients(training_rows, counts, components)
+        losses = accumulate_gradients(samples, counts, components)
+    metrics = loss_metrics(losses, samples, counts, components)
 
-    metrics = collect_metrics(losses, counts, None if writing is None else writing.revision, components)
-
-    # 5. One update of student and gate, unless a number in it is not finite.
+    # 4. One update of student and gate, unless a number in it is not finite.
     with timers("optimizer"):
-        lr = learning_rate(config.optim, step, config.train.max_steps)
-        is_finite = math.isfinite(metrics["loss"])
-        if components.gate is not None:
-            is_finite &= components.gate.reduce(loss_scale=components.context.dp_size)
-        is_updated = components.student.step(lr, skip=not is_finite)
-        if components.gate is not None:
-            components.gate.step(skip=not is_updated)
-    if writing is not None and is_updated:
-        remember(step, rows, writing, components)
+        is_updated = update(step, metrics, components)
+    if is_updated:
+        components.source.updated(step, samples)
 
-    metrics |= {"lr": lr, "grad_norm": components.student.grad_norm, "phi": components.policy.phi}
-    metrics |= {f"text/{name}": float(source == name) for name in SOURCES}
-    if components.policy.buffer is not None:
-        metrics["replay/rows"] = float(len(components.policy.buffer))
-    metrics |= timers.seconds()
+    metrics |= source_metrics(source, components) | timers.seconds()
     finite = []
     if not is_updated:  # asking every loss waits for the device
-        flags = [loss_fn.is_finite for loss_fn in losses]
-        finite = [flags[i // config.train.micro_batch_size] for i in range(len(training_rows))]
-    return StepResult(metrics, is_updated, training_rows, finite, samples_of(step, rows, writing, components))
+        flags, size = [loss.is_finite for loss in losses], components.config.train.micro_batch_size
+        finite = [flags[i // size] for i in range(len(samples))]
+    return StepResult(metrics, is_updated, samples, finite)
 
 
-def read_by_teacher(rows: Sequence[TrainingRow], components: Components) -> list[TrainingRow]:
-    """The teacher's hidden states of text that it has not read while it was corrected."""
+def find_spans(samples: Sequence[Sample], components: Components) -> list[Sample]:
+    """Which neighboring tokens of each response share a phrase (no communication)."""
     if components.teacher is None:
-        return list(rows)
-    read = TeacherStates(components.prefiller(), [row.prompt for row in rows], 0, keep=False)
-    read.update([row.text or () for row in rows], [0] * len(rows))
+        return list(samples)
+
+    def pair_mask(response_ids: tuple[int, ...]) -> Sequence[bool]:
+        return pair_mask_from_span_ids(token_span_ids(response_ids, components.tokenizer, components.span_prior))
+
     return [
-        row if row.text is None else replace(row, teacher_hidden=hidden)
-        for row, hidden in zip(rows, read.hidden, strict=True)
+        replace(sample, pair_mask=pair_mask(sample.response_ids)) if sample.response_ids else sample
+        for sample in samples
     ]
 
 
-def find_spans(rows: Sequence[TrainingRow], components: Components) -> list[TrainingRow]:
-    """Which neighbouring tokens of each text share a phrase (no communication)."""
-    if components.teacher is None:
-        return list(rows)
-    return [
-        replace(
-            row, pairs=pair_mask_from_span_ids(token_span_ids(row.text, components.tokenizer, components.span_prior))
-        )
-        if row.text
-        else row
-        for row in rows
-    ]
-
-
-def global_counts(rows: Sequence[TrainingRow], components: Components) -> GlobalCounts:
+def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCounts:
     """Tokens and span pairs of the whole step (one all-reduce of three numbers over the data-parallel group)."""
     local = torch.tensor(
         [
-            sum(len(row.reference) for row in rows if row.reference is not None),
-            sum(len(row.text) for row in rows if row.text is not None),
-            sum(sum(row.pairs) for row in rows),
+            sum(len(sample.reference_ids) for sample in samples if sample.reference_ids is not None),
+            sum(len(sample.response_ids) for sample in samples if sample.response_ids is not None),
+            sum(sum(sample.pair_mask) for sample in samples),
         ],
         dtype=torch.float64,
         device=components.context.device,
@@ -138,84 +104,97 @@ def global_counts(rows: Sequence[TrainingRow], components: Components) -> Global
 
 
 def accumulate_gradients(
-    rows: Sequence[TrainingRow], counts: GlobalCounts, components: Components
+    samples: Sequence[Sample], counts: GlobalCounts, components: Components
 ) -> list[MicroBatchLoss]:
     """Forward and backward of every micro-batch; both heads are gathered once for all of them."""
-    size, losses = components.config.train.micro_batch_size, []
+    size, student, losses = components.config.train.micro_batch_size, components.student, []
     gate = components.gate.gate if components.gate is not None else None
-    with components.teacher_head() as teacher_head, components.student.head():
-        for start in range(0, len(rows), size):
-            micro = build_micro_batch(
-                rows[start : start + size], pad_id=components.pad_id, device=components.context.device
+    with components.heads() as teacher_head:
+        for start in range(0, len(samples), size):
+            micro_batch = build_micro_batch(
+                samples[start : start + size], pad_id=components.pad_id, device=components.context.device
             )
-            loss_fn = MicroBatchLoss(micro, counts, components.loss, gate, components.student.shard, teacher_head)
-            batch = micro.batch
-            loss = components.student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, loss_fn)
-            components.student.backward(loss)
-            if start + size < len(rows):
-                components.student.end_micro_step()
+            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head)
+            batch = micro_batch.batch
+            loss = student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, loss_fn)
+            student.backward(loss)
+            if start + size < len(samples):
+                student.end_micro_step()
             losses.append(loss_fn)
     return losses
 
 
-def collect_metrics(
-    losses: Sequence[MicroBatchLoss], counts: GlobalCounts, revision: Revision | None, components: Components
+def loss_metrics(
+    losses: Sequence[MicroBatchLoss], samples: Sequence[Sample], counts: GlobalCounts, components: Components
 ) -> dict[str, float]:
     """Global values from every rank's shares (one all-reduce over the data-parallel group)."""
-    outputs = [loss_fn.output for loss_fn in losses if loss_fn.output is not None]
-    positions = [p for p in revision.error_positions if p != NO_ERROR] if revision is not None else []
-    sums = [
-        float(sum(float(loss_fn.sft) for loss_fn in losses if loss_fn.sft is not None)),
-        *(float(sum(float(getattr(output, name)) for output in outputs)) for name in _TERMS),
-        float(len(positions)),
-        float(sum(positions)),
-        float(len(revision.error_positions) if revision is not None else 0),
-        float(sum(revision.num_corrections) if revision is not None else 0),
-    ]
-    device = components.context.device
-    total = components.context.sum_over_dp(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
-    sft, (dac_kl, span, kept_mass, lower, upper) = total[0], total[1:6]
-    num_corrected, position_sum, num_rows, num_corrections = total[6:]
+    shares = {"sft": 0.0} | dict.fromkeys(_TERMS, 0.0)
+    for loss in losses:
+        values = {} if loss.sft is None else {"sft": loss.sft}
+        if loss.output is not None:
+            values |= {name: getattr(loss.output, name) for name in _TERMS}
+        if values:  # the device is waited for once a micro-batch
+            for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
+                shares[name] += value
+    shares |= _correction_counts(samples)
+    local = torch.tensor(list(shares.values()), dtype=torch.float64, device=components.context.device)
+    total = dict(zip(shares, components.context.sum_over_dp(local).tolist(), strict=True))
     config = components.loss
     metrics = {
-        "loss": config.sft * sft + config.dac_kl * dac_kl + config.span * span,
-        "loss/sft": sft,
-        "loss/dac_kl": dac_kl,
-        "loss/span": span,
+        "loss": config.sft * total["sft"] + config.dac_kl * total["dac_kl"] + config.span * total["span"],
+        "loss/sft": total["sft"],
+        "loss/dac_kl": total["dac_kl"],
+        "loss/span": total["span"],
         "num_tokens": counts.num_kd if components.teacher is not None else counts.num_sft,
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
-        "kept_mass": kept_mass,
-        "gate/lower": lower,
-        "gate/upper": upper,
+        "kept_mass": total["kept_mass"],
+        "gate/lower": total["mean_lower"],
+        "gate/upper": total["mean_upper"],
     }
-    if num_rows:
-        metrics |= {
-            "scrg/corrected_fraction": num_corrected / num_rows,
-            "scrg/no_error_fraction": 1 - num_corrected / num_rows,
-            "scrg/corrections_mean": num_corrections / num_rows,
-            "scrg/error_position_mean": position_sum / num_corrected if num_corrected else -1.0,
-        }
-    return metrics
+    return metrics | _correction_metrics(total)
 
 
-def samples_of(
-    step: int, rows: Sequence[BatchRow], writing: Writing | None, components: Components
-) -> list[dict[str, Any]]:
-    """The first rows of the global batch as text, for samples.jsonl: nothing in them depends on the layout."""
-    train = components.config.train
-    if writing is None or not train.samples_every or step % train.samples_every:
-        return []
-    first_id = step * train.global_batch_size
-    return [
-        {
-            "step": step + 1,
-            "sequence_id": row.sequence_id,
-            "prompt": row.example.prompt,
-            "student": components.decode(writing.written.responses[i]),
-            "error_position": writing.revision.error_positions[i],
-            "corrected": components.decode(writing.revision.rows.responses[i]),
-        }
-        for i, row in enumerate(rows)
-        if row.sequence_id - first_id < train.samples_rows
-    ]
+def update(step: int, metrics: dict[str, float], components: Components) -> bool:
+    """Updates student and gate and adds ``lr`` and ``grad_norm`` to the metrics; returns whether there was an
+    update."""
+    student, gate, config = components.student, components.gate, components.config
+    lr = learning_rate(config.optim, step, config.train.max_steps)
+    is_finite = math.isfinite(metrics["loss"])
+    if gate is not None:
+        is_finite &= gate.reduce(loss_scale=components.context.dp_size)
+    is_updated = student.step(lr, skip=not is_finite)
+    if gate is not None:
+        gate.step(skip=not is_updated)
+    metrics |= {"lr": lr, "grad_norm": student.grad_norm}
+    return is_updated
+
+
+def source_metrics(source: TextSource, components: Components) -> dict[str, float]:
+    """Where the text of this step came from, and what the run's source has to report."""
+    kinds = {f"text/{kind}": 0.0 for kind in STANDARD_KINDS} | {f"text/{source.kind}": 1.0}
+    return {"phi": components.source.student_share} | kinds | components.source.metrics()
+
+
+def _correction_counts(samples: Sequence[Sample]) -> dict[str, float]:
+    """What SCRG did to the samples that the student wrote in this step."""
+    written = [sample for sample in samples if sample.rollout_ids is not None]
+    positions = [sample.error_position for sample in written if sample.error_position != NO_ERROR]
+    return {
+        "num_corrected": float(len(positions)),
+        "position_sum": float(sum(positions)),
+        "num_written": float(len(written)),
+        "num_corrections": float(sum(sample.num_corrections for sample in written)),
+    }
+
+
+def _correction_metrics(total: dict[str, float]) -> dict[str, float]:
+    num_written, num_corrected = total["num_written"], total["num_corrected"]
+    if not num_written:
+        return {}
+    return {
+        "scrg/corrected_fraction": num_corrected / num_written,
+        "scrg/no_error_fraction": 1 - num_corrected / num_written,
+        "scrg/corrections_mean": total["num_corrections"] / num_written,
+        "scrg/error_position_mean": total["position_sum"] / num_corrected if num_corrected else -1.0,
+    }

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from megadistill.data.sample import Sample
 from megadistill.decoding.kv_cache import PrefillChunk
-from megadistill.decoding.protocols import Correction, Rows, Sampling
-from megadistill.decoding.rollout import RolloutState
+from megadistill.decoding.rollout import Correction, RolloutState
+from megadistill.decoding.sampling import Sampling
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 from tests.support.spawn import run_ranks
 
@@ -47,20 +48,20 @@ def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
     from megadistill.parallel.context import ParallelContext
 
     found: dict[str, Any] = {}
-    rows = Rows(tuple(range(4)), PROMPTS, ((),) * 4)
+    samples = [Sample(i, prompt) for i, prompt in enumerate(PROMPTS)]
     for name in VARIANTS:
         path = str(folder / name)
         if tp_size == 1:
             context = ParallelContext.single()
             with open_model(path, context, vocab_size=V, where=name) as writer:
-                found[name] = (*_texts(writer, rows), [states[:, :4] for states in writer.read(_readings())])
+                found[name] = (*_texts(writer, samples), [states[:, :4] for states in writer.read(_readings())])
             continue
         context = ParallelContext.build(tp_size, 60, torch.device("cpu"))
         loaded = load_model(path, dtype="fp32", vocab_size=V, seed=0, attention="sdpa", where=name)
         model = frozen_model(loaded, context, zero_stage=zero_stage, dtype="fp32")
         states = model.prefiller(2).read(_readings())
         with model.decoder() as writer:
-            found[name] = (*_texts(writer, rows), [row[:, :4] for row in states])
+            found[name] = (*_texts(writer, samples), [row[:, :4] for row in states])
     return found
 
 
@@ -68,18 +69,18 @@ def _readings() -> list[PrefillChunk]:
     return [PrefillChunk(slot, 0, prompt) for slot, prompt in enumerate(PROMPTS)]
 
 
-def _texts(writer: Any, rows: Rows) -> tuple[Any, ...]:
+def _texts(writer: Any, samples: list[Sample]) -> tuple[Any, ...]:
     texts = []
     for temperature in (1.0, 0.0):
         sampling = Sampling(5, temperature)
         rollout_state = RolloutState(
-            writer, rows, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling
+            writer, samples, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling
         )
         rollout_state.write(0)
-        texts.append(rollout_state.rows.responses)
-        lengths = [len(response) for response in rollout_state.rows.responses]
+        texts.append(rollout_state.responses())
+        lengths = [len(response) for response in rollout_state.responses()]
         rollout_state.rewrite([Correction(row, min(n - 1, 2 * row), 40) for row, n in enumerate(lengths)], 1)
-        texts.append(rollout_state.rows.responses)
+        texts.append(rollout_state.responses())
     return tuple(texts)
 
 

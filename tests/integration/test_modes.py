@@ -215,7 +215,8 @@ def test_runs_that_could_train_on_nothing_are_refused(
 ) -> None:
     from megadistill.config.load import load_config
     from megadistill.errors import DataError
-    from megadistill.training.setup import load_training_data, run_tokenizer
+    from megadistill.training.data import load_training_data
+    from megadistill.training.setup import run_tokenizer
 
     prompts = assets / "data" / "prompts.jsonl"
     overrides = settings(assets, "llama", f"data.train_path={prompts}", f"data.valid_path={prompts}", *more)

@@ -122,9 +122,10 @@ def train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path
 def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> None:
     from megadistill.config.load import load_config
     from megadistill.parallel.context import ParallelContext
+    from megadistill.training.data import load_training_data
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
-    from megadistill.training.setup import build_components, check_models, load_training_data, run_tokenizer
+    from megadistill.training.setup import build_components, check_models, run_tokenizer
 
     config = load_config(file, [f"run.dir={run_dir}", *overrides])
     start = plan_start(config)

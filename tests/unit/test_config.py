@@ -108,7 +108,6 @@ def test_resolved_yaml_gives_the_same_tree(minimal: Path, tmp_path: Path, overri
         ("generation.scrg.round=1", ["did you mean generation.scrg.rounds?"]),
         ("parallel.teacher_tp_size=2", ["unknown key", "teacher and student share parallel.tp_size"]),
         ("model.teacher.tp_size=2", ["unknown key", "teacher and student share parallel.tp_size"]),
-        ("generation.mode=off_policy", ["initial_phi=0", "train.eval_every=0", "never use student text"]),
         ("generation.mode=offpolicy", ["off_policy", "teacher"]),
         ("qqqq.zzzz=1", ["qqqq", "sections are run, model"]),
         ("optim.lr", ["section.field=value"]),

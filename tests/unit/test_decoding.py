@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megadistill.data.sample import Sample
 from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
-from megadistill.decoding.protocols import Correction, Rows, Sampling
-from megadistill.decoding.rollout import RolloutState, rollout
+from megadistill.decoding.rollout import Correction, RolloutState, rollout
+from megadistill.decoding.sampling import Sampling
 from megadistill.models.families import FAMILIES
 from megadistill.parallel import VocabShard
 from tests.support.runs import FAMILY_CONFIGS
@@ -21,7 +22,7 @@ from tests.support.runs import FAMILY_CONFIGS
 V, EOS, PAD, LIMIT = 97, 3, 0, 12
 PROMPTS = ((5, 6, 7, 8, 9, 10), (11,), (12, 13, 14), (15, 16, 17, 18))
 CPU, SHARD = torch.device("cpu"), VocabShard(0, V, V)
-ROWS = Rows(tuple(range(len(PROMPTS))), PROMPTS, ((),) * len(PROMPTS))
+SAMPLES = [Sample(i, prompt) for i, prompt in enumerate(PROMPTS)]
 GREEDY = Sampling(seed=0, temperature=0.0)
 # (family, what differs from the family's usual configuration)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,15 +76,17 @@ def prepared(model: torch.nn.Module, variant: str) -> PlanDecoder | HFDecoder:
 def test_greedy_rollout_is_generate(variant: str, by_forward: bool) -> None:
     """The project's decoder where there is one, and every family's own forward pass over the same cache."""
     model = make_model(variant)
-    expected = tuple(generated(model, prompt) for prompt in PROMPTS)
+    expected = [generated(model, prompt) for prompt in PROMPTS]
     writer = prepared(model, variant)
     assert isinstance(writer, HFDecoder) == (variant in WITHOUT_PLAN)
     if by_forward:
-        writer = HFDecoder(model, SHARD, CPU, writer.head)
+        writer = HFDecoder(model, CPU, writer.head)
     limits = [LIMIT] * len(PROMPTS)
-    for max_rows in (1, 3, 64):
-        found = rollout(writer, ROWS, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, max_rows=max_rows)
-        assert found.responses == expected
+    for max_examples in (1, 3, 64):
+        found = rollout(
+            writer, SAMPLES, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, max_examples=max_examples
+        )
+        assert found == expected
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -101,15 +104,15 @@ def test_writing_on_is_generating_from_the_prefix(variant: str) -> None:
         drafts.append(list(texts))
     writer = prepared(model, variant)
     rollout_state = RolloutState(
-        writer, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True
+        writer, SAMPLES, limits=[LIMIT] * 4, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True
     )
     rollout_state.write(0)
     for corrections, expected in zip(rounds, drafts, strict=True):
-        lengths = [len(response) for response in rollout_state.rows.responses]
+        lengths = [len(response) for response in rollout_state.responses()]
         rollout_state.rewrite([Correction(row, *at) for row, at in corrections.items() if at[0] < lengths[row]], 0)
-        assert rollout_state.rows.responses == tuple(expected)
+        assert rollout_state.responses() == expected
     whole = writer.read(
-        [PrefillChunk(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, rollout_state.rows.responses, strict=True)]
+        [PrefillChunk(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, rollout_state.responses(), strict=True)]
     )
     for row, (prompt, states) in enumerate(zip(PROMPTS, whole, strict=True)):
         assert torch.allclose(rollout_state.hidden(row), states[len(prompt) - 1 :], atol=1e-4), "kept hidden states"
@@ -157,10 +160,10 @@ def test_bf16_decoding_stays_close(variant: str) -> None:
     narrow = prepared(make_model(variant).to(torch.bfloat16), variant)
     for model in (wide, narrow):
         rollout_state = RolloutState(
-            model, ROWS, limits=[LIMIT] * 4, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
+            model, SAMPLES, limits=[LIMIT] * 4, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
         )
         rollout_state.write(0)
-        states = model.read([PrefillChunk(0, 0, (*PROMPTS[0], *rollout_state.rows.responses[0][:-1]))])[0]
+        states = model.read([PrefillChunk(0, 0, (*PROMPTS[0], *rollout_state.responses()[0][:-1]))])[0]
         close = 1e-9 if model is wide else 0.2
         assert torch.allclose(
             rollout_state.hidden(0).double(), states[len(PROMPTS[0]) - 1 :].double(), atol=close, rtol=close

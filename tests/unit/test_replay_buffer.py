@@ -8,25 +8,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megadistill.data.sample import Sample
 from megadistill.data.sampler import BatchSampler
 from megadistill.errors import CheckpointError, ConfigError, DivergenceError, TopologyError
-from megadistill.generation.off_policy import OffPolicySchedule
-from megadistill.generation.replay_buffer import ReplayBuffer, ReplayEntry, merge, split
+from megadistill.generation.phi_schedule import OffPolicySchedule
+from megadistill.generation.replay_buffer import ReplayBuffer, merge, split
 
 STREAM = 77
 BATCH = 8
 CAPACITY = 3 * BATCH
 
 
-def entry(sequence_id, *, batch=BATCH):
+def entry(sequence_id):
     """Token lists of all lengths; row 3 has no reference, row 5 an empty one."""
     n = sequence_id
-    return ReplayEntry(
+    return Sample(
         sequence_id=n,
-        step=n // batch,
-        prompt=tuple(range(n, n + n % 4)),
-        reference=None if n % 3 == 0 else tuple(range(100 + n, 100 + n + n % 5)),
-        text=tuple(range(1000 + n, 1000 + n + n % 7)),
+        prompt_ids=tuple(range(n, n + n % 4)),
+        reference_ids=None if n % 3 == 0 else tuple(range(100 + n, 100 + n + n % 5)),
+        response_ids=tuple(range(1000 + n, 1000 + n + n % 7)),
         error_position=n % 6 - 1,
         num_corrections=n % 2,
     )
@@ -38,7 +38,7 @@ def filled(steps, *, dp_size=1, capacity=CAPACITY, batch=BATCH):
     for step in steps:
         for rank, buffer in enumerate(ranks):
             rows = range(step * batch + rank, (step + 1) * batch, dp_size)
-            buffer.append([entry(n, batch=batch) for n in rows])
+            buffer.append([entry(n) for n in rows])
     return ranks
 
 
@@ -98,7 +98,7 @@ def test_draws_are_a_function_of_seed_step_and_stream():
 def test_draws_are_pinned():
     """A run that an earlier version began replays the same rows for ever."""
     rows = drawn(filled(range(3)), seed=0, step=10, stream=3_000)
-    assert [row.step for row in rows] == [0, 2, 2, 2, 1, 1, 2, 2]
+    assert [row.sequence_id // BATCH for row in rows] == [0, 2, 2, 2, 1, 1, 2, 2]
 
 
 def test_every_entry_is_equally_likely_and_places_are_drawn_independently():
@@ -108,7 +108,7 @@ def test_every_entry_is_equally_likely_and_places_are_drawn_independently():
     assert set(counts) == set(range(CAPACITY))
     # Binomial(3000, 1/3): a standard deviation of 26.
     assert all(abs(count - num_steps / 3) < 130 for count in counts.values())
-    pairs = Counter((batch[0].step, batch[1].step) for batch in batches)
+    pairs = Counter((batch[0].sequence_id // BATCH, batch[1].sequence_id // BATCH) for batch in batches)
     assert len(pairs) == 9
     assert all(abs(count - num_steps / 9) < 90 for count in pairs.values())
 
@@ -121,7 +121,7 @@ def test_the_largest_draw_stays_inside(monkeypatch):
     )
     for num_batches in range(1, 40):
         (buffer,) = filled(range(num_batches), capacity=40, batch=1)
-        assert buffer.draw(0, 0, stream=STREAM)[0].step == num_batches - 1
+        assert buffer.draw(0, 0, stream=STREAM)[0].sequence_id == num_batches - 1
     assert all(int(torch.tensor(largest, dtype=torch.float64) * n) == n - 1 for n in range(1, 3000))
 
 
@@ -133,14 +133,14 @@ def test_the_oldest_batch_leaves_a_full_buffer(dp_size):
         drawn(ranks)
     for done in range(1, 8):
         ranks = filled(range(done), dp_size=dp_size)
-        held = dealt_back([b.entries() for b in ranks])
+        held = dealt_back([b.samples() for b in ranks])
         assert held == [entry(n) for n in range(max(0, done - 3) * BATCH, done * BATCH)]
         assert all(len(b) == len(held) and not b.is_empty and b.is_full == (done >= 3) for b in ranks)
 
 
 def test_steps_without_new_text_leave_gaps_and_nothing_else():
     whole, ranks = filled([2, 3, 9, 40]), filled([2, 3, 9, 40], dp_size=4)
-    assert [e.sequence_id for e in whole[0].entries()] == [
+    assert [e.sequence_id for e in whole[0].samples()] == [
         n for s in (3, 9, 40) for n in range(s * BATCH, s * BATCH + 8)
     ]
     assert drawn(ranks) == drawn(whole)
@@ -181,10 +181,10 @@ def test_a_layout_that_does_not_fit_is_refused(dp_rank, dp_size):
 )
 def test_rows_that_are_not_this_ranks_share_of_a_later_batch_are_refused(ids):
     buffer = filled(range(2), dp_size=2)[1]
-    before = list(buffer.entries())
+    before = list(buffer.samples())
     with pytest.raises(ValueError, match="append"):
         buffer.append([entry(n) for n in ids])
-    assert list(buffer.entries()) == before
+    assert list(buffer.samples()) == before
     buffer.append([entry(n) for n in (17, 19, 21, 23)])
 
 
@@ -194,8 +194,8 @@ def test_a_state_comes_back_from_a_file_exactly(dp_size, steps):
     for rank, buffer in enumerate(filled(steps, dp_size=dp_size)):
         state = through_a_file(buffer.state_dict())
         again = restored(state, dp_rank=rank, dp_size=dp_size)
-        assert list(again.entries()) == list(buffer.entries())
-        assert all(type(token) is int for e in again.entries() for token in e.prompt + e.text)
+        assert list(again.samples()) == list(buffer.samples())
+        assert all(type(token) is int for e in again.samples() for token in e.prompt_ids + e.response_ids)
         assert (len(again), again.is_full, again.is_empty) == (len(buffer), buffer.is_full, buffer.is_empty)
         assert same_state(again.state_dict(), buffer.state_dict())
 
@@ -206,7 +206,7 @@ def test_a_state_is_a_snapshot_and_loading_it_replaces_everything():
     for step in (2, 3):
         buffer.append([entry(n) for n in range(step * BATCH, (step + 1) * BATCH)])
     buffer.load_state_dict(state)
-    assert [e.sequence_id for e in buffer.entries()] == list(range(2 * BATCH))
+    assert [e.sequence_id for e in buffer.samples()] == list(range(2 * BATCH))
     buffer.append([entry(n) for n in range(2 * BATCH, 3 * BATCH)])
     assert buffer.is_full and same_state(state, filled(range(2))[0].state_dict())
 
@@ -249,7 +249,7 @@ def test_states_that_are_no_whole_buffer_are_refused():
 
 def test_a_state_of_another_buffer_or_a_damaged_one_is_refused():
     (buffer,) = filled(range(2))
-    state, before = filled(range(3))[0].state_dict(), list(buffer.entries())
+    state, before = filled(range(3))[0].state_dict(), list(buffer.samples())
     rows, tokens = state["rows"], state["tokens"]
     cases = [
         ({"capacity": 4 * BATCH}, "capacity=32, this run 24"),
@@ -262,7 +262,7 @@ def test_a_state_of_another_buffer_or_a_damaged_one_is_refused():
     for change, message in cases:
         with pytest.raises(CheckpointError, match=message):
             buffer.load_state_dict({**state, **change})
-        assert list(buffer.entries()) == before
+        assert list(buffer.samples()) == before
     crowded = {**filled(range(4), capacity=4 * BATCH)[0].state_dict(), "capacity": CAPACITY}
     with pytest.raises(CheckpointError, match="more than 24 entries"):
         buffer.load_state_dict(crowded)
@@ -282,15 +282,18 @@ TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
 def test_any_content_survives_any_change_of_layout(content, num_batches, layouts, first_step, seed):
     ranks = [ReplayBuffer(16, 4, dp_rank=rank, dp_size=layouts[0]) for rank in range(layouts[0])]
     everything = [
-        ReplayEntry(4 * first_step + n, first_step + n // 4, *content[n], error_position=n - 1, num_corrections=n)
-        for n in range(4 * num_batches)
-    ]
+        Sample(
+            4 * first_step + n, prompt_ids, reference_ids=reference_ids, response_ids=response_ids,
+            error_position=n - 1, num_corrections=n,
+        )
+        for n, (prompt_ids, reference_ids, response_ids) in enumerate(content[: 4 * num_batches])
+    ]  # fmt: skip
     for at in range(0, len(everything), 4):
         for rank, buffer in enumerate(ranks):
             buffer.append(everything[at + rank : at + 4 : layouts[0]])
     merged = merge([through_a_file(buffer.state_dict()) for buffer in ranks])
     after = [restored(split(merged, r, layouts[1]), dp_rank=r, dp_size=layouts[1]) for r in range(layouts[1])]
-    assert dealt_back([buffer.entries() for buffer in after]) == everything[-16:]
+    assert dealt_back([buffer.samples() for buffer in after]) == everything[-16:]
     assert drawn(after, seed=seed, step=first_step) == drawn(ranks, seed=seed, step=first_step)
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from megadistill.decoding.kv_cache import PrefillChunk
-from megadistill.decoding.protocols import Rows
 from megadistill.decoding.sampling import sample_tokens
-from megadistill.generation.policy import STREAM_TEACHER_TOKEN
-from megadistill.generation.scoring import TeacherStates, score_rows
+from megadistill.generation.scoring import score_responses
+from megadistill.generation.teacher_states import TeacherStates
 from megadistill.losses import Head, token_kl
 from megadistill.parallel import VocabShard
+from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.rng import Stream
 from tests.unit.test_decoding import PROMPTS, make_model, prepared
 
 V, H = 300, 5
@@ -31,33 +32,36 @@ def _heads(bias: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
 @pytest.mark.parametrize("starts", [(0, 0, 0, 0), (2, 0, 4, 1), (3, 1, 4, 2)])
 @pytest.mark.parametrize("sample", [True, False])
 def test_scores_are_the_dense_ones(bias: bool, starts: tuple[int, ...], sample: bool) -> None:
-    rows = Rows((7, 3, 11, 5), ((1,),) * 4, ((1, 2, 3), (4,), (5, 6, 7, 8), (9, 10)))
+    sequence_ids, lengths = (7, 3, 11, 5), (3, 1, 4, 2)
     student, teacher = _heads(bias)
-    states = [[torch.randn(len(r), H, dtype=torch.float64) for r in rows.responses] for _ in range(2)]
+    states = [[torch.randn(length, H, dtype=torch.float64) for length in lengths] for _ in range(2)]
 
-    @contextmanager
-    def head():
-        yield teacher
+    class Teacher:
+        @contextmanager
+        def head(self):
+            yield OutputHead(*teacher, VocabShard(0, V, V))
 
-    scores = score_rows(
-        rows, starts, student_hidden=[s[a:] for s, a in zip(states[0], starts, strict=True)], student_head=student,
-        teacher_hidden=[s[a:] for s, a in zip(states[1], starts, strict=True)], teacher_head=head,
-        shard=VocabShard(0, V, V), seed=4, round_index=2, sample_teacher=sample,
+    scores = score_responses(
+        lengths, starts, sequence_ids,
+        student_hidden=[s[a:] for s, a in zip(states[0], starts, strict=True)],
+        student_head=OutputHead(*student, VocabShard(0, V, V)),
+        teacher_hidden=[s[a:] for s, a in zip(states[1], starts, strict=True)], teacher=Teacher(),
+        seed=4, round_index=2, sample_teacher=sample,
     )  # fmt: skip
-    for row, response in enumerate(rows.responses):
-        logits = [s[row] @ w.T + (0 if b is None else b) for s, (w, b) in zip(states, (student, teacher), strict=True)]
+    for i, length in enumerate(lengths):
+        logits = [s[i] @ w.T + (0 if b is None else b) for s, (w, b) in zip(states, (student, teacher), strict=True)]
         log_q, log_p = (x.log_softmax(-1) for x in logits)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         tokens = logits[1].argmax(-1)
         if sample:
-            ids, at = torch.full((len(response),), rows.sequence_ids[row]), torch.arange(len(response))
+            ids, at = torch.full((length,), sequence_ids[i]), torch.arange(length)
             tokens = sample_tokens(
-                logits[1], VocabShard(0, V, V), seed=4, sequence_ids=ids, positions=at, stream=STREAM_TEACHER_TOKEN + 2
+                logits[1], VocabShard(0, V, V), seed=4, sequence_ids=ids, positions=at, stream=Stream.TEACHER_TOKEN + 2
             )
-        read = slice(starts[row], len(response))
-        assert scores.mask[row].nonzero().flatten().tolist() == list(range(starts[row], len(response)))
-        assert torch.allclose(scores.kl_map[row, read], kl[read], atol=1e-10)
-        assert torch.equal(scores.teacher_tokens[row, read], tokens[read])
+        read = slice(starts[i], length)
+        assert scores.mask[i].nonzero().flatten().tolist() == list(range(starts[i], length))
+        assert torch.allclose(scores.kl_map[i, read], kl[read], atol=1e-10)
+        assert torch.equal(scores.teacher_tokens[i, read], tokens[read])
 
 
 def test_the_visitor_sees_the_teachers_logits_up_to_a_constant() -> None:
@@ -92,7 +96,7 @@ class Counting:
 @pytest.mark.parametrize("keeps_cache", [True, False])
 def test_text_is_read_from_the_correction_on(keep: bool, keeps_cache: bool) -> None:
     reader = Counting(prepared(make_model("qwen3"), "qwen3"), keeps_cache)
-    text = TeacherStates(reader, PROMPTS, 20, keep=keep)
+    text = TeacherStates(reader, PROMPTS, 20, keep_cache=keep)
     first = ((5, 6, 7, 8), (9, 10), (11, 12, 13), ())
     text.update(first, [0, 0, 0, 0])
     # Row 0 is corrected at 1 and grows, row 1 ends by its correction at 0, row 2 stays, row 3 is empty.

@@ -1,25 +1,48 @@
-"""SCRG and decoding with a model whose next token is a table: every edge that the method names."""
+"""SCRG and decoding with models whose next token is a table: every edge that the method names."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.decoding.protocols import Correction, Rows, Sampling, TeacherScores
-from megadistill.decoding.rollout import RolloutState, rollout
+from megadistill.config.schema import RunConfig
+from megadistill.data.sample import Sample
+from megadistill.decoding.batch_plan import DecodeBatchPlan
+from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.rollout import Correction, RolloutState, rollout
+from megadistill.decoding.sampling import Sampling
 from megadistill.generation import find_error_positions, sample_tokens
-from megadistill.generation.scrg import Revision, revise
+from megadistill.generation.sources.base import SourceInputs
+from megadistill.generation.sources.on_policy import OnPolicy
+from megadistill.observability.timers import Timers
 from megadistill.parallel import VocabShard
+from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.output_head import OutputHead
 
 EOS, PAD, V = 1, 0, 11
 GREEDY = Sampling(seed=0, temperature=0.0)
+SHARD, CPU = VocabShard(0, V, V), torch.device("cpu")
+FOLLOWING = [token + 1 if token + 1 < V else EOS for token in range(V)]
+# The hidden state of a token is its one-hot vector; the head knows what follows.
+HEAD = OutputHead(torch.nn.functional.one_hot(torch.tensor(FOLLOWING), V).T.double() * 50, None, SHARD)
+
+
+def state_of(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), V).double()
+
+
+def samples_of(*prompts: tuple[int, ...]) -> list[Sample]:
+    return [Sample(i, prompt) for i, prompt in enumerate(prompts)]
 
 
 class Slots:
     """What the fake model remembers: the token in every column that a slot has read."""
 
-    def __init__(self, offsets: list[int], columns: int) -> None:
+    def __init__(self, offsets: Sequence[int], columns: int) -> None:
         self.offsets, self.columns = list(offsets), columns
         self.read: list[dict[int, int]] = [{} for _ in offsets]
 
@@ -32,24 +55,24 @@ class Slots:
 
 
 class Counter:
-    """Writes last token + 1, then EOS after V - 1; remembers how wide its batches were. Its hidden state is the last
-    token, and it checks that a row has read everything left of the column that it is asked for."""
+    """Writes last token + 1, then EOS after V - 1; remembers how wide its batches were. It checks that an example has
+    read everything left of the column that it is asked for."""
 
-    shard, device = VocabShard(0, V, V), torch.device("cpu")
+    shard, device, head = SHARD, CPU, HEAD
 
     def __init__(self) -> None:
         self.widths: list[int] = []
 
-    def new_state(self, offsets: list[int], columns: int) -> Slots:
+    def new_state(self, offsets: Sequence[int], columns: int) -> Slots:
         return Slots(offsets, columns)
 
-    def prefill(self, state: Slots, prompts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    def prefill(self, state: Slots, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         self.widths.append(len(prompts))
         ends = {state.offsets[slot] + len(prompt) for slot, prompt in enumerate(prompts)}
         assert len(ends) == 1, "prompts end in one column"
         for slot, prompt in enumerate(prompts):
             state.read[slot] = {state.offsets[slot] + i: token for i, token in enumerate(prompt)}
-        return torch.tensor([[prompt[-1]] for prompt in prompts])
+        return state_of([prompt[-1] for prompt in prompts])
 
     def decode(self, state: Slots, tokens: torch.Tensor, column: int) -> torch.Tensor:
         self.widths.append(len(tokens))
@@ -57,73 +80,73 @@ class Counter:
         for slot, token in enumerate(tokens.tolist()):
             assert all(earlier in state.read[slot] for earlier in range(state.offsets[slot], column)), "a gap"
             state.read[slot][column] = token
-        return tokens[:, None]
+        return state_of(tokens.tolist())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        last = hidden[:, 0]
-        following = torch.where(last + 1 < V, last + 1, torch.full_like(last, EOS))
-        return torch.nn.functional.one_hot(following, V).float() * 50
+        return hidden @ HEAD.weight.T
 
 
-def _draft(rows: Rows, limits: list[int], model: Counter | None = None) -> RolloutState:
+def _state(samples: list[Sample], limits: list[int], model: Counter | None = None) -> RolloutState:
     model = model or Counter()
-    return RolloutState(model, rows, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True)
+    return RolloutState(model, samples, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True)
 
 
-def _write(rows: Rows, limits: list[int], model: Counter | None = None, **more: object) -> tuple[tuple[int, ...], ...]:
-    found = rollout(model or Counter(), rows, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, **more)
-    assert found.prompts == rows.prompts and found.sequence_ids == rows.sequence_ids
-    return found.responses
+def _write(
+    samples: list[Sample], limits: list[int], model: Counter | None = None, **more: int
+) -> list[tuple[int, ...]]:
+    return rollout(model or Counter(), samples, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, **more)
 
 
-def test_rows_end_at_eos_or_at_their_own_limit() -> None:
-    rows = Rows((4, 5, 6), ((8,), (2, 3), (2,)), ((), (), ()))
+def test_responses_end_at_eos_or_at_their_own_limit() -> None:
+    samples = samples_of((8,), (2, 3), (2,))
     model = Counter()
-    assert _write(rows, [9, 3, 1], model) == ((9, 10, EOS), (4, 5, 6), (3,))
-    assert model.widths == [3, 2, 2]  # finished rows leave the batch
+    assert _write(samples, [9, 3, 1], model) == [(9, 10, EOS), (4, 5, 6), (3,)]
+    assert model.widths == [3, 2, 2]  # finished examples leave the batch
 
 
-def test_rows_without_room_write_nothing() -> None:
-    rows = Rows((0, 1, 2), ((2,), (2, 3), (4,)), ((),) * 3)
-    assert _write(rows, [0, 2, -1]) == ((), (4, 5), ())
-    assert _write(rows, [0, 0, 0]) == ((), (), ())
+def test_examples_without_space_write_nothing() -> None:
+    samples = samples_of((2,), (2, 3), (4,))
+    assert _write(samples, [0, 2, -1]) == [(), (4, 5), ()]
+    assert _write(samples, [0, 0, 0]) == [(), (), ()]
 
 
-def test_corrected_rows_join_when_the_decoding_reaches_them() -> None:
-    rows, model = Rows((0, 1, 2, 3), ((2,), (2, 3), (2,), (7,)), ((),) * 4), Counter()
-    rollout_state = _draft(rows, [7] * 4, model)
+def test_corrected_examples_join_when_the_decoding_reaches_them() -> None:
+    model = Counter()
+    rollout_state = _state(samples_of((2,), (2, 3), (2,), (7,)), [7] * 4, model)
     rollout_state.write(0)
-    assert rollout_state.rows.responses == (
+    assert rollout_state.responses() == [
         (3, 4, 5, 6, 7, 8, 9),
         (4, 5, 6, 7, 8, 9, 10),
         (3, 4, 5, 6, 7, 8, 9),
         (8, 9, 10, EOS),
-    )
+    ]
     model.widths.clear()
     rollout_state.rewrite([Correction(0, 4, 3), Correction(2, 1, 9), Correction(3, 3, 5), Correction(1, 6, 2)], 0)
-    assert rollout_state.rows.responses == (
+    assert rollout_state.responses() == [
         (3, 4, 5, 6, 3, 4, 5), (4, 5, 6, 7, 8, 9, 2), (3, 9, 10, EOS), (8, 9, 10, 5, 6, 7, 8)
-    )  # fmt: skip
-    # Row 2 from column 1 to its EOS, row 3 from 3, row 0 from 4; row 1 had nothing right of its correction.
+    ]  # fmt: skip
+    # Example 2 from position 1 to its EOS, 3 from 3, 0 from 4; 1 had nothing right of its correction.
     assert model.widths == [1, 1, 1, 2, 2]
-    assert rollout_state.hidden(0).flatten().tolist() == [2, 3, 4, 5, 6, 3, 4]
-    assert rollout_state.hidden(3, 3).flatten().tolist() == [10, 5, 6, 7]
+    assert rollout_state.hidden(0).argmax(-1).tolist() == [2, 3, 4, 5, 6, 3, 4]
+    assert rollout_state.hidden(3, 3).argmax(-1).tolist() == [10, 5, 6, 7]
     rollout_state.rewrite([], 1)
     rollout_state.rewrite([Correction(1, 0, EOS)], 1)
-    assert rollout_state.rows.responses[1] == (EOS,)
+    assert rollout_state.responses()[1] == (EOS,)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_writing_on_is_writing_anew(data: st.DataObject) -> None:
+def test_continuing_is_writing_again(data: st.DataObject) -> None:
     """Any corrections in any order of rounds: what a model that remembers nothing would write."""
-    num_rows = data.draw(st.integers(1, 6))
-    prompts = tuple(tuple(data.draw(st.lists(st.integers(2, V - 1), min_size=1, max_size=3))) for _ in range(num_rows))
-    limits = [data.draw(st.integers(0, 7)) for _ in range(num_rows)]
-    rollout_state = _draft(Rows(tuple(range(num_rows)), prompts, ((),) * num_rows), limits)
+    num_examples = data.draw(st.integers(1, 6))
+    prompts = tuple(
+        tuple(data.draw(st.lists(st.integers(2, V - 1), min_size=1, max_size=3))) for _ in range(num_examples)
+    )
+    limits = [data.draw(st.integers(0, 7)) for _ in range(num_examples)]
+    rollout_state = _state(samples_of(*prompts), limits)
     rollout_state.write(0)
     texts = [_continued(prompt[-1], (), limit) for prompt, limit in zip(prompts, limits, strict=True)]
-    assert rollout_state.rows.responses == tuple(texts)
+    assert rollout_state.responses() == texts
     for _ in range(data.draw(st.integers(0, 3))):
         corrections = []
         for row, text in enumerate(texts):
@@ -132,9 +155,9 @@ def test_writing_on_is_writing_anew(data: st.DataObject) -> None:
                 corrections.append(Correction(row, position, token))
                 texts[row] = _continued(token, (*text[:position], token), limits[row])
         rollout_state.rewrite(corrections, 0)
-        assert rollout_state.rows.responses == tuple(texts)
+        assert rollout_state.responses() == texts
         for row, text in enumerate(texts):
-            assert rollout_state.hidden(row).flatten().tolist() == [prompts[row][-1], *text][: len(text)]
+            assert rollout_state.hidden(row).argmax(-1).tolist() == [prompts[row][-1], *text][: len(text)]
 
 
 def _continued(last: int, text: tuple[int, ...], limit: int) -> tuple[int, ...]:
@@ -145,8 +168,8 @@ def _continued(last: int, text: tuple[int, ...], limit: int) -> tuple[int, ...]:
 
 
 def test_the_width_of_a_batch_does_not_matter() -> None:
-    rows = Rows(tuple(range(7)), tuple((2 + i,) for i in range(7)), ((),) * 7)
-    assert _write(rows, [6] * 7) == _write(rows, [6] * 7, max_rows=2)
+    samples = samples_of(*((2 + i,) for i in range(7)))
+    assert _write(samples, [6] * 7) == _write(samples, [6] * 7, max_examples=2)
 
 
 def test_find_error_positions_takes_the_earliest_of_the_largest() -> None:
@@ -159,61 +182,107 @@ def test_find_error_positions_takes_the_earliest_of_the_largest() -> None:
     assert find_error_positions(kl, student, teacher, torch.zeros_like(mask)).tolist() == [-1] * 4
 
 
-class Marker:
-    """A teacher that objects to listed (round, row, column) with a token of its own, the first listed most of all."""
+class Teacher:
+    """Agrees with the student but for objections, (round, example) -> {response position: its own token}; the first
+    listed is the strongest."""
 
-    def __init__(self, objections: dict[tuple[int, int], dict[int, int]]) -> None:
-        self.objections, self.calls = objections, 0
+    shard, keeps_cache = SHARD, False
+    strengths = (1.0, 0.1, 0.08)
 
-    def __call__(self, rows: Rows, starts: list[int], round_index: int) -> TeacherScores:
-        self.calls += 1
-        width = max(len(response) for response in rows.responses)
-        tokens = torch.zeros(len(rows.responses), width, dtype=torch.int64)
-        kl, mask = torch.full(tokens.shape, 9.0), torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, response in enumerate(rows.responses):
-            tokens[row, : len(response)] = torch.tensor(response)
-            mask[row, starts[row] : len(response)] = True
-            for rank, (column, token) in enumerate(self.objections.get((round_index, row), {}).items()):
-                tokens[row, column], kl[row, column] = token, 8.0 - rank
-        return TeacherScores(kl, tokens, mask)
+    def __init__(self, prompts: Sequence[tuple[int, ...]], objections: dict[tuple[int, int], dict[int, int]]) -> None:
+        self.prompts, self.objections, self.num_readings = prompts, objections, 0
 
+    def prefiller(self, examples_per_pass: int) -> Teacher:
+        return self
 
-def _revise(rows: Rows, teacher: Marker, rounds: int = 1, limit: int = 6) -> Revision:
-    """What happens to given responses: a rollout_state that wrote them, corrected as the teacher says."""
-    texts = list(rows.responses)
+    @contextmanager
+    def head(self) -> Iterator[OutputHead]:
+        yield HEAD
 
-    def rewrite(corrections: list[Correction], round_index: int) -> Rows:
-        for row, position, token in corrections:
-            texts[row] = _continued(token, (*texts[row][:position], token), limit)
-        return rows.with_responses(texts)
-
-    return revise(rows, score=teacher, rewrite=rewrite, rounds=rounds)
+    def read(self, chunks: Sequence[PrefillChunk], state: object = None) -> list[torch.Tensor]:
+        round_index, self.num_readings = self.num_readings, self.num_readings + 1
+        states = []
+        for chunk in chunks:
+            hidden, first = state_of(chunk.tokens), len(self.prompts[chunk.slot]) - 1
+            for rank, (position, token) in enumerate(self.objections.get((round_index, chunk.slot), {}).items()):
+                if first + position < len(hidden):
+                    before = FOLLOWING.index(token, 2)  # what this token follows
+                    hidden[first + position] = state_of([before])[0] * self.strengths[rank]
+            states.append(hidden)
+        return states
 
 
-def test_one_round_corrects_and_writes_on() -> None:
-    rows = Rows((0, 1, 2, 3), ((2,),) * 4, ((3, 4, 5), (3, 9, EOS), (3, 4, 5, 6, 7, 8), (3, EOS)))
-    teacher = Marker({(0, 0): {1: 8}, (0, 1): {1: EOS}, (0, 2): {5: 4}})
-    found = _revise(rows, teacher)
-    # Written on from the correction; the teacher's EOS ends its row; the last column has nothing right of it; no error.
-    assert found.rows.responses == ((3, 8, 9, 10, EOS), (3, EOS), (3, 4, 5, 6, 7, 4), (3, EOS))
-    assert found.error_positions == (1, 1, 5, -1)
-    assert found.num_corrections == (1, 1, 1, 0)
+class Student:
+    """Gives out one decoder."""
+
+    shard = SHARD
+
+    def __init__(self) -> None:
+        self.counter = Counter()
+
+    @contextmanager
+    def decoder(self) -> Iterator[Counter]:
+        yield self.counter
+
+
+def _revise(
+    prompts: tuple[tuple[int, ...], ...],
+    objections: dict[tuple[int, int], dict[int, int]],
+    rounds: int = 1,
+    **more: int,
+) -> tuple[list[Sample], Teacher]:
+    """A step's samples, six tokens each, from the text source itself."""
+    config = RunConfig.model_validate({
+        "run": {"dir": "x"}, "model": {"teacher": {"path": "t"}, "student": {"path": "s"}},
+        "generation": {"max_new_tokens": 6, "sampling_temperature": 0.0,
+                       "scrg": {"enabled": rounds > 0, "rounds": max(rounds, 1), "teacher_token": "greedy"}},
+    })  # fmt: skip
+    teacher = Teacher(prompts, objections)
+    plan = DecodeBatchPlan(more.get("batch_size", len(prompts)), False, 64)
+    inputs = SourceInputs(config, ParallelContext.single(), Student(), teacher, frozenset({EOS}), plan)
+    return OnPolicy.build(inputs).samples(0, samples_of(*prompts), Timers()), teacher
+
+
+def test_one_round_corrects_and_continues() -> None:
+    prompts = ((2,), (2,), (2,), (9,))
+    samples, teacher = _revise(prompts, {(0, 0): {1: 8}, (0, 1): {1: EOS}, (0, 2): {5: 4}})
+    assert [s.rollout_ids for s in samples] == [(3, 4, 5, 6, 7, 8)] * 3 + [(10, EOS)]
+    # Continued from the correction; the teacher's EOS ends a response; the last position has nothing right of it; no
+    # error.
+    assert [s.response_ids for s in samples] == [(3, 8, 9, 10, EOS), (3, EOS), (3, 4, 5, 6, 7, 4), (10, EOS)]
+    assert [s.error_position for s in samples] == [1, 1, 5, -1]
+    assert [s.num_corrections for s in samples] == [1, 1, 1, 0]
+    # The teacher has read what is trained on.
+    for sample in samples:
+        assert sample.teacher_hidden is not None and sample.response_ids is not None
+        assert sample.teacher_hidden.argmax(-1).tolist() == [*sample.prompt_ids[-1:], *sample.response_ids[:-1]]
+    assert teacher.num_readings == 2
+
+
+def test_without_rounds_the_text_is_the_students() -> None:
+    samples, teacher = _revise(((2,), (9,)), {(0, 0): {1: 8}}, rounds=0)
+    assert [s.response_ids for s in samples] == [(3, 4, 5, 6, 7, 8), (10, EOS)] == [s.rollout_ids for s in samples]
+    assert [s.error_position for s in samples] == [-1, -1] and teacher.num_readings == 1
 
 
 def test_the_students_eos_can_be_replaced() -> None:
-    found = _revise(Rows((0,), ((2,),), ((3, EOS),)), Marker({(0, 0): {1: 7}}))
-    assert found.rows.responses == ((3, 7, 8, 9, 10, EOS),)
+    samples, _ = _revise(((9,),), {(0, 0): {1: 7}})
+    assert samples[0].rollout_ids == (10, EOS) and samples[0].response_ids == (10, 7, 8, 9, 10, EOS)
 
 
 def test_later_rounds_look_only_right_of_the_last_correction() -> None:
-    rows = Rows((0, 1), ((2,), (2,)), ((3, 4, 5), (3, 4, EOS)))
-    # Round 1 objects left of, at and right of the correction; only the last counts. Row 1 had no error: it is left
+    # Round 1 objects left of, at and right of the correction; only the last counts. Example 1 had no error: it is left
     # alone.
-    teacher = Marker({(0, 0): {1: 6}, (1, 0): {0: 9, 1: 9, 3: 4}, (1, 1): {0: 9}, (2, 0): {2: 9}})
-    found = _revise(rows, teacher, rounds=3)
-    assert found.rows.responses == ((3, 6, 7, 4, 5, 6), (3, 4, EOS))
-    assert found.error_positions == (1, -1) and found.num_corrections == (2, 0)
-    assert teacher.calls == 3, "every rank scores in every round, whatever it finds"
+    objections = {(0, 0): {1: 6}, (1, 0): {0: 9, 1: 9, 3: 4}, (1, 1): {0: 9}, (2, 0): {2: 9}}
+    samples, teacher = _revise(((2,), (9,)), objections, rounds=3)
+    assert [s.response_ids for s in samples] == [(3, 6, 7, 4, 5, 6), (10, EOS)]
+    assert [s.error_position for s in samples] == [1, -1] and [s.num_corrections for s in samples] == [2, 0]
+    assert teacher.num_readings == 4, "every rank scores in every round, whatever it finds"
+
+
+def test_the_strongest_objection_is_corrected() -> None:
+    samples, _ = _revise(((2,), (2,)), {(0, 0): {4: 9, 1: 9}, (0, 1): {1: 9, 4: 9}})
+    assert [s.error_position for s in samples] == [4, 1]
 
 
 def test_streams_give_a_continuation_its_own_random_numbers() -> None:

@@ -1,16 +1,25 @@
-"""Schedule, policy, and the collation of a micro-batch."""
+"""Schedule, text sources, and the collation of a micro-batch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from megadistill.config.schema import GenerationSection, OptimSection
+from megadistill.config.schema import GenerationSection, OptimSection, RunConfig
+from megadistill.data.sample import Sample
+from megadistill.data.tokenize import TokenizedExample
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
-from megadistill.errors import ConfigError
-from megadistill.generation.policy import TextPolicy
-from megadistill.generation.replay_buffer import ReplayEntry
-from megadistill.training.micro_batch import TrainingRow, build_micro_batch
+from megadistill.errors import ConfigError, DataError
+from megadistill.generation.sources import source_class
+from megadistill.generation.sources.base import SourceInputs, TextSource
+from megadistill.generation.sources.off_policy import OffPolicy
+from megadistill.generation.sources.replay import Replay
+from megadistill.observability.timers import Timers
+from megadistill.parallel.context import ParallelContext
+from megadistill.training.micro_batch import build_micro_batch
 from megadistill.training.schedule import learning_rate
 
 CPU = torch.device("cpu")
@@ -27,46 +36,124 @@ def test_learning_rate() -> None:
     assert learning_rate(OptimSection(lr=1.0, warmup_ratio=0.5), 0, 10) == 0.2
 
 
-def policy(mode: str, seed: int = 5, **more: object) -> TextPolicy:
-    generation = GenerationSection.model_validate({"mode": mode, **more})
-    return TextPolicy(generation, seed=seed, max_steps=2000, global_batch_size=2)
+def config_of(mode: str, seed: int = 5, **more: Any) -> RunConfig:
+    return RunConfig.model_validate({
+        "run": {"dir": "x", "seed": seed}, "model": {"teacher": {"path": "t"}, "student": {"path": "s"}},
+        "generation": {"mode": mode, **more},
+        "train": {"max_steps": 2000, "global_batch_size": 2, "micro_batch_size": 1},
+    })  # fmt: skip
 
 
-def test_the_policy_is_a_function_of_seed_and_step() -> None:
-    draws = [policy("mixed", student_ratio=0.3).source(step) for step in range(2000)]
-    assert draws == [policy("mixed", student_ratio=0.3).source(step) for step in range(2000)]
-    assert set(draws) == {"generate", "dataset"}
-    assert draws.count("generate") / 2000 == pytest.approx(0.3, abs=0.04)
-    assert draws != [policy("mixed", seed=6, student_ratio=0.3).source(step) for step in range(2000)]
-    for mode, source, phi in (("on_policy", "generate", 1), ("dataset", "dataset", 0), ("teacher", "teacher", 0)):
-        assert policy(mode).phi == phi
-        assert {policy(mode).source(step) for step in range(50)} == {source}
+def source_of(mode: str, seed: int = 5, **more: Any) -> TextSource:
+    config = config_of(mode, seed, **more)
+    model: Any = object()
+    inputs = SourceInputs(config, ParallelContext.single(), model, model, frozenset(), DecodeBatchPlan(2, True, 2))
+    return source_class(config).build(inputs)
+
+
+def test_every_mode_has_a_source() -> None:
+    for mode in get_args(GenerationSection.model_fields["mode"].annotation):
+        assert issubclass(source_class(config_of(mode)), TextSource)
+
+
+def test_the_choice_is_a_function_of_seed_and_step() -> None:
+    def draws(**more: Any) -> list[str]:
+        source = source_of("mixed", student_ratio=0.3, **more)
+        return [source.choose(step).kind for step in range(2000)]
+
+    assert draws() == draws() != draws(seed=6)
+    assert set(draws()) == {"generate", "dataset"}
+    assert draws().count("generate") / 2000 == pytest.approx(0.3, abs=0.04)
+    for mode, kind, share in (("on_policy", "generate", 1), ("dataset", "dataset", 0)):
+        source = source_of(mode)
+        assert source.student_share == share
+        assert {source.choose(step).kind for step in range(50)} == {kind}
 
 
 def test_off_policy_writes_until_the_buffer_is_full_and_less_later_on() -> None:
-    off = policy("off_policy", off_policy={"initial_phi": 0.6, "replay_batches": 4})
-    assert off.buffer is not None and off.schedule is not None
-    sources = []
+    off = source_of("off_policy", off_policy={"initial_phi": 0.6, "replay_batches": 4})
+    kinds = []
     for step in range(2000):
-        sources.append(off.source(step))
-        if sources[-1] == "generate":
-            rows = [ReplayEntry(2 * step + i, step, (1,), None, (2,), -1, 0) for i in range(2)]
-            off.buffer.append(rows)
-    written = [i for i, source in enumerate(sources) if source == "generate"]
-    assert "replay" not in sources[: written[3]] and sources.count("dataset") / 2000 == pytest.approx(0.4, abs=0.04)
-    assert sources[:500].count("generate") > 3 * sources[1500:].count("generate")
-    assert sources[1500:].count("replay") > 3 * sources[:500].count("replay")
-    before = off.phi
-    off.schedule.observe(1.0)
-    off.schedule.observe(2.0)
-    assert off.phi == pytest.approx(before + 0.1)
+        kinds.append(off.choose(step).kind)
+        written = (2,) if kinds[-1] == "generate" else None
+        off.updated(step, [Sample(2 * step + i, (1,), response_ids=(2,), rollout_ids=written) for i in range(2)])
+    written_at = [i for i, kind in enumerate(kinds) if kind == "generate"]
+    assert "replay" not in kinds[: written_at[3]] and kinds.count("dataset") / 2000 == pytest.approx(0.4, abs=0.04)
+    assert kinds[:500].count("generate") > 3 * kinds[1500:].count("generate")
+    assert kinds[1500:].count("replay") > 3 * kinds[:500].count("replay")
+    assert off.metrics() == {"replay/rows": 8.0}
+    before = off.student_share
+    off.observe({"eval/nll": 1.0})
+    off.observe({"eval/rouge_l": 1.0})
+    off.observe({"eval/nll": 2.0})
+    assert off.student_share == pytest.approx(before + 0.1)
+
+
+def test_off_policy_continues_from_its_state() -> None:
+    more: dict[str, Any] = {"off_policy": {"initial_phi": 0.6, "replay_batches": 1}}
+    off, again = source_of("off_policy", **more), source_of("off_policy", **more)
+    off.observe({"eval/nll": 1.0})
+    off.updated(0, [Sample(i, (1,), response_ids=(2, i), rollout_ids=(3,)) for i in range(2)])
+    again.load_state_dict(off.state_dict() | {"gate": {}})
+    assert again.student_share == off.student_share and again.metrics() == off.metrics()
+    again.load_state_dict({"gate": {}})  # a checkpoint of another mode: nothing to continue from
+    replayed = [source._replay.buffer.draw(0, 0, stream=1) for source in (off, again) if isinstance(source, OffPolicy)]
+    assert replayed[0] == replayed[1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "message"),
+    [
+        ("on_policy", {"loss": {"dac_kl": 0, "span": 0}}, "no loss would be computed on its text"),
+        ("teacher", {"loss": {"dac_kl": 0, "span": 0}}, "no loss would be computed on its text"),
+        ("off_policy", {}, "would never use student text"),
+    ],
+)
+def test_a_source_refuses_settings_without_effect(mode: str, more: dict[str, Any], message: str) -> None:
+    config = RunConfig.model_validate(config_of(mode).model_dump() | more)
+    with pytest.raises(ConfigError, match=message):
+        source_class(config).check(config)
+
+
+def test_plain_sft_is_the_references_alone() -> None:
+    config = RunConfig.model_validate(config_of("dataset").model_dump() | {"loss": {"dac_kl": 0, "span": 0}})
+    source_class(config).check(config)
+    assert not config.needs_teacher
+
+
+@pytest.mark.parametrize("mode", ["dataset", "mixed", "off_policy"])
+def test_a_source_refuses_examples_that_it_cannot_use(mode: str) -> None:
+    config = config_of(mode)
+    without = [TokenizedExample(0, (1,), None, (), "p")]
+    with pytest.raises(DataError, match=f"no row has a reference, and generation.mode={mode}"):
+        source_class(config).check_examples(config, without, [])
+    source_class(config_of("on_policy")).check_examples(config_of("on_policy"), without, [])
+
+
+def test_replayed_text_is_read_by_the_teacher_again() -> None:
+    class Teacher:
+        keeps_cache = False
+
+        def prefiller(self, examples_per_pass: int) -> Teacher:
+            return self
+
+        def read(self, chunks: Sequence[Any], state: object = None) -> list[torch.Tensor]:
+            return [torch.tensor(chunk.tokens).unsqueeze(-1) for chunk in chunks]
+
+    config, teacher = config_of("off_policy"), Teacher()
+    inputs = SourceInputs(config, ParallelContext.single(), teacher, teacher, frozenset(), DecodeBatchPlan(2, True, 2))
+    replay = Replay.build(inputs)
+    replay.buffer.append([Sample(i, (5, 6), response_ids=(7, 8 + i), rollout_ids=(7,)) for i in range(2)])
+    for i, sample in enumerate(replay.samples(9, [], Timers())):
+        assert sample.response_ids == (7, 8 + i) and sample.rollout_ids is None
+        assert sample.teacher_hidden is not None and sample.teacher_hidden.flatten().tolist() == [6, 7]
 
 
 def test_references_and_student_text_share_a_batch() -> None:
     hidden = [torch.full((2, 3), 1.0), torch.full((3, 3), 2.0)]
     rows = [
-        TrainingRow((5, 6), (7, 8, 9), (10, 11), (True, False), hidden[0]),
-        TrainingRow((5,), None, (12, 13, 14), (False, True, False), hidden[1]),
+        Sample(0, (5, 6), "", (7, 8, 9), (10, 11), None, hidden[0], (True, False)),
+        Sample(1, (5,), "", None, (12, 13, 14), None, hidden[1], (False, True, False)),
     ]
     micro = build_micro_batch(rows, pad_id=0, device=CPU)
     ids, width = micro.batch.input_ids, micro.batch.input_ids.shape[1]
@@ -83,25 +170,30 @@ def test_references_and_student_text_share_a_batch() -> None:
 
 def test_text_that_is_the_reference_is_read_once() -> None:
     reference = (7, 8)
-    rows = [TrainingRow((5,), reference, reference, (True, False), torch.zeros(2, 3)), TrainingRow((5,), None, None)]
+    rows = [Sample(0, (5,), "", reference, reference, None, torch.zeros(2, 3), (True, False)), Sample(1, (5,))]
     micro = build_micro_batch(rows, pad_id=0, device=CPU)
     assert micro.is_shared and micro.batch.input_ids.tolist() == [[5, 7, 8]]
 
 
 def test_a_batch_without_any_loss_still_has_a_row() -> None:
-    micro = build_micro_batch([TrainingRow((5,), None, None)], pad_id=0, device=CPU)
+    micro = build_micro_batch([Sample(0, (5,))], pad_id=0, device=CPU)
     assert micro.batch.input_ids.shape == (1, 1) and len(micro.sft_index) == len(micro.kd_index) == 0
 
 
-def test_waves_are_as_wide_as_the_cache() -> None:
+def test_decode_batches_are_as_wide_as_the_cache() -> None:
     def plan(max_cache_bytes: int, rows: int = 10) -> DecodeBatchPlan:
         return plan_decode_batches(
-            rows_per_rank=rows, columns=5, one_row=4, writer_bytes=2, reader_bytes=8, max_cache_bytes=max_cache_bytes
+            examples_per_rank=rows,
+            columns=5,
+            example_columns=4,
+            writer_bytes=2,
+            reader_bytes=8,
+            max_cache_bytes=max_cache_bytes,
         )
 
     assert plan(10 * 50) == DecodeBatchPlan(10, True, 50)
     assert plan(10 * 50 - 1) == DecodeBatchPlan(10, False, 49)  # the teacher's cache goes first
-    assert plan(99) == DecodeBatchPlan(5, False, 9)  # nine fit; two waves of five are as many as nine and one
+    assert plan(99) == DecodeBatchPlan(5, False, 9)  # nine fit; two batches of five are as many as nine and one
     assert plan(39) == DecodeBatchPlan(3, False, 3) and plan(10) == plan(8) == DecodeBatchPlan(1, False, 1)
-    with pytest.raises(ConfigError, match=r"generation.max_cache_bytes=7 is less than one row of 4 tokens .*: 8;"):
+    with pytest.raises(ConfigError, match=r"generation.max_cache_bytes=7 .* 4 tokens needs 8"):
         plan(7)

@@ -96,26 +96,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(sizes: Sizes) -> list[Row]:
     """All rows of one size, alternately in one process."""
+    from megadistill.data.sample import Sample
     from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
-    from megadistill.decoding.protocols import Correction, Rows, Sampling
-    from megadistill.decoding.rollout import RolloutState
+    from megadistill.decoding.rollout import Correction, RolloutState
+    from megadistill.decoding.sampling import Sampling
     from megadistill.models.families import FAMILIES
     from megadistill.parallel import VocabShard
+    from megadistill.parallel.output_head import OutputHead
 
     model = make_student(sizes)
     device, shard = torch.device("cpu"), VocabShard(0, sizes.vocab, sizes.vocab)
     chance = random.Random(0)
     prompts = [tuple(chance.randrange(3, sizes.vocab) for _ in range(sizes.prompt_tokens)) for _ in range(sizes.rows)]
     shorter = [prompt[: chance.randint(-(-sizes.prompt_tokens // 2), sizes.prompt_tokens)] for prompt in prompts]
-    head = (model.lm_head.weight, None)
+    head = OutputHead(model.lm_head.weight, None, shard)
     drafts: dict[str, RolloutState] = {}
 
     def write(name: str, texts: list[tuple[int, ...]], make: Callable[[], Any]) -> None:
-        rows = Rows(tuple(range(sizes.rows)), tuple(texts), ((),) * sizes.rows)
+        samples = [Sample(i, text) for i, text in enumerate(texts)]
         limits = [sizes.new_tokens] * sizes.rows
         # Making the model is part of the time: weights are laid out anew after every update.
         drafts[name] = RolloutState(
-            make(), rows, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
+            make(), samples, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
         )
         drafts[name].write(0)
 
@@ -131,7 +133,7 @@ def measure(sizes: Sizes) -> list[Row]:
         "transformers generate": lambda: generate(model, prompts, sizes.new_tokens),
         "products of the decoded tokens": lambda: products(model, sizes),
         "megadistill, the family's own forward": lambda: write(
-            "forward", prompts, lambda: HFDecoder(model, shard, device, head)
+            "forward", prompts, lambda: HFDecoder(model, device, head)
         ),
         "megadistill rollout": lambda: write("rollout", prompts, ours),
         "megadistill re-generation": rewrite,

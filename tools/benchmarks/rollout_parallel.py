@@ -82,13 +82,14 @@ def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
 
 
 def _draft(writer: Any, sizes: Sizes, rows: range) -> Any:
-    from megadistill.decoding.protocols import Rows, Sampling
+    from megadistill.data.sample import Sample
     from megadistill.decoding.rollout import RolloutState
+    from megadistill.decoding.sampling import Sampling
 
     prompts = tuple(tuple(3 + (7 * i + j) % (sizes.vocab - 3) for j in range(sizes.prompt_tokens)) for i in rows)
-    texts = Rows(tuple(rows), prompts, ((),) * len(rows))
+    samples = [Sample(i, prompt) for i, prompt in zip(rows, prompts, strict=True)]
     limits = [sizes.new_tokens] * len(rows)
-    return RolloutState(writer, texts, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
+    return RolloutState(writer, samples, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
 
 
 def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:

@@ -190,13 +190,8 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     from megadistill.launch.world import distributed
     from megadistill.observability.timers import Timers
     from megadistill.parallel.context import ParallelContext
-    from megadistill.training.setup import (
-        build_components,
-        check_models,
-        load_training_data,
-        make_sampler,
-        run_tokenizer,
-    )
+    from megadistill.training.data import load_training_data, make_sampler
+    from megadistill.training.setup import build_components, check_models, run_tokenizer
     from megadistill.training.step import distillation_step
 
     # Phases in the clock of the whole: other programs share the cores.

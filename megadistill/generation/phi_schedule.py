@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from megadistill.errors import DivergenceError
 
-Source = Literal["generate", "replay", "dataset"]
+Choice = Literal["generate", "replay", "dataset"]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class OffPolicySchedule:
 
     def decide(
         self, draw: float, step: int, max_steps: int, buffer_is_full: bool, buffer_is_empty: bool = False
-    ) -> Source:
+    ) -> Choice:
         """What step ``step`` (0-based, of ``max_steps``) trains on; ``draw`` in (0, 1) must be the same on every rank.
 
         New text with probability phi * (1 - step / max_steps), and in all of phi until the buffer is full; replayed

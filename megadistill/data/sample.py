@@ -1,0 +1,43 @@
+"""One example on its way through a step: the record that text sources, decoding and the losses share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+NO_ERROR = -1
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of this data-parallel rank, and what a step makes of it. Frozen: each stage returns a copy with more
+    fields filled in.
+
+    Attributes:
+        sequence_id: Global number that never repeats within a run (except for replayed samples, which keep theirs). It
+            keys every random number that belongs to the sample, whatever the layout.
+        prompt_ids: Tokens of the prompt.
+        prompt: Text of the prompt, for samples.jsonl.
+        reference_ids: Tokens of the reference, EOS included; None where there is none, or where it must not be used.
+        response_ids: Tokens that the teacher's losses are computed on; None for no such loss. Where they are the
+            reference they are the same object.
+        rollout_ids: What the student wrote in this step, before any correction; None where it wrote nothing.
+        teacher_hidden: [len(response_ids), H] the teacher's hidden states that predict ``response_ids``.
+        pair_mask: ``pair_mask[t]`` is True where response tokens t and t + 1 are in one span.
+        error_position: Response position of the first correction, ``NO_ERROR`` for none.
+        num_corrections: Rounds of SCRG that changed the response.
+    """
+
+    sequence_id: int
+    prompt_ids: TokenIds
+    prompt: str = ""
+    reference_ids: TokenIds | None = None
+    response_ids: TokenIds | None = None
+    rollout_ids: TokenIds | None = None
+    teacher_hidden: Tensor | None = None
+    pair_mask: Sequence[bool] = ()
+    error_position: int = NO_ERROR
+    num_corrections: int = 0

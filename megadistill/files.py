@@ -1,0 +1,121 @@
+"""Files: written whole or not at all, JSON that every reader takes, and one wording for what goes wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file that is on the disk when this returns: a reader sees the old file or the whole new one.
+
+    Args:
+        path: The file. Its folder must exist.
+        content: Text is written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written. The old file is as it was, and nothing else is left behind.
+    """
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk when this returns, where its file system can promise that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # a file system that cannot do this for folders
+    finally:
+        os.close(descriptor)
+
+
+def to_jsonable(value: Any) -> Any:
+    """Dataclasses, mappings, tuples, tensors and numpy scalars as plain JSON values; NaN and infinities as null.
+
+    JSON has no NaN, and readers other than Python's refuse a file with one.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_jsonable(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): to_jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_jsonable(item) for item in value]
+    if hasattr(value, "item"):  # tensors and numpy scalars
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes ``to_jsonable(value)`` atomically, with the folders above it where they are missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text + "\n")
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file could not be used, without its name: "No space left on device"."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+@contextmanager
+def os_errors_as(
+    kind: Callable[[str], Exception], what: str | Path, problem: str = "cannot be written"
+) -> Iterator[None]:
+    """Turns an OSError of the block into one line: "WHAT PROBLEM: REASON".
+
+    Args:
+        kind: The error to raise, such as DataError.
+        what: The file or folder, for the message.
+        problem: What could not be done with it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} {problem}: {reason_of(error)}") from None
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The candidate spelled most like ``name``; None where none is at least ``cutoff`` (0 to 1) like it."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message about an unknown name: "; did you mean X?", or nothing where no candidate is near."""
+    close = nearest(name, candidates, cutoff)
+    return "" if close is None else f"; did you mean {close}?"
+
+
+def did_you_mean_path(path: str | os.PathLike[str], is_candidate: Callable[[Path], bool] = lambda _: True) -> str:
+    """The same for a path that does not exist, from the entries of its folder that ``is_candidate`` accepts; or that
+    the folder does not exist either."""
+    path = Path(path)
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if is_candidate(entry)]
+    except FileNotFoundError:
+        return f", and no folder {path.parent}"
+    except OSError:
+        return ""
+    close = nearest(path.name, sorted(names), cutoff=0.5)
+    return "" if close is None else f"; did you mean {path.parent / close}?"

@@ -1,0 +1,135 @@
+"""What a text source is. It gives a step's samples, and whatever depends on where text comes from asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from megadistill.config.schema import RunConfig
+from megadistill.data.sample import Sample
+from megadistill.data.tokenize import TokenizedExample
+from megadistill.decoding.batch_plan import DecodeBatchPlan
+from megadistill.decoding.protocols import TextModel
+from megadistill.errors import ConfigError
+from megadistill.observability.timers import Timers
+from megadistill.parallel.context import ParallelContext
+
+# Kinds of text that every line of metrics.jsonl has a flag for; a new kind adds its own.
+STANDARD_KINDS = ("generate", "replay", "dataset", "teacher")
+
+
+class CacheNeeds(NamedTuple):
+    """Whose keys and values are kept while text is written: ``writer`` is the model that writes (None: no text is
+    written), ``is_scored`` whether the teacher's cache may be kept beside it, and ``is_offline`` whether the text of
+    many steps is written at a time rather than one step's."""
+
+    writer: str | None
+    is_scored: bool = False
+    is_offline: bool = False
+
+
+@dataclass(frozen=True)
+class SourceInputs:
+    """What sources are built from. ``teacher`` is None where no loss needs it; ``examples`` are all that the run trains
+    on."""
+
+    config: RunConfig
+    context: ParallelContext
+    student: TextModel
+    teacher: TextModel | None
+    eos_ids: frozenset[int]
+    decode_plan: DecodeBatchPlan
+    examples: Sequence[TokenizedExample] = ()
+
+    def response_limit(self, prompt_length: int) -> int:
+        """Most tokens that a response to a prompt of this length may have."""
+        return min(self.config.generation.max_new_tokens, self.config.data.max_tokens - prompt_length)
+
+
+class TextSource:
+    """A source of training text.
+
+    All decisions are functions of what every rank knows alike (the step, the seed, validations): a decision of one rank
+    alone would deadlock ZeRO-3 and tensor parallelism.
+    """
+
+    kind: ClassVar[str] = ""
+    """Flag of this text in metrics.jsonl (``text/KIND``); empty for a source that only chooses among others."""
+
+    # What a configuration with this source means; asked before anything is loaded.
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raises ConfigError for settings that do not fit this source: text that no loss would be computed on."""
+        if not config.needs_teacher:
+            raise ConfigError(
+                f"generation.mode={config.generation.mode} with loss.dac_kl=0 and loss.span=0: no loss would be "
+                "computed on its text; plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset"
+            )
+
+    @classmethod
+    def check_examples(
+        cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
+    ) -> None:
+        """Raises DataError for examples that this source cannot use."""
+
+    @classmethod
+    def cache_needs(cls) -> CacheNeeds:
+        """Whose cache it needs."""
+        return CacheNeeds(None)
+
+    @classmethod
+    def validation_settings(cls) -> tuple[str, ...]:
+        """Settings of the validation that this source depends on: a resumed run must keep them."""
+        return ()
+
+    @classmethod
+    def build(cls, inputs: SourceInputs) -> TextSource:
+        """The source of a run (collective over the world)."""
+        raise NotImplementedError
+
+    # What a step asks.
+
+    @property
+    def student_share(self) -> float:
+        """Probability that a step trains on student text (metric ``phi``)."""
+        raise NotImplementedError
+
+    def choose(self, step: int) -> TextSource:
+        """The source of this step's text; a source that chooses among others returns one of them."""
+        return self
+
+    def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """This rank's samples of a step, with responses and the teacher's hidden states of them.
+
+        Args:
+            step: The step, 0-based.
+            batch: This rank's share of the global batch: prompts and references.
+            timers: Phases are timed as ``rollout``, ``teacher``, ``score`` and ``regenerate``.
+        """
+        raise NotImplementedError
+
+    def updated(self, step: int, samples: Sequence[Sample]) -> None:
+        """Called after an update with the samples that it was made from."""
+
+    # What a validation and a checkpoint ask.
+
+    @property
+    def needs_first_validation(self) -> bool:
+        """Whether a new run validates before its first step."""
+        return False
+
+    def observe(self, validation: Mapping[str, float]) -> None:
+        """Called after each validation with its metrics."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of this source for metrics.jsonl."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Entries of a checkpoint's trainer state, the same on every rank and at every layout (collective)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a trainer state that holds the entries of ``state_dict``, and others."""

@@ -1,0 +1,51 @@
+"""Mode ``dataset``: the references are the training text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megadistill.config.schema import RunConfig
+from megadistill.data.sample import Sample
+from megadistill.data.tokenize import TokenizedExample
+from megadistill.decoding.protocols import TextModel
+from megadistill.errors import DataError
+from megadistill.generation.sources.base import SourceInputs, TextSource
+from megadistill.generation.teacher_states import with_teacher_states
+from megadistill.observability.timers import Timers
+
+
+class Dataset(TextSource):
+    """References as they are; a prompt without one has no response."""
+
+    kind = "dataset"
+    student_share = 0.0
+
+    def __init__(self, teacher: TextModel | None, examples_per_pass: int) -> None:
+        self._teacher, self._examples_per_pass = teacher, examples_per_pass
+
+    @classmethod
+    def build(cls, inputs: SourceInputs) -> Dataset:
+        return cls(inputs.teacher, inputs.config.train.micro_batch_size)
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Plain SFT needs no loss on top of the references."""
+
+    @classmethod
+    def check_examples(
+        cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
+    ) -> None:
+        if not any(example.response_ids for example in train):
+            raise DataError(
+                f"{config.data.train_path}: no row has a reference, and generation.mode={config.generation.mode} "
+                "trains on nothing else wherever it does not use student text"
+            )
+
+    def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        samples = [replace(sample, response_ids=sample.reference_ids) for sample in batch]
+        with timers("teacher"):
+            return with_teacher_states(samples, self._teacher, self._examples_per_pass)
+
+
+SOURCE = Dataset

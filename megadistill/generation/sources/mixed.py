@@ -1,0 +1,65 @@
+"""Mode ``mixed``: student text at some steps, references at the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megadistill.config.schema import RunConfig
+from megadistill.data.sample import Sample
+from megadistill.data.tokenize import TokenizedExample
+from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
+from megadistill.generation.sources.dataset import Dataset
+from megadistill.generation.sources.on_policy import OnPolicy
+from megadistill.observability.timers import Timers
+from megadistill.parallel.rng import Stream, uniform
+
+
+def step_draw(seed: int, step: int) -> float:
+    """The random number in (0, 1) that decides where a step's text comes from, the same on every rank."""
+    return float(uniform(seed, torch.tensor([step]), torch.tensor([0]), stream=Stream.TEXT_SOURCE))
+
+
+class Mixed(TextSource):
+    """One source with probability ``ratio`` at each step, another one otherwise."""
+
+    def __init__(self, first: TextSource, second: TextSource, ratio: float, seed: int) -> None:
+        self._first, self._second, self._ratio, self._seed = first, second, ratio, seed
+
+    @classmethod
+    def cache_needs(cls) -> CacheNeeds:
+        return OnPolicy.cache_needs()
+
+    @classmethod
+    def check_examples(
+        cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
+    ) -> None:
+        if config.generation.student_ratio < 1:
+            Dataset.check_examples(config, train, valid)
+
+    @classmethod
+    def build(cls, inputs: SourceInputs) -> Mixed:
+        config = inputs.config
+        return cls(OnPolicy.build(inputs), Dataset.build(inputs), config.generation.student_ratio, config.run.seed)
+
+    @property
+    def student_share(self) -> float:
+        return self._ratio
+
+    def choose(self, step: int) -> TextSource:
+        source = self._first if step_draw(self._seed, step) < self._ratio else self._second
+        return source.choose(step)
+
+    def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        return self.choose(step).samples(step, batch, timers)
+
+    def updated(self, step: int, samples: Sequence[Sample]) -> None:
+        self.choose(step).updated(step, samples)
+
+    def observe(self, validation: Mapping[str, float]) -> None:
+        self._first.observe(validation)
+        self._second.observe(validation)
+
+
+SOURCE = Mixed

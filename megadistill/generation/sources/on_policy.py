@@ -1,0 +1,124 @@
+"""Mode ``on_policy``: the student writes, the teacher finds and corrects the worst token, the student continues (SCRG;
+paper, Eq. 3-4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megadistill.config.schema import GenerationSection
+from megadistill.data.sample import NO_ERROR, Sample
+from megadistill.decoding.protocols import Decoder, TextModel
+from megadistill.decoding.rollout import RolloutState
+from megadistill.decoding.sampling import Sampling
+from megadistill.generation.scoring import score_responses
+from megadistill.generation.scrg import find_corrections
+from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
+from megadistill.generation.teacher_states import TeacherStates
+from megadistill.observability.timers import Timers
+from megadistill.parallel.rng import Stream
+
+
+class OnPolicy(TextSource):
+    """Student text of this step, corrected by the teacher where ``generation.scrg`` says so."""
+
+    kind = "generate"
+    student_share = 1.0
+
+    def __init__(self, inputs: SourceInputs, teacher: TextModel) -> None:
+        self._inputs, self._student, self._teacher = inputs, inputs.student, teacher
+
+    @classmethod
+    def cache_needs(cls) -> CacheNeeds:
+        return CacheNeeds("student", is_scored=True)
+
+    @classmethod
+    def build(cls, inputs: SourceInputs) -> OnPolicy:
+        assert inputs.teacher is not None
+        return cls(inputs, inputs.teacher)
+
+    def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """As many samples at a time as the cache may hold.
+
+        The student's parameters are gathered once for writing, scoring and re-generation. Samples per rank and decode
+        batches are equal in number on every rank, and so are the teacher's readings.
+        """
+        size = self._inputs.decode_plan.batch_size
+        with self._student.decoder() as decoder:
+            parts = [self._write(batch[i : i + size], decoder, timers) for i in range(0, len(batch), size)]
+        return [sample for part in parts for sample in part]
+
+    def _write(self, samples: Sequence[Sample], student: Decoder, timers: Timers) -> list[Sample]:
+        """One decode batch. Every rank runs all rounds, whatever its samples look like, because scoring communicates.
+
+        Each later round looks only to the right of the last correction (ours: so rounds end).
+        """
+        config, generation = self._inputs.config, self._inputs.config.generation
+        num_rounds = generation.scrg.rounds if generation.scrg.enabled else 0
+        prompts = [sample.prompt_ids for sample in samples]
+        limits = [self._inputs.response_limit(len(prompt)) for prompt in prompts]
+        rollout = RolloutState(
+            student, samples, limits=limits, eos_ids=self._inputs.eos_ids,
+            sampling=_sampling(generation, config.run.seed), keep_hidden=num_rounds > 0,
+        )  # fmt: skip
+        teacher = TeacherStates(
+            self._teacher.prefiller(config.train.micro_batch_size),
+            prompts,
+            max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
+            keep_cache=num_rounds > 0 and self._inputs.decode_plan.keeps_teacher_cache,
+        )
+        # The student writes.
+        with timers("rollout"):
+            rollout.write(Stream.ROLLOUT)
+        written = responses = rollout.responses()
+        starts = [0] * len(samples)  # what lies left of it has been read and scored
+        error_positions, num_corrections = [NO_ERROR] * len(samples), [0] * len(samples)
+        for round_index in range(num_rounds):
+            # The teacher reads what is new.
+            with timers("teacher"):
+                teacher.update(responses, starts)
+            # Where do they disagree most, and what would the teacher have written there?
+            with timers("score"):
+                scores = score_responses(
+                    [len(response) for response in responses],
+                    starts,
+                    [sample.sequence_id for sample in samples],
+                    student_hidden=[rollout.hidden(i, start) for i, start in enumerate(starts)],
+                    student_head=student.head,
+                    teacher_hidden=[teacher.hidden_from(i, start) for i, start in enumerate(starts)],
+                    teacher=self._teacher,
+                    seed=config.run.seed,
+                    round_index=round_index,
+                    sample_teacher=generation.scrg.teacher_token == "sample",
+                    backend=config.loss.backend,
+                )
+                corrections = find_corrections(responses, scores)
+            # Its token goes in, and the student continues from there.
+            with timers("regenerate"):
+                rollout.rewrite(corrections, Stream.CONTINUATION + round_index)
+                responses = rollout.responses()
+            # A response without an error is unchanged, and would be found without one again.
+            starts = [len(response) for response in responses]
+            for i, position, _ in corrections:
+                error_positions[i] = position if error_positions[i] == NO_ERROR else error_positions[i]
+                starts[i], num_corrections[i] = position + 1, num_corrections[i] + 1
+        with timers("teacher"):
+            teacher.update(responses, starts)
+        return [
+            replace(
+                sample,
+                rollout_ids=written[i],
+                response_ids=responses[i],
+                teacher_hidden=teacher.hidden[i],
+                error_position=error_positions[i],
+                num_corrections=num_corrections[i],
+            )
+            for i, sample in enumerate(samples)
+        ]
+
+
+def _sampling(generation: GenerationSection, seed: int) -> Sampling:
+    return Sampling(seed, generation.sampling_temperature, top_k=generation.top_k, top_p=generation.top_p)
+
+
+SOURCE = OnPolicy

@@ -1,0 +1,48 @@
+"""Mode ``teacher``: the teacher's own text (sequence-level distillation, SeqKD), written once before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from megadistill.data.sample import Sample, TokenIds
+from megadistill.decoding.protocols import TextModel
+from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
+from megadistill.generation.teacher_cache import teacher_responses
+from megadistill.generation.teacher_states import with_teacher_states
+from megadistill.observability.timers import Timers
+
+
+class TeacherText(TextSource):
+    """The teacher's response to each prompt, from ``responses``."""
+
+    kind = "teacher"
+    student_share = 0.0
+
+    def __init__(self, responses: Mapping[TokenIds, TokenIds], teacher: TextModel, examples_per_pass: int) -> None:
+        self._responses, self._teacher, self._examples_per_pass = responses, teacher, examples_per_pass
+
+    @classmethod
+    def cache_needs(cls) -> CacheNeeds:
+        return CacheNeeds("teacher", is_offline=True)
+
+    @classmethod
+    def build(cls, inputs: SourceInputs) -> TeacherText:
+        assert inputs.teacher is not None
+        responses = teacher_responses(
+            inputs.config,
+            [example.prompt_ids for example in inputs.examples],
+            inputs.teacher,
+            inputs.context,
+            eos_ids=inputs.eos_ids,
+            batch_size=inputs.decode_plan.batch_size,
+        )
+        return cls(responses, inputs.teacher, inputs.config.train.micro_batch_size)
+
+    def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        samples = [replace(sample, response_ids=self._responses[sample.prompt_ids]) for sample in batch]
+        with timers("teacher"):
+            return with_teacher_states(samples, self._teacher, self._examples_per_pass)
+
+
+SOURCE = TeacherText

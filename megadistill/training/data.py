@@ -1,0 +1,94 @@
+"""The rows of a run: read, tokenized, and dealt to steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megadistill.config.schema import DataSection, RunConfig
+from megadistill.data.dataset import FieldNames, load_examples
+from megadistill.data.sample import Sample
+from megadistill.data.sampler import BatchSampler
+from megadistill.data.tokenize import TokenizedExample, tokenize_examples
+from megadistill.errors import ConfigError, DataError
+from megadistill.generation.sources import source_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenized examples, and counts of what was left out or shortened while reading them."""
+
+    train: list[TokenizedExample]
+    prompts: list[TokenizedExample]
+    valid: list[TokenizedExample]
+    report: dict[str, int]
+
+    def batch(self, sampler: BatchSampler, step: int) -> list[Sample]:
+        """This data-parallel rank's share of a step; rows of ``data.prompts_path`` lose their references."""
+        samples = []
+        for sequence_id, stream, index in sampler.rows(step):
+            example = self.train[index] if stream == "train" else self.prompts[index]
+            reference_ids = example.response_ids if stream == "train" else None
+            samples.append(Sample(sequence_id, example.prompt_ids, example.prompt, reference_ids))
+        return samples
+
+
+def load_rows(
+    path: str, tokenizer: PreTrainedTokenizerBase, data: DataSection, report: dict[str, int], name: str
+) -> list[TokenizedExample]:
+    """Reads and tokenizes one file as ``data`` says, adding counts to ``report``. Raises DataError."""
+    fields = FieldNames(data.instruction_field, data.input_field, data.output_field)
+    examples = load_examples(
+        path, fields=fields, split=data.hub_split, config_name=data.hub_config, skip_bad_rows=data.skip_bad_rows
+    )
+    tokenized = tokenize_examples(
+        examples.examples,
+        tokenizer,
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_tokens=data.max_tokens,
+        long_prompt=data.long_prompt,
+    )
+    counts = {
+        "rows": len(tokenized.rows),
+        "skipped": len(examples.skipped),
+        "dropped": tokenized.num_dropped,
+        "truncated_prompts": tokenized.num_truncated,
+        "truncated_responses": tokenized.num_truncated_responses,
+        "without_reference": tokenized.num_without_reference,
+    }
+    report |= {f"{name}/{key}": value for key, value in counts.items() if value}
+    return tokenized.rows
+
+
+def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """All rows of a run. Raises ConfigError when there are none to train on, DataError for what is wrong with a
+    file."""
+    data = config.data
+    report: dict[str, int] = {}
+    if data.train_path is None:
+        raise ConfigError("data.train_path is missing: nothing to train on (rows without references are welcome there)")
+    paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
+    rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
+    source_class(config).check_examples(config, rows["train"], rows["valid"])
+    if config.train.eval_every and not rows["valid"]:
+        raise DataError(
+            f"{data.valid_path}: no row is left to validate on (train.eval_every={config.train.eval_every})"
+        )
+    return TrainingData(rows["train"], rows["prompts"], rows["valid"], report)
+
+
+def make_sampler(config: RunConfig, data: TrainingData, dp_rank: int = 0, dp_size: int = 1) -> BatchSampler:
+    """The order of the rows. Raises ConfigError for streams that have no rows or no share of a batch."""
+    return BatchSampler(
+        num_rows=len(data.train),
+        num_prompt_rows=len(data.prompts),
+        prompts_ratio=config.data.prompts_ratio,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )

@@ -1,0 +1,1 @@
+"""What happens around a step: record keeping, validation, non-finite steps, throughput, profiling."""

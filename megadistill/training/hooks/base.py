@@ -1,0 +1,110 @@
+"""The events of a run that hooks can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from megadistill.training.step import StepResult
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A step that has ended. ``step`` counts from 1; ``metrics`` may be added to by hooks, in their order."""
+
+    step: int
+    result: StepResult
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.result.metrics
+
+
+class Hook:
+    """Does nothing. Every rank has the same hooks and calls them at the same moments, so a hook may communicate as long
+    as all ranks do."""
+
+    def run_started(self, first_step: int) -> None:
+        """Before the first step of this process; ``first_step`` updates are done already."""
+
+    def step_started(self, step: int) -> None:
+        """Before step ``step`` (counted from 1)."""
+
+    def step_ended(self, event: StepEvent) -> None:
+        """After a step and its update."""
+
+    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """After a validation."""
+
+    def saved(self, step: int) -> None:
+        """After a copy of everything was taken for the checkpoint of ``step``."""
+
+    def stopped(self, step: int, reason: str) -> None:
+        """The run ends after ``step``, before its last one, because of a signal (``reason``)."""
+
+    def summary(self) -> dict[str, Any]:
+        """Entries of summary.json, after the last step."""
+        return {}
+
+    def close(self) -> None:
+        """However the run ends, also before ``run_started``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Entries of a checkpoint's trainer state, the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a trainer state, which may be of a run without this hook."""
+
+
+class HookList(Hook):
+    """Calls hooks in order, and closes them when it is left."""
+
+    def __init__(self) -> None:
+        self._hooks: list[Hook] = []
+
+    def add(self, *hooks: Hook) -> None:
+        """Appends hooks."""
+        self._hooks.extend(hooks)
+
+    def _each(self, call: Callable[[Hook], None]) -> None:
+        for hook in self._hooks:
+            call(hook)
+
+    def run_started(self, first_step: int) -> None:
+        self._each(lambda hook: hook.run_started(first_step))
+
+    def step_started(self, step: int) -> None:
+        self._each(lambda hook: hook.step_started(step))
+
+    def step_ended(self, event: StepEvent) -> None:
+        self._each(lambda hook: hook.step_ended(event))
+
+    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(lambda hook: hook.validated(step, metrics))
+
+    def saved(self, step: int) -> None:
+        self._each(lambda hook: hook.saved(step))
+
+    def stopped(self, step: int, reason: str) -> None:
+        self._each(lambda hook: hook.stopped(step, reason))
+
+    def summary(self) -> dict[str, Any]:
+        return {key: value for hook in self._hooks for key, value in hook.summary().items()}
+
+    def close(self) -> None:
+        self._each(lambda hook: hook.close())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for hook in self._hooks for key, value in hook.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._each(lambda hook: hook.load_state_dict(state))
+
+    def __enter__(self) -> HookList:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,70 @@
+"""Validation: likelihood of references and greedy answers, every ``train.eval_every`` steps and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megadistill.data.tokenize import TokenizedExample
+from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
+from megadistill.evaluation.rouge import score_texts
+from megadistill.observability.log import get_logger
+from megadistill.training.components import Components
+from megadistill.training.hooks.base import Hook, StepEvent
+
+
+class Validation(Hook):
+    """Adds ``eval/...`` to the metrics of a step, shows them to the text source, and calls ``notify`` with them."""
+
+    def __init__(
+        self,
+        components: Components,
+        examples: Sequence[TokenizedExample],
+        notify: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        self._components, self._notify = components, notify
+        self._examples = examples[: components.config.train.eval_rows]
+        self.last: dict[str, float] = {}
+
+    def run_started(self, first_step: int) -> None:
+        if first_step == 0 and self._components.source.needs_first_validation:
+            self.run(0)
+
+    def step_ended(self, event: StepEvent) -> None:
+        train = self._components.config.train
+        if train.eval_every and (event.step % train.eval_every == 0 or event.step == train.max_steps):
+            self.run(event.step)
+            event.metrics.update(self.last)
+
+    def summary(self) -> dict[str, Any]:
+        return {"validation": self.last}
+
+    def run(self, step: int) -> None:
+        """Validates the student as it is after ``step`` steps (collective over the world)."""
+        self.last = validate(self._components, self._examples)
+        self._components.source.observe(self.last)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in self.last.items())
+        get_logger(self._components.context.rank).info(f"step {step}: {numbers}")
+        self._notify(step, self.last)
+
+
+def validate(components: Components, examples: Sequence[TokenizedExample]) -> dict[str, float]:
+    """Likelihood of the references, and ROUGE-L and exact match of greedy answers; what has no references is left
+    out."""
+    config = components.config
+    settings = AnswerSettings(
+        components.tokenizer,
+        config.generation.max_new_tokens,
+        config.data.max_tokens,
+        batch_size=min(config.eval.batch_size, components.decode_plan.max_batch_size),
+    )
+    with components.student.decoder() as decoder:
+        likelihood = reference_likelihood(decoder, examples, settings, components.context)
+        answers = write_answers(decoder, examples, None, settings, components.context)
+    scores = score_texts(answers, [example.references for example in examples])
+    metrics = {
+        "eval/nll": likelihood.nll if likelihood.num_tokens else None,
+        "eval/rouge_l": scores.rouge_l,
+        "eval/exact_match": scores.exact_match,
+    }
+    return {name: value for name, value in metrics.items() if value is not None}

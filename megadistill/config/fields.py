@@ -50,6 +50,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         many = len(args) == 2 and args[1] is Ellipsis
         return f"a list of {'any length' if many else len(args)}, each {_describe(args[0], [])}"
+    if origin is dict:
+        return "a mapping"
     bounds = [_bound(item) for item in metadata]
     return " ".join([_NAMES[annotation], " and ".join(bound for bound in bounds if bound)]).strip()
 

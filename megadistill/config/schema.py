@@ -4,6 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
+from megadistill.files import did_you_mean
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -293,6 +296,11 @@ class RunConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection, description="Steps, batch sizes, intervals.")
     eval: EvalSection = Field(default_factory=EvalSection, description="The evaluation protocol.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="What is kept on disk.")
+    deepspeed: dict[str, Any] = Field(
+        {},
+        description="Passed through to DeepSpeed's configuration of both engines, merged over the generated one: "
+        "zero_optimization (overlap_comm, bucket sizes, prefetch, offload), aio, comms_logger, flops_profiler ...",
+    )
 
     @property
     def needs_teacher(self) -> bool:
@@ -302,6 +310,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
         train, data, loss = self.train, self.data, self.loss
+        if (owned := owned_key(self.deepspeed)) is not None:
+            _require(False, f"deepspeed.{owned[0]} is decided by {owned[1]}", ("deepspeed",))
+        if (unknown := unknown_key(self.deepspeed)) is not None:
+            hint = did_you_mean(unknown, PASSED)
+            _require(
+                False, f"deepspeed.{unknown}: not passed on{hint or '; allowed: ' + ', '.join(PASSED)}", ("deepspeed",)
+            )
         _require(
             train.global_batch_size % train.micro_batch_size == 0,
             f"train.global_batch_size={train.global_batch_size} is no multiple of "

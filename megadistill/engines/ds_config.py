@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megadistill.config.schema import OptimSection, TrainSection
@@ -17,8 +18,9 @@ def engine_config(
     micro_batch_size: int,
     gradient_accumulation_steps: int = 1,
     gradient_clipping: float = 0.0,
+    passed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of one engine.
+    """DeepSpeed's configuration of one engine; ``passed`` (the run's ``deepspeed`` section) is merged over it.
 
     ``gradient_clipping`` is always written, because DeepSpeed clips at 1.0 where it is absent.
     """
@@ -38,11 +40,23 @@ def engine_config(
         config["tensor_parallel"] = {"autotp_size": tp_size, "vocab_parallel_lm_head": True}
         if family.partition_config is not None:
             config["tensor_parallel"]["partition_config"] = family.partition_config
+    config = _merged(config, passed or {})
+    if "offload_optimizer" in config["zero_optimization"]:
+        # AdamW is ours in either case, not DeepSpeed's own for CPUs.
+        config["zero_force_ds_cpu_optimizer"] = False
     return config
 
 
 def student_config(
-    optim: OptimSection, train: TrainSection, *, zero_stage: int, tp_size: int, dp_size: int, dtype: str, family: Family
+    optim: OptimSection,
+    train: TrainSection,
+    *,
+    zero_stage: int,
+    tp_size: int,
+    dp_size: int,
+    dtype: str,
+    family: Family,
+    passed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The student's engine: gradient accumulation and clipping as the run asks for."""
     return engine_config(
@@ -53,11 +67,32 @@ def student_config(
         micro_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=train.global_batch_size // (train.micro_batch_size * dp_size),
         gradient_clipping=optim.gradient_clipping,
+        passed=passed,
     )
 
 
-def teacher_config(*, zero_stage: int, tp_size: int, dtype: str, family: Family) -> dict[str, Any]:
-    """A frozen engine has no optimizer, so stages 1 and 2 have nothing to partition: they mean 0 here."""
+def teacher_config(
+    *, zero_stage: int, tp_size: int, dtype: str, family: Family, passed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A frozen engine has no optimizer, so stages 1 and 2 have nothing to partition: they mean 0 here. What is passed
+    about an optimizer is left out."""
+    zero = {
+        key: value for key, value in (passed or {}).get("zero_optimization", {}).items() if key != "offload_optimizer"
+    }
     return engine_config(
-        zero_stage=3 if zero_stage == 3 else 0, tp_size=tp_size, dtype=dtype, family=family, micro_batch_size=1
+        zero_stage=3 if zero_stage == 3 else 0,
+        tp_size=tp_size,
+        dtype=dtype,
+        family=family,
+        micro_batch_size=1,
+        passed=passed,
     )
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merged key by key; anything else of ``over`` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = _merged(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return merged

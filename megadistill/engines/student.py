@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -134,6 +134,7 @@ def trained_model(
     optim: OptimSection,
     train: TrainSection,
     gradient_checkpointing: bool = False,
+    deepspeed_settings: Mapping[str, Any] | None = None,
 ) -> Student:
     """Partitions a model together with its AdamW (collective over the world)."""
     model = loaded.model
@@ -149,6 +150,7 @@ def trained_model(
         dp_size=context.dp_size,
         dtype=dtype,
         family=loaded.family,
+        passed=deepspeed_settings,
     )
     adamw = _adamw(model, optim)
     return Student(initialize(model, config, context, adamw), loaded, context, adamw)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 
 from megadistill.data.collate import right_padded
@@ -18,6 +20,8 @@ from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape
+from megadistill.errors import ConfigError
+from megadistill.files import did_you_mean
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
@@ -122,12 +126,25 @@ class EnginePrefiller:
         return found
 
 
-def frozen_model(loaded: LoadedModel, context: ParallelContext, *, zero_stage: int, dtype: str) -> PartitionedModel:
+def frozen_model(
+    loaded: LoadedModel,
+    context: ParallelContext,
+    *,
+    zero_stage: int,
+    dtype: str,
+    deepspeed_settings: Mapping[str, Any] | None = None,
+) -> PartitionedModel:
     """Partitions a model that is never trained (collective over the world)."""
     model = loaded.model
     use_head_fn_forward(model)
     model.eval()
-    config = teacher_config(zero_stage=zero_stage, tp_size=context.tp_size, dtype=dtype, family=loaded.family)
+    config = teacher_config(
+        zero_stage=zero_stage,
+        tp_size=context.tp_size,
+        dtype=dtype,
+        family=loaded.family,
+        passed=deepspeed_settings,
+    )
     engine = initialize(model, config, context)
     # Not before: AutoTP hangs gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
@@ -140,7 +157,10 @@ def initialize(
     """``deepspeed.initialize`` with the check that DeepSpeed cut the model over the ranks that ``context`` names."""
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 are off by a per cent of every angle.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
-    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+    except ValidationError as error:
+        raise ConfigError(_refused(error)) from None
     context.set_all_timeouts()  # DeepSpeed's own groups, too
     for name, buffer in model.named_buffers():
         if name in buffers:
@@ -151,6 +171,14 @@ def initialize(
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(model, parameter)
     return engine
+
+
+def _refused(error: ValidationError) -> str:
+    """DeepSpeed's first objection to the settings that were passed to it, as one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    names = [name for name in DeepSpeedZeroConfig.model_fields]
+    return f"deepspeed.zero_optimization.{key}: {first['msg']}{did_you_mean(key, names)}"
 
 
 def head_shard(head: nn.Module, context: ParallelContext) -> VocabShard:

@@ -36,6 +36,7 @@ _MAY_CHANGE = (
     "model.gradient_checkpointing",
     "eval",
     "checkpoint",
+    "deepspeed",
     "data.valid_path",
 )
 

@@ -133,7 +133,13 @@ def build_components(
     zero_stage = config.parallel.zero_stage
     teacher = None
     if teacher_model is not None:
-        teacher = frozen_model(teacher_model, context, zero_stage=zero_stage, dtype=config.model.teacher.dtype)
+        teacher = frozen_model(
+            teacher_model,
+            context,
+            zero_stage=zero_stage,
+            dtype=config.model.teacher.dtype,
+            deepspeed_settings=config.deepspeed,
+        )
     student = trained_model(
         student_model,
         context,
@@ -142,6 +148,7 @@ def build_components(
         optim=config.optim,
         train=config.train,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        deepspeed_settings=config.deepspeed,
     )
     gate = None
     if teacher is not None and loss.uses_gate:

@@ -76,9 +76,11 @@ def teacher_config(
 ) -> dict[str, Any]:
     """A frozen engine has no optimizer, so stages 1 and 2 have nothing to partition: they mean 0 here. What is passed
     about an optimizer is left out."""
-    zero = {
-        key: value for key, value in (passed or {}).get("zero_optimization", {}).items() if key != "offload_optimizer"
-    }
+    passed = dict(passed or {})
+    if "zero_optimization" in passed:
+        passed["zero_optimization"] = {
+            key: value for key, value in passed["zero_optimization"].items() if key != "offload_optimizer"
+        }
     return engine_config(
         zero_stage=3 if zero_stage == 3 else 0,
         tp_size=tp_size,

@@ -17,10 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megadistill.errors import ExitCode
 from tests.support.launched import alive, launch
 from tests.support.runs import ROOT, losses, run_layout, samples, settings
 
-LOST, STOPPED = 87, 85
+LOST, STOPPED = ExitCode.LOST_RANKS, ExitCode.STOPPED
 STEPS = 6
 LIMIT_S = 300  # generous: what must never be is a job that hangs
 

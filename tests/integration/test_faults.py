@@ -194,7 +194,7 @@ def test_a_crash_of_one_rank_ends_all(assets: Path, undisturbed: Path, tmp_path:
     ended = job.run()
     note("an exception in rank 1", ended)
     assert ended.survivors == [] and ended.code != 0, ended.text
-    assert "a fault of ours" in ended.text
+    assert "a defect of ours" in ended.text
     goes_on(assets, undisturbed, job.run_dir)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run whose ranks mpirun starts. NPROC: processes (default: one for each GPU, 2 where there is none). HOSTFILE: machines
-# in mpirun's own format; then its slots say how many. MPIRUN_ARGS: more options of mpirun. DRY_RUN=1 prints the command.
+# A run whose ranks mpirun starts. NPROC: processes (default: one per GPU, 2 where there is none). HOSTFILE: machines
+# in mpirun's own format, whose slots give the number of processes. MPIRUN_ARGS: more options of mpirun. DRY_RUN=1 prints the command.
 #   bash launchers/mpirun.sh --config configs/demo.yaml [section.field=value ...]
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -10,11 +10,11 @@
 #   bash launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   sbatch --nodes=2 --gpus-per-node=8 launchers/run.sh --config configs/paper.yaml [section.field=value ...]
 # The second one takes the clone's .venv, and NPROC processes (default: one for each GPU, 2 where there is none); the
-# third one goes on in launchers/slurm.sbatch. DRY_RUN=1 prints the command of the last two.
+# third one continues in launchers/slurm.sbatch. DRY_RUN=1 prints the command of the last two.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
-    # SLURM runs a copy of this file from a folder of its own.
+    # SLURM runs a copy of this file from another folder.
     if ! [ -f "$root/launchers/slurm.sbatch" ]; then root=${MEGADISTILL_ROOT:-${SLURM_SUBMIT_DIR:-}}; fi
     if ! [ -f "$root/launchers/slurm.sbatch" ]; then
         echo "launchers/run.sh: submit it from the clone, or set MEGADISTILL_ROOT to the clone" >&2
@@ -32,7 +32,7 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
     NPROC=${NPROC:-2}
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
-# A port of its own: two runs on one machine would meet on deepspeed's fixed one.
+# A free port: two runs on one machine would meet on deepspeed's fixed one.
 port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 set -- deepspeed --log_level warning --master_port "$port" ${NPROC:+--num_gpus "$NPROC"} "$root/launchers/run.sh" "$@"
 if [ -z "${DRY_RUN:-}" ]; then exec "$@"; fi
@@ -44,16 +44,15 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Processes on this machine, as deepspeed, torchrun, Open MPI, MPICH say it.
-LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 def main() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_size = int(next((os.environ[name] for name in LOCAL_SIZES if name in os.environ), "1"))
-    # Before torch is imported: ranks that each take all cores slow each other down many times.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size)))
     sys.path.insert(0, ROOT)
+    from megadistill.launch.launchers import local_size_of
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Before torch is imported: ranks that each take all cores slow each other down many times.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_of(os.environ))))
     from megadistill.cli.main import main as command
 
     sys.exit(command(["train", *sys.argv[1:]]))

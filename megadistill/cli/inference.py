@@ -11,7 +11,8 @@ from megadistill.cli.parsing import ask_hub_only_if_there
 from megadistill.config.schema import ParallelSection
 from megadistill.errors import CheckpointError
 from megadistill.launch.heartbeat import lost_ranks_reported
-from megadistill.launch.world import configure_accelerator, distributed, world_size
+from megadistill.launch.ranks import set_rank_variables
+from megadistill.launch.world import default_device, distributed, name_accelerator
 from megadistill.models.families import head_counts
 from megadistill.models.loading import load_model_config
 from megadistill.parallel.context import ParallelContext
@@ -35,11 +36,12 @@ def model_folder(path: str) -> str:
 @contextmanager
 def inference_context(parallel: ParallelSection, models: dict[str, str]) -> Iterator[ParallelContext]:
     """The processes of a launcher, or this one. ``models`` maps a name for messages to a model's path."""
-    has_cuda = configure_accelerator()
+    name_accelerator()
+    num_ranks = set_rank_variables()
     counts = [n for name, path in models.items() for n in head_counts(load_model_config(path, name), name)]
-    tp_size = resolve_tp_size(parallel.tp_size, world_size(), counts)
-    if world_size() == 1:
-        yield ParallelContext.single("cuda" if has_cuda else "cpu")
+    tp_size = resolve_tp_size(parallel.tp_size, num_ranks, counts)
+    if num_ranks == 1:
+        yield ParallelContext.single(default_device())
         return
     with distributed(parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, parallel.timeout_s, device)

@@ -9,68 +9,74 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megadistill.errors import MegadistillError
+from megadistill.errors import ExitCode, MegadistillError
+from megadistill.launch.launchers import rank_of
 from megadistill.observability.redact import keep_secrets, redact
 
 VERBS = {
     "prepare": "turn instruction data into checked train and validation files",
-    "train": "distil a teacher into a student (what launchers/run.sh starts)",
+    "train": "distill a teacher into a student (what launchers/run.sh starts)",
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",
     "export": "write a checkpoint's student as a Hugging Face folder",
-    "inspect": "say what a checkpoint, a model folder or a run holds, and whether it is whole",
-    "reshard": "cut a checkpoint for another number of processes",
-    "shard": "cut a Hugging Face model into a file for each rank, for fast starts",
-    "verify": "prove that two models say the same, by KL and by greedy tokens",
+    "inspect": "describe a checkpoint, a model folder or a run, and check that it is complete",
+    "reshard": "convert a checkpoint for another number of processes",
+    "shard": "split a Hugging Face model into one file for each rank, for fast starts",
+    "verify": "check that two models agree, by KL and by greedy tokens",
     "merge": "merge a LoRA adapter into its base model",
     "demo": "run the whole job on the built-in corpus and show the result",
-    "study": "repeat the demo over seeds, against SFT of as many updates and as much time",
+    "study": "repeat the demo over seeds, against SFT with as many updates and with as much time",
 }
-# Verbs that stand above this package.
+# Verbs of higher floors than this package's.
 _MODULES = {"demo": "megadistill.demo.run", "study": "megadistill.demo.study"}
 _OTHER_RANKS_WAIT_S = 5.0
-# Of launchers, and of what starts ranks without setting RANK: srun, Open MPI, MPICH.
-_RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, 2 with one line on standard error for what a user can cause, 130 when
-    interrupted. What else goes wrong is raised."""
+    """Runs one verb.
+
+    Args:
+        argv: The verb and its arguments; those of the process by default.
+
+    Returns:
+        An exit code of `ExitCode`, after one line on standard error where the user can mend what is wrong. Everything
+        else that goes wrong is raised.
+    """
     keep_secrets()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
-        return 0 if arguments else 2
+        return ExitCode.DONE if arguments else ExitCode.USER_ERROR
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        _report(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}")
-        return 2
+        hint = f"; did you mean {near[0]}?" if near else ""
+        _print_error(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}")
+        return ExitCode.USER_ERROR
     try:
-        return importlib.import_module(_MODULES.get(verb, f"megadistill.cli.{verb}")).run(rest)
+        code: int = importlib.import_module(_MODULES.get(verb, f"megadistill.cli.{verb}")).run(rest)
+        return code
     except MegadistillError as error:
-        _report(str(error))
+        _print_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _report("interrupted; the same command goes on with what is saved")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        _print_error("interrupted; rerun the same command to resume from what is saved")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return ExitCode.DONE
     except OSError as error:
-        # A file or folder that cannot be read or written; an OSError without a name is a fault of ours.
+        # A file or folder that cannot be read or written; an OSError without a name is a defect of ours.
         if error.filename is None:
             raise
-        _report(f"{error.filename}: {error.strerror}")
-        return MegadistillError.exit_code
+        _print_error(f"{error.filename}: {error.strerror}")
+        return ExitCode.USER_ERROR
 
 
-def _report(message: str) -> None:
-    """One line. Ranks but the first wait before theirs: what all ranks meet is said once, because a launcher ends the
-    others when one leaves; what only this rank meets is said by it."""
-    rank = int(next((os.environ[name] for name in _RANKS if name in os.environ), "0"))
+def _print_error(message: str) -> None:
+    """Prints one line. Ranks other than the first wait before they do: an error that all ranks meet is printed once,
+    because a launcher ends the others when one leaves; an error of this rank alone is still printed."""
+    rank = rank_of(os.environ)
     if rank:
         time.sleep(_OTHER_RANKS_WAIT_S)
     where = f" [rank {rank}]" if rank else ""
@@ -81,8 +87,8 @@ def _help() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
-        "usage: megadistill VERB ...\n\nDistils large language models on DeepSpeed ZeRO-3 and tensor parallelism.\n\n"
-        f"{verbs}\n\nmegadistill VERB --help tells more."
+        "usage: megadistill VERB ...\n\nDistills large language models on DeepSpeed ZeRO-3 and tensor parallelism.\n\n"
+        f"{verbs}\n\nmegadistill VERB --help describes a verb."
     )
 
 

@@ -25,9 +25,9 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
-    from megadistill.launch.world import configure_accelerator
+    from megadistill.launch.world import name_accelerator
 
-    configure_accelerator()  # before anything imports DeepSpeed, which would guess aloud
+    name_accelerator()  # before peft imports DeepSpeed
     from megadistill.checkpoint.merge import merge_adapter
     from megadistill.cli.inference import model_folder
 

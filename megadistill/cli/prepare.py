@@ -15,19 +15,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.parsing import Parser, natural, positive
-from megadistill.data.convert import ConvertedShare, ConvertOptions, convert_share, report_text, write_converted
-from megadistill.data.dataset import FieldNames
-from megadistill.data.prompts import TEMPLATES
-from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, MegadistillError
+from megadistill.launch.launchers import is_mpi_rank
 from megadistill.observability.progress import progress_bar
 from megadistill.observability.redact import redact
 
-# What Open MPI, MPICH and Intel MPI, and PMIx set for every rank they start.
-_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+if TYPE_CHECKING:
+    from megadistill.data.convert import ConvertedShare, ConvertOptions
 
 
 def parser_of() -> Parser:
@@ -42,7 +39,7 @@ def parser_of() -> Parser:
         "--valid", type=natural, default=0, metavar="N", help="rows set aside for validation (default 0)"
     )
     parser.add_argument(
-        "--template", default="alpaca", choices=list(TEMPLATES), help="prompt template (default alpaca)"
+        "--template", default="alpaca", choices=("alpaca", "plain"), help="prompt template (default alpaca)"
     )
     parser.add_argument(
         "--max-prompt-tokens", type=int, default=256, metavar="N", help="leave out longer prompts (256)"
@@ -66,6 +63,9 @@ def parser_of() -> Parser:
 
 
 def options_of(arguments: argparse.Namespace) -> ConvertOptions:
+    from megadistill.data.convert import ConvertOptions
+    from megadistill.data.dataset import FieldNames
+
     return ConvertOptions(
         path=arguments.source,
         fields=FieldNames(arguments.instruction_field, arguments.input_field, arguments.output_field),
@@ -86,7 +86,7 @@ def options_of(arguments: argparse.Namespace) -> ConvertOptions:
 
 def communicator() -> Any | None:
     """MPI's world where a launcher started this process, else None."""
-    if not any(name in os.environ for name in _LAUNCHER_VARIABLES):
+    if not is_mpi_rank(os.environ):
         return None
     try:
         from mpi4py import MPI
@@ -115,6 +115,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
     """This rank's share, or the error that stopped it: errors travel to rank 0 as results do."""
+    from megadistill.data.convert import convert_share
+    from megadistill.data.tokenize import load_tokenizer
+
     try:
         tokenizer = load_tokenizer(parsed.tokenizer)
         bar = partial(progress_bar, description="checking rows", unit="batch", rank=rank)
@@ -125,6 +128,8 @@ def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | 
 
 def finish(outcomes: Sequence[ConvertedShare | MegadistillError], parsed: argparse.Namespace) -> int:
     """Writes the files and prints the report; raises the first rank's error."""
+    from megadistill.data.convert import report_text, write_converted
+
     shares = []
     for outcome in outcomes:
         if isinstance(outcome, MegadistillError):

@@ -85,9 +85,9 @@ def _nats(text: str) -> float:
 
 def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]:
     """The comparison (None where tokenizers already differ), and a difference beside those in its numbers."""
-    from megadistill.launch.world import configure_accelerator
+    from megadistill.launch.world import default_device
 
-    device = "cuda" if configure_accelerator() else "cpu"  # before anything imports DeepSpeed, which would guess aloud
+    device = default_device()
     from megadistill.cli.inference import model_folder
     from megadistill.data.tokenize import vocabulary_size
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows

@@ -18,30 +18,12 @@ from pathlib import Path
 
 from megadistill.config.schema import RunConfig
 from megadistill.errors import ConfigError, DataError
+from megadistill.launch.launchers import rank_of, without_ranks
 from megadistill.observability.redact import redact
 
 _ROOT = Path("runs/assets")
 _FAILED = "failed"
 _POLL_S = 0.5
-# Variables by which a launcher tells a process its rank: a fine-tuning run of one process must not see them.
-_RANK_VARIABLES = [
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "CROSS_RANK",
-    "CROSS_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-    "LOCAL_WORLD_SIZE",
-    "ROLE_RANK",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_USE_AGENT_STORE",
-    "SLURM_STEP_NUM_TASKS",
-    "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE",
-]
 
 
 def assets_folder(name: str, seed: int) -> Path:
@@ -57,7 +39,7 @@ def ensure_assets(config: RunConfig) -> None:
     if config.run.prepare == "none":
         return
     folder = assets_folder(config.run.prepare, config.run.seed)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if rank_of(os.environ) == 0:
         (folder / _FAILED).unlink(missing_ok=True)
         try:
             make_assets(config.run.prepare, config.run.seed)
@@ -173,8 +155,7 @@ def write_stage(path: Path, header: str, tree: dict[str, object]) -> None:
 def run_alone(arguments: list[str]) -> None:
     """``megadistill`` in a process of its own, outside any launcher, on all cores. Raises ConfigError when it fails."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-    environment["OMP_NUM_THREADS"] = str(cores)
+    environment = without_ranks(os.environ) | {"OMP_NUM_THREADS": str(cores)}
     done = subprocess.run([sys.executable, "-m", "megadistill", *arguments], env=environment, check=False)
     if done.returncode:
         raise ConfigError(f"megadistill {' '.join(arguments)} ended with exit code {done.returncode}")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from megadistill.decoding.decoder import PlanDecoder
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
-from megadistill.engines.teacher import frozen_model
 from megadistill.models.loading import load_model, whole_model
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard
@@ -25,12 +24,14 @@ def open_model(
     seed: int = 0,
     where: str = "model",
 ) -> Iterator[PlanDecoder | HFDecoder]:
-    """A Decoder with ``read`` and ``head`` for scoring. DeepSpeed is needed only where there are several ranks."""
+    """A Decoder with ``read`` and ``head`` for scoring. DeepSpeed is imported only where there are several ranks."""
     loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
     if context.world_size == 1:
         model = whole_model(loaded).to(context.device).eval().requires_grad_(False)
         shard = VocabShard(0, vocab_size, vocab_size, None)
         yield make_decoder(model, loaded.family.plan(model), shard, context.device)
         return
+    from megadistill.engines.teacher import frozen_model
+
     with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).decoder() as writer:
         yield writer

@@ -1,8 +1,8 @@
-"""Who is still there: every rank gives a sign once a second, so that a rank whose collective fails can say whom it
-waited for.
+"""Which ranks are alive: every rank writes a beat once a second, so that a rank whose collective fails can name the
+ranks that it waited for.
 
-The signs go through the store that the ranks met at. They hold a counter, the step, and the place in the code that the
-rank's main thread is at (sampled, so nothing else has to report).
+Beats go through the store that the ranks met at. A beat is a counter, the step, and the place in the code that the
+rank's main thread is at (sampled, so that nothing else has to report it).
 """
 
 from __future__ import annotations
@@ -20,66 +20,70 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megadistill.errors import MegadistillError
+from megadistill.errors import ExitCode, MegadistillError
 from megadistill.parallel.context import ParallelContext
 
-LOST = 87  # exit code of a rank whose collective failed because another rank is gone or gives no sign
 _EVERY_S, _LISTEN_S, _STORE_S = 1.0, 4.0, 10.0
-_NO_SIGN = {"count": 0, "step": 0, "place": "not begun", "host": "an unknown host"}
+_NO_BEAT = {"count": 0, "step": 0, "place": "not started", "host": "an unknown host"}
 _PACKAGE = f"{os.sep}megadistill{os.sep}"
 
 
 class Heartbeat:
-    """This rank's signs. ``step``: the step that it is in, set by the loop."""
+    """Writes this rank's beats from a thread.
+
+    Attributes:
+        step: The step that the rank is in, counted from 0; the loop sets it.
+    """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
         self.step = 0
         self._rank, self._world_size, self._main = rank, world_size, threading.main_thread().ident
         self._done = threading.Event()
-        # Connections of their own: the main thread may be using the other one, for as long as it likes.
-        self._sending, self._asking = store.clone(), store.clone()
-        for connection in (self._sending, self._asking):
+        # Separate connections: the main thread may block on its own for minutes.
+        self._sending, self._reading = store.clone(), store.clone()
+        for connection in (self._sending, self._reading):
             connection.set_timeout(timedelta(seconds=_STORE_S))
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._thread.start()
 
     def stop(self) -> None:
-        """No more signs."""
+        """Ends the beats."""
         self._done.set()
 
     def describe_lost_ranks(self) -> str:
-        """Which ranks give no sign and where they were last (listens for some seconds)."""
+        """Which ranks have no beat, and where they last were; takes `_LISTEN_S` seconds."""
         try:
-            before = self._signs()
+            before = self._beats()
             time.sleep(_LISTEN_S)
-            after = self._signs()
+            after = self._beats()
         except Exception:  # the store is gone, and with it the rank that kept it
-            return "rank 0, where the ranks meet, gives no sign: it is dead or stopped"
+            return "rank 0, where the ranks meet, does not respond: it is dead or stopped"
         silent = [r for r in range(self._world_size) if r != self._rank and before[r]["count"] == after[r]["count"]]
         if silent:
-            names = ", ".join(_shown(rank, after[rank]) for rank in silent)
-            return f"{names}: no sign of life, dead or stopped"
+            names = ", ".join(_describe(rank, after[rank]) for rank in silent)
+            return f"no sign of life from {names}: dead or stopped"
         behind = min(range(self._world_size), key=lambda rank: after[rank]["step"])
         return (
-            f"all ranks are alive, the slowest is {_shown(behind, after[behind])}; parallel.timeout_s may be too short"
+            f"all ranks are alive, the slowest is {_describe(behind, after[behind])}; "
+            "parallel.timeout_s may be too short"
         )
 
     def _run(self) -> None:
         count = 0
         while True:
             count += 1
-            sign = {"count": count, "step": self.step, "place": self._place(), "host": os.uname().nodename}
+            beat = {"count": count, "step": self.step, "place": self._place(), "host": os.uname().nodename}
             try:
-                self._sending.set(f"megadistill/sign/{self._rank}", json.dumps(sign))
+                self._sending.set(_key(self._rank), json.dumps(beat))
             except Exception:
-                return  # rank 0 is gone: the next collective will say so
+                return  # rank 0 is gone: the next collective will fail
             if self._done.wait(_EVERY_S):
                 return
 
-    def _signs(self) -> list[dict[str, Any]]:
-        keys = [f"megadistill/sign/{rank}" for rank in range(self._world_size)]
-        # Asking for a sign that was never given would wait for it.
-        return [json.loads(self._asking.get(key)) if self._asking.check([key]) else _NO_SIGN for key in keys]
+    def _beats(self) -> list[dict[str, Any]]:
+        keys = [_key(rank) for rank in range(self._world_size)]
+        # Reading a key that was never set would wait for it.
+        return [json.loads(self._reading.get(key)) if self._reading.check([key]) else _NO_BEAT for key in keys]
 
     def _place(self) -> str:
         frame = sys._current_frames().get(self._main or 0)
@@ -88,8 +92,12 @@ class Heartbeat:
 
 @contextmanager
 def lost_ranks_reported(context: ParallelContext) -> Iterator[Heartbeat | None]:
-    """Inside, a failed collective ends this process with one line, which names the ranks that gave no sign, and exit
-    code 87. Yields None in a world of one."""
+    """While entered, a collective that fails ends this process with one line, which names the ranks that do not
+    respond, and `ExitCode.LOST_RANKS`.
+
+    Yields:
+        This rank's heartbeat; None in a world of one.
+    """
     if context.world_size == 1:
         yield None
         return
@@ -104,20 +112,20 @@ def lost_ranks_reported(context: ParallelContext) -> Iterator[Heartbeat | None]:
             raise
         where = _innermost(lost.__traceback__)
         line = (
-            f"megadistill [rank {context.rank}]: in step {heartbeat.step + 1}, {where}: the other ranks did not answer "
+            f"megadistill [rank {context.rank}]: in step {heartbeat.step + 1}, {where}: a collective failed "
             f"(parallel.timeout_s={context.timeout_s:g}): {heartbeat.describe_lost_ranks()}"
         )
         print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        # Taking process groups down would wait for ranks that are gone.
-        os._exit(LOST)
+        # Destroying the process groups would wait for ranks that are gone.
+        os._exit(ExitCode.LOST_RANKS)
     finally:
         heartbeat.stop()
 
 
 def lost_connection(error: BaseException | None) -> BaseException | None:
-    """The error of a collective that failed because of another rank, among an error and those that led to it (what
-    cleans up behind it fails, too). The backends raise plain RuntimeErrors."""
+    """The error of a collective that failed because of another rank, among ``error`` and those that led to it (clean-up
+    after it fails, too); None where there is none. The backends raise plain RuntimeErrors."""
     while error is not None:
         text = str(error)
         if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or (
@@ -128,13 +136,17 @@ def lost_connection(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def _shown(rank: int, sign: dict[str, Any]) -> str:
-    return f"rank {rank} on {sign['host']} (in step {sign['step'] + 1}, {sign['place']})"
+def _key(rank: int) -> str:
+    return f"megadistill/beat/{rank}"
+
+
+def _describe(rank: int, beat: dict[str, Any]) -> str:
+    return f"rank {rank} on {beat['host']} (in step {beat['step'] + 1}, {beat['place']})"
 
 
 def _innermost(where: FrameType | TracebackType | None) -> str:
     """The innermost function of the project in a stack, as file:function."""
-    found = "outside of megadistill"
+    found = "outside megadistill"
     if isinstance(where, FrameType):
         frame: FrameType | None = where
         while frame is not None:

@@ -7,19 +7,17 @@ from collections.abc import Callable, Mapping
 
 from megadistill.errors import TopologyError
 
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI
 
-
-def mpi_variables(environment: Mapping[str, str], free_port: Callable[[], int]) -> dict[str, str]:
-    """What a launcher would have set, for one of several ranks of mpirun; empty for any other process.
+def mpi_variables(size: int, environment: Mapping[str, str], free_port: Callable[[], int]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT of one of ``size`` > 1 ranks.
 
     Collective over MPI's world. Rank 0's MASTER_ADDR and MASTER_PORT hold for all; where it has none, 127.0.0.1 when
-    all ranks are on its host, else its host name, and a port that is free there. MPI is initialised for this alone and
-    finalised again: a rank that fails must not wait for the others in MPI_Finalize.
+    all ranks are on its host, else its host name, and a port that is free there. MPI is initialized for this alone and
+    finalized again: a rank that fails must not wait for the others in MPI_Finalize.
+
+    Raises:
+        TopologyError: mpi4py is missing, or uses another MPI than this mpirun's.
     """
-    size = next((int(environment[name]) for name in _SIZES if name in environment), 1)
-    if "RANK" in environment or size < 2:
-        return {}
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and libmpi is not
@@ -31,7 +29,7 @@ def mpi_variables(environment: Mapping[str, str], free_port: Callable[[], int]) 
         )
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     own_address = "127.0.0.1" if host.size == size else socket.gethostname()
-    meeting = world.bcast(
+    meeting_point = world.bcast(
         {
             "MASTER_ADDR": environment.get("MASTER_ADDR", own_address),
             "MASTER_PORT": environment.get("MASTER_PORT") or str(free_port()),
@@ -42,4 +40,4 @@ def mpi_variables(environment: Mapping[str, str], free_port: Callable[[], int]) 
     place = {"RANK": world.rank, "WORLD_SIZE": size, "LOCAL_RANK": host.rank, "LOCAL_SIZE": host.size}
     host.Free()
     MPI.Finalize()
-    return {name: str(number) for name, number in place.items()} | meeting
+    return {name: str(number) for name, number in place.items()} | meeting_point

@@ -1,7 +1,7 @@
-"""Where ranks meet: on the address that MASTER_ADDR names and no other.
+"""Where ranks meet: on the address that MASTER_ADDR names, and on no other.
 
 torch's store listens on all addresses of rank 0's machine, and gloo on the one of the host's name: whoever reaches them
-could take part in a run. Here a run on one machine is on the loopback address, whatever the machine is connected to.
+could take part in a run. Here a run on one machine uses the loopback address, whatever the machine is connected to.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from megadistill.errors import TopologyError
 
 
 def meeting_store(timeout: timedelta) -> torch.distributed.Store | None:
-    """The store of the world in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, once all ranks are there.
+    """The store of the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, once all ranks have joined.
 
-    None under torchrun, whose agent has a store already. Raises TopologyError on rank 0 when it cannot listen.
+    Returns:
+        The store; None under torchrun, whose agent has one already.
+
+    Raises:
+        TopologyError: Rank 0 cannot listen there.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
@@ -34,16 +38,17 @@ def meeting_store(timeout: timedelta) -> torch.distributed.Store | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address of ``host``; on all addresses only where that is none of this machine's, or
-    is the loopback address to this machine alone (Debian gives its own name 127.0.1.1).
+    """A socket that listens on the address of ``host``; on all addresses only where it is not one of this machine's, or
+    is the loopback address to this machine alone (Debian gives a machine's own name 127.0.1.1).
 
-    Raises TopologyError when the name or the port is no good.
+    Raises:
+        TopologyError: The name or the port cannot be used.
     """
     try:
-        found = [
+        addresses = [
             (family, address) for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         ]
-        for family, address in found:
+        for family, address in addresses:
             if is_loopback(str(address[0])) and not is_loopback(host):
                 continue
             try:
@@ -51,7 +56,7 @@ def listen(host: str, port: int) -> socket.socket:
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-        has_ipv4 = any(family == socket.AF_INET for family, _ in found)
+        has_ipv4 = any(family == socket.AF_INET for family, _ in addresses)
         return socket.create_server(("", port), family=socket.AF_INET if has_ipv4 else socket.AF_INET6)
     except OSError as error:
         raise TopologyError(f"rank 0 cannot listen on {host} port {port}: {error.strerror}") from None
@@ -66,21 +71,20 @@ def is_loopback(host: str) -> bool:
 
 
 def name_interfaces(host: str) -> dict[str, str]:
-    """The variables that keep gloo's and NCCL's sockets on the way to ``host``, for those that are not set.
+    """The variables, of those that are not set, that keep gloo's and NCCL's sockets on the interface towards ``host``.
 
-    NCCL chooses better by itself, but on a machine alone it should stay on the loopback interface.
+    NCCL chooses better by itself, except that on one machine it should stay on the loopback interface.
     """
-    found = {}
     interface = interface_towards("127.0.0.1" if is_loopback(host) else host)
-    if interface is not None:
-        names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if is_loopback(host) else [])]
-        found = {name: interface for name in names if name not in os.environ}
-    return found
+    if interface is None:
+        return {}
+    names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if is_loopback(host) else [])]
+    return {name: interface for name in names if name not in os.environ}
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface whose address this machine uses towards ``host``; None where it has no such. Sends
-    nothing: connecting a datagram socket only looks the way up."""
+    """The network interface whose address this machine uses towards ``host``; None where there is none. Sends nothing:
+    connecting a datagram socket only looks up the route."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

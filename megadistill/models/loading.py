@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megadistill.errors import ConfigError, first_line
+from megadistill.launch.launchers import rank_of
 from megadistill.models.families import Family, family_of
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
@@ -140,7 +141,7 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     elif has_weights(path):
         model = load_weights(path, where, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
     else:
-        get_logger(int(os.environ.get("RANK", "0"))).info(f"{where}: {path} has no weights; random ones are made")
+        get_logger(rank_of(os.environ)).info(f"{where}: {path} has no weights; random ones are made")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)

@@ -1,13 +1,14 @@
-"""One writer a place: a lock that ends with its process, however that dies."""
+"""One writer for each place: a lock that ends with its process, however the process ends."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import lock_descriptor
 
 from megadistill.errors import ConfigError
 
@@ -15,19 +16,21 @@ from megadistill.errors import ConfigError
 def try_lock(file: IO[Any]) -> bool:
     """Whether this process now holds the open file until it closes it; True too where the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return lock_descriptor(file.fileno(), blocking=False)
     except OSError:
-        pass
-    return True
+        return True
 
 
 @contextmanager
 def exclusive_lock(path: Path, what: str) -> Iterator[None]:
-    """Holds ``path`` (made if need be) for this process.
+    """Holds ``path`` (made if need be) for this process; the file stays, with the last holder's name in it.
 
-    Raises ConfigError when another process holds it; a file system without locks is no reason to stop.
+    Args:
+        path: The lock file.
+        what: What it protects, for the error.
+
+    Raises:
+        ConfigError: Another process holds it. A file system without locks is not a reason to stop.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadistill.launch.heartbeat import LOST, Heartbeat, lost_connection
+from megadistill.errors import ExitCode
+from megadistill.launch.heartbeat import Heartbeat, lost_connection
 from megadistill.parallel.context import ParallelContext
 from tests.support.runs import ROOT, free_port
 from tests.support.spawn import run_ranks
@@ -72,12 +73,12 @@ def test_the_silent_rank_is_named() -> None:
     try:
         beats[2].stop()
         time.sleep(1.5)
-        line = beats[0].lost()
-        assert line.startswith("rank 2 on ") and "no sign of life" in line and "rank 1" not in line
+        line = beats[0].describe_lost_ranks()
+        assert "no sign of life from rank 2 on " in line and "rank 1" not in line
         beats[2] = Heartbeat(store, 2, 3)
         beats[0].step = beats[2].step = 8
         time.sleep(1.5)
-        assert "all ranks are alive, the slowest is rank 1 on " in beats[0].lost()
+        assert "all ranks are alive, the slowest is rank 1 on " in beats[0].describe_lost_ranks()
     finally:
         for beat in beats:
             beat.stop()
@@ -115,5 +116,5 @@ def test_one_line_and_an_exit_code(how: str, words: str) -> None:
     _, told = ranks[0].communicate(timeout=120)
     ranks[1].communicate(timeout=120)
     line = told.strip().splitlines()[-1]
-    assert ranks[0].returncode == LOST, told
+    assert ranks[0].returncode == ExitCode.LOST_RANKS, told
     assert line.startswith("megadistill [rank 0]: in step 5, parallel/context.py:sum_over_dp: ") and words in line

@@ -174,7 +174,7 @@ def test_shares_that_leave_no_row(refused: Callable[..., str]) -> None:
 
 def test_verbs_and_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["trian"]) == 2
-    assert "nearest: train" in capsys.readouterr().err
+    assert "did you mean train?" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "--config" in capsys.readouterr().err
     assert main(["train", "--config", str(tmp_path / "no.yaml")]) == 2

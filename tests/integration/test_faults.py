@@ -17,10 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megadistill.errors import ExitCode
 from tests.support.launched import alive, launch
 from tests.support.runs import ROOT, losses, run_layout, samples, settings
 
-LOST, STOPPED = 87, 85
+LOST, STOPPED = ExitCode.LOST_RANKS, ExitCode.STOPPED
 STEPS = 6
 LIMIT_S = 300  # generous: what must never be is a job that hangs
 
@@ -193,7 +194,7 @@ def test_a_crash_of_one_rank_ends_all(assets: Path, undisturbed: Path, tmp_path:
     ended = job.run()
     note("an exception in rank 1", ended)
     assert ended.survivors == [] and ended.code != 0, ended.text
-    assert "a fault of ours" in ended.text
+    assert "a defect of ours" in ended.text
     goes_on(assets, undisturbed, job.run_dir)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megadistill.errors import ExitCode
 from tests.support.launched import alive, launch
 from tests.support.runs import ROOT, run_layout, samples, settings
 
-STOPPED = 85
+STOPPED = ExitCode.STOPPED
 
 
 class Run:

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megadistill.launch.launchers import without_ranks
 from tests.support.runs import ROOT, free_port
 
 SLURM_CONF = Path(__file__).parent / "slurm.conf.in"
@@ -38,8 +39,11 @@ def need(*programs: str, root: bool = False) -> None:
 
 def environment(**more: str) -> dict[str, str]:
     """For launched runs: no rank or job of anybody else, one thread each, and Open MPI as root in a container."""
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", "DRY_RUN")
-    inherited = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith(("SLURM_", "OMPI_"))}
+    inherited = {
+        name: value
+        for name, value in without_ranks(os.environ).items()
+        if name not in ("NPROC", "DRY_RUN") and not name.startswith(("SLURM_", "OMPI_"))
+    }
     settled = {"PATH": PATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return inherited | settled | as_root | more

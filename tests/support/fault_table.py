@@ -10,13 +10,15 @@ import json
 import sys
 from pathlib import Path
 
+from megadistill.errors import ExitCode
+
 MEANINGS = {
-    0: "done",
-    1: "a fault of ours: traceback",
-    2: "one line of what is wrong",
-    85: "stopped and saved",
-    87: "lost a rank: one line names it",
-    247: "DeepSpeed's word for SIGKILL of a rank; the other says 87",
+    ExitCode.DONE: "done",
+    1: "a defect: traceback",
+    ExitCode.USER_ERROR: "an error; one line describes it",
+    ExitCode.STOPPED: "stopped, with a checkpoint",
+    ExitCode.LOST_RANKS: "a rank was lost; one line names it",
+    247: "DeepSpeed's code for a rank ended by SIGKILL; the other rank exits with 87",
 }
 
 
@@ -26,7 +28,7 @@ def main() -> None:
     for line in lines:
         meaning = MEANINGS.get(line["code"], "")
         if "launcher" in line["fault"]:
-            meaning = "that of DeepSpeed's runner; the ranks stopped and saved"
+            meaning = "DeepSpeed's runner's own code; the ranks saved and stopped"
         print(f"| {line['fault']} | {line['seconds']} | {line['code']} | {meaning} |")
 
 

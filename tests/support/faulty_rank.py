@@ -1,9 +1,9 @@
-"""A rank of a launcher that does `megadistill train` and, at one place of one step, something bad.
+"""A rank of a launcher that runs `megadistill train` and, at one place of one step, misbehaves.
 
     FAULT=PLACE:STEP:RANK:ACTION  deepspeed ... tests/support/faulty_rank.py --config FILE ...
 
-The place is hit from inside, so a test does not have to guess when it is reached. Every rank first writes its process
-number to FAULT_DIR/rank_N; the one that the fault is for writes FAULT_DIR/hit just before it acts.
+The fault happens inside the program, so that a test need not guess when the place is reached. Every rank first writes
+its process number to FAULT_DIR/rank_N; the one that the fault is for writes FAULT_DIR/hit just before it acts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path[0] = str(ROOT)  # instead of this folder, whose modules have names of l
 # Where the places are: module, attribute (of a class, with a dot).
 PLACES = {
     "start": ("megadistill.training.setup", "build_components"),
-    "rollout": ("megadistill.training.step", "write_and_revise"),
+    "rollout": ("megadistill.generation.sources.on_policy", "OnPolicy.samples"),
     "backward": ("megadistill.engines.student", "Student.backward"),
     "save": ("megadistill.checkpoint.writer", "write_shard"),
     "commit": ("megadistill.checkpoint.writer", "write_manifest"),
@@ -31,7 +31,7 @@ PLACES = {
 
 
 def act(action: str, folder: Path) -> None:
-    """Does the bad thing."""
+    """Makes the fault."""
     (folder / "hit").write_text(str(time.time()))
     name, _, argument = action.partition("=")
     if name == "kill":
@@ -45,13 +45,13 @@ def act(action: str, folder: Path) -> None:
     elif name == "full_disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif name == "crash":
-        raise ValueError("a fault of ours")
+        raise ValueError("a defect of ours")
     else:
         raise AssertionError(f"unknown action {action}")
 
 
 def arm(place: str, step: int, action: str, folder: Path) -> None:
-    """Wraps the function at ``place``: its call number ``step`` (1, 2, ...) does the bad thing first."""
+    """Wraps the function at ``place``: its call number ``step`` (1, 2, ...) makes the fault first."""
     import importlib
 
     module_name, path = PLACES[place]

@@ -100,6 +100,7 @@ def test_run_from_python_is_the_train_verb(clone: Path) -> None:
     command = clone / "megadistill/cli/main.py"
     command.parent.mkdir(parents=True)
     (clone / "megadistill/__init__.py").touch()
+    shutil.copytree(ROOT / "megadistill/launch", clone / "megadistill/launch")
     command.write_text(
         "import os\n\n\ndef main(words):\n    print(words, os.environ['OMP_NUM_THREADS'])\n    return len(words)\n"
     )

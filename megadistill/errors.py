@@ -1,10 +1,42 @@
-"""What a user can cause: the command line prints the message as one line and exits with `exit_code`."""
+"""The errors that a user can cause, and the exit codes of a process."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Every exit code that a process of the project ends with on purpose. ``meaning`` is the documented one."""
+
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, value)
+        member._value_, member.meaning = value, meaning
+        return member
+
+    DONE = 0, "done"
+    USER_ERROR = 2, "an error that the user can mend; one line describes it"
+    STOPPED = 85, "stopped by a signal, with a checkpoint: rerun the same command to resume"
+    ORPHANED = 86, "the launcher died, and the step could not be finished within `train.stop_grace_s`"
+    LOST_RANKS = 87, "another rank died or did not answer within `parallel.timeout_s`; one line names it"
+    INTERRUPTED = 130, "Ctrl-C outside of training"  # as shells report it: 128 + SIGINT
 
 
 class MegadistillError(Exception):
-    """Base of the errors that carry one clear line: what is wrong, where, what is allowed, the nearest valid choice."""
+    """Base of the errors that carry one clear line: what is wrong, where, what is allowed, the nearest valid choice.
 
-    exit_code = 2
+    Args:
+        message: The line.
+        setting: The dotted configuration key that the error is about (several: "a.b, c.d"). Only the command line
+            turns it into words, because each verb has other names for it; ``str(error)`` does not contain it.
+    """
+
+    exit_code = ExitCode.USER_ERROR
+
+    def __init__(self, message: str = "", *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class ConfigError(MegadistillError):

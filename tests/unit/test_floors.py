@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megadistill"
 FLOORS = {
     "errors": 0,
+    "files": 0,
     "config": 1,
     "observability": 1,
     "parallel": 2,

@@ -79,7 +79,9 @@ def reason_of(error: OSError) -> str:
 
 
 @contextmanager
-def os_errors_as(kind: Callable[[str], Exception], what: str | Path, problem: str = "cannot be written") -> Iterator[None]:
+def os_errors_as(
+    kind: Callable[[str], Exception], what: str | Path, problem: str = "cannot be written"
+) -> Iterator[None]:
     """Turns an OSError of the block into one line: "WHAT PROBLEM: REASON".
 
     Args:
@@ -100,7 +102,7 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
-    """The hint that ends a message about an unknown name: "; did you mean X?", or nothing where no candidate is near."""
+    """The end of a message about an unknown name: "; did you mean X?", or nothing where no candidate is near."""
     close = nearest(name, candidates, cutoff)
     return "" if close is None else f"; did you mean {close}?"
 

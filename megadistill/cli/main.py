@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 
+from megadistill.cli.settings import line_of
 from megadistill.errors import MegadistillError
+from megadistill.files import did_you_mean, reason_of
 from megadistill.observability.redact import keep_secrets, redact
 
 VERBS = {
@@ -44,14 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        _report(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}")
+        _report(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{did_you_mean(verb, VERBS)}")
         return 2
     try:
         return importlib.import_module(_MODULES.get(verb, f"megadistill.cli.{verb}")).run(rest)
     except MegadistillError as error:
-        _report(str(error))
+        _report(line_of(error, verb))
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted; the same command goes on with what is saved")
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A file or folder that cannot be read or written; an OSError without a name is a fault of ours.
         if error.filename is None:
             raise
-        _report(f"{error.filename}: {error.strerror}")
+        _report(f"{error.filename}: {reason_of(error)}")
         return MegadistillError.exit_code
 
 

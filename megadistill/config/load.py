@@ -137,7 +137,7 @@ def _checked(source: str, layer: dict[Any, Any]) -> Tree:
             raise ConfigError(f"{source}: {key}={_show(value)}: is a section; its keys are {names}")
         if isinstance(value, str) and _RESOLVER.search(value):
             raise ConfigError(
-                f"{source}: {key}={_show(value)}: only ${{section.field}} is resolved; environment variables are not read"
+                f"{source}: {key}={_show(value)}: only ${{section.field}} works; environment variables are not read"
             )
         if get_origin(field.annotation) is tuple and not isinstance(value, list) and "${" not in str(value):
             raise ConfigError(f"{source}: {key}={_show(value)}: must be {allowed(field)}")

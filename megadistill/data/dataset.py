@@ -202,9 +202,7 @@ def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: invalid UTF-8; the rows of a JSON list cannot be skipped one by one"
-        ) from None
+        raise DataError(f"{path}:{line}: invalid UTF-8; the rows of a JSON list cannot be skipped one by one") from None
     if not text.lstrip().startswith("["):
         yield from _jsonl_rows(path, fields)
         return

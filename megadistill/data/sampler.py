@@ -47,9 +47,7 @@ class BatchSampler:
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
-            raise ConfigError(
-                f"a global batch of {self.global_batch_size} rows; at least 1 is needed", setting=_BATCH
-            )
+            raise ConfigError(f"a global batch of {self.global_batch_size} rows; at least 1 is needed", setting=_BATCH)
         if not 0.0 <= self.prompts_ratio <= 1.0:
             raise ConfigError(f"a ratio of prompts of {self.prompts_ratio} is not between 0 and 1", setting=_RATIO)
         if not 0 <= self.dp_rank < self.dp_size or self.global_batch_size % self.dp_size:

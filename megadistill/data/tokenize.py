@@ -148,9 +148,9 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     """Ids of each text without special tokens; "</s>" in a data file is text, never the control token."""
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -302,7 +302,7 @@ def assert_same_vocabulary(
     probe = "The 3 quick foxes didn't jump;\n  naïve Größe — 你好, мир 🙂 for(i=0;i<10;++i){}"
     if tokenizer_a(probe)["input_ids"] != tokenizer_b(probe)["input_ids"]:
         raise ConfigError(
-            f"{name_a} and {name_b} have the same tokens but tokenize the same text differently: use one tokenizer for both"
+            f"{name_a} and {name_b} have the same tokens but tokenize the same text differently: use one for both"
         )
 
 

@@ -119,8 +119,8 @@ def _num_processes() -> int:
 
 def evaluate_once(config: Any, models: dict[str, str], output: Path) -> dict[str, Any]:
     """Evaluates in this process on all cores, or reads what an earlier evaluation of the same models wrote."""
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.cli.evaluate import evaluate_models
-    from megadistill.cli.inference import model_folder
     from megadistill.evaluation.report import write_json
 
     folders = {name: model_folder(path) for name, path in models.items()}

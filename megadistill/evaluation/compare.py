@@ -24,7 +24,7 @@ from megadistill.errors import DataError
 from megadistill.files import os_errors_as
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Largest KL, in nats, of two models that count as the same. A bf16 logit has 8 bits: the same weights with another
 # order of summation differ by this much.
@@ -71,7 +71,7 @@ class Comparison:
     greedy: tuple[GreedyText, ...]
 
     def difference(self, tolerance: float) -> str | None:
-        """Where the models differ, in one line; None where no KL exceeds ``tolerance``. A NaN counts as a difference."""
+        """Where the models differ, in one line; None where no KL exceeds ``tolerance``. NaN counts as more."""
         if not self.max_kl <= tolerance:
             return f"row {self.max_row}, position {self.max_position}: KL {self.max_kl:.3g} is over {tolerance:g} nats"
         for text in self.greedy:
@@ -143,8 +143,8 @@ def prompts_of(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
 
 @torch.no_grad()
 def compare_models(
-    model_a: nn.Module,
-    model_b: nn.Module,
+    model_a: PreTrainedModel,
+    model_b: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     *,
     num_greedy: int,
@@ -210,7 +210,7 @@ def _differences(logits_a: torch.Tensor, logits_b: torch.Tensor) -> tuple[torch.
 
 
 def _compare_greedy(
-    model_a: nn.Module, model_b: nn.Module, row: int, prompt: Sequence[int], num_tokens: int
+    model_a: PreTrainedModel, model_b: PreTrainedModel, row: int, prompt: Sequence[int], num_tokens: int
 ) -> GreedyText:
     (tokens_a, logits_a), (tokens_b, logits_b) = (_write(model, prompt, num_tokens) for model in (model_a, model_b))
     pairs = enumerate(zip(tokens_a, tokens_b, strict=True))

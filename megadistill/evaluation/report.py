@@ -72,7 +72,7 @@ def summarize(scores: Sequence[RougeScores]) -> Summary:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain table, first column left-aligned, the others right-aligned; None is shown as -, floats with two places."""
+    """A plain table: first column left-aligned, the others right-aligned; None is -, floats have two places."""
     cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
     assert all(len(row) == len(header) for row in cells), "every row needs a cell for every column"
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]

@@ -136,9 +136,7 @@ def load_eval_set(
     return eval_set
 
 
-def run_suite(
-    eval_set: EvalSet, generate: Generate, *, seeds: Sequence[int], greedy: bool = True
-) -> SuiteResult:
+def run_suite(eval_set: EvalSet, generate: Generate, *, seeds: Sequence[int], greedy: bool = True) -> SuiteResult:
     """Generates answers with every seed (and once greedily), and scores them.
 
     `generate` is called in the same order on every rank and must return the texts of all rows on each.

@@ -38,7 +38,9 @@ def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = Non
     middle.plot(steps, values, marker="o", label="student")
     if baseline_nll is not None:
         middle.axhline(baseline_nll, linestyle="--", color="grey", label="SFT student (test rows)")
-    middle.set(title="references of the validation rows", xlabel="step", ylabel="negative log-likelihood, nats per token")
+    middle.set(
+        title="references of the validation rows", xlabel="step", ylabel="negative log-likelihood, nats per token"
+    )
     middle.set_ylim(bottom=0)
     middle.legend()
     steps, values = _series(records, "kept_mass")

@@ -53,7 +53,9 @@ def progress_bar(
     common["initial"] = initial  # what an earlier run has done
     if stream.isatty() and _columns(stream) > 0:
         return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
-    layout = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} elapsed, {remaining} remaining{postfix}"
+    layout = (
+        "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} elapsed, {remaining} remaining{postfix}"
+    )
     if total is None and not hasattr(iterable, "__len__"):
         layout = "{desc}: {n_fmt} {unit}, {elapsed} elapsed{postfix}"
     lines: Any = _Lines(stream)

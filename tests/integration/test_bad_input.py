@@ -167,14 +167,14 @@ def test_a_model_that_lacks_weights(refused: Callable[..., str], tmp_path: Path)
 
 def test_shares_that_leave_no_row(refused: Callable[..., str]) -> None:
     line = refused("data.prompts_ratio=0.95", "train.global_batch_size=4")
-    assert "leaves no row of data.train_path" in line
+    assert "leaves no training row" in line and "(see data.prompts_ratio and train.global_batch_size)" in line
     assert "none of its rows would be used" in refused("data.prompts_ratio=0")
     assert "data.train_path is missing" in refused("data.train_path=null")
 
 
 def test_verbs_and_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["trian"]) == 2
-    assert "nearest: train" in capsys.readouterr().err
+    assert "did you mean train?" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "--config" in capsys.readouterr().err
     assert main(["train", "--config", str(tmp_path / "no.yaml")]) == 2

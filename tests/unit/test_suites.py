@@ -49,9 +49,9 @@ def test_loading_counts_what_is_left_out(tmp_path, tokenizer):
     loaded = load_eval_set(path, tokenizer, PLAIN)
     assert (loaded.name, len(loaded.rows), loaded.num_dropped, loaded.num_without_references) == ("my_set", 3, 1, 1)
     assert len(load_eval_set(path, tokenizer, PLAIN, max_rows=1).rows) == 1
-    assert [
-        len(each.references[0].split()) for each in load_eval_set(path, tokenizer, PLAIN, suite="sni").rows
-    ] == [200]
+    assert [len(each.references[0].split()) for each in load_eval_set(path, tokenizer, PLAIN, suite="sni").rows] == [
+        200
+    ]
     path.write_text(path.read_text() + "broken\n")
     with pytest.raises(DataError, match=r"my_set\.jsonl:5"):
         load_eval_set(path, tokenizer, PLAIN)
@@ -74,7 +74,9 @@ def test_empty_sets_are_refused(tmp_path, tokenizer):
 
 
 def test_one_pass_scores_every_seed_and_greedy(tmp_path, tokenizer):
-    eval_set = load_eval_set(write(tmp_path / "a.jsonl", [row(1), row(1), row(1, references=0)]), tokenizer, DataSection())
+    eval_set = load_eval_set(
+        write(tmp_path / "a.jsonl", [row(1), row(1), row(1, references=0)]), tokenizer, DataSection()
+    )
     asked = []
 
     def generate(rows, seed):

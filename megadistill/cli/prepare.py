@@ -65,7 +65,7 @@ def parser_of() -> Parser:
     parser.add_argument("--output-field", default="output", metavar="NAME")
     parser.add_argument("--split", default="train", help="split of a folder or hub data set; default: train")
     parser.add_argument("--config-name", help="configuration of a hub data set")
-    parser.add_argument("--seed", type=natural, default=0, help="draws the validation rows; default: 0")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="draws the validation rows; default: 0")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
     return parser
 

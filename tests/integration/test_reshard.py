@@ -268,7 +268,15 @@ def test_inspect_tells_what_is_there(runs: dict[str, Path], tmp_path: Path) -> N
         return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
 
     told = inspect(runs["gpt2"], "--check", "--tensors").stdout
-    for words in ("step        4", "tp 2 x dp 2, ZeRO-3", "4 updates", "others      step_2", "complete  ", "dimension 1 sharded"):
+    parts = (
+        "step        4",
+        "tp 2 x dp 2, ZeRO-3",
+        "4 updates",
+        "others      step_2",
+        "complete  ",
+        "dimension 1 sharded",
+    )
+    for words in parts:
         assert words in told
     assert "types       BF16" in inspect(runs["qwen2"] / "checkpoints" / "step_2" / "hf").stdout
     broken = tmp_path / "broken"

@@ -61,7 +61,10 @@ def _bound(item: Any) -> str:
     if isinstance(item, annotated_types.MinLen):
         return "that is not empty"
     name = signs.get(type(item))
-    return f"{words[name]} {getattr(item, name):g}" if name else ""
+    if not name:
+        return ""
+    limit = getattr(item, name)
+    return f"{words[name]} {limit if isinstance(limit, int) else format(limit, 'g')}"
 
 
 def nearest_key(unknown: str) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import CheckpointError
-from megadistill.files import write_atomically as write_atomically  # for callers that have not moved to it yet
+from megadistill.files import write_atomically
 from megadistill.observability.progress import progress_bar
 
 MANIFEST = "manifest.json"

@@ -9,7 +9,6 @@ from typing import Any
 
 from megadistill.errors import DataError
 from megadistill.evaluation.rouge import RougeScores
-from megadistill.files import write_json as write_json  # for callers that have not moved to megadistill.files yet
 
 METRICS = ("rouge_l", "exact_match", "distinct_1", "distinct_2")
 

@@ -1,5 +1,4 @@
-"""A partitioned student as a Hugging Face folder: standard names, shapes and layout, so that anything else can load
-it."""
+"""A partitioned student as a Hugging Face folder, with standard names, shapes and layout: any other tool loads it."""
 
 from __future__ import annotations
 
@@ -20,15 +19,15 @@ from megadistill.checkpoint.manifest import (
     new_folder,
     read_manifest,
 )
-from megadistill.data.tokenize import tokenizes_otherwise
 from megadistill.errors import CheckpointError
 from megadistill.models.families import FAMILIES, Family
 from megadistill.models.loading import DTYPES, LoadedModel, is_sharded
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tensors
-from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
 
-if TYPE_CHECKING:  # DeepSpeed, which none of the tools needs
+if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
+    from transformers import PreTrainedTokenizerBase
+
     from megadistill.engines.teacher import PartitionedModel
 
 _MAX_SHARD_BYTES = 4 << 30
@@ -36,11 +35,15 @@ _INDEX = "model.safetensors.index.json"
 
 
 def write_student(
-    shards: ShardReader, student: PartitionedModel, dtype: torch.dtype, folder: Path, tokenizer: Any
+    shards: ShardReader,
+    student: PartitionedModel,
+    dtype: torch.dtype,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes weights (safetensors, cut at 4 GiB), configuration, generation configuration and tokenizer.
+    """Writes weights (safetensors, at most 4 GiB per file), configuration, generation configuration and tokenizer.
 
-    From the files of all ranks: nothing communicates, and at most one file's worth of weights is held in memory.
+    Reads the files of all ranks: nothing communicates, and at most one file's worth of weights is in memory.
     """
     loaded = student.loaded
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,17 +52,15 @@ def write_student(
     write_safetensors(weights, folder)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
-    if tokenizes_otherwise(folder):
-        get_logger().warning(
-            f"{folder}: AutoTokenizer cuts text otherwise than this run did, because it takes its own class for "
-            f"{loaded.config.model_type}; elsewhere load PreTrainedTokenizerFast (megadistill does)"
-        )
 
 
 def write_safetensors(
     tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int | None = None
 ) -> None:
-    """Writes ``model.safetensors``, or numbered files with an index when it would pass ``max_shard_bytes`` (4 GiB)."""
+    """Writes ``model.safetensors``, or numbered files with an index where it would exceed ``max_shard_bytes`` (4 GiB).
+
+    Only the tensors of one file are in memory (``huggingface_hub`` would need all of them at once).
+    """
     limit = max_shard_bytes or _MAX_SHARD_BYTES
     files: list[Path] = []
     weight_map: dict[str, int] = {}
@@ -86,7 +87,7 @@ def write_safetensors(
     for file, name in zip(files, names, strict=True):
         file.replace(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _standard_weights(
@@ -96,8 +97,11 @@ def _standard_weights(
     dtype: torch.dtype,
     removed: Callable[[str, int], torch.Tensor | None],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights in the family's own layout. ``removed(name, number of rows)``: the padded vocabulary rows behind
-    these, which were cut off at loading and never trained; None where there are none."""
+    """Whole weights in the family's own layout.
+
+    ``removed(name, number of rows)``: the padded vocabulary rows after these, which were removed at loading and never
+    trained; None without any.
+    """
     for name in names:
         tensor = shards.whole(MASTER, name)
         tensor = tensor if family.export is None else family.export(name, tensor)
@@ -105,7 +109,9 @@ def _standard_weights(
         yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 
 
-def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder: Path, tokenizer: Any) -> None:
+def _write_configuration(
+    loaded: LoadedModel, student: PartitionedModel, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     from transformers import GenerationConfig
 
     config = copy.deepcopy(loaded.config)
@@ -121,30 +127,36 @@ def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder:
 def export_checkpoint(
     checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, max_shard_bytes: int | None = None
 ) -> Path:
-    """Writes the student of a checkpoint (or of a run's latest one) to ``folder``, checked against its manifest.
+    """Writes the student of a checkpoint to a folder, checked against the manifest. One process, no GPU.
 
-    The weights come from the optimizer's float32 ones: ``dtype`` fp32 loses nothing of them, bf16 rounds them once;
-    default: as they were trained. No file is larger than ``max_shard_bytes`` (4 GiB) unless one tensor is. Raises
-    CheckpointError for a broken checkpoint or a folder that is not empty; nothing is left behind then. Needs no
-    processes and no GPU, and holds one file's worth of weights.
+    Args:
+        checkpoint: A checkpoint, or a run directory: its latest one.
+        folder: Must not exist, or be empty.
+        dtype: The weights come from the optimizer's float32 ones: fp32 keeps them, bf16 rounds them once; default: as
+            they were trained.
+        max_shard_bytes: Largest file (4 GiB) unless one tensor is larger. As much is in memory.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: A damaged checkpoint or a folder that is not empty; nothing is left behind.
     """
     if is_sharded(str(checkpoint)):
-        raise CheckpointError(
-            f"{checkpoint} is a model cut into shards and no checkpoint; take the model it was made from"
-        )
+        raise CheckpointError(f"{checkpoint} is a sharded model, not a checkpoint; use the model that it was made from")
     source, target = find_checkpoint(Path(checkpoint)), Path(folder)
     manifest = read_manifest(source)
     names = [name for name in manifest["files"] if name.startswith((f"{HF_FOLDER}/", f"{STUDENT_FOLDER}/"))]
     if not names:
-        raise CheckpointError(f"{source} holds no exportable model")
+        raise CheckpointError(f"{source} has no model to export")
     check_with_progress(source, manifest, names)
     with new_folder(target) as beside:
         for file in (source / HF_FOLDER).iterdir():
             if file.suffix != ".safetensors" and file.name != _INDEX:
                 shutil.copy2(file, beside)
-        config = json.loads((beside / "config.json").read_text())
+        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")
-        (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
 
         def removed(name: str, count: int) -> torch.Tensor | None:
@@ -159,12 +171,16 @@ def export_checkpoint(
 
 
 def check_export(folder: str | Path) -> None:
-    """Loads an exported folder with plain transformers. Raises CheckpointError when weights are missing or left
-    over."""
+    """Loads an exported folder with transformers alone.
+
+    Raises:
+        CheckpointError: Weights are missing or left over.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(folder)
-    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    _, info = loaded
     wrong = {name: sorted(keys) for name, keys in info.items() if name != "error_msgs" and keys}
     if wrong:
         raise CheckpointError(f"{folder}: transformers reports {wrong}")

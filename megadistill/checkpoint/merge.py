@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base model: one ordinary Hugging Face folder, which needs no peft to be loaded."""
+"""Merges a LoRA adapter into its base model: the result is an ordinary Hugging Face folder, loadable without peft."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from megadistill.checkpoint.hf_export import write_safetensors
 from megadistill.checkpoint.manifest import new_folder
+from megadistill.data.tokenize import TOKENIZER_EXTRAS, TOKENIZER_FILES
 from megadistill.errors import CheckpointError, ConfigError
 from megadistill.models.loading import DTYPES, has_weights, load_model_config, load_weights
 from megadistill.observability.log import get_logger
@@ -21,32 +22,29 @@ from megadistill.observability.progress import progress_bar
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-)
 
 
 def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: str | None = None) -> None:
-    """Writes the model in ``base`` (folder or hub name) with the LoRA adapter of a local folder merged into it.
+    """Writes a model with a LoRA adapter merged into it.
 
-    Every layer is merged in float32 and rounded once, to ``dtype`` fp32 or bf16 (default: the base's own type). The
-    model is held in its own type. A head tied to the embedding is written untied where the adapter changed one of them.
-    The tokenizer is the adapter's, or else the base's. Raises CheckpointError or ConfigError for what cannot be merged;
-    nothing is left behind then.
+    Every layer is merged in float32 and rounded once; the model is in memory in its own type. A head tied to the
+    embedding is written untied where the adapter changed one of them. The tokenizer is the adapter's, else the base's.
+
+    Args:
+        base: Folder or hub name of the model.
+        adapter: Local folder.
+        folder: Must not exist, or be empty.
+        dtype: fp32 or bf16; default: that of the base.
+
+    Raises:
+        CheckpointError: The adapter cannot be merged; nothing is left behind.
+        ConfigError: The base cannot be used.
     """
     adapter, target = Path(adapter), Path(folder)
     _check_adapter(adapter)
     config = load_model_config(base, "BASE")
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"BASE: {base} is quantised; merge into the model that it was made from")
+        raise ConfigError(f"BASE: {base} is quantized; merge into the model that it was made from")
     if not has_weights(base):
         raise ConfigError(f"BASE: {base} has no weights")
     with new_folder(target) as beside:
@@ -62,17 +60,18 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
         model.config.save_pretrained(beside)
         model.generation_config.save_pretrained(beside)
         if not any(_copy_tokenizer(source, beside) for source in (str(adapter), base)):
-            get_logger().warning(f"neither {adapter} nor {base} has a tokenizer; {target} has none")
+            log = get_logger(component="merge")
+            log.warning(f"neither {adapter} nor {base} has a tokenizer, so {target} has none")
 
 
 def _check_adapter(adapter: Path) -> None:
     """Refuses what cannot be merged, before anything is loaded."""
     if not adapter.is_dir():
-        raise CheckpointError(f"ADAPTER: no such folder: {adapter}; an adapter of the hub has to be downloaded first")
+        raise CheckpointError(f"ADAPTER: no such folder: {adapter}; download an adapter of the hub first")
     if not (adapter / _CONFIG).is_file():
-        raise CheckpointError(f"ADAPTER: {adapter} has no {_CONFIG}; an adapter saved by peft is needed")
+        raise CheckpointError(f"ADAPTER: {adapter} has no {_CONFIG}; it must be an adapter that peft saved")
     try:
-        config = json.loads((adapter / _CONFIG).read_text())
+        config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"ADAPTER: {adapter / _CONFIG} is damaged: {error!r}") from None
@@ -83,22 +82,22 @@ def _check_adapter(adapter: Path) -> None:
     if not (adapter / _WEIGHTS).is_file():
         if (adapter / _PICKLE).is_file():
             raise CheckpointError(
-                f"ADAPTER: {adapter / _PICKLE} is a pickle, which can run any program when it is read; "
-                "save the adapter as safetensors (peft's save_pretrained does) where you trust it"
+                f"ADAPTER: {adapter / _PICKLE} is a pickle, which can run any program when it is loaded; "
+                "if you trust it, save it as safetensors with peft's save_pretrained"
             )
         raise CheckpointError(f"ADAPTER: {adapter} has no {_WEIGHTS}")
 
 
-def _merge(model: nn.Module, base: str, adapter: Path) -> nn.Module:
+def _merge(model: nn.Module, base: str, adapter: Path) -> Any:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     with warnings.catch_warnings():
-        # What peft warns of is checked here (missing weights) or intended (layers that are merged already).
+        # peft warns of what is checked below (missing weights) or intended (layers that are merged already).
         warnings.simplefilter("ignore")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
-        except Exception as error:  # peft raises many kinds for one cause: this adapter does not fit this base
+        except Exception as error:  # peft raises many types for one cause: this adapter does not fit this base
             raise CheckpointError(f"ADAPTER: {adapter} does not fit {base}: {_reason(error)}") from None
         _check_names(wrapped, base, adapter)
         layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
@@ -114,29 +113,32 @@ def _merge(model: nn.Module, base: str, adapter: Path) -> nn.Module:
 
 
 def _check_names(wrapped: Any, base: str, adapter: Path) -> None:
-    """peft takes an adapter of a larger or smaller model as well, and leaves out what it has no place for."""
+    """Refuses an adapter of a larger or smaller model: peft loads it, and leaves out what has no place."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(adapter / _WEIGHTS, "pt") as file:
         stored = set(file.keys())
     needed = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    has_place = needed | set(wrapped.state_dict())  # with a changed vocabulary peft stores embeddings as well
-    for names, what in ((stored - has_place, "weights without a place in it"), (needed - stored, "weights missing")):
+    known = needed | set(wrapped.state_dict())  # with a changed vocabulary peft stores embeddings, too
+    for names, what in ((stored - known, "weights without a place in it"), (needed - stored, "weights missing")):
         if names:
             first = min(names).removeprefix(_PREFIX)
-            raise CheckpointError(f"ADAPTER: {adapter} does not fit {base}: {len(names)} {what}, {first} among them")
+            raise CheckpointError(f"ADAPTER: {adapter} does not fit {base}: {len(names)} {what}, including {first}")
 
 
 def _reason(error: Exception) -> str:
-    """The line that says what does not fit: torch lists sizes below a title."""
+    """The line with the cause: torch lists sizes below a title."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "size mismatch" in line), lines[0])
 
 
 def _untie(model: Any) -> bool:
-    """Gives a tied head weights of its own, so that an adapter of one side leaves the other alone, as it did in
-    training; whether there was one."""
+    """Gives a tied head separate weights, so that an adapter of one side leaves the other unchanged, as in training.
+
+    Returns:
+        Whether the head was tied.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = head.weight is embedding.weight
     if is_tied:
@@ -162,15 +164,15 @@ def _tensors(
 
 
 def _copy_tokenizer(source: str, folder: Path) -> bool:
-    """Copies the tokenizer's files as they are, of a local folder or of a hub name; whether there is one."""
+    """Copies the tokenizer's files, unchanged, from a local folder or the hub; returns whether there are any."""
     from transformers.utils import cached_file
 
     has_any = False
-    for name in _TOKENIZER_FILES:
-        found = cached_file(
+    for name in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS):
+        file = cached_file(
             source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
-        if found is not None:
-            shutil.copyfile(found, folder / name)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
             has_any = True
     return has_any

@@ -1,7 +1,8 @@
-"""Files for another layout, made without its processes.
+"""Checkpoints and models for another layout, written by one process.
 
-A run reads any layout; what was made for its own it reads faster, each rank its own part. How AutoTP would cut comes
-from the family's row (models/families.py); where that should ever differ, reading is slower and no less right.
+A run reads files of any layout; those of its own layout faster, because each rank reads only its part. How AutoTP
+would shard the parameters comes from the family's row (models/families.py); if that ever differs, reading is slower but
+right.
 """
 
 from __future__ import annotations
@@ -42,10 +43,22 @@ from megadistill.parallel.topology import divisors
 
 
 def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: int, dp_size: int) -> Path:
-    """Writes a checkpoint (or a run's latest one) to ``folder`` as a run of tp_size x dp_size with ZeRO-3 would have.
+    """Writes a checkpoint as a run of tp_size x dp_size processes with ZeRO-3 would have written it.
 
-    Returns the source. Everything is checked against its manifest first. Raises CheckpointError, TopologyError; nothing
-    is left behind then. One rank's part is held in memory at a time.
+    One rank's part is in memory at a time.
+
+    Args:
+        checkpoint: A checkpoint, or a run directory: its latest one. Its files are checked first.
+        folder: Must not exist, or be empty.
+        tp_size: Tensor-parallel processes.
+        dp_size: Data-parallel processes.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: A damaged checkpoint or a folder that is not empty; nothing is left behind.
+        TopologyError: ``tp_size`` does not divide the heads.
     """
     source = find_checkpoint(Path(checkpoint))
     manifest = read_manifest(source)
@@ -53,8 +66,8 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
     config = load_model_config(str(source / HF_FOLDER), str(source))
     _check_tp_size(tp_size, config, str(source))
     reader = ShardReader(source / STUDENT_FOLDER)
-    cuts = family_cuts(
-        {name: cut.shape for name, cut in reader.shard_specs.items()},
+    specs = family_shards(
+        {name: spec.shape for name, spec in reader.shard_specs.items()},
         family_of(config, str(source)),
         tp_size,
         is_tied=bool(config.tie_word_embeddings),
@@ -66,7 +79,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
                 shutil.copytree(item, beside / item.name)
             elif item.is_file():
                 shutil.copy2(item, beside)
-        _write_shards(reader, beside / STUDENT_FOLDER, cuts, tp_size, dp_size, {**reader.info, **layout})
+        _write_shards(reader, beside / STUDENT_FOLDER, specs, tp_size, dp_size, {**reader.info, **layout})
         files = progress_bar(files_below(beside), description="checksums", unit="file")
         write_manifest(beside, manifest["step"], layout, {name: digest(beside / name, sync=True) for name in files})
     return source
@@ -75,10 +88,21 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
 def shard_model(
     path: str, folder: str | Path, *, tp_size: int, dp_size: int, dtype: str, tokenizer: str | None = None
 ) -> None:
-    """Writes a Hugging Face model as a folder with a file for each rank, which ``model.*.path`` takes like the model.
+    """Writes a Hugging Face model as a folder with one file per rank, which a run takes in place of the model.
 
-    Vocabulary rows beyond the tokenizer's (the folder's own by default) are kept apart, as a run cuts them off. Raises
-    ConfigError, TopologyError; nothing is left behind then.
+    Vocabulary rows beyond the tokenizer's are kept separately, because a run does not train them.
+
+    Args:
+        path: Model folder or hub name.
+        folder: Must not exist, or be empty.
+        tp_size: Tensor-parallel processes.
+        dp_size: Data-parallel processes.
+        dtype: fp32 or bf16.
+        tokenizer: Folder or hub name; default: the model's.
+
+    Raises:
+        ConfigError: The model or tokenizer cannot be used; nothing is left behind.
+        TopologyError: ``tp_size`` does not divide the heads.
     """
     config = load_model_config(path, "MODEL")
     _check_tp_size(tp_size, config, f"MODEL {path}")
@@ -87,20 +111,20 @@ def shard_model(
     words = load_tokenizer(tokenizer or path)
     loaded = load_model(path, dtype=dtype, vocab_size=vocabulary_size(words), seed=0, attention="eager", where="MODEL")
     weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
-    cuts = family_cuts(loaded.shapes, loaded.family, tp_size, is_tied=bool(config.tie_word_embeddings))
+    specs = family_shards(loaded.shapes, loaded.family, tp_size, is_tied=bool(config.tie_word_embeddings))
     with new_folder(Path(folder)) as beside:
         info = {"tp_size": tp_size, "dp_size": dp_size, "model": loaded.fingerprint}
-        _write_shards(_Weights(weights), beside / SHARDS, cuts, tp_size, dp_size, info)
+        _write_shards(_Weights(weights), beside / SHARDS, specs, tp_size, dp_size, info)
         removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
         save_tensors(removed, beside / SHARDS / REMOVED_ROWS)
         config.save_pretrained(beside)
         words.save_pretrained(beside)
 
 
-def family_cuts(
+def family_shards(
     shapes: Mapping[str, tuple[int, ...]], family: Family, tp_size: int, *, is_tied: bool
 ) -> dict[str, ShardSpec]:
-    """How AutoTP cuts a family's parameters."""
+    """How AutoTP shards the parameters of a family."""
     return {
         name: ShardSpec.even(shape, family.shard_dim(name, is_tied=is_tied), family.blocks(name), tp_size)
         for name, shape in shapes.items()
@@ -112,30 +136,31 @@ def _check_tp_size(tp_size: int, config: Any, where: str) -> None:
     allowed = divisors(math.gcd(*heads))
     if tp_size not in allowed:
         raise TopologyError(
-            f"--tp-size {tp_size} does not divide the heads of {where} ({', '.join(map(str, heads))}); "
-            f"allowed: {', '.join(map(str, allowed))}"
+            f"a tensor-parallel size of {tp_size} does not divide the heads of {where} "
+            f"({', '.join(map(str, heads))}); allowed: {', '.join(map(str, allowed))}",
+            setting="parallel.tp_size",
         )
 
 
 class _Weights:
-    """Whole tensors in memory (mapped from their files) in the place of a ShardReader."""
+    """Whole tensors, memory-mapped from their files, in place of a ShardReader."""
 
     kinds = frozenset({WEIGHT})
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = weights
 
-    def read(self, kind: str, name: str, cut: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
+    def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
         """See ShardReader.read."""
-        return cut.shard(self._weights[name], tp_rank).reshape(-1)[start:end]
+        return spec.shard(self._weights[name], tp_rank).reshape(-1)[start:end]
 
 
 def _write_shards(
-    reader: Any, folder: Path, cuts: Mapping[str, ShardSpec], tp_size: int, dp_size: int, info: Mapping[str, Any]
+    reader: Any, folder: Path, specs: Mapping[str, ShardSpec], tp_size: int, dp_size: int, info: Mapping[str, Any]
 ) -> None:
     folder.mkdir(parents=True)
     grid = {"tp_size": tp_size, "dp_size": dp_size}
-    write_layout(folder, cuts, **{key: value for key, value in info.items() if key != "version"} | grid)
-    files = rewrite(reader, folder, cuts, tp_size, dp_size)
-    for _ in progress_bar(files, description="cut", total=tp_size * dp_size, unit="file"):
+    write_layout(folder, specs, **{key: value for key, value in info.items() if key != "version"} | grid)
+    files = rewrite(reader, folder, specs, tp_size, dp_size)
+    for _ in progress_bar(files, description="write", total=tp_size * dp_size, unit="file"):
         pass

@@ -1,13 +1,13 @@
-"""Writing checkpoints beside the training: copied at once, written by a thread, committed when every rank has written.
+"""Asynchronous checkpoints: copied at once, written by a thread, committed when every rank has written.
 
-A checkpoint of step N is three things, one after the other:
+A checkpoint of step N is made in three phases:
 
-1. *begin*: every rank copies its part to host memory. Training goes on.
-2. every rank's thread writes its part into ``step_N.partial``, with its checksum.
-3. when all have (the ranks tell each other once a step, with the all-reduce that they make anyway), rank 0's thread
-   makes ``hf/`` of the parts, writes the manifest, renames the folder, and points ``latest`` to it.
+1. *begin*: every rank copies its part to host memory. Training continues.
+2. A thread of every rank writes that part into ``step_N.partial``, with its checksum.
+3. When all have (the ranks learn this from the all-reduce that every step makes), rank 0's thread makes ``hf/`` from
+   the parts, writes the manifest, renames the folder, and points ``latest`` to it.
 
-So ``latest`` only ever names a whole checkpoint, and whatever dies at whatever moment leaves the one before.
+So ``latest`` always names a complete checkpoint, and a crash at any moment leaves the one before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,25 +31,26 @@ from megadistill.checkpoint.manifest import (
     STUDENT_FOLDER,
     digest,
     files_below,
-    sync_folder,
-    write_atomically,
     write_manifest,
 )
+from megadistill.data.tokenize import auto_tokenizer_differs
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
+from megadistill.files import os_errors_as, reason_of, sync_folder, write_atomically
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAINER = "trainer.pt"
 IDLE, BUSY, FAILED = 0, 1, 2
 
 
 def layout_of(student: Student, trainer_state: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
-    """The grid that saved a checkpoint, and what it can be loaded by: the same parameters and the same gate.
-
-    ``model`` is the fingerprint of the whole model, the same on every rank; ``gate`` is the gate's size.
-    """
+    """The process grid that saves a checkpoint, and what a run that loads it must have: ``model``, the fingerprint of
+    the whole model (the same on every rank), and ``gate``, the size of the gate."""
     gate = trainer_state.get("gate", {}).get("gate", {})
     return {
         "tp_size": context.tp_size,
@@ -61,16 +62,16 @@ def layout_of(student: Student, trainer_state: dict[str, Any], context: Parallel
 
 
 class CheckpointWriter:
-    """Writes ``folder/step_N``, one at a time. All methods but ``status`` are collective over the world.
+    """Writes ``folder/step_N``, one at a time. All methods except ``status`` are collective over the world.
 
-    With ``asynchronous`` off, ``begin`` returns when the checkpoint is whole.
+    With ``asynchronous`` off, ``begin`` returns when the checkpoint is complete.
     """
 
     def __init__(
         self,
         folder: Path,
         student: Student,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         context: ParallelContext,
         *,
         keep_last: int,
@@ -81,18 +82,20 @@ class CheckpointWriter:
         self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
         self._job: _Job | None = None
         self._is_committing = False
-        self._step, self._layout = 0, {}
+        self._is_tokenizer_checked = False
+        self._step = 0
+        self._layout: dict[str, Any] = {}
 
     @property
     def status(self) -> int:
-        """IDLE, BUSY or FAILED: what this rank's thread is."""
+        """State of this rank's thread: IDLE, BUSY or FAILED."""
         return IDLE if self._job is None else self._job.status
 
     def begin(self, step: int, trainer_state: dict[str, Any]) -> None:
-        """Takes a copy of everything after ``step`` updates and starts to write it; waits for the one before."""
+        """Copies everything after ``step`` updates and starts to write it; waits for the checkpoint before."""
         self.finish()
         context, beside = self._context, self._folder / f"step_{step}.partial"
-        context.run_on_rank0(lambda: self._make_room(beside))
+        context.run_on_rank0(lambda: self._make_folder(beside))
         self._step, self._layout = step, layout_of(self._student, trainer_state, context)
         runs, steps = self._student.snapshot(), self._student.optimizer_steps
         state = io.BytesIO()
@@ -103,9 +106,10 @@ class CheckpointWriter:
             self.finish()
 
     def advance(self, worst: int) -> None:
-        """Goes on when all ranks are ready; ``worst`` is the greatest status of all ranks.
+        """Starts the next phase when all ranks are ready; ``worst`` is the greatest status of all ranks.
 
-        Raises CheckpointError, on every rank, when one could not write.
+        Raises:
+            CheckpointError: On every rank: one of them could not write.
         """
         if self._job is None or worst == BUSY:
             return
@@ -122,12 +126,12 @@ class CheckpointWriter:
             self._job, self._is_committing = None, False
             return
         self._is_committing = True
-        digests = {name: entry for found, _ in results for name, entry in found.items()}
+        digests = {name: entry for entries, _ in results for name, entry in entries.items()}
         is_rank0 = self._context.is_rank0
         self._job = _Job(lambda: self._commit(beside, digests) if is_rank0 else None)
 
     def finish(self) -> None:
-        """Waits until what was begun is whole. Raises CheckpointError like ``advance``."""
+        """Waits until a checkpoint that was begun is complete. Raises CheckpointError as ``advance``."""
         while self._job is not None:
             self._job.thread.join()
             status = torch.tensor(float(self.status), device=self._context.device)
@@ -137,19 +141,17 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """What ends a run with one line ends it on all ranks: a checkpoint that was begun is made whole first."""
+        """Completes a checkpoint that was begun, after errors that all ranks raise together."""
         if isinstance(error, MegadistillError):
-            with suppress(CheckpointError):  # the other error is what there is to say
+            with suppress(CheckpointError):  # the other error is the one to report
                 self.finish()
 
-    def _make_room(self, beside: Path) -> None:
-        try:
+    def _make_folder(self, beside: Path) -> None:
+        with os_errors_as(CheckpointError, beside, "cannot be created"):
             for pattern in ("step_*.partial", "step_*.replaced"):  # what a killed run left
                 for stale in self._folder.glob(pattern):
                     shutil.rmtree(stale)
             (beside / STUDENT_FOLDER).mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{beside} cannot be made: {error.strerror}") from error
 
     def _write(
         self, beside: Path, runs: dict[str, tuple[int, torch.Tensor]], steps: int, trainer: bytes
@@ -165,10 +167,11 @@ class CheckpointWriter:
         return {file: digest(beside / file, sync=True) for file in written}
 
     def _commit(self, beside: Path, digests: dict[str, dict[str, Any]]) -> None:
-        """Rank 0, when all parts are there: the Hugging Face folder, the manifest, the name."""
+        """On rank 0, when all parts are written: the Hugging Face folder, the manifest, the folder's name."""
         student, target = self._student, self._folder / f"step_{self._step}"
         dtype = next(student.module.parameters()).dtype
         write_student(ShardReader(beside / STUDENT_FOLDER), student, dtype, beside / HF_FOLDER, self._tokenizer)
+        self._check_tokenizer(beside / HF_FOLDER)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}
         write_manifest(beside, self._step, self._layout, dict(sorted(digests.items())))
@@ -182,9 +185,21 @@ class CheckpointWriter:
         shutil.rmtree(replaced, ignore_errors=True)
         _remove_old(self._folder, self._step, *self._keep)
 
+    def _check_tokenizer(self, folder: Path) -> None:
+        """Warns once per run; loading a tokenizer takes seconds, and the next checkpoints have the same one."""
+        if self._is_tokenizer_checked:
+            return
+        self._is_tokenizer_checked = True
+        if auto_tokenizer_differs(folder):
+            get_logger(component="checkpoint").warning(
+                "AutoTokenizer would not tokenize as this run does, because transformers has a separate class for "
+                f"{self._student.loaded.config.model_type}. Outside megadistill, load the tokenizer of the checkpoints "
+                "with PreTrainedTokenizerFast."
+            )
+
 
 class _Job:
-    """A thread's work, and what became of it."""
+    """Work of a thread, and its result or error."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.result: Any = None
@@ -202,23 +217,24 @@ class _Job:
     def _run(self) -> None:
         try:
             self.result = self._work()
-        except Exception as error:  # every kind ends the run, on all ranks, through advance()
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self.error = reason or type(error).__name__
+        except Exception as error:  # any error ends the run, on all ranks, through advance()
+            self.error = reason_of(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
 def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Keeps the last checkpoints up to ``step`` and those of every ``keep_every`` steps.
+    """Removes checkpoints up to ``step`` except the last ones and those of every ``keep_every`` steps.
 
-    Later ones are of a branch that was left by an earlier resume, and a folder with any other name is the user's: both
-    stay.
+    Later ones belong to a branch that an earlier resume left, and folders with other names to the user: both stay.
     """
-    found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in folder.iterdir() if (path / MANIFEST).is_file())
-    steps = sorted((int(match[1]), path) for match, path in found if match and int(match[1]) <= step)
+    complete = (path for path in folder.iterdir() if (path / MANIFEST).is_file())
+    named = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in complete)
+    steps = sorted((int(match[1]), path) for match, path in named if match and int(match[1]) <= step)
     for number, old in steps[:-keep_last]:
         if (not keep_every or number % keep_every) and not old.is_symlink():  # a link is the user's
             try:
-                (old / MANIFEST).unlink()  # first: what is half removed is no checkpoint
+                (old / MANIFEST).unlink()  # first: a folder that is half removed is not a checkpoint
                 shutil.rmtree(old)
             except OSError as error:
-                get_logger().warning(f"{old} is not needed any more and cannot be removed: {error.strerror or error}")
+                get_logger(component="checkpoint").warning(
+                    f"old checkpoint {old} cannot be removed: {reason_of(error)}"
+                )

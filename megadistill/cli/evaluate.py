@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.parsing import Parser, config_of, refuse_unwritable
 from megadistill.errors import ConfigError
+from megadistill.files import to_jsonable, write_json
+
+if TYPE_CHECKING:
+    from megadistill.config.schema import RunConfig
+    from megadistill.evaluation.suites import SuiteResult
+    from megadistill.parallel.context import ParallelContext
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "evaluate",
-        "RougeScores models on evaluation sets: sampled with every seed of eval.seeds, greedy, and by the\n"
-        "likelihood of the references.",
+        "Scores models on evaluation sets: ROUGE-L and exact match of answers sampled with every seed of eval.seeds\n"
+        "and of greedy answers, and the likelihood of the references.",
         "examples:\n"
         "  megadistill evaluate --config configs/demo.yaml --model runs/demo --suite dolly=FILE\n"
         "  deepspeed --num_gpus 2 --no_local_rank --module megadistill evaluate --config F",
@@ -37,8 +45,6 @@ def run(arguments: Sequence[str]) -> int:
     refuse_unwritable(output, is_file=True)
     results = evaluate_models(config, models, suites)
     if results is not None:
-        from megadistill.evaluation.report import write_json
-
         write_json(output, results["json"])
         print(results["table"])
         print(f"written to {output}")
@@ -46,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:
-    """[NAME=]PATH arguments; without a name, the path's last part is one. Raises ConfigError for a name given twice."""
+    """[NAME=]PATH arguments by name, which is the path's last part by default. Raises ConfigError for equal names."""
     named: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
@@ -58,106 +64,90 @@ def _named(values: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _suites(values: Sequence[str], config: Any) -> dict[str, tuple[str, str | None]]:
+def _suites(values: Sequence[str], config: RunConfig) -> dict[str, tuple[str, str | None]]:
     """Name of the set -> (path, suite or None)."""
     from megadistill.config.load import require
     from megadistill.evaluation.suites import SUITES
 
     if not values:
-        path = require(config, "eval.path", "the evaluation set; or give --suite PATH")
+        path = require(config, "eval.path", "it names the evaluation set; or give --suite PATH")
         return {Path(path).stem: (path, None)}
-    found: dict[str, tuple[str, str | None]] = {}
-    for name, path in _named(values).items():
-        found[name] = (path, name if name in SUITES else None)
-    return found
+    return {name: (path, name if name in SUITES else None) for name, path in _named(values).items()}
 
 
 def evaluate_models(
-    config: Any, models: dict[str, str], suites: dict[str, tuple[str, str | None]]
+    config: RunConfig, models: Mapping[str, str], suites: Mapping[str, tuple[str, str | None]]
 ) -> dict[str, Any] | None:
-    """Evaluates every model on every set with the processes at hand; the results on rank 0, None elsewhere."""
-    from megadistill.cli.inference import inference_context, model_folder
-    from megadistill.data.tokenize import load_tokenizer, vocabulary_size
-    from megadistill.engines.inference import open_model
-    from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
-    from megadistill.evaluation.report import results_table, to_jsonable
-    from megadistill.evaluation.suites import run_suite
+    """Evaluates every model on every set with the processes of the launcher (collective over the world).
+
+    Args:
+        config: Evaluation protocol, limits and columns.
+        models: Name -> model folder, hub name, checkpoint or run directory.
+        suites: Name of the set -> (path, suite or None).
+
+    Returns:
+        On rank 0 ``table`` (text) and ``json`` (every number); None elsewhere.
+    """
+    from megadistill.checkpoint.model_folder import model_folder
+    from megadistill.evaluation.processes import inference_context
+    from megadistill.evaluation.report import results_table
     from megadistill.models.loading import check_positions, load_model_config
-    from megadistill.observability.progress import progress_bar
 
     folders = {name: model_folder(path) for name, path in models.items()}
-    results: dict[str, dict[str, Any]] = {}
-    likelihoods: dict[str, dict[str, float]] = {}
     for name, folder in folders.items():
         check_positions(
             load_model_config(folder, name), config.data.max_tokens, "data.max_tokens", f"{name} ({folder})"
         )
+    results: dict[str, dict[str, SuiteResult]] = {}
+    nll: dict[str, dict[str, float]] = {}
     with inference_context(config.parallel, folders) as context:
         for name, folder in folders.items():
-            tokenizer = load_tokenizer(config.model.tokenizer or folder)
-            sets = {suite: _load_set(config, suite, path, kind, tokenizer) for suite, (path, kind) in suites.items()}
-            settings = AnswerSettings(
-                tokenizer, config.eval.max_new_tokens, config.data.max_tokens, config.eval.temperature,
-                config.eval.top_p, batch_size=config.eval.batch_size,
-            )  # fmt: skip
-            with open_model(
-                folder, context, vocab_size=vocabulary_size(tokenizer), dtype=config.model.student.dtype, where=name,
-                attention=config.model.attention,
-            ) as model:  # fmt: skip
-                results[name], likelihoods[name] = {}, {}
-                for suite, rows in sets.items():
-                    passes = len(config.eval.seeds) + config.eval.greedy
-                    total = passes * len(range(context.dp_rank, len(rows.rows), context.dp_size))
-                    with progress_bar(
-                        description=f"{name} on {suite}", total=total, unit="row", rank=context.rank
-                    ) as bar:
-
-                        def generate(
-                            examples: Any,
-                            seed: int | None,
-                            model: Any = model,
-                            settings: Any = settings,
-                            bar: Any = bar,
-                        ) -> list[str]:
-                            return write_answers(model, examples, seed, settings, context, bar.update)
-
-                        results[name][suite] = run_suite(
-                            rows, generate, seeds=config.eval.seeds, greedy=config.eval.greedy
-                        )
-                    total_nll = reference_likelihood(model, rows.rows, settings, context)
-                    if total_nll.num_tokens:
-                        likelihoods[name][suite] = total_nll.nll
+            results[name], nll[name] = _evaluate_model(config, name, folder, suites, context)
         if not context.is_rank0:
             return None
-    return {
-        "table": results_table(results, likelihoods),
-        "json": {
-            "models": folders,
-            "results": {
-                name: {suite: {**to_jsonable(r), "nll": likelihoods[name].get(suite)} for suite, r in found.items()}
-                for name, found in results.items()
-            },
-        },
+    scores = {
+        name: {suite: {**to_jsonable(result), "nll": nll[name].get(suite)} for suite, result in by_suite.items()}
+        for name, by_suite in results.items()
     }
+    return {"table": results_table(results, nll), "json": {"models": folders, "results": scores}}
 
 
-def _load_set(config: Any, name: str, path: str, suite: str | None, tokenizer: Any) -> Any:
-    from megadistill.data.dataset import FieldNames
-    from megadistill.evaluation.suites import load_eval_set
+def _evaluate_model(
+    config: RunConfig,
+    name: str,
+    folder: str,
+    suites: Mapping[str, tuple[str, str | None]],
+    context: ParallelContext,
+) -> tuple[dict[str, SuiteResult], dict[str, float]]:
+    """Scores of one model by set, and nats per reference token of the sets that have references."""
+    from megadistill.data.tokenize import load_tokenizer, vocabulary_size
+    from megadistill.engines.inference import open_model
+    from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
+    from megadistill.evaluation.suites import load_eval_set, run_suite
+    from megadistill.observability.progress import progress_bar
 
-    data = config.data
-    return load_eval_set(
-        path,
-        tokenizer,
-        name=name,
-        suite=suite,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_tokens=data.max_tokens,
-        long_prompt=data.long_prompt,
-        max_rows=config.eval.max_rows,
-        fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
-        split=data.hub_split,
-        config_name=data.hub_config,
-        skip_bad_rows=data.skip_bad_rows,
-    )
+    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    sets = {
+        name_: load_eval_set(path, tokenizer, config.data, name=name_, suite=suite, max_rows=config.eval.max_rows)
+        for name_, (path, suite) in suites.items()
+    }
+    settings = AnswerSettings(
+        tokenizer, config.eval.max_new_tokens, config.data.max_tokens, config.eval.temperature, config.eval.top_p,
+        batch_size=config.eval.batch_size,
+    )  # fmt: skip
+    results: dict[str, SuiteResult] = {}
+    nll: dict[str, float] = {}
+    with open_model(
+        folder, context, vocab_size=vocabulary_size(tokenizer), dtype=config.model.student.dtype, where=name,
+        attention=config.model.attention,
+    ) as model:  # fmt: skip
+        for suite, eval_set in sets.items():
+            passes = len(config.eval.seeds) + config.eval.greedy
+            total = passes * len(range(context.dp_rank, len(eval_set.rows), context.dp_size))
+            with progress_bar(description=f"{name} on {suite}", total=total, unit="row", rank=context.rank) as bar:
+                answer = partial(write_answers, model, settings=settings, context=context, progress=bar.update)
+                results[suite] = run_suite(eval_set, answer, seeds=config.eval.seeds, greedy=config.eval.greedy)
+            likelihood = reference_likelihood(model, eval_set.rows, settings, context)
+            if likelihood.num_tokens:
+                nll[suite] = likelihood.nll
+    return results, nll

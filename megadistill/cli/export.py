@@ -8,6 +8,7 @@ from megadistill.cli.parsing import Parser, refuse_unwritable, size
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "export",
         "Writes the student of a checkpoint as a Hugging Face folder: weights (safetensors), configuration, tokenizer.",
@@ -16,9 +17,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step_N folder, or a run directory: its latest one")
     parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights; default: as they were trained")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights; default: as trained")
     parser.add_argument(
-        "--max-shard-size", type=size, metavar="SIZE", help="largest file, such as 500MB; default: 4GiB", default=None
+        "--max-shard-size", type=size, metavar="SIZE", help="largest file, such as 500MB; default: 4GiB"
     )
     parsed = parser.parse(arguments)
 

@@ -1,4 +1,4 @@
-"""``megadistill generate``: responses to a file of prompts, from any model folder or checkpoint."""
+"""``megadistill generate``: responses of a model to a file of prompts."""
 
 from __future__ import annotations
 
@@ -11,56 +11,44 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megadistill.cli.parsing import Parser, natural, positive, refuse_unwritable
-from megadistill.errors import MegadistillError
+from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
+from megadistill.config.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, TopP
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megadistill.cli.resumable import RowWriter
     from megadistill.data.dataset import Example
     from megadistill.data.tokenize import TokenizedExample
     from megadistill.parallel.context import ParallelContext
 
-# Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks seldom wait.
+# Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks rarely wait.
 _BATCHES_PER_BLOCK = 8
-_OPTIONS = {
-    "data.max_prompt_tokens": "--max-prompt-tokens",
-    "(data.long_prompt: drop | truncate | error)": "(--long-prompt truncate cuts its beginning)",
-    "data.skip_bad_rows=true": "--skip-bad-rows",
-    "parallel.tp_size": "--tp-size",
-}
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parsed = _parser().parse(arguments)
-    try:
-        if parsed.output is not None:
-            _generate(parsed, None)
-            return 0
-        rows = sys.stdout
-        # Rows only: what this program and its libraries say there goes to standard error meanwhile.
-        with redirect_stdout(sys.stderr):
-            _generate(parsed, rows)
+    if parsed.output is not None:
+        _generate(parsed, None)
         return 0
-    except MegadistillError as error:
-        raise type(error)(_in_own_words(str(error))) from error
-
-
-def _in_own_words(message: str) -> str:
-    """What the lower floors call by configuration keys, this verb has as options."""
-    for key, option in _OPTIONS.items():
-        message = message.replace(key, option)
-    return message
+    rows = sys.stdout
+    # Standard output gets rows only: everything else that is printed there goes to standard error meanwhile.
+    with redirect_stdout(sys.stderr):
+        _generate(parsed, rows)
+    return 0
 
 
 def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     """Writes to ``parsed.output``, or to ``stream`` where there is one."""
-    from megadistill.cli.inference import inference_context, model_folder
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.cli.resumable import ResumableFile, StandardOutput
     from megadistill.config.schema import ParallelSection
     from megadistill.data.dataset import load_examples
     from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, write_answers
+    from megadistill.evaluation.processes import inference_context
     from megadistill.models.loading import check_positions, load_model_config
 
     if stream is None:
@@ -83,7 +71,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     commit = getattr(config, "_commit_hash", None)
     with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
         try:
-            # Before the model is loaded: what is refused is refused soon.
+            # Before the model is loaded, so that errors come early.
             num_done = context.run_on_rank0(lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
             rows = tokenize_examples(
                 examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
@@ -104,15 +92,15 @@ def _parser() -> Parser:
     parser = Parser(
         "generate",
         "Writes one JSON line (id, instruction, input, prompt, response) per row of a file of instructions, in the\n"
-        "order of the file; id is the row's number there, from 0.",
+        "order of the file; id is the number of the row there, from 0.",
         "example:\n"
         "  megadistill generate --model runs/demo --template plain --max-prompt-tokens 64 --max-new-tokens 32 \\\n"
         "      --input prompts.jsonl --output out.jsonl --temperature 0\n\n"
         "It reads no run configuration: template, limits and type are those of the command line.\n\n"
-        "Finished rows go to FILE.partial, which becomes FILE after the last one. After an interruption the same\n"
-        "command goes on there and gives the same bytes; FILE.progress.json says meanwhile which settings the rows\n"
-        "come from, and others are refused. Processes, --tp-size and --batch-size may change; round-off may then\n"
-        "choose other tokens: in fp32 in one row of thousands, in bf16 in many rows.\n\n"
+        "Finished rows go to FILE.partial, which becomes FILE after the last one. After an interruption, rerun the\n"
+        "same command to resume; the result has the same bytes. FILE.progress.json records the settings meanwhile,\n"
+        "and other ones are refused. Processes, --tp-size and --batch-size may change; round-off may then choose\n"
+        "other tokens: with fp32 in one row of thousands, with bf16 in many rows.\n\n"
         "Under a launcher give --output (launchers write to standard output too), and --tp-size 1 where it fits.",
     )
     parser.add_argument(
@@ -121,42 +109,48 @@ def _parser() -> Parser:
     parser.add_argument("--input", required=True, metavar="FILE", help="rows with an instruction and perhaps an input")
     parser.add_argument(
         "--output", metavar="FILE",
-        help="where to write; default: standard output, as rows are finished, which cannot be resumed",
+        help="where to write; default: standard output, row by row, which cannot be resumed",
     )  # fmt: skip
     parser.add_argument(
         "--overwrite", action="store_true",
-        help="start anew instead of what FILE and an interrupted run hold; to go on, leave it out",
+        help="start over, and replace FILE and the rows of an interrupted run",
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
     parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca", help="default: alpaca")
-    parser.add_argument("--max-prompt-tokens", type=positive, default=256, metavar="N", help="default: 256")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--max-prompt-tokens", type=value_of(PositiveInt), default=256, metavar="N", help="default: 256"
+    )
+    parser.add_argument("--max-new-tokens", type=value_of(PositiveInt), default=256, metavar="N", help="default: 256")
     parser.add_argument(
         "--long-prompt", choices=("error", "truncate"), default="error", help="prompts over the limit; default: error"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy; default: 1")
-    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="0: all, the default")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all, the default")
-    parser.add_argument("--seed", type=natural, default=0, help="default: 0")
+    parser.add_argument(
+        "--temperature", type=value_of(NonNegativeFloat), default=1.0, metavar="T", help="0: greedy; default: 1"
+    )
+    parser.add_argument(
+        "--top-k", type=value_of(NonNegativeInt), default=0, metavar="K", help="0: all tokens, the default"
+    )
+    parser.add_argument("--top-p", type=value_of(TopP), default=1.0, metavar="P", help="1: all tokens, the default")
+    parser.add_argument("--seed", type=value_of(NonNegativeInt), default=0, metavar="N", help="default: 0")
     parser.add_argument(
         "--batch-size",
-        type=positive,
+        type=value_of(PositiveInt),
         default=16,
         metavar="N",
         help="rows decoded at a time on a data-parallel rank; default: 16",
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    parser.add_argument("--tp-size", type=positive, default=None, metavar="N", help="default: the largest that fits")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="they keep their numbers")
-    parser.add_argument("--local_rank", type=int, default=-1, help="added by the deepspeed launcher")
+    parser.add_argument("--tp-size", type=value_of(PositiveInt), metavar="N", help="default: the largest that fits")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="skip malformed rows; others keep their numbers")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     return parser
 
 
 def _deciding(
-    parsed: Namespace, folder: str, commit: str | None, tokenizer: Any, examples: Sequence[Example]
+    parsed: Namespace, folder: str, commit: str | None, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """Everything that decides the rows, by the names that users know. How they are computed (processes, batches) is
-    not in it."""
+    """Everything that determines the rows, by the names that users know; not how they are computed (processes,
+    batches)."""
     from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
 
     content = checksum([[example.id, example.instruction, example.input] for example in examples])
@@ -188,7 +182,7 @@ def _write_blocks(
     batch_size: int,
     context: ParallelContext,
 ) -> None:
-    """Answers rows in blocks, each written before the next is begun (collective: every rank calls it)."""
+    """Answers rows in blocks, each written before the next one starts (collective: every rank calls it)."""
     from megadistill.observability.progress import progress_bar
 
     size = batch_size * context.dp_size * _BATCHES_PER_BLOCK
@@ -199,10 +193,10 @@ def _write_blocks(
             with bar.external_write_mode():
                 writer.write(lines)
 
-        # A block that was written in part is computed whole: in other batches round-off could choose other tokens.
+        # A block that was written in part is computed as a whole: other batches could round to other tokens.
         for start in range(num_done - num_done % size, len(rows), size):
             block = range(start, min(start + size, len(rows)))
-            # Rank 0 stands for the others until they meet.
+            # Within a block, the progress of rank 0 stands for that of all ranks.
             count = _Count(bar, start, block.stop, context.dp_size)
             answers = answer(rows=[rows[i] for i in block], progress=count)
             lines = [_line(examples[i], rows[i], text) for i, text in zip(block, answers, strict=True)]
@@ -211,7 +205,7 @@ def _write_blocks(
 
 
 class _Count:
-    """Moves a bar by what one data-parallel rank of several has finished of a block."""
+    """Moves a bar by the rows of a block that one of several data-parallel ranks has finished."""
 
     def __init__(self, bar: Any, start: int, stop: int, dp_size: int) -> None:
         self._bar, self._finished, self._stop, self._dp_size = bar, start, stop, dp_size

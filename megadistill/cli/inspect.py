@@ -1,4 +1,4 @@
-"""``megadistill inspect PATH``: what is there."""
+"""``megadistill inspect PATH``: what a checkpoint or model contains."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from pathlib import Path
 
 from megadistill.cli.parsing import Parser
 from megadistill.errors import CheckpointError, ConfigError
+from megadistill.files import reason_of
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "inspect",
-        "Says what a checkpoint, a run's latest one, a Hugging Face folder or a sharded model holds.\n"
+        "Describes a checkpoint, a run's latest one, a Hugging Face folder or a sharded model.\n"
         "Reads headers only, and executes nothing.",
         "examples:\n  megadistill inspect runs/demo --check\n  megadistill inspect exported/student --tensors",
     )
     parser.add_argument("path", metavar="PATH", help="run directory, step_N folder, model folder")
     parser.add_argument("--check", action="store_true", help="compare every file of a checkpoint with its checksum")
-    parser.add_argument("--tensors", action="store_true", help="one line a tensor: shape, type or cut")
+    parser.add_argument("--tensors", action="store_true", help="one line per tensor: shape, and type or shards")
     parsed = parser.parse(arguments)
     path = Path(parsed.path)
 
@@ -29,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
 
     is_model = (path / SHARDS).is_dir() or (path / "config.json").is_file()
     if parsed.check and is_model:
-        raise ConfigError(f"{path} is no checkpoint: there are no checksums that --check could compare")
+        raise ConfigError(f"{path} is not a checkpoint: it has no checksums for --check to compare")
     if (path / SHARDS).is_dir():
         _print(_sharded(path / SHARDS, parsed.tensors))
     elif (path / "config.json").is_file():
@@ -73,29 +75,32 @@ def _sharded(folder: Path, with_tensors: bool) -> Iterable[str]:
     from megadistill.models.shards import WEIGHT, ShardReader
 
     reader = ShardReader(folder)
-    numel = sum(math.prod(cut.shape) for cut in reader.cuts.values())
+    specs = reader.shard_specs
+    numel = sum(math.prod(spec.shape) for spec in specs.values())
     kinds = ", ".join(sorted(reader.kinds))
     grid = f"tp {reader.info['tp_size']} x dp {reader.info['dp_size']}"
-    yield f"shards      {folder}: {grid}; {len(reader.cuts)} parameters, {numel:,} numbers each of {kinds}"
+    yield f"shards      {folder}: {grid}; {len(specs)} parameters, {numel:,} numbers each of {kinds}"
     if WEIGHT in reader.kinds:
-        name = next(iter(reader.cuts))
+        name = next(iter(specs))
         yield f"model       {reader.info['model']}, {str(reader.whole(WEIGHT, name).dtype).removeprefix('torch.')}"
     if "optimizer_steps" in reader.info:
         yield f"optimizer   {reader.info['optimizer_steps']} updates"
     if with_tensors:
-        for name, cut in reader.cuts.items():
-            how = "whole" if cut.dim is None else f"cut along {cut.dim} into {' + '.join(map(str, cut.sizes))}"
-            yield f"  {name}  {list(cut.shape)}  {how}"
+        for name, spec in specs.items():
+            sizes = " + ".join(map(str, spec.sizes))
+            how = "whole" if spec.dim is None else f"dimension {spec.dim} sharded into {sizes}"
+            yield f"  {name}  {list(spec.shape)}  {how}"
 
 
 def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     from megadistill.models.shards import HFWeights
 
     try:
-        config = dict(json.loads((folder / "config.json").read_text()))
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         weights = HFWeights(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+        reason = reason_of(error) if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder} cannot be read: {reason}") from None
     types = Counter(weights.dtype(name) for name in weights.names)
     numel = sum(math.prod(weights.shape(name)) for name in weights.names)
     yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
@@ -113,8 +118,8 @@ def _check(path: Path) -> None:
     manifest = read_manifest(folder)
     check_with_progress(folder, manifest, manifest["files"])
     if more := sorted(set(files_below(folder)) - set(manifest["files"])):
-        print(f"beside it   {len(more)} files that are not of the checkpoint and are not read: {', '.join(more)}")
-    print("whole       every file is as it was written")
+        print(f"other files {len(more)} that do not belong to the checkpoint and are not read: {', '.join(more)}")
+    print("complete    every file is as it was written")
 
 
 def _bytes(count: float) -> str:

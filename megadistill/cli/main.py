@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 
+from megadistill.cli.settings import line_of
 from megadistill.errors import ExitCode, MegadistillError
+from megadistill.files import did_you_mean, reason_of
 from megadistill.launch.launchers import rank_of
 from megadistill.observability.redact import keep_secrets, redact
 
@@ -49,15 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.DONE if arguments else ExitCode.USER_ERROR
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        _print_error(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{hint}")
+        _print_error(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{did_you_mean(verb, VERBS)}")
         return ExitCode.USER_ERROR
     try:
         code: int = importlib.import_module(_MODULES.get(verb, f"megadistill.cli.{verb}")).run(rest)
         return code
     except MegadistillError as error:
-        _print_error(str(error))
+        _print_error(line_of(error, verb))
         return error.exit_code
     except KeyboardInterrupt:
         _print_error("interrupted; rerun the same command to resume from what is saved")
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A file or folder that cannot be read or written; an OSError without a name is a defect of ours.
         if error.filename is None:
             raise
-        _print_error(f"{error.filename}: {error.strerror}")
+        _print_error(f"{error.filename}: {reason_of(error)}")
         return ExitCode.USER_ERROR
 
 

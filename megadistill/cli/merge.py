@@ -8,6 +8,7 @@ from megadistill.cli.parsing import Parser, refuse_unwritable
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "merge",
         "Merges a LoRA adapter (peft) into its base model and writes a Hugging Face folder that needs no peft:\n"
@@ -15,8 +16,7 @@ def run(arguments: Sequence[str]) -> int:
         "examples:\n"
         "  megadistill merge models/base lora/checkpoint-100 merged/model\n"
         "  python tools/merge_lora.py models/base lora/checkpoint-100 merged/model --dtype bf16\n\n"
-        "Layers are merged in float32 and rounded once. The base is held in memory in its own type; there is no GPU\n"
-        "in use.",
+        "Layers are merged in float32 and rounded once. The base is held in memory in its own type; no GPU is used.",
     )
     parser.add_argument("base", metavar="BASE", help="model folder, hub name, checkpoint or run directory")
     parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json, adapter_model.safetensors")
@@ -27,9 +27,9 @@ def run(arguments: Sequence[str]) -> int:
 
     from megadistill.launch.world import name_accelerator
 
-    name_accelerator()  # before peft imports DeepSpeed
+    name_accelerator()  # before anything imports DeepSpeed, which would print its guess
     from megadistill.checkpoint.merge import merge_adapter
-    from megadistill.cli.inference import model_folder
+    from megadistill.checkpoint.model_folder import model_folder
 
     merge_adapter(model_folder(parsed.base), parsed.adapter, parsed.folder, dtype=parsed.dtype)
     print(f"merged {parsed.adapter} into {parsed.base}: {parsed.folder}")

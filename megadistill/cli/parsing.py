@@ -1,14 +1,18 @@
-"""What the verbs' argument parsers share."""
+"""What the argument parsers of all verbs share."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megadistill.config.fields import describe
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import ConfigError
@@ -16,7 +20,7 @@ from megadistill.observability.redact import holds_url_credentials
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are ConfigErrors, one line like all others."""
+    """An ArgumentParser that raises ConfigError, which becomes one line like every other error."""
 
     def __init__(self, verb: str, description: str, epilog: str = "") -> None:
         super().__init__(
@@ -34,27 +38,25 @@ class Parser(argparse.ArgumentParser):
         """``--config FILE`` and ``section.field=value`` overrides."""
         self.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
         self.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
-        # The deepspeed launcher adds it; the rank comes from the environment.
+        # The deepspeed launcher adds it; the rank is taken from the environment.
         self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Options and positional arguments in any order."""
         return self.parse_intermixed_args(list(arguments))
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+def value_of(kind: Any) -> Callable[[str], Any]:
+    """For argparse: texts that the configuration would accept for a type of its schema, such as PositiveInt."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
+    def convert(text: str) -> Any:
+        try:
+            return adapter.validate_strings(text)
+        except ValidationError:
+            raise argparse.ArgumentTypeError(f"{text} is not {describe(kind)}") from None
 
-def natural(text: str) -> int:
-    """An integer of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
+    return convert
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -62,15 +64,15 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "M
 
 def size(text: str) -> int:
     """A number of bytes such as 500MB or 2GiB, for argparse."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if not found or found[2].lower() not in units or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; allowed: a number with {', '.join(list(_UNITS)[1:])}")
-    return max(1, int(float(found[1]) * units[found[2].lower()]))
+    if not match or match[2].lower() not in units or not 0 < float(match[1]) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a size; allowed: a number with {', '.join(list(_UNITS)[1:])}")
+    return max(1, int(float(match[1]) * units[match[2].lower()]))
 
 
 def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
-    """Raises ConfigError for a place that cannot be written, before any work is done for it."""
+    """Raises ConfigError for a path that cannot be written, before any work is done for it."""
     target = Path(path)
     if target.exists() and target.is_dir() == is_file:
         raise ConfigError(f"{target} is a {'folder; a file' if is_file else 'file; a folder'} is needed")
@@ -78,7 +80,7 @@ def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
     while not above.exists():
         above = above.parent
     if not target.exists() and not above.is_dir():
-        raise ConfigError(f"{target}: {above} is no folder")
+        raise ConfigError(f"{target}: {above} is not a folder")
     if not os.access(above, os.W_OK):
         raise ConfigError(f"{target}: no permission to write in {above}")
 
@@ -86,7 +88,8 @@ def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
 def config_of(parsed: argparse.Namespace) -> RunConfig:
     """The run configuration that the arguments name.
 
-    Raises ConfigError for a setting with a password in it: resolved.yaml has to repeat every setting as it is.
+    Raises:
+        ConfigError: Also for a setting with a password, because resolved.yaml repeats every setting.
     """
     config = load_config(parsed.config, parsed.overrides)
     for key, value in flatten(config.model_dump()).items():
@@ -98,8 +101,7 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
 
 
 def ask_hub_only_if_there(paths: Iterable[str | None]) -> None:
-    """Where one of the paths is no local one and the hub cannot be reached, says so at once instead of after
-    retries."""
+    """Where a path is not local and the hub cannot be reached, the error comes at once instead of after retries."""
     if any(path is not None and not Path(path).exists() for path in paths):
         from megadistill.data.hub import offline_if_unreachable
 

@@ -1,10 +1,10 @@
-"""Check, filter and split an instruction data set into JSONL files that `megadistill train` reads, with a report.
+"""Checks, filters and splits an instruction data set into JSONL files that `megadistill train` reads, with a report.
 
     megadistill prepare SOURCE FOLDER --tokenizer MODEL_FOLDER [--valid 400]
     mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER
 
 SOURCE is a JSONL, JSON, CSV, TSV or Parquet file, a `datasets` folder or a hub name. Under mpirun (with mpi4py) the
-ranks share the tokenising; the files are the same for any number of ranks.
+ranks share the tokenization; the files are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from megadistill.cli.parsing import Parser, natural, positive
+from megadistill.cli.parsing import Parser, value_of
+from megadistill.cli.settings import line_of
+from megadistill.config.schema import DataSection, NonNegativeInt, PositiveInt
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.launch.launchers import is_mpi_rank
 from megadistill.observability.progress import progress_bar
@@ -29,24 +31,31 @@ if TYPE_CHECKING:
 
 def parser_of() -> Parser:
     """All arguments of the verb."""
+    positive, natural = value_of(PositiveInt), value_of(NonNegativeInt)
+    templates = get_args(DataSection.model_fields["template"].annotation)
     parser = Parser("prepare", __doc__ or "")
     parser.add_argument("source", help="file, `datasets` folder or hub name")
     parser.add_argument("folder", help="where train.jsonl, valid.jsonl and report.json go")
+    parser.add_argument("--tokenizer", required=True, help="model folder or hub name; limits are in its tokens")
     parser.add_argument(
-        "--tokenizer", required=True, help="model folder or hub name; its tokens are the unit of limits"
+        "--valid", type=natural, default=0, metavar="N", help="rows set aside for validation; default: 0"
     )
     parser.add_argument(
-        "--valid", type=natural, default=0, metavar="N", help="rows set aside for validation (default 0)"
+        "--template",
+        default="alpaca",
+        choices=templates,
+        help="prompt template; default: alpaca",
     )
     parser.add_argument(
-        "--template", default="alpaca", choices=("alpaca", "plain"), help="prompt template (default alpaca)"
+        "--max-prompt-tokens", type=positive, default=256, metavar="N", help="leave out longer prompts; default: 256"
     )
     parser.add_argument(
-        "--max-prompt-tokens", type=int, default=256, metavar="N", help="leave out longer prompts (256)"
+        "--max-tokens", type=positive, default=512, metavar="N", help="limit of prompt and response; default: 512"
     )
-    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="limit of prompt + response (512)")
     parser.add_argument("--drop-long-responses", action="store_true", help="leave out rows over --max-tokens, too")
-    parser.add_argument("--min-reference-words", type=int, default=0, metavar="N", help="leave out shorter references")
+    parser.add_argument(
+        "--min-reference-words", type=natural, default=0, metavar="N", help="leave out shorter references; default: 0"
+    )
     parser.add_argument("--max-rows", type=positive, metavar="N", help="keep the first N rows that pass")
     parser.add_argument("--keep-duplicates", action="store_true", help="keep rows whose prompt was seen before")
     parser.add_argument(
@@ -55,14 +64,15 @@ def parser_of() -> Parser:
     parser.add_argument("--instruction-field", default="instruction", metavar="NAME")
     parser.add_argument("--input-field", default="input", metavar="NAME")
     parser.add_argument("--output-field", default="output", metavar="NAME")
-    parser.add_argument("--split", default="train", help="split of a folder or hub data set (default train)")
+    parser.add_argument("--split", default="train", help="split of a folder or hub data set; default: train")
     parser.add_argument("--config-name", help="configuration of a hub data set")
-    parser.add_argument("--seed", type=int, default=0, help="draws the validation rows (default 0)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="draws the validation rows; default: 0")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run")
     return parser
 
 
 def options_of(arguments: argparse.Namespace) -> ConvertOptions:
+    """The arguments as the library takes them."""
     from megadistill.data.convert import ConvertOptions
     from megadistill.data.dataset import FieldNames
 
@@ -92,13 +102,17 @@ def communicator() -> Any | None:
         from mpi4py import MPI
     except ImportError:
         raise ConfigError(
-            "started by mpirun, but mpi4py is not installed: pip install mpi4py, or start without"
+            "started by mpirun, but mpi4py is not installed: pip install mpi4py, or start without mpirun"
         ) from None
     return MPI.COMM_WORLD
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parsed = parser_of().parse(arguments)
+    from megadistill.data.tokenize import check_limits
+
+    check_limits(parsed.max_prompt_tokens, parsed.max_tokens)  # before the tokenizer is loaded
     world = communicator()
     if world is None:
         return finish([check(parsed, 0, 1)], parsed)
@@ -108,13 +122,13 @@ def run(arguments: Sequence[str]) -> int:
         return int(world.bcast(code, root=0))
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        # A rank that dies of a defect would leave the others waiting in the gather.
+        # A rank that ends with a traceback would leave the others waiting in the gather.
         world.Abort(1)
         raise
 
 
 def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
-    """This rank's share, or the error that stopped it: errors travel to rank 0 as results do."""
+    """This rank's share, or the error that stopped it: errors go to rank 0 as results do."""
     from megadistill.data.convert import convert_share
     from megadistill.data.tokenize import load_tokenizer
 
@@ -140,9 +154,9 @@ def finish(outcomes: Sequence[ConvertedShare | MegadistillError], parsed: argpar
 
 
 def finish_quietly(outcomes: Sequence[ConvertedShare | MegadistillError], parsed: argparse.Namespace) -> int:
-    """``finish`` on MPI's rank 0: an error becomes its line and its exit code, which the other ranks are told."""
+    """``finish`` on MPI's rank 0: an error is printed, and its exit code is returned for all ranks."""
     try:
         return finish(outcomes, parsed)
     except MegadistillError as error:
-        print(f"megadistill: {redact(str(error))}", file=sys.stderr)
+        print(f"megadistill: {redact(line_of(error, 'prepare'))}", file=sys.stderr)
         return error.exit_code

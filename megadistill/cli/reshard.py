@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser, positive, refuse_unwritable
+from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
+from megadistill.config.schema import PositiveInt
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "reshard",
-        "Writes a checkpoint as a run of tp-size x dp-size processes (ZeRO-3) would have. Every run reads every\n"
-        "layout; what was made for its own it reads faster, because each process reads its own part only.",
+        "Writes a checkpoint as a run of tp-size x dp-size processes (ZeRO-3) would have written it. A run reads any\n"
+        "layout; its own is faster, because each process reads only its part.",
         "example:\n"
         "  megadistill reshard runs/mine resharded/step_1000 --tp-size 4 --dp-size 8\n"
         "  deepspeed launchers/run.sh --config FILE run.dir=runs/more train.resume=resharded/step_1000",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step_N folder, or a run directory: its latest one")
     parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
-    parser.add_argument("--tp-size", type=positive, required=True, metavar="N", help="tensor-parallel processes")
-    parser.add_argument("--dp-size", type=positive, required=True, metavar="M", help="data-parallel processes")
+    parser.add_argument(
+        "--tp-size", type=value_of(PositiveInt), required=True, metavar="N", help="tensor-parallel processes"
+    )
+    parser.add_argument(
+        "--dp-size", type=value_of(PositiveInt), required=True, metavar="M", help="data-parallel processes"
+    )
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
@@ -28,6 +34,6 @@ def run(arguments: Sequence[str]) -> int:
     source = reshard_checkpoint(parsed.checkpoint, parsed.folder, tp_size=parsed.tp_size, dp_size=parsed.dp_size)
     print(
         f"{source} for tp {parsed.tp_size} x dp {parsed.dp_size}: {parsed.folder}; "
-        f"go on with train.resume={parsed.folder}"
+        f"resume from it with train.resume={parsed.folder}"
     )
     return 0

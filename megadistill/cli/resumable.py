@@ -1,7 +1,7 @@
-"""An output file of rows that is written block by block, and that an interrupted run's command goes on with.
+"""A file of rows that is written block by block, and that the command of an interrupted run resumes.
 
-Rows go to ``OUTPUT.partial``, which becomes OUTPUT when the last one is there: whoever finds OUTPUT finds all of it.
-``OUTPUT.progress.json`` says meanwhile which settings the rows come from, so that no file ever mixes two of them.
+Rows go to ``OUTPUT.partial``, which becomes OUTPUT after the last one: OUTPUT is always complete. Meanwhile
+``OUTPUT.progress.json`` records the settings of the rows, so that no file mixes rows of different settings.
 """
 
 from __future__ import annotations
@@ -10,34 +10,41 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from megadistill.checkpoint.manifest import write_atomically
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.errors import ConfigError, DataError
+from megadistill.files import os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
 from megadistill.observability.lock import try_lock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERSION = 1
 
 
 class RowWriter(Protocol):
-    """Where rank 0 puts rows. ``close`` is called in any case, ``finish`` after the last row only."""
+    """Where rank 0 writes rows."""
 
     def open(self, settings: Mapping[str, Any]) -> int:
-        """Number of rows that are there already; ``settings`` are what decides the rows, by the names that users
-        know."""
+        """Number of rows that exist already; ``settings`` determine the rows, by the names that users know."""
         ...
 
-    def write(self, lines: Sequence[str]) -> None: ...
+    def write(self, lines: Sequence[str]) -> None:
+        """Appends rows."""
+        ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Called after the last row."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called in any case."""
+        ...
 
 
 class StandardOutput:
@@ -64,8 +71,8 @@ class StandardOutput:
 
 
 class ResumableFile:
-    """Rows to a file. Nothing that is there is touched before the first new row is written: a run that ends before,
-    for whatever reason, has changed nothing."""
+    """Rows to a file. Existing files stay as they are until the first new row is written: a run that ends earlier, for
+    any reason, has changed nothing."""
 
     def __init__(self, output: Path, ids: Sequence[int], *, overwrite: bool) -> None:
         """``ids`` are those of all rows, in the order in which they will be written."""
@@ -78,18 +85,19 @@ class ResumableFile:
         self._has_begun = False
 
     def open(self, settings: Mapping[str, Any]) -> int:
-        """Number of rows that an interrupted run with these settings has left.
+        """Number of rows that an interrupted run with these settings has written.
 
-        Raises ConfigError where OUTPUT is there, where other settings wrote the rows, or where another process writes.
+        Raises:
+            ConfigError: OUTPUT exists, the rows have other settings, or another process writes the file.
         """
         self._settings = dict(settings)
         if self._output.exists():
             if not self._output.is_file():
-                raise ConfigError(f"--output {self._output} is no regular file; leave --output out for standard output")
+                raise ConfigError(f"--output {self._output} is not a regular file; omit --output for standard output")
             if not self._overwrite:
                 raise ConfigError(f"--output {self._output} exists already; --overwrite replaces it")
         refuse_unwritable(self._partial, is_file=True)
-        with _clear_errors(self._partial):
+        with os_errors_as(DataError, self._partial):
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._partial.open("ab", buffering=0)
             self._lock()
@@ -98,12 +106,12 @@ class ResumableFile:
                 self._kept = self._rows_that_are_there()
         count = self._kept[0]
         if count:
-            print(f"{self._partial} has {count} of {len(self._ids)} rows; going on after them", file=sys.stderr)
+            print(f"{self._partial} has {count} of {len(self._ids)} rows; resuming after them", file=sys.stderr)
         return count
 
     def write(self, lines: Sequence[str]) -> None:
-        """Appends rows and returns when they are on the disk."""
-        with _clear_errors(self._partial):
+        """Appends rows; they are on the disk when this returns."""
+        with os_errors_as(DataError, self._partial):
             self._begin()
             assert self._file is not None
             rest = memoryview("".join(line + "\n" for line in lines).encode())
@@ -112,8 +120,8 @@ class ResumableFile:
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Puts the file in its place."""
-        with _clear_errors(self._output):
+        """Renames the file to OUTPUT."""
+        with os_errors_as(DataError, self._output):
             self._begin()
             self._partial.replace(self._output)
             self._progress.unlink(missing_ok=True)
@@ -133,16 +141,16 @@ class ResumableFile:
         if not try_lock(self._file):
             self._file.close()
             self._file = None
-            raise ConfigError(f"another process is writing {self._partial}; wait for it or choose another file")
+            raise ConfigError(f"another process is writing {self._partial}; wait for it, or choose another file")
 
     def _has_lines(self) -> bool:
-        """Less than one line is nothing that could be lost."""
+        """Whether there is a whole line: less than one is no loss."""
         with self._partial.open("rb") as file:
             return file.readline().endswith(b"\n")
 
     def _rows_that_are_there(self) -> tuple[int, int]:
-        """Rows and bytes up to the first line that is torn or not the row expected there (what a disk that lost power
-        makes of the last lines)."""
+        """Numbers of rows and bytes before the first line that is incomplete or not the expected row (as the last lines
+        may be after a power failure)."""
         count = size = 0
         with self._partial.open("rb") as file:
             for line, expected in zip(file, self._ids, strict=False):
@@ -152,7 +160,7 @@ class ResumableFile:
         return count, size
 
     def _check_settings(self) -> None:
-        anew = "--overwrite starts anew"
+        advice = "--overwrite starts over"
         try:
             record = json.loads(self._progress.read_text(encoding="utf-8"))
             before = dict(record["settings"]) if record["version"] == VERSION else None
@@ -160,7 +168,7 @@ class ResumableFile:
             before = None
         if before is None:
             raise ConfigError(
-                f"{self._partial} has rows, but {self._progress.name} does not say which settings wrote them; {anew}"
+                f"{self._partial} has rows, but {self._progress.name} does not have their settings; {advice}"
             )
         now = self._settings
         changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
@@ -168,8 +176,8 @@ class ResumableFile:
             key = changed[0]
             more = f"; also changed: {', '.join(changed[1:])}" if changed[1:] else ""
             raise ConfigError(
-                f"{self._partial} has rows that other settings wrote: {key} was {before.get(key, 'absent')} and is now "
-                f"{now.get(key, 'absent')}{more}; the settings of that run go on with it, {anew}"
+                f"{self._partial} has rows with other settings: {key} was {before.get(key, 'absent')} and is now "
+                f"{now.get(key, 'absent')}{more}; resume with the settings of that run, or {advice}"
             )
 
     def _begin(self) -> None:
@@ -177,7 +185,7 @@ class ResumableFile:
             return
         assert self._file is not None
         self._file.truncate(self._kept[1])
-        # In this order: at no moment are there rows with the settings of others, or rows of before beside new ones.
+        # In this order: at no moment are there rows with the settings of others, or old rows with new ones.
         write_atomically(self._progress, json.dumps({"version": VERSION, "settings": self._settings}, indent=1))
         if self._overwrite:
             self._output.unlink(missing_ok=True)
@@ -185,27 +193,27 @@ class ResumableFile:
 
 
 def describe_model(path: str, commit: str | None) -> dict[str, str]:
-    """What stands for a model: its place and files, or the hub's commit."""
+    """What identifies a model: its path and files, or its commit on the hub."""
     local = Path(path)
     if not local.exists():
         return {"--model": path if commit is None else f"{path} at {commit}"}
-    with _clear_errors(local, "read"):
+    with os_errors_as(DataError, local, "cannot be read"):
         files = model_fingerprint(path)
     return {"--model": str(local.resolve()), **{f"{name} of --model": text for name, text in files.items()}}
 
 
-def describe_tokenizer(tokenizer: Any) -> str:
-    """A checksum of all that a tokenizer does to text."""
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A checksum of everything that a tokenizer does to text."""
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     return checksum([[type(tokenizer).__name__, tokenizer.special_tokens_map, rules]])
 
 
 def checksum(items: Sequence[Any]) -> str:
-    """Of anything that JSON can hold."""
-    found = hashlib.blake2b(digest_size=8)
+    """A checksum of anything that JSON can hold."""
+    total = hashlib.blake2b(digest_size=8)
     for item in items:
-        found.update(json.dumps(item, sort_keys=True, default=str).encode())
-    return found.hexdigest()
+        total.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return total.hexdigest()
 
 
 def _row_id(line: bytes) -> Any:
@@ -214,12 +222,3 @@ def _row_id(line: bytes) -> Any:
     except ValueError:
         return None
     return row.get("id") if isinstance(row, dict) else None
-
-
-@contextmanager
-def _clear_errors(path: Path, what: str = "written") -> Iterator[None]:
-    """A full disk or a missing permission becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path} cannot be {what}: {error.strerror or error}") from None

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser, positive, refuse_unwritable
+from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
+from megadistill.config.schema import PositiveInt
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "shard",
-        "Writes a Hugging Face model as one file for each rank. model.teacher.path and model.student.path take the\n"
-        "folder like the model; each process then reads its own part and never holds the whole. Any layout reads it;\n"
-        "the one that it was cut for reads least.",
+        "Writes a Hugging Face model as one file per rank. Give the folder to a run in place of the model: each\n"
+        "process then reads only its part and never holds the whole model. Any layout can read it; the one that it\n"
+        "was written for reads least.",
         "example:\n"
         "  megadistill shard models/teacher-13b sharded/teacher --tp-size 8 --dtype bf16\n"
         "  deepspeed launchers/run.sh --config FILE model.teacher.path=sharded/teacher model.teacher.dtype=bf16",
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, hub name, checkpoint or run directory")
     parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
-    parser.add_argument("--tp-size", type=positive, required=True, metavar="N", help="tensor-parallel processes")
-    parser.add_argument("--dp-size", type=positive, default=1, metavar="M", help="files of each of them (default: 1)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type of the weights (default: bf16)")
+    parser.add_argument(
+        "--tp-size", type=value_of(PositiveInt), required=True, metavar="N", help="tensor-parallel processes"
+    )
+    parser.add_argument(
+        "--dp-size", type=value_of(PositiveInt), default=1, metavar="M", help="data-parallel processes; default: 1"
+    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type of the weights; default: bf16")
     parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer; default: the model's own")
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.checkpoint.reshard import shard_model
-    from megadistill.cli.inference import model_folder
 
     shard_model(
         model_folder(parsed.model),

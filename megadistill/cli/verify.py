@@ -1,4 +1,4 @@
-"""``megadistill verify A B``: whether two models say the same."""
+"""``megadistill verify A B``: whether two models are the same."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megadistill.cli.parsing import Parser, natural, positive, refuse_unwritable
+from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
+from megadistill.config.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
 from megadistill.errors import ConfigError
+from megadistill.files import to_jsonable, write_json
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megadistill.evaluation.compare import Comparison
 
 _DEFAULT_MAX_TOKENS = 256
@@ -17,21 +21,20 @@ DIFFERENT = 1
 
 
 def run(arguments: Sequence[str]) -> int:
-    """0: the same within the tolerance; 1: different."""
+    """Runs the verb; returns 0 for the same within the tolerance, 1 for different."""
     parsed = _parser().parse(arguments)
     from megadistill.evaluation.compare import TOLERANCES
-    from megadistill.evaluation.report import to_jsonable, write_json
 
     if parsed.json is not None:
         refuse_unwritable(parsed.json, is_file=True)
     tolerance = TOLERANCES[parsed.dtype] if parsed.tolerance is None else parsed.tolerance
-    found, difference = _compare(parsed)
-    if found is not None:
-        print(_table(found))
-        difference = difference or found.difference(tolerance)
+    comparison, difference = _compare(parsed)
+    if comparison is not None:
+        print(_table(comparison))
+        difference = difference or comparison.difference(tolerance)
     if parsed.json is not None:
         settings = {"a": parsed.a, "b": parsed.b, "text": parsed.text, "dtype": parsed.dtype, "tolerance": tolerance}
-        result = {} if found is None else to_jsonable(found)
+        result = {} if comparison is None else to_jsonable(comparison)
         write_json(parsed.json, {**settings, "same": difference is None, "difference": difference, **result})
     print("same" if difference is None else f"different: {difference}")
     return 0 if difference is None else DIFFERENT
@@ -40,55 +43,55 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "verify",
-        "Proves a conversion: KL(A||B) between the outputs of both models on text, and the tokens that both write\n"
-        "greedily. Exit code 0: no KL over the tolerance; 1: different, and one line says where; 2: wrong usage.",
+        "Checks a conversion: KL(A||B) between the outputs of both models on text, and the tokens that both generate\n"
+        "greedily. Exit code 0: no KL over the tolerance; 1: different, with one line about where; 2: wrong usage.",
         "examples:\n"
         "  megadistill verify runs/demo exported/student\n"
         "  python tools/verify_checkpoint.py BASE MERGED --text rows.jsonl --tolerance 1e-3 --json result.json\n\n"
-        "One process; both models are held at once in --dtype, on the GPU where there is one (CUDA_VISIBLE_DEVICES=\n"
-        "keeps them on the CPU). Greedy texts that differ at a token where the KL is within the tolerance (two tokens\n"
-        "as good as equally likely) are shown and do not count.",
+        "One process; both models are in memory at once in --dtype, on the GPU if there is one (CUDA_VISIBLE_DEVICES=\n"
+        "keeps them on the CPU). Greedy texts that differ at a token where the KL is within the tolerance (the two\n"
+        "tokens are practically equally likely) are shown, but do not count as different.",
     )
     for name in ("a", "b"):
         parser.add_argument(name, metavar=name.upper(), help="model folder, hub name, checkpoint or run directory")
-    parser.add_argument("--text", metavar="FILE", help=".txt, or rows as for training; default: a built-in text")
+    parser.add_argument("--text", metavar="FILE", help=".txt, or rows as for training; default: built-in text")
     parser.add_argument(
         "--text-field", default="instruction", metavar="NAME", help="field of rows to read; default: instruction"
     )
     parser.add_argument(
-        "--tolerance", type=_nats, metavar="NATS", help="largest KL of a position; default: 1e-5 in fp32, 1e-2 in bf16"
+        "--tolerance",
+        type=value_of(NonNegativeFloat),
+        metavar="NATS",
+        help="largest KL of a position; default: 1e-5 in fp32, 1e-2 in bf16",
     )
     parser.add_argument(
-        "--greedy-tokens", type=natural, default=32, metavar="N", help="after each of 4 prompts; 0: none; default: 32"
+        "--greedy-tokens",
+        type=value_of(NonNegativeInt),
+        default=32,
+        metavar="N",
+        help="tokens to generate after each of 4 prompts; 0: none; default: 32",
     )
-    parser.add_argument("--rows", type=positive, default=32, metavar="N", help="rows of text; default: 32")
+    parser.add_argument("--rows", type=value_of(PositiveInt), default=32, metavar="N", help="rows of text; default: 32")
     parser.add_argument(
-        "--max-tokens", type=positive, metavar="N",
-        help=f"tokens of a row; default: {_DEFAULT_MAX_TOKENS}, or what the models read",
+        "--max-tokens", type=value_of(PositiveInt), metavar="N",
+        help=f"tokens per row; default: {_DEFAULT_MAX_TOKENS}, or fewer where the models read fewer",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="both models are loaded in it; default: fp32"
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type that both models are loaded in; default: fp32"
     )
     parser.add_argument(
-        "--tokenizer", metavar="PATH", help="default: the models' own, which must be the same where both have one"
+        "--tokenizer", metavar="PATH", help="default: the models' own, which must be equal if both have one"
     )
-    parser.add_argument("--json", metavar="FILE", help="write every number there")
+    parser.add_argument("--json", metavar="FILE", help="also write every number to FILE")
     return parser
 
 
-def _nats(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
 def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]:
-    """The comparison (None where tokenizers already differ), and a difference beside those in its numbers."""
+    """The comparison (None where the tokenizers already differ), and a difference that is not in its numbers."""
     from megadistill.launch.world import default_device
 
-    device = default_device()
-    from megadistill.cli.inference import model_folder
+    device = default_device()  # before anything imports DeepSpeed, which would print its guess
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import vocabulary_size
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows
     from megadistill.models.loading import (
@@ -133,38 +136,40 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
         for name, folder in folders.items()
     ]
     with progress_bar(description="comparing", total=len(rows) + len(prompts), unit="row") as bar:
-        return compare_models(*models, rows, num_greedy=parsed.greedy_tokens, progress=bar.update), difference
+        return compare_models(
+            models[0], models[1], rows, num_greedy=parsed.greedy_tokens, progress=bar.update
+        ), difference
 
 
-def _tokenizer(path: str | None, folders: dict[str, str]) -> tuple[Any, str | None]:
-    """The tokenizer to use, and how the models' own differ."""
-    from megadistill.data.tokenize import assert_same_vocabulary, load_tokenizer
-    from megadistill.training.setup import has_tokenizer
+def _tokenizer(path: str | None, folders: dict[str, str]) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """The tokenizer to use, and how those of the models differ."""
+    from megadistill.data.tokenize import assert_same_vocabulary, has_tokenizer, load_tokenizer
 
     if path is not None:
         return load_tokenizer(path), None
-    found = {name: load_tokenizer(folder) for name, folder in folders.items() if has_tokenizer(folder)}
-    if not found:
+    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items() if has_tokenizer(folder)}
+    if not tokenizers:
         raise ConfigError("neither A nor B has a tokenizer; give --tokenizer PATH")
-    if len(found) == 2:
+    difference = None
+    if len(tokenizers) == 2:
         try:
-            assert_same_vocabulary(found["A"], found["B"], names=("A", "B"))
+            assert_same_vocabulary(tokenizers["A"], tokenizers["B"], names=("A", "B"))
         except ConfigError as error:
-            return None, f"the tokenizers: {error}"
-    return next(iter(found.values())), None
+            difference = f"the tokenizers: {error}"
+    return next(iter(tokenizers.values())), difference
 
 
-def _table(found: Comparison) -> str:
+def _table(comparison: Comparison) -> str:
     from megadistill.evaluation.report import text_table
 
-    texts = found.greedy
+    texts = comparison.greedy
     rows = [
-        ("mean KL(A||B), nats a token", f"{found.mean_kl:.3g}"),
-        ("max KL(A||B), nats", f"{found.max_kl:.3g}"),
-        ("max |logit difference|", f"{found.max_logit_difference:.3g}"),
-        ("same most likely token, %", f"{100 * found.same_top:.2f}"),
-        ("positions", f"{found.num_positions} in {found.num_rows} rows"),
-        ("classes", str(found.num_classes)),
+        ("mean KL(A||B), nats per token", f"{comparison.mean_kl:.3g}"),
+        ("max KL(A||B), nats", f"{comparison.max_kl:.3g}"),
+        ("max |logit difference|", f"{comparison.max_logit_difference:.3g}"),
+        ("same most likely token, %", f"{100 * comparison.same_top:.2f}"),
+        ("positions", f"{comparison.num_positions} in {comparison.num_rows} rows"),
+        ("classes", str(comparison.num_classes)),
         ("equal greedy texts", f"{sum(t.first_difference is None for t in texts)} of {len(texts)}"),
     ]
     rows += [

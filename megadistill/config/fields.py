@@ -1,14 +1,14 @@
-"""What a key may hold, in words: for error messages and for docs/configuration.md."""
+"""What a key may hold, in words: for error messages, command-line options and docs/configuration.md."""
 
-import difflib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
 
 from megadistill.config.schema import RunConfig, Section
+from megadistill.files import nearest
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -33,23 +33,24 @@ def allowed(field: FieldInfo) -> str:
     """What a leaf may hold, e.g. "auto, or a whole number >= 1"."""
     if section_type(field) is not None:
         return "a section"
-    return _describe(field.annotation, field.metadata)
+    return describe(field.annotation, field.metadata)
 
 
-def _describe(annotation: Any, metadata: list[Any]) -> str:
+def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """The values of a type of the schema, e.g. "a number > 0 and <= 1"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [item for extra in args[1:] for item in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-        return _describe(args[0], [*metadata, *inner])
+        return describe(args[0], [*metadata, *inner])
     if origin in (Union, types.UnionType):
-        return ", or ".join(_describe(arg, metadata if arg is not type(None) else []) for arg in args)
+        return ", or ".join(describe(arg, metadata if arg is not type(None) else ()) for arg in args)
     if origin is Literal:
         return " | ".join(str(arg) for arg in args)
     if annotation is type(None):
         return "null"
     if origin is tuple:
         many = len(args) == 2 and args[1] is Ellipsis
-        return f"a list of {'any length' if many else len(args)}, each {_describe(args[0], [])}"
+        return f"a list of {'any length' if many else len(args)}, each {describe(args[0])}"
     if origin is dict:
         return "a mapping"
     bounds = [_bound(item) for item in metadata]
@@ -62,7 +63,10 @@ def _bound(item: Any) -> str:
     if isinstance(item, annotated_types.MinLen):
         return "that is not empty"
     name = signs.get(type(item))
-    return f"{words[name]} {getattr(item, name):g}" if name else ""
+    if not name:
+        return ""
+    limit = getattr(item, name)
+    return f"{words[name]} {limit if isinstance(limit, int) else format(limit, 'g')}"
 
 
 def nearest_key(unknown: str) -> str | None:
@@ -71,12 +75,12 @@ def nearest_key(unknown: str) -> str | None:
     section, _, name = unknown.lstrip("-").rpartition(".")
     siblings = [key for key in keys if key.rpartition(".")[0] == section]
     by_name = {key.rpartition(".")[2]: key for key in reversed(siblings)}
-    if close := difflib.get_close_matches(name, by_name, n=1, cutoff=0.7):
-        return by_name[close[0]]
+    if close := nearest(name, by_name, cutoff=0.7):
+        return by_name[close]
     if same := [key for key in keys if key.rpartition(".")[2] == name]:
-        return difflib.get_close_matches(unknown, same, n=1, cutoff=0.0)[0]
-    if close := difflib.get_close_matches(unknown, keys, n=1, cutoff=0.6):
-        return close[0]
+        return nearest(unknown, same, cutoff=0.0)
+    if close := nearest(unknown, keys):
+        return close
     by_name = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
-    return by_name[close[0]] if close else None
+    close = nearest(name, by_name)
+    return by_name[close] if close else None

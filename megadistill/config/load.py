@@ -1,6 +1,5 @@
 """YAML file + its bases + command-line overrides -> RunConfig, and back to resolved.yaml."""
 
-import difflib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from yaml import YAMLError
 from megadistill.config.fields import allowed, nearest_key, section_type, walk
 from megadistill.config.schema import CombinationError, RunConfig, Section
 from megadistill.errors import ConfigError, first_line
+from megadistill.files import did_you_mean_path, write_atomically
 
 COMMAND_LINE = "command line"
 Tree = dict[str, Any]
@@ -26,7 +26,7 @@ _RESOLVER = re.compile(r"\$\{[^{}]*:")
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, the files its `base:` chain names, and `section.field=value` overrides; the later one wins.
 
-    `base:` is relative to the file that says it; every other relative path is relative to the working directory.
+    `base:` is relative to the file it stands in; every other relative path is relative to the working directory.
     `${section.field}` refers to another key. Raises ConfigError with one line: file (or "command line"), key, what is
     allowed, nearest valid key.
     """
@@ -47,9 +47,8 @@ def dump_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write the whole tree, defaults included, atomically; `load_config(path)` gives an equal tree."""
     path = Path(path)
     text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"# Every setting of this run, defaults included. Repeat it with --config {path.name}\n{text}")
-    os.replace(partial, path)
+    header = f"# Every setting of this run, defaults included. Repeat it with --config {path.name}\n"
+    write_atomically(path, header + text)
 
 
 def require(config: RunConfig, key: str, reason: str) -> str:
@@ -88,19 +87,19 @@ def _defaults(section: type[Section]) -> Tree:
 def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
     """The layers of `path`, its base first."""
     if path.resolve() in above:
-        raise ConfigError(f"{above[-1]}: base: {path} leads back to a file that is being read")
+        raise ConfigError(f"{above[-1]}: base: {path} is circular: that file is being read already")
     try:
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError as error:
         where = f"{above[-1]}: base: " if above else ""
-        raise ConfigError(f"{where}{path}: no such file{_similar_file(path)}") from error
+        raise ConfigError(f"{where}{path}: no such file{did_you_mean_path(path, _is_yaml)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
     except (YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise ConfigError(f"{path}{line}: no valid YAML: {problem}") from error
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: must hold sections ({', '.join(RunConfig.model_fields)}), not a list")
     base = layer.pop("base", None)
@@ -115,7 +114,7 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
 def _read_override(text: str) -> tuple[str, Tree]:
     key, sign, _ = text.partition("=")
     if not sign:
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is no setting; write section.field=value{_did_you_mean(key)}")
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting; write section.field=value{_did_you_mean(key)}")
     if not re.fullmatch(r"\w+(\.\w+)*", key):
         raise ConfigError(f"{COMMAND_LINE}: {key}: unknown key{_did_you_mean(key)}")
     try:
@@ -138,7 +137,7 @@ def _checked(source: str, layer: dict[Any, Any]) -> Tree:
             raise ConfigError(f"{source}: {key}={_show(value)}: is a section; its keys are {names}")
         if isinstance(value, str) and _RESOLVER.search(value):
             raise ConfigError(
-                f"{source}: {key}={_show(value)}: only ${{section.field}} works, nothing of the environment"
+                f"{source}: {key}={_show(value)}: only ${{section.field}} works; environment variables are not read"
             )
         if get_origin(field.annotation) is tuple and not isinstance(value, list) and "${" not in str(value):
             raise ConfigError(f"{source}: {key}={_show(value)}: must be {allowed(field)}")
@@ -208,9 +207,5 @@ def _did_you_mean(key: str) -> str:
     return f"; sections are {', '.join(RunConfig.model_fields)}"
 
 
-def _similar_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f", and no folder {path.parent}"
-    names = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+def _is_yaml(file: Path) -> bool:
+    return file.suffix in (".yaml", ".yml")

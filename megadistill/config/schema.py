@@ -1,4 +1,4 @@
-"""The configuration tree: one frozen, typed section per part of a run; docs/configuration.md is made from it."""
+"""The configuration tree: one frozen, typed section per part of a run; docs/configuration.md is generated from it."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ DType = Literal["fp32", "bf16"]
 
 
 class CombinationError(ValueError):
-    """Values that are fine one by one and wrong together; `keys` are the dotted keys involved."""
+    """Values that are valid alone but not together; `keys` are the dotted keys involved."""
 
     def __init__(self, message: str, keys: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -36,26 +36,26 @@ class Section(BaseModel):
 class RunSection(Section):
     dir: NonEmptyStr = Field(description="Folder of this run: resolved.yaml, metrics, samples, checkpoints.")
     seed: Annotated[int, Field(ge=0, le=2**40)] = Field(
-        0, description="Seed of everything random: data order, sampling, gate, random models."
+        0, description="Seed of everything random: data order, sampling, gate, random weights."
     )
     prepare: Literal["none", "demo", "smoke"] = Field(
         "none",
-        description="Built-in corpus, tokenizer and models to make on first use; none: nothing.",
+        description="Built-in corpus, tokenizer and models to create on first use; none: nothing.",
     )
 
 
 class TeacherSection(Section):
     path: NonEmptyStr | None = Field(
         None,
-        description="Model folder, hub name, or a configuration file (random weights). null only for plain SFT.",
+        description="Model folder, hub name, or a configuration file (random weights); null only for plain SFT.",
     )
-    dtype: DType = Field("fp32", description="Type of the frozen weights and of the forward pass.")
+    dtype: DType = Field("fp32", description="Type of the weights and of the forward pass.")
 
 
 class StudentSection(Section):
     path: NonEmptyStr = Field(description="Model folder, hub name, or a configuration file (random weights).")
     dtype: DType = Field(
-        "fp32", description="Type of weights and activations; with bf16 the optimizer keeps float32 master weights."
+        "fp32", description="Type of weights and activations; with bf16, the optimizer keeps float32 master weights."
     )
 
 
@@ -63,7 +63,7 @@ class ModelSection(Section):
     teacher: TeacherSection = Field(default_factory=TeacherSection, description="The model to learn from; frozen.")
     student: StudentSection = Field(description="The model that is trained.")
     tokenizer: NonEmptyStr | None = Field(
-        None, description="Tokenizer folder or hub name; null: the student's folder, then the teacher's."
+        None, description="Tokenizer folder or hub name; null: the student's, else the teacher's."
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
@@ -75,11 +75,11 @@ class ModelSection(Section):
 class ParallelSection(Section):
     tp_size: Literal["auto"] | PositiveInt = Field(
         "auto",
-        description="Tensor-parallel ranks; auto: the most that divide the processes and all head counts.",
+        description="Tensor-parallel ranks; auto: the largest number that divides the processes and all head counts.",
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(3, description="DeepSpeed ZeRO stage of teacher and student.")
     timeout_s: PositiveInt = Field(
-        1800, description="Seconds after which a collective that does not complete ends the job."
+        1800, description="Seconds after which a collective that has not completed ends the job."
     )
 
 
@@ -88,21 +88,23 @@ class DataSection(Section):
         None, description="Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub data set."
     )
     prompts_path: NonEmptyStr | None = Field(
-        None, description="Extra rows of which only the prompts are used: token and span losses, no SFT."
+        None, description="Extra rows of which only the prompts are used: they get the token and span losses, not SFT."
     )
-    prompts_ratio: BelowOne = Field(0.0, description="Share of each global batch that comes from data.prompts_path.")
+    prompts_ratio: BelowOne = Field(0.0, description="Share of data.prompts_path in each global batch.")
     valid_path: NonEmptyStr | None = Field(None, description="Validation rows, for train.eval_every.")
     max_prompt_tokens: PositiveInt = Field(256, description="Longest prompt, template included, in tokens.")
     max_tokens: PositiveInt = Field(512, description="Longest prompt plus response, in tokens.")
-    skip_bad_rows: bool = Field(False, description="Count and skip malformed rows instead of stopping at the first.")
+    skip_bad_rows: bool = Field(False, description="Skip and count malformed rows instead of stopping at the first.")
     long_prompt: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="What to do with prompts over data.max_prompt_tokens."
+        "drop",
+        description="What happens to prompts longer than data.max_prompt_tokens; truncate removes their beginning.",
     )
     template: Literal["alpaca", "plain"] = Field("alpaca", description="How instruction and input become a prompt.")
     span_prior: Literal["phrases", "spacy", "punctuation", "window", "none"] = Field(
-        "phrases", description="What divides a response into spans: noun, verb and prepositional phrases by default."
+        "phrases",
+        description="How a response is divided into spans; phrases: English noun, verb and prepositional phrases.",
     )
-    span_window: PositiveInt = Field(4, description="Length of a span for span_prior window.")
+    span_window: PositiveInt = Field(4, description="Words per span, for data.span_prior window.")
     instruction_field: NonEmptyStr = Field("instruction", description="Name of the column with the instruction.")
     input_field: NonEmptyStr = Field("input", description="Name of the column with the optional input.")
     output_field: NonEmptyStr = Field(
@@ -113,44 +115,58 @@ class DataSection(Section):
 
 
 class ScrgSection(Section):
-    enabled: bool = Field(True, description="Correct the student's text before it is trained on (paper, Eq. 3-4).")
-    rounds: PositiveInt = Field(1, description="Detections and corrections per response, each right of the one before.")
+    enabled: bool = Field(True, description="Correct the student's text before training on it (paper, Eq. 3-4).")
+    rounds: PositiveInt = Field(1, description="Corrections per response, each to the right of the one before.")
     teacher_token: Literal["sample", "greedy"] = Field(
-        "sample", description="How the teacher's own token is taken: a sample (paper) or its most likely one."
+        "sample",
+        description="The token that replaces an error: a sample of the teacher (paper), or its most likely token.",
     )
 
 
 class OffPolicySection(Section):
-    initial_phi: UnitInterval = Field(0.0, description="Probability of student text, new or replayed, at the start.")
-    eps: NonNegativeFloat = Field(0.1, description="Rise of the validation loss, in nats, that raises phi by 0.1.")
-    replay_batches: PositiveInt = Field(64, description="Global batches of student text that the replay buffer holds.")
+    initial_phi: UnitInterval = Field(
+        0.0, description="Initial phi, the probability that a step trains on student text, new or replayed."
+    )
+    eps: NonNegativeFloat = Field(
+        0.1, description="phi rises by 0.1 when the validation loss has risen by more than this, in nats."
+    )
+    replay_batches: PositiveInt = Field(64, description="Size of the replay buffer, in global batches.")
 
 
 class GenerationSection(Section):
     mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
         "on_policy",
-        description="Text of the token and span losses: the student's own, also replayed as DistiLLM schedules it, "
-        "either, the references, or the teacher's own (SeqKD).",
+        description="Source of the responses for the token and span losses. on_policy: the student generates them; "
+        "off_policy: references first, then more and more student text, new or replayed (DistiLLM); "
+        "mixed: student text in a random share of the steps, references in the others; "
+        "dataset: the references; teacher: the teacher generates them once, before training (SeqKD).",
     )
-    student_ratio: UnitInterval = Field(0.5, description="Probability of student text at a step, for mode mixed.")
-    off_policy: OffPolicySection = Field(default_factory=OffPolicySection, description="For mode off_policy.")
+    student_ratio: UnitInterval = Field(
+        0.5, description="For mode mixed: probability that a step trains on student text."
+    )
+    off_policy: OffPolicySection = Field(
+        default_factory=OffPolicySection, description="Schedule and replay buffer of mode off_policy."
+    )
     teacher_temperature: NonNegativeFloat = Field(
-        0.0, description="Sampling temperature of the teacher's text for mode teacher; 0: greedy."
+        0.0, description="For mode teacher: sampling temperature of the teacher; 0: greedy."
     )
     teacher_cache: NonEmptyStr | None = Field(
         None,
-        description="For mode teacher: file of its text, written once and reused; null: teacher_text.jsonl in run.dir.",
+        description="For mode teacher: file of its responses, written once; null: run.dir/teacher_text.jsonl.",
     )
     max_new_tokens: PositiveInt = Field(
-        256, description="Longest response that is generated; data.max_tokens ends it too."
+        256, description="Longest generated response, in tokens; data.max_tokens limits prompt and response together."
     )
-    sampling_temperature: NonNegativeFloat = Field(1.0, description="Temperature of the student's samples; 0: greedy.")
-    top_k: NonNegativeInt = Field(0, description="Sample among the top_k most likely tokens; 0: all.")
-    top_p: TopP = Field(1.0, description="Sample among the most likely tokens that hold this much probability; 1: all.")
+    sampling_temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature of the student; 0: greedy.")
+    top_k: NonNegativeInt = Field(0, description="Sample from the top_k most likely tokens; 0: from all.")
+    top_p: TopP = Field(
+        1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
+    )
     max_cache_bytes: PositiveInt = Field(
-        2**33, description="Keys and values that a process keeps: how many rows of a step are written at a time."
+        2**33,
+        description="Memory per process for keys and values. It limits how many responses are generated at a time.",
     )
-    scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation.")
+    scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 
 
 class LossSection(Section):
@@ -211,91 +227,104 @@ class LossSection(Section):
 class OptimSection(Section):
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
     min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
-    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
+    betas: tuple[BelowOne, BelowOne] = Field(
+        (0.9, 0.95), strict=False, description="Decay rates of AdamW's two moments."
+    )
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
-    warmup_ratio: UnitInterval = Field(0.05, description="Share of train.max_steps with a rising learning rate.")
-    warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; wins over optim.warmup_ratio.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    gradient_clipping: NonNegativeFloat = Field(1.0, description="Largest norm of the gradient; 0: off.")
-    gate_lr: PositiveFloat = Field(1e-3, description="Learning rate of the gate, constant.")
+    warmup_ratio: UnitInterval = Field(0.05, description="Share of train.max_steps in which the learning rate rises.")
+    warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; overrides optim.warmup_ratio.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    gradient_clipping: NonNegativeFloat = Field(1.0, description="Largest norm of the gradient; 0: no clipping.")
+    gate_lr: PositiveFloat = Field(1e-3, description="Constant learning rate of the gate.")
 
 
 class TrainSection(Section):
     max_steps: PositiveInt = Field(1000, description="Optimizer updates.")
-    global_batch_size: PositiveInt = Field(16, description="Rows per step over all processes.")
+    global_batch_size: PositiveInt = Field(16, description="Rows per step, over all processes.")
     micro_batch_size: PositiveInt = Field(
         4, description="Rows per forward and backward pass on one data-parallel rank."
     )
     save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
     eval_every: NonNegativeInt = Field(0, description="Steps between validations on data.valid_path; 0: never.")
-    eval_rows: PositiveInt = Field(64, description="Rows of data.valid_path that a validation reads.")
+    eval_rows: PositiveInt = Field(64, description="Rows of data.valid_path used in a validation.")
     profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
         None,
         strict=False,
         description="First and last step, counted from 1, of a torch trace in RUN/profile; null: none.",
     )
     log_every: PositiveInt = Field(
-        1, description="Steps between updates of the loss beside the progress bar; metrics.jsonl has every step."
+        1, description="Steps between updates of the loss in the progress bar; metrics.jsonl has every step."
     )
     samples_every: NonNegativeInt = Field(
-        10, description="Steps between entries in samples.jsonl (where the student writes in such a step); 0: none."
+        10, description="Steps between entries in samples.jsonl, made in steps with student text; 0: none."
     )
     samples_rows: PositiveInt = Field(4, description="Rows per entry in samples.jsonl.")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="A step whose loss or gradient is not finite changes nothing, its batch goes to RUN/nonfinite/; "
-        "then the run stops, or goes on.",
+        description="After a step with a non-finite loss or gradient: stop the run, or skip the step. The step changes "
+        "nothing, and its batch is written to RUN/nonfinite/.",
     )
     max_nonfinite: PositiveInt = Field(
-        10, description="With on_nonfinite skip: so many such steps one after the other stop the run all the same."
+        10, description="With on_nonfinite skip: stop the run after this many consecutive skipped steps."
     )
     stop_grace_s: PositiveInt = Field(
         120,
-        description="Seconds for a step and its checkpoint when the launcher has died; then the process ends itself.",
+        description="Seconds to finish a step and save it after the launcher has died; then the process exits.",
     )
     resume: NonEmptyStr = Field(
-        "auto", description="auto: from the last checkpoint of run.dir; never; or a checkpoint's path."
+        "auto",
+        description="auto: from the last checkpoint of run.dir, if any; never: a new run; or a checkpoint's path.",
     )
 
 
 class EvalSection(Section):
-    path: NonEmptyStr | None = Field(None, description="Evaluation rows; same formats as data.train_path.")
+    path: NonEmptyStr | None = Field(None, description="Evaluation rows, in the formats of data.train_path.")
     seeds: tuple[NonNegativeInt, ...] = Field(
         (10, 20, 30, 40, 50),
         strict=False,
-        description="One sampled evaluation each; mean and deviation are reported.",
+        description="One sampled evaluation per seed; mean and standard deviation are reported.",
     )
-    max_new_tokens: PositiveInt = Field(256, description="Longest answer.")
+    max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
     temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature of the sampled evaluations.")
-    top_p: TopP = Field(1.0, description="Nucleus of the sampled evaluations; 1: all.")
+    top_p: TopP = Field(
+        1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
+    )
     greedy: bool = Field(True, description="Also evaluate greedy answers.")
     batch_size: PositiveInt = Field(16, description="Rows generated at a time on one data-parallel rank.")
-    max_rows: PositiveInt | None = Field(None, description="Evaluate only the first rows; null: all.")
+    max_rows: PositiveInt | None = Field(None, description="Evaluate only the first rows; null: all rows.")
 
 
 class CheckpointSection(Section):
-    keep_last: PositiveInt = Field(2, description="Checkpoints that stay on disk; older ones are removed.")
-    keep_every: NonNegativeInt = Field(0, description="Checkpoints of every so many steps stay as well; 0: none.")
+    keep_last: PositiveInt = Field(2, description="Number of checkpoints to keep; older ones are removed.")
+    keep_every: NonNegativeInt = Field(0, description="Also keep the checkpoints of every so many steps; 0: none.")
     asynchronous: bool = Field(
         True,
-        description="Write beside the training, from a copy in host memory (12 bytes a parameter over all processes).",
+        description="Write during training, from a copy in host memory (12 bytes per parameter over all processes).",
     )
 
 
 class RunConfig(Section):
     """Everything that defines a run. Build it with `load_config`."""
 
-    run: RunSection = Field(description="Where the run lives and what makes it reproducible.")
+    run: RunSection = Field(description="Folder and seed of the run.")
     model: ModelSection = Field(description="Teacher, student and tokenizer.")
-    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How models are cut over processes.")
+    parallel: ParallelSection = Field(
+        default_factory=ParallelSection, description="How models are partitioned over processes."
+    )
     data: DataSection = Field(default_factory=DataSection, description="Rows, limits and spans.")
-    generation: GenerationSection = Field(default_factory=GenerationSection, description="Student text, corrected.")
+    generation: GenerationSection = Field(
+        default_factory=GenerationSection, description="Responses to train on: their source, sampling and correction."
+    )
     loss: LossSection = Field(default_factory=LossSection, description="The three terms and the gate.")
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its schedule.")
     train: TrainSection = Field(default_factory=TrainSection, description="Steps, batch sizes, intervals.")
     eval: EvalSection = Field(default_factory=EvalSection, description="The evaluation protocol.")
-    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="What is kept on disk.")
+    checkpoint: CheckpointSection = Field(
+        default_factory=CheckpointSection, description="How checkpoints are written and kept."
+    )
     deepspeed: dict[str, Any] = Field(
         {},
         description="Passed through to DeepSpeed's configuration of both engines, merged over the generated one: "
@@ -319,19 +348,19 @@ class RunConfig(Section):
             )
         _require(
             train.global_batch_size % train.micro_batch_size == 0,
-            f"train.global_batch_size={train.global_batch_size} is no multiple of "
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={train.micro_batch_size}",
             ("train.global_batch_size", "train.micro_batch_size"),
         )
         _require(
             data.max_tokens > data.max_prompt_tokens,
             f"data.max_tokens={data.max_tokens} must be more than data.max_prompt_tokens={data.max_prompt_tokens}: "
-            "no token would be left for a response",
+            "otherwise no token is left for a response",
             ("data.max_tokens", "data.max_prompt_tokens"),
         )
         _require(
             loss.sft > 0 or loss.dac_kl > 0 or loss.span > 0,
-            "loss.sft, loss.dac_kl and loss.span are all 0; at least one must be more",
+            "loss.sft, loss.dac_kl and loss.span are all 0; at least one must be positive",
             ("loss.sft", "loss.dac_kl", "loss.span"),
         )
         _require(
@@ -357,7 +386,7 @@ class RunConfig(Section):
         )
         _require(
             data.prompts_path is None or data.prompts_ratio > 0,
-            f"data.prompts_path is set and data.prompts_ratio={data.prompts_ratio:g}: none of its rows would be used",
+            f"data.prompts_path is set, but data.prompts_ratio={data.prompts_ratio:g}: none of its rows would be used",
             ("data.prompts_ratio", "data.prompts_path"),
         )
         _require(

@@ -1,7 +1,6 @@
-"""Token rows to padded tensors.
+"""Token ids to padded tensors: B examples, S columns.
 
-Suffixes and shapes: B sequences, S padded length. Row (b, i) of `labels` belongs to the prediction made
-at position i, which is the token at position i + 1: labels are already shifted.
+`labels[b, i]` belongs to the prediction made at column i, which is the token in column i + 1: labels are shifted.
 """
 
 from __future__ import annotations
@@ -17,21 +16,19 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Prompt + response rows, padded on the right. All [B, S] int64 but the two [B] int64 at the end.
+    """Prompts with their responses, padded on the right. All [B, S] int64.
 
-    `labels[b, i]` is the response token that position i predicts, IGNORE_INDEX for prompt, padding and each sequence's
-    last position. `response_start[b]` is the position of the first response token; rows response_start - 1 ...
-    response_start + response_length - 2 predict the response.
+    `labels[b, i]` is the response token that column i predicts, IGNORE_INDEX for prompt, padding and the last column
+    of each sequence.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor
-    response_start: Tensor
-    response_length: Tensor
 
     def to(self, device: torch.device | str) -> SequenceBatch:
+        """The same on another device."""
         return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
@@ -45,18 +42,15 @@ class PromptBatch:
     lengths: Tensor
 
     def to(self, device: torch.device | str) -> PromptBatch:
+        """The same on another device."""
         return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def right_padded(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int] | None]], pad_id: int, multiple: int = 1
-) -> SequenceBatch:
-    """Batch (prompt_ids, response_ids) pairs; S is the longest sequence rounded up to `multiple`. A response may be
-    empty or None.
-    """
+def right_padded(sequences: Sequence[tuple[Sequence[int], Sequence[int] | None]], pad_id: int) -> SequenceBatch:
+    """Batches (prompt_ids, response_ids) pairs; S is the longest sequence. A response may be empty or None."""
     assert sequences and all(prompt for prompt, _ in sequences), "every sequence needs a prompt"
     joined = [[*prompt, *(response or ())] for prompt, response in sequences]
-    width = -(-max(map(len, joined)) // multiple) * multiple
+    width = max(map(len, joined))
     shape = (len(joined), width)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -67,13 +61,11 @@ def right_padded(
         attention_mask[row, : len(ids)] = 1
         labels[row, len(prompt) - 1 : len(ids) - 1] = tokens[len(prompt) :]
     position_ids = torch.arange(width).expand(shape).contiguous()
-    starts = torch.tensor([len(prompt) for prompt, _ in sequences])
-    lengths = torch.tensor([len(response or ()) for _, response in sequences])
-    return SequenceBatch(input_ids, attention_mask, position_ids, labels, starts, lengths)
+    return SequenceBatch(input_ids, attention_mask, position_ids, labels)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> PromptBatch:
-    """Batch prompts so that all end at the last column; positions count from each prompt's first token."""
+    """Batches prompts so that all end in the last column; positions count from each prompt's first token."""
     assert prompts and all(prompts), "every prompt needs a token"
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Data preparation: any readable source to checked, length-filtered train and valid JSONL files and a report.
+"""Data preparation: any readable source to checked, length-filtered JSONL files for training and validation.
 
-The work divides over `num_shares` workers (`convert_share` on each) and ends on one (`write_converted`). The files do
-not depend on the number of workers. Nothing here communicates: `tools/prepare_data.py` gathers over MPI.
+`convert_share` does the work of one of `num_shares` workers, `write_converted` puts all shares together. The files do
+not depend on the number of workers. Nothing here communicates: the command line gathers over MPI.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megadistill.data.dataset import Example, FieldNames, load_examples
 from megadistill.data.prompts import render_prompt
-from megadistill.data.tokenize import encode_responses, encode_texts, leading_special_ids
-from megadistill.errors import ConfigError, DataError
+from megadistill.data.tokenize import check_limits, encode_responses, encode_texts, leading_special_ids
+from megadistill.errors import DataError
+from megadistill.files import os_errors_as, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 512
 REPORT_NAME = "report.json"
@@ -25,11 +29,11 @@ REPORT_NAME = "report.json"
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to read and keep. Limits are in tokens, special tokens and EOS counted; `max_rows` counts rows that are
-    kept.
+    """What to read and keep.
 
-    `num_valid` rows, drawn by `seed` from those that are kept, become the validation file. `min_reference_words` is
-    the length of the first reference; above 0 it also leaves out rows without references.
+    Limits are in tokens, with special tokens and EOS. `max_rows` counts the rows that are kept. `num_valid` of them,
+    drawn by `seed`, become the validation file. `min_reference_words` is about the first reference; above 0 it also
+    leaves out rows without references.
     """
 
     path: str
@@ -50,7 +54,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class CheckedRow:
-    """One row and its lengths; `response_tokens` is 0 without a reference. `reason` says why it is left out, if so."""
+    """One row and its lengths in tokens; `response_tokens` is 0 without a reference. `reason`: why it is left out."""
 
     example: Example
     prompt_tokens: int
@@ -60,30 +64,30 @@ class CheckedRow:
 
 @dataclass(frozen=True)
 class ConvertedShare:
+    """The rows of one worker; share 0 also has a message for each bad row of the source."""
+
     rows: list[CheckedRow]
     skipped: list[str]
 
 
 def convert_share(
     options: ConvertOptions,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     share: int = 0,
     num_shares: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> ConvertedShare:
-    """Read the source and check rows share, share + num_shares, ... of it: render, tokenise, compare with the limits.
+    """Reads the source and checks rows share, share + num_shares, ... of it: renders, tokenizes, compares lengths.
 
-    Every worker parses the whole source (cheap) and tokenises its own rows (dear), so a bad row raises on all alike.
+    Every worker parses the whole source (cheap) and tokenizes its own rows (expensive), so a bad row raises on all.
+    `progress` wraps the iterable of batches.
 
     Raises:
-        ConfigError, DataError: as `load_examples` and `render_prompt` do, or limits that leave no room.
+        ConfigError: Limits that leave no token for a response, or as `render_prompt`.
+        DataError: As `load_examples`.
     """
-    if not 0 < options.max_prompt_tokens < options.max_tokens:
-        raise ConfigError(
-            f"data.max_tokens={options.max_tokens} must be larger than "
-            f"data.max_prompt_tokens={options.max_prompt_tokens} > 0"
-        )
+    check_limits(options.max_prompt_tokens, options.max_tokens)
     loaded = load_examples(
         options.path,
         fields=options.fields,
@@ -99,7 +103,9 @@ def convert_share(
     return ConvertedShare(rows, loaded.skipped if share == 0 else [])
 
 
-def _check(examples: Sequence[Example], options: ConvertOptions, tokenizer: Any) -> list[CheckedRow]:
+def _check(
+    examples: Sequence[Example], options: ConvertOptions, tokenizer: PreTrainedTokenizerBase
+) -> list[CheckedRow]:
     num_leading = len(leading_special_ids(tokenizer))
     prompts = encode_texts(tokenizer, [render_prompt(example, options.template) for example in examples])
     responses = iter(encode_responses(tokenizer, [row.references[0] for row in examples if row.references]))
@@ -122,16 +128,16 @@ def _check(examples: Sequence[Example], options: ConvertOptions, tokenizer: Any)
 def write_converted(
     shares: Iterable[ConvertedShare], options: ConvertOptions, folder: str | Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write train.jsonl, valid.jsonl (where `num_valid` > 0) and report.json; return the report.
+    """Writes train.jsonl, valid.jsonl (where `num_valid` > 0) and report.json; returns the report.
 
     Raises:
-        DataError: the folder already holds them and `overwrite` is false, too few rows are left, or it cannot be
-        written.
+        DataError: The folder has them already and `overwrite` is false, too few rows are left, or a file cannot be
+            written.
     """
     target = Path(folder)
     taken = [name for name in ("train.jsonl", "valid.jsonl", REPORT_NAME) if (target / name).exists()]
     if taken and not overwrite:
-        raise DataError(f"{target}: already holds {', '.join(taken)}; choose another folder or allow overwriting")
+        raise DataError(f"{target} already has {', '.join(taken)}; choose another folder, or overwrite them")
     known = list(shares)
     skipped = [message for share in known for message in share.skipped]
     checked = sorted((row for share in known for row in share.rows), key=lambda row: row.example.id)
@@ -139,7 +145,7 @@ def write_converted(
     if len(kept) <= options.num_valid:
         raise DataError(
             f"{options.path}: {len(kept)} of {len(checked) + len(skipped)} rows are left, too few for "
-            f"{options.num_valid} validation rows and any training row (left out: {left_out or 'none'})"
+            f"{options.num_valid} validation rows and a training row (left out: {left_out or 'none'})"
         )
     order = np.random.Generator(np.random.Philox(options.seed)).permutation(len(kept))
     valid_rows = set(order[: options.num_valid].tolist())
@@ -155,13 +161,11 @@ def write_converted(
         "left_out": left_out,
         "splits": {name: _statistics(rows, options) for name, rows in splits.items()},
     }
-    try:
+    with os_errors_as(DataError, target):
         target.mkdir(parents=True, exist_ok=True)
         for name, rows in splits.items():
-            _write(target / f"{name}.jsonl", "".join(_to_line(row.example) for row in rows))
-        _write(target / REPORT_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror}") from None
+            write_atomically(target / f"{name}.jsonl", "".join(_to_line(row.example) for row in rows))
+        write_json(target / REPORT_NAME, report)
     return report
 
 
@@ -216,14 +220,8 @@ def _to_line(example: Example) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def report_text(report: dict[str, Any]) -> str:
-    """The report in a few lines for a screen."""
+    """The report in a few lines."""
     lines = [f"{report['source']}: {report['num_rows']} rows, {report['num_bad_rows']} bad ones skipped"]
     lines += [f"  left out, {reason}: {count}" for reason, count in report["left_out"].items()]
     for name, split in report["splits"].items():

@@ -1,22 +1,21 @@
-"""Read instruction rows from JSONL, JSON, CSV, TSV, Parquet, a `datasets` folder or a hub name; every bad row is named
-by file and line.
+"""Reads instruction rows from JSONL, JSON, CSV, TSV, Parquet, a `datasets` folder or a hub name.
+
+Every error about a row names its file and line.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megadistill.data.hub import is_hub_name, offline_if_unreachable
+from megadistill.data.hub import check_name, offline_if_unreachable
 from megadistill.errors import DataError
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
+from megadistill.files import did_you_mean, did_you_mean_path, os_errors_as
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _MAX_CSV_FIELD_CHARS = 1 << 30
@@ -33,9 +32,7 @@ class FieldNames:
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction row. `references` may be empty: such a row carries a prompt only. `where` is FILE:LINE, for
-    messages.
-    """
+    """One instruction row. `references` is empty for a row with a prompt only; `where` is FILE:LINE, for messages."""
 
     id: int
     instruction: str
@@ -46,8 +43,9 @@ class Example:
 
 @dataclass(frozen=True)
 class LoadedExamples:
-    """Usable rows in file order (`Example.id` counts bad rows too, so it names the same row always) and one message per
-    skipped row.
+    """Usable rows in file order, and one message per skipped row.
+
+    `Example.id` counts bad rows, too: a row has the same id whether or not others are skipped.
     """
 
     examples: list[Example]
@@ -55,7 +53,11 @@ class LoadedExamples:
 
 
 class _BadRow(Exception):
-    """What is wrong with one row; the caller adds where."""
+    """What is wrong with one row; the caller adds where. `setting`: what else than skipping may be the remedy."""
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 def load_examples(
@@ -65,36 +67,43 @@ def load_examples(
     split: str = "train",
     config_name: str | None = None,
     skip_bad_rows: bool = False,
-    progress: Progress | None = None,
 ) -> LoadedExamples:
-    """Read every row of a local file (by suffix), a local `datasets` folder, or a hub data set.
+    """Reads every row of a local file (by suffix), a local `datasets` folder, or a hub data set.
 
-    `split` and `config_name` matter for folders and hub names only. `progress` wraps the iterator over rows.
+    Args:
+        path: A file, a folder or a hub name.
+        fields: Names of the columns.
+        split: Split of a folder or a hub data set.
+        config_name: Configuration (subset) of a hub data set.
+        skip_bad_rows: Count malformed rows instead of stopping at the first.
 
     Raises:
-        DataError: the file is missing, unreadable or has no usable row; or a row is malformed, empty or of wrong types
-            (the message names file and line) and `skip_bad_rows` is false.
+        DataError: The file is missing, unreadable or has no usable row; or a row is malformed, empty or of wrong types
+            and `skip_bad_rows` is false.
     """
     fields = fields or FieldNames()
     rows = _open_rows(str(path), fields, split, config_name)
     examples: list[Example] = []
     skipped: list[str] = []
     absent = {name for name in (fields.input, fields.output) if name not in ("input", "output")}
-    for row_id, (where, row) in enumerate(progress(rows) if progress else rows):
+    for row_id, (where, row) in enumerate(rows):
         absent -= row.keys() if isinstance(row, dict) else set()
         try:
             examples.append(_to_example(row, row_id, where, fields))
         except _BadRow as error:
             message = f"{where}: {error}"
             if not skip_bad_rows:
-                raise DataError(f"{message} (data.skip_bad_rows=true counts and skips such rows)") from None
+                settings = ", ".join(filter(None, (error.setting, "data.skip_bad_rows")))
+                raise DataError(message, setting=settings) from None
             skipped.append(message)
     if not examples:
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
-        raise DataError(f"{path}: nothing to read: {reason}")
+        raise DataError(f"{path}: no usable row: {reason}")
     if absent:
-        # Whoever names a column means one: without this the references would be missing in silence.
-        raise DataError(f"{path}: no row has a field {sorted(absent)[0]!r} (data.input_field, data.output_field)")
+        # A column that was named on purpose must exist: without this, references would silently be missing.
+        name = sorted(absent)[0]
+        setting = "data.input_field" if name == fields.input else "data.output_field"
+        raise DataError(f"{path}: no row has a field {name!r}", setting=setting)
     return LoadedExamples(examples, skipped)
 
 
@@ -104,9 +113,12 @@ def _to_example(row: Any, row_id: int, where: str, fields: FieldNames) -> Exampl
     if not isinstance(row, dict):
         raise _BadRow(f"a row must be an object with the field {fields.instruction!r}, not {_type_name(row)}")
     if fields.instruction not in row:
-        near = difflib.get_close_matches(fields.instruction, [str(key) for key in row], n=1)
-        hint = f"; nearest field: {near[0]!r}" if near else ""
-        raise _BadRow(f"field {fields.instruction!r} is missing (fields: {', '.join(map(str, row)) or 'none'}){hint}")
+        names = [str(key) for key in row]
+        hint = did_you_mean(fields.instruction, names)
+        raise _BadRow(
+            f"field {fields.instruction!r} is missing (fields: {', '.join(names) or 'none'}){hint}",
+            setting="data.instruction_field",
+        )
     instruction = _text(row[fields.instruction], fields.instruction)
     if not instruction.strip():
         raise _BadRow(f"field {fields.instruction!r} is empty")
@@ -136,14 +148,13 @@ def _type_name(value: Any) -> str:
 def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
     local = Path(path)
     if local.is_dir():
-        # A file named after the split is read here, where messages name its lines; any other folder goes to `datasets`.
+        # A file named after the split is read here, so that messages name its lines; `datasets` reads other folders.
         inside = [file for suffix in SUFFIXES if (file := local / f"{split}{suffix}").is_file()]
         if not inside:
             return _dataset_rows(path, fields, split, config_name)
         local = inside[0]
+    check_name(path, error=DataError)
     if not local.exists():
-        if local.suffix.lower() in SUFFIXES or not is_hub_name(path):
-            raise DataError(f"{path}: no such file{_near_files(local)}")
         return _dataset_rows(path, fields, split, config_name)
     readers = {
         ".jsonl": _jsonl_rows,
@@ -155,24 +166,13 @@ def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | Non
     reader = readers.get(local.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: unknown kind of file {local.suffix!r}; allowed: {', '.join(SUFFIXES)}, a folder or a hub name"
+            f"{path}: unknown file type {local.suffix!r}; allowed: {', '.join(SUFFIXES)}, a folder or a hub name"
         )
     if not local.is_file() or local.stat().st_size == 0:
         raise DataError(f"{local}: the file is empty" if local.is_file() else f"{local}: not a file")
-    try:
+    with os_errors_as(DataError, local, "cannot be read"):
         local.open("rb").close()
-    except OSError as error:
-        raise DataError(f"{local}: cannot be read: {error.strerror}") from None
     return reader(local, fields)
-
-
-def _near_files(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f" (nor the folder {folder})"
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix.lower() in SUFFIXES)
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(str(folder / name) for name in near)}" if near else f"; no similar file in {folder}"
 
 
 def _parse(text: str) -> Any:
@@ -202,9 +202,7 @@ def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: invalid UTF-8; a JSON list with broken characters cannot be read in part"
-        ) from None
+        raise DataError(f"{path}:{line}: invalid UTF-8; the rows of a JSON list cannot be skipped one by one") from None
     if not text.lstrip().startswith("["):
         yield from _jsonl_rows(path, fields)
         return
@@ -235,7 +233,7 @@ def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
-    # surrogateescape keeps a broken byte inside its own row, where the check of every text reports it.
+    # surrogateescape keeps a broken byte in its own row, where `_text` reports it.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         header: list[str] | None = None
@@ -278,9 +276,11 @@ def _parquet_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
 
 def _require_column(names: list[str], fields: FieldNames, where: str) -> None:
     if fields.instruction not in names:
-        near = difflib.get_close_matches(fields.instruction, names, n=1)
-        hint = f"; nearest: {near[0]!r}" if near else ""
-        raise DataError(f"{where} has no column {fields.instruction!r} (columns: {', '.join(names)}){hint}")
+        hint = did_you_mean(fields.instruction, names)
+        raise DataError(
+            f"{where} has no column {fields.instruction!r} (columns: {', '.join(names)}){hint}",
+            setting="data.instruction_field",
+        )
 
 
 def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
@@ -295,12 +295,13 @@ def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | 
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             table = datasets.load_dataset(path, name=config_name, split=split)
-    # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that the data cannot be had.
+    # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that there is no data.
     except Exception as error:
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {_one_line(error)}"
         what = f"the folder cannot be read: {_one_line(error)}" if is_folder else f"no such file or folder, and {hub}"
-        near = "" if is_folder else _near_files(Path(path))
-        raise DataError(f"{path} (split {split!r}): {what}{near}") from None
+        near = "" if is_folder else did_you_mean_path(path)
+        message = f"{path} (split {split!r}): {what}{near}"
+        raise DataError(message, setting="data.hub_split, data.hub_config") from None
     _require_column(table.column_names, fields, f"{path} (split {split!r})")
     for number, row in enumerate(table, start=1):
         yield f"{path}[{split}]:row {number}", row

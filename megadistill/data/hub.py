@@ -1,18 +1,64 @@
-"""The hub's network, asked once before a name is looked up there."""
+"""Names of models, tokenizers and data sets: what is a local path, what is a name on the hub, and is the hub there."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
+from megadistill.errors import ConfigError, MegadistillError
+from megadistill.files import did_you_mean_path
+
+_FILE_SUFFIXES = frozenset(
+    {".bin", ".csv", ".json", ".jsonl", ".parquet", ".pt", ".safetensors", ".tsv", ".txt", ".yaml", ".yml"}
+)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model, tokenizer or data set is one of the hub.
+
+    One rule for all of them: what exists is local; what is spelled as a path is local, too (it starts with ``.``, ``/``
+    or ``~``, has more than one slash or a trailing one, or ends in a file suffix such as ``.json``); every other
+    name, NAME or OWNER/NAME, is one of the hub.
+    """
+    return not Path(name).exists() and not _is_spelled_as_path(name)
+
+
+def _is_spelled_as_path(name: str) -> bool:
+    parts = Path(name).parts
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or len(parts) not in (1, 2)
+        or ".." in parts
+        or Path(name).suffix.lower() in _FILE_SUFFIXES
+    )
+
+
+def check_name(
+    name: str, where: str = "", error: type[MegadistillError] = ConfigError, setting: str | None = None
+) -> None:
+    """Raises ``error`` for a path that does not exist; a name of the hub passes unasked.
+
+    Args:
+        name: A model, tokenizer or data set.
+        where: What it was given as, which the message begins with.
+        error: The error to raise.
+        setting: The setting that the error is about.
+    """
+    if not Path(name).exists() and not is_hub_name(name):
+        prefix = f"{where}: " if where else ""
+        raise error(f"{prefix}no such file or folder: {name}{did_you_mean_path(name)}", setting=setting)
+
 
 def offline_if_unreachable() -> bool:
-    """Switch `huggingface_hub` to its offline mode (cached files only) where its host has no address; returns the mode.
+    """Switches `huggingface_hub` to its offline mode (cached files only) where its host has no address; returns the
+    mode.
 
-    Without this a mistyped path on a machine without network costs half a minute of retries before its error. Where a
-    proxy is configured, names may resolve there only, and nothing is switched.
+    Without this, a mistyped name costs half a minute of retries on a machine without network. Where a proxy is
+    configured, names may resolve there only, and nothing is switched.
     """
     from huggingface_hub import constants
 
@@ -24,7 +70,7 @@ def offline_if_unreachable() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether `path` has the form NAME or OWNER/NAME; a path from the root, with .., or deeper is a local one."""
-    parts = Path(path).parts
-    return 1 <= len(parts) <= 2 and not path.startswith((".", "/", "~")) and ".." not in parts
+def offline_if_needed(names: Iterable[str | None]) -> None:
+    """`offline_if_unreachable`, asked only where one of the names is not a local path."""
+    if any(name is not None and not Path(name).exists() for name in names):
+        offline_if_unreachable()

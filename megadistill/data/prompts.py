@@ -1,11 +1,10 @@
-"""Prompt templates: `alpaca` is MiniLLM's, word for word; `plain` is the bare text."""
+"""Prompt templates: `alpaca` is MiniLLM's, word for word; `plain` is the text alone."""
 
 from __future__ import annotations
 
-import difflib
-
 from megadistill.data.dataset import Example
 from megadistill.errors import ConfigError
+from megadistill.files import did_you_mean
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -27,12 +26,13 @@ def render_prompt(example: Example, template: str = "alpaca") -> str:
     """The text that the model reads before its response. It ends in a line break in every template.
 
     Raises:
-        ConfigError: unknown `template`.
+        ConfigError: Unknown `template`.
     """
     if template not in TEMPLATES:
-        near = difflib.get_close_matches(template, TEMPLATES, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ConfigError(f"data.template={template!r} is unknown; allowed: {', '.join(TEMPLATES)}{hint}")
+        hint = did_you_mean(template, TEMPLATES)
+        raise ConfigError(
+            f"unknown template {template!r}; allowed: {', '.join(TEMPLATES)}{hint}", setting="data.template"
+        )
     without_input, with_input = TEMPLATES[template]
     chosen = with_input if example.input else without_input
     return chosen.format(instruction=example.instruction, input=example.input)

@@ -1,6 +1,4 @@
-"""Which rows make up the global batch of a step: a pure function of the step, so that resuming needs the step number
-alone.
-"""
+"""The rows of a step's global batch: a pure function of the step, so that resuming needs only its number."""
 
 from __future__ import annotations
 
@@ -14,10 +12,11 @@ from megadistill.errors import ConfigError, TopologyError
 
 Stream = Literal["train", "prompts"]
 _STREAM_KEYS: dict[Stream, int] = {"train": 0, "prompts": 1}
+_BATCH, _RATIO = "train.global_batch_size", "data.prompts_ratio"
 
 
 class SampledRow(NamedTuple):
-    """`sequence_id` is unique over the whole run and keys the random numbers of everything that happens to this row."""
+    """A row of a batch. `sequence_id` is unique over the run and keys all random numbers that concern this row."""
 
     sequence_id: int
     stream: Stream
@@ -29,12 +28,12 @@ class BatchSampler:
     """Global batches of `global_batch_size` rows: round(global_batch_size * (1 - prompts_ratio)) from `train`, then the
     rest from `prompts`.
 
-    Each stream runs through its rows in a fresh permutation per epoch, keyed by (seed, stream, epoch); a batch may
-    cross from one epoch into the next. Row i of the global batch goes to data-parallel rank i % dp_size, so every rank
-    has its share of both streams and the union over ranks does not depend on dp_size.
+    Each stream goes through its rows in a new permutation per epoch, keyed by (seed, stream, epoch); a batch may span
+    two epochs. Row i of the global batch goes to data-parallel rank i % dp_size: every rank has its share of both
+    streams, and the union over ranks does not depend on dp_size.
 
     Raises:
-        ConfigError: a stream that a batch needs has no rows, or a size or ratio is out of range.
+        ConfigError: A stream that a batch needs has no rows, or a size or ratio is out of range.
         TopologyError: dp_size does not divide global_batch_size.
     """
 
@@ -48,36 +47,43 @@ class BatchSampler:
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
-            raise ConfigError(f"train.global_batch_size={self.global_batch_size} must be at least 1")
+            raise ConfigError(f"a global batch of {self.global_batch_size} rows; at least 1 is needed", setting=_BATCH)
         if not 0.0 <= self.prompts_ratio <= 1.0:
-            raise ConfigError(f"data.prompts_ratio={self.prompts_ratio} must be between 0 and 1")
+            raise ConfigError(f"a ratio of prompts of {self.prompts_ratio} is not between 0 and 1", setting=_RATIO)
         if not 0 <= self.dp_rank < self.dp_size or self.global_batch_size % self.dp_size:
             raise TopologyError(
-                f"train.global_batch_size={self.global_batch_size} must be a multiple of the data-parallel size "
-                f"{self.dp_size}"
+                f"a global batch of {self.global_batch_size} rows is not a multiple of the data-parallel size "
+                f"{self.dp_size}",
+                setting=_BATCH,
             )
-        shares = {"data.train_path": (1.0 - self.prompts_ratio, self.num_train_per_step),
-                  "data.prompts_path": (self.prompts_ratio, self.num_prompts_per_step)}  # fmt: skip
-        for source, (share, count) in shares.items():
+        shares = {"training": (1.0 - self.prompts_ratio, self.num_train_per_step),
+                  "prompt": (self.prompts_ratio, self.num_prompts_per_step)}  # fmt: skip
+        for kind, (share, count) in shares.items():
             if share > 0 and count == 0:
                 raise ConfigError(
-                    f"data.prompts_ratio={self.prompts_ratio} leaves no row of {source} in a step of "
-                    f"train.global_batch_size={self.global_batch_size}; use larger batches or another ratio"
+                    f"a ratio of prompts of {self.prompts_ratio} leaves no {kind} row in a batch of "
+                    f"{self.global_batch_size}; use larger batches or another ratio",
+                    setting=f"{_RATIO}, {_BATCH}",
                 )
         if self.num_train_per_step and self.num_rows < 1:
-            raise ConfigError(f"each step takes {self.num_train_per_step} row(s) from data.train_path, which has none")
+            raise ConfigError(
+                f"each step takes {self.num_train_per_step} training row(s), but there are none",
+                setting="data.train_path",
+            )
         if self.num_prompts_per_step and self.num_prompt_rows < 1:
             raise ConfigError(
-                f"data.prompts_ratio={self.prompts_ratio} takes {self.num_prompts_per_step} row(s) a step from "
-                "data.prompts_path, which has none"
+                f"each step takes {self.num_prompts_per_step} prompt row(s), but there are none",
+                setting=f"data.prompts_path, {_RATIO}",
             )
 
     @property
     def num_train_per_step(self) -> int:
+        """Rows of a batch that come from `train`."""
         return round(self.global_batch_size * (1.0 - self.prompts_ratio))
 
     @property
     def num_prompts_per_step(self) -> int:
+        """Rows of a batch that come from `prompts`."""
         return self.global_batch_size - self.num_train_per_step
 
     def global_rows(self, step: int) -> list[SampledRow]:
@@ -100,6 +106,6 @@ class BatchSampler:
 
 @lru_cache(maxsize=8)
 def _permutation(seed: int, stream_key: int, epoch: int, size: int) -> np.ndarray:
-    """A pure function; the cache saves drawing an epoch's order anew at every step."""
+    """A pure function; the cache saves drawing an epoch's order again at every step."""
     key = np.random.SeedSequence([seed, stream_key, epoch])
     return np.random.Generator(np.random.Philox(key)).permutation(size)

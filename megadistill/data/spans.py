@@ -6,7 +6,6 @@ text or sampled. A token belongs to the span in which its first character that i
 
 from __future__ import annotations
 
-import difflib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,14 +14,15 @@ import regex
 
 from megadistill.data.surface import token_char_starts
 from megadistill.errors import ConfigError
+from megadistill.files import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 
-# Function words of some European languages; one union, because a word that opens a chunk in one language harms little
-# in another.
+# Function words of some European languages, in one set: a word that opens a chunk in one language does little harm in
+# another.
 _FUNCTION_WORDS = """
 a an the this that these those and or but nor so if of in on at by for with from to into onto over under about as than
 because while when is are was were be been being am do does did have has had will would can could may might shall
@@ -37,6 +37,8 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class SpanPrior(Protocol):
+    """Divides a text into phrases."""
+
     def spans(self, text: str) -> list[Span]:
         """Character spans (start, end) of `text`: increasing, not overlapping, none empty."""
         ...
@@ -46,12 +48,12 @@ class PhrasePrior:
     """English noun, verb and prepositional phrases by TextBlob's shallow parser, whose tagger and chunker ship inside
     its wheel.
 
-    Words are cut here, in Penn Treebank style and with their places, and handed to the parser ready-cut: its own
-    cutting loses the places, splits "didn't" into four and joins emoticons. A phrase never crosses a sentence's end or
-    a line break.
+    Words are split here, in Penn Treebank style and with their positions, before the parser gets them: its own
+    splitting loses the positions, divides "didn't" into four words and joins emoticons. A phrase never crosses the end
+    of a sentence or a line break.
     """
 
-    # Kept in one piece: addresses, numbers with separators, abbreviations, words with inner hyphens or apostrophes.
+    # Kept whole: addresses, numbers with separators, abbreviations, words with inner hyphens or apostrophes.
     _WORD = regex.compile(
         r"""
         (?:https?://|www\.)[^\s<>"]*[^\s<>".,;:!?)\]'’]
@@ -75,20 +77,20 @@ class PhrasePrior:
 
     def spans(self, text: str) -> list[Span]:
         sentences = list(self._sentences(text))
-        # A typographic apostrophe is unknown to the parser's lexicon; one for one, so places stay.
-        ready_cut = "\n".join(" ".join(text[a:b].replace("’", "'") for a, b in words) for words in sentences)
-        tagged = self._parse(ready_cut, tokenize=False, chunks=True, collapse=False) if sentences else []
-        found: list[Span] = []
+        # The parser's lexicon does not have the typographic apostrophe; replaced one for one, so positions stay.
+        words_only = "\n".join(" ".join(text[a:b].replace("’", "'") for a, b in words) for words in sentences)
+        tagged = self._parse(words_only, tokenize=False, chunks=True, collapse=False) if sentences else []
+        spans: list[Span] = []
         for words, tags in zip(sentences, tagged, strict=True):
             previous = "O"
             for (start, end), (_, _, chunk, _) in zip(words, tags, strict=True):
                 kind = chunk[2:] if chunk[2:] in self._PHRASES else "O"
                 if kind != "O" and chunk.startswith("I-") and kind == previous:
-                    found[-1] = (found[-1][0], end)
+                    spans[-1] = (spans[-1][0], end)
                 elif kind != "O":
-                    found.append((start, end))
+                    spans.append((start, end))
                 previous = kind
-        return found
+        return spans
 
     def _sentences(self, text: str) -> Iterator[list[Span]]:
         offset = 0
@@ -122,14 +124,15 @@ class SpacyPrior:
                     else f"its model {pipeline!r} is not installed"
                 )
                 raise ConfigError(
-                    f"data.span_prior=spacy: {reason} (pip install spacy && python -m spacy download {pipeline}); "
-                    "phrases, punctuation, window and none need nothing"
+                    f"span prior spacy: {reason} (pip install spacy && python -m spacy download {pipeline}); "
+                    "the other priors need no model: phrases, punctuation, window, none",
+                    setting="data.span_prior",
                 ) from None
         self._pipeline = pipeline
 
     def spans(self, text: str) -> list[Span]:
         document = self._pipeline(text)
-        found = [(chunk.start_char, chunk.end_char) for chunk in document.noun_chunks]
+        spans = [(chunk.start_char, chunk.end_char) for chunk in document.noun_chunks]
         taken = {token.i for chunk in document.noun_chunks for token in chunk}
         run_kind, previous = "", -2
         for token in document:
@@ -137,11 +140,11 @@ class SpacyPrior:
             if kind and token.i not in taken:
                 end = token.idx + len(token)
                 if kind == run_kind and token.i == previous + 1:
-                    found[-1] = (found[-1][0], end)
+                    spans[-1] = (spans[-1][0], end)
                 else:
-                    found.append((token.idx, end))
+                    spans.append((token.idx, end))
                 run_kind, previous = kind, token.i
-        return sorted(found)
+        return sorted(spans)
 
 
 class PunctuationPrior:
@@ -154,20 +157,20 @@ class PunctuationPrior:
     _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['’_-][\p{L}\p{M}\p{N}]+)*")
 
     def spans(self, text: str) -> list[Span]:
-        found: list[Span] = []
+        spans: list[Span] = []
         has_content, previous_end = False, -1
         for match in self._WORD.finditer(text):
             start, end = match.span()
-            gap = text[previous_end:start] if found else "."
+            gap = text[previous_end:start] if spans else "."
             is_function_word = match.group().casefold() in FUNCTION_WORDS
             joins = gap.isspace() and "\n" not in gap and not (is_function_word and has_content)
             if joins:
-                found[-1] = (found[-1][0], end)
+                spans[-1] = (spans[-1][0], end)
             else:
-                found.append((start, end))
+                spans.append((start, end))
             has_content = not is_function_word or (joins and has_content)
             previous_end = end
-        return found
+        return spans
 
 
 class WindowPrior:
@@ -180,7 +183,7 @@ class WindowPrior:
 
     def __init__(self, window: int) -> None:
         if window < 1:
-            raise ConfigError(f"data.span_window={window} must be at least 1")
+            raise ConfigError(f"a window of {window} words; at least 1 is needed", setting="data.span_window")
         self._window = window
 
     def spans(self, text: str) -> list[Span]:
@@ -200,10 +203,10 @@ SPAN_PRIORS = ("phrases", "spacy", "punctuation", "window", "none")
 
 
 def make_span_prior(name: str, window: int = 4) -> SpanPrior:
-    """The prior called `name`, one of SPAN_PRIORS; `window` is used by `window` alone.
+    """The prior called `name`, one of SPAN_PRIORS; only `window` uses the argument `window`.
 
     Raises:
-        ConfigError: unknown name, spaCy or its model missing, or a window below 1.
+        ConfigError: Unknown name, spaCy or its model missing, or a window below 1.
     """
     makers: dict[str, Callable[[], SpanPrior]] = {
         "phrases": PhrasePrior,
@@ -213,16 +216,17 @@ def make_span_prior(name: str, window: int = 4) -> SpanPrior:
         "none": NoPrior,
     }
     if name not in makers:
-        near = difflib.get_close_matches(name, SPAN_PRIORS, n=1)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise ConfigError(f"data.span_prior={name!r} is unknown; allowed: {', '.join(SPAN_PRIORS)}{hint}")
+        hint = did_you_mean(name, SPAN_PRIORS)
+        raise ConfigError(
+            f"unknown span prior {name!r}; allowed: {', '.join(SPAN_PRIORS)}{hint}", setting="data.span_prior"
+        )
     return makers[name]()
 
 
 def token_span_ids(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prior: SpanPrior) -> list[int]:
     """One span number per token of a response, increasing along it; -1 for a token in no span and for special tokens.
 
-    Works for any ids, canonical or sampled: a token's place is that of its first byte in the decoded text.
+    Works for any ids, canonical or sampled: a token's position is that of its first byte in the decoded text.
     """
     text, starts = token_char_starts(tokenizer, response_ids)
     spans = prior.spans(text)

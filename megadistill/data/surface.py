@@ -1,4 +1,4 @@
-"""Where each token of a response starts in the decoded text, for any ids: canonical, sampled, or half a character."""
+"""Where each token of a response starts in the decoded text; also for sampled ids and for parts of characters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,11 +15,11 @@ REPLACEMENT = "\ufffd"
 
 
 def token_char_starts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int | None]]:
-    """The text of `ids`, special tokens left out, and for each token the character at which its own text starts.
+    """The text of `ids` without special tokens, and for each token the index of the character at which it starts.
 
-    White space at the front of a piece is passed over (" dog" starts at "d"), unless the piece is all white space. A
-    piece that starts inside a character starts at that character; a broken byte is one U+FFFD. Special tokens, and
-    pieces without text, have no place: None.
+    Leading white space of a piece is skipped (" dog" starts at "d") unless the piece is all white space. A piece that
+    starts within a character starts at that character; a broken byte is one U+FFFD. Special tokens and pieces without
+    text have no position: None.
     """
     pieces = _piece_table(tokenizer)
     if pieces is None:
@@ -55,9 +55,7 @@ def _skip_space(text: str, bounds: Iterable[tuple[int, int]]) -> list[int | None
 
 @lru_cache(maxsize=4)
 def _piece_table(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes] | None:
-    """id -> the bytes that the token adds to the text, or None where the decoder is of a kind whose pieces depend on
-    their neighbours.
-    """
+    """id -> the bytes that the token adds to the text; None for decoders whose pieces depend on their neighbors."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -87,7 +85,7 @@ def _piece_table(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes] |
     return piece
 
 
-def _decoder_kinds(decoder: dict | None) -> set[str]:
+def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
     if decoder["type"] == "Sequence":
@@ -104,7 +102,7 @@ def _byte_level_alphabet() -> dict[str, bytes]:
 
 
 def _incremental(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int | None]]:
-    """By decoding every prefix: right for every decoder, quadratic in the length."""
+    """Decodes every prefix: right for every decoder, quadratic in the length."""
 
     def decode(prefix: Sequence[int]) -> str:
         return str(tokenizer.decode(list(prefix), skip_special_tokens=True, clean_up_tokenization_spaces=False))

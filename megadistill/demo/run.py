@@ -85,7 +85,7 @@ def run_demo(overrides: Sequence[str], *, again: str | None = None) -> dict[str,
     loss_curves(run_dir, run_dir / "curves.png", baseline_nll=sft["nll"])
     summary = json.loads((run_dir / "summary.json").read_text())
     summary["demo"] = {name: scores_of(evaluation, name) for name in models}
-    from megadistill.evaluation.report import write_json
+    from megadistill.files import write_json
 
     write_json(run_dir / "summary.json", summary)
     return {"summary": summary, "run_dir": run_dir, "config": config, "evaluation": evaluation}
@@ -119,9 +119,9 @@ def _num_processes() -> int:
 
 def evaluate_once(config: Any, models: dict[str, str], output: Path) -> dict[str, Any]:
     """Evaluates in this process on all cores, or reads what an earlier evaluation of the same models wrote."""
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.cli.evaluate import evaluate_models
-    from megadistill.cli.inference import model_folder
-    from megadistill.evaluation.report import write_json
+    from megadistill.files import write_json
 
     folders = {name: model_folder(path) for name, path in models.items()}
     if output.is_file():

@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--keep-models", action="store_true", help="keep checkpoints after their evaluation")
     parsed = parser.parse(arguments)
 
-    from megadistill.evaluation.report import write_json
+    from megadistill.files import write_json
 
     enter_repository()
     folder = Path(parsed.folder)

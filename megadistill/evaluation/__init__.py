@@ -6,16 +6,13 @@ from megadistill.evaluation.report import (
     Summary,
     mean_std,
     results_table,
-    summarise,
+    summarize,
     text_table,
-    to_jsonable,
-    write_json,
 )
 from megadistill.evaluation.rouge import RougeScores, score_texts
-from megadistill.evaluation.suites import SEEDS, SUITES, EvalSet, SuiteResult, load_eval_set, run_suite, select_rows
+from megadistill.evaluation.suites import SUITES, EvalSet, SuiteResult, load_eval_set, run_suite, select_rows
 
 __all__ = [
-    "SEEDS",
     "SUITES",
     "EvalSet",
     "LikelihoodTotal",
@@ -29,9 +26,7 @@ __all__ = [
     "run_suite",
     "score_texts",
     "select_rows",
-    "summarise",
+    "summarize",
     "text_table",
-    "to_jsonable",
     "total_likelihood",
-    "write_json",
 ]

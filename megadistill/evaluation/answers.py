@@ -1,15 +1,15 @@
-"""Answers and likelihoods of a model, computed by all ranks together: data-parallel ranks share the rows."""
+"""Answers and likelihoods of a model, computed by all ranks: data-parallel ranks share the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample, decode_responses
+from megadistill.data.tokenize import TokenizedExample, decode_responses, eos_ids, response_limit
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.protocols import Decoder
 from megadistill.decoding.rollout import rollout
@@ -19,12 +19,15 @@ from megadistill.losses import Head, cross_entropy
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.rng import Stream
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are written: limits in tokens, sampling, and rows decoded at a time on one data-parallel rank."""
+    """How answers are generated: limits in tokens, sampling, and rows decoded at a time on one data-parallel rank."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     max_tokens: int
     temperature: float = 1.0
@@ -32,9 +35,10 @@ class AnswerSettings:
     top_k: int = 0
     batch_size: int = 16
 
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return frozenset({self.tokenizer.eos_token_id})
+    def limit(self, prompt: Sequence[int]) -> int:
+        """Longest answer to a prompt; at least one token."""
+        limit = response_limit(len(prompt), max_new_tokens=self.max_new_tokens, max_tokens=self.max_tokens)
+        return max(1, limit)
 
 
 def write_answers(
@@ -45,18 +49,18 @@ def write_answers(
     context: ParallelContext,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One text a row, in order, on every rank: sampled with ``seed``, or greedy where it is None.
+    """One text per row, in order, on every rank: sampled with ``seed``, or greedy where it is None.
 
-    A row's answer depends on (seed, row id) alone. Communicates over the tensor-parallel group while decoding and
-    gathers texts once over the data-parallel group.
+    A row's answer depends only on (seed, row id). Communicates over the tensor-parallel group while decoding, and
+    gathers texts once over the data-parallel group. ``progress`` is called with numbers of finished rows.
     """
     mine = list(range(context.dp_rank, len(rows), context.dp_size))
     part = [Sample(rows[i].id, rows[i].prompt_ids) for i in mine]
     written = rollout(
         model,
         part,
-        limits=[min(settings.max_new_tokens, max(1, settings.max_tokens - len(sample.prompt_ids))) for sample in part],
-        eos_ids=settings.eos_ids,
+        limits=[settings.limit(sample.prompt_ids) for sample in part],
+        eos_ids=eos_ids(settings.tokenizer),
         sampling=Sampling(
             seed or 0, settings.temperature if seed is not None else 0.0, top_k=settings.top_k, top_p=settings.top_p
         ),
@@ -66,8 +70,8 @@ def write_answers(
     )
     texts = decode_responses(settings.tokenizer, written)
     answers = [""] * len(rows)
-    for indices, found in context.gather_objects_over_dp((mine, texts)):
-        for index, text in zip(indices, found, strict=True):
+    for indices, texts_of_rank in context.gather_objects_over_dp((mine, texts)):
+        for index, text in zip(indices, texts_of_rank, strict=True):
             answers[index] = text
     return answers
 
@@ -76,7 +80,7 @@ def write_answers(
 def reference_likelihood(
     model: Any, rows: Sequence[TokenizedExample], settings: AnswerSettings, context: ParallelContext
 ) -> LikelihoodTotal:
-    """Negative log-likelihood, in nats, of every row's first reference (EOS included), on every rank.
+    """Negative log-likelihood, in nats, of the first reference of every row (EOS included), on every rank.
 
     ``model`` is a Decoder that also has ``read`` and ``head``.
     """
@@ -85,13 +89,13 @@ def reference_likelihood(
     for start in range(0, len(mine), settings.batch_size):
         batch = mine[start : start + settings.batch_size]
         responses = [row.response_ids or () for row in batch]
-        readings = [
+        chunks = [
             PrefillChunk(i, 0, (*row.prompt_ids, *response[:-1]))
             for i, (row, response) in enumerate(zip(batch, responses, strict=True))
         ]
         hidden = [
             states[len(states) - len(response) :]
-            for states, response in zip(model.read(readings), responses, strict=True)
+            for states, response in zip(model.read(chunks), responses, strict=True)
         ]
         labels = torch.tensor([token for response in responses for token in response], device=model.device)
         nats = cross_entropy(

@@ -1,8 +1,8 @@
-"""Whether two models say the same: the KL between their outputs on text, and the tokens that both write greedily.
+"""Whether two models are the same: the KL between their outputs on text, and the tokens that both generate greedily.
 
-Both models are held at once, their weights memory-mapped where the type on disk is the type of the comparison. Text is
-read one row after the other, so nothing is padded or masked; of a row the logits of both models are in memory (float32
-or the models' type, [S, V] each) and the float64 log-probabilities of a few positions.
+Both models are in memory at once; weights are memory-mapped where the type on disk is that of the comparison. Rows are
+read one at a time, so nothing is padded or masked; the logits of both models for one row ([S, V] each, S tokens) and
+the float64 log-probabilities of a few positions are in memory.
 """
 
 from __future__ import annotations
@@ -11,31 +11,36 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from megadistill.data.dataset import FieldNames, load_examples
+from megadistill.data.hub import check_name
 from megadistill.data.synthetic import CorpusSizes, generate_corpus
 from megadistill.data.tokenize import encode_texts, leading_special_ids
 from megadistill.errors import DataError
+from megadistill.files import os_errors_as
 
-# Largest KL, in nats, of two models that count as the same. In bf16 a logit has 8 bits: the same weights by another
-# order of sums differ by this much.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Largest KL, in nats, of two models that count as the same. A bf16 logit has 8 bits: the same weights with another
+# order of summation differ by this much.
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
 _CHUNK = 32
-_CHARS_PER_TOKEN = 16  # read at most: a file may be larger than the memory
+_CHARS_PER_TOKEN = 16  # the most that is read: a file may be larger than memory
 _BUILT_IN_ROWS = 400
 _MAX_PROMPTS, _MAX_PROMPT_TOKENS = 4, 16
 
 
 @dataclass(frozen=True)
 class GreedyText:
-    """What both models write after the first ``prompt_tokens`` tokens of a row; EOS does not end it.
+    """What both models generate after the first ``prompt_tokens`` tokens of a row; EOS does not end it.
 
-    ``first_difference`` is None, or the index of the first token that differs; ``kl`` is KL(A||B) in nats there, after
-    a common beginning: within the tolerance, the two tokens are as good as equally likely.
+    ``first_difference`` is the index of the first token that differs, or None; ``kl`` is KL(A||B) in nats there, where
+    both models have read the same tokens: within the tolerance, the two tokens are practically equally likely.
     """
 
     row: int
@@ -48,10 +53,10 @@ class GreedyText:
 
 @dataclass(frozen=True)
 class Comparison:
-    """KL(A||B) in nats a token over ``num_positions`` positions of ``num_rows`` rows and ``num_classes`` classes.
+    """KL(A||B) in nats per token over ``num_positions`` positions of ``num_rows`` rows and ``num_classes`` classes.
 
-    ``max_row`` and ``max_position`` say where the largest KL is (position: tokens read before). ``same_top`` is the
-    share of positions with the same most likely token.
+    The largest KL is at ``max_row`` and ``max_position`` (number of tokens read before). ``same_top`` is the share of
+    positions with the same most likely token.
     """
 
     num_rows: int
@@ -66,7 +71,7 @@ class Comparison:
     greedy: tuple[GreedyText, ...]
 
     def difference(self, tolerance: float) -> str | None:
-        """Where the models differ, in one line; None where no KL is over ``tolerance`` (a NaN is)."""
+        """Where the models differ, in one line; None where no KL exceeds ``tolerance``. NaN counts as more."""
         if not self.max_kl <= tolerance:
             return f"row {self.max_row}, position {self.max_position}: KL {self.max_kl:.3g} is over {tolerance:g} nats"
         for text in self.greedy:
@@ -79,13 +84,24 @@ class Comparison:
 
 
 def text_rows(
-    path: str | None, tokenizer: Any, *, max_rows: int, max_tokens: int, text_field: str = "instruction"
+    path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    text_field: str = "instruction",
 ) -> list[list[int]]:
-    """At most ``max_rows`` rows of at most ``max_tokens`` ids, each with the tokenizer's leading special ids: a .txt
-    file, the instructions, inputs and outputs of a data file, or the built-in corpus where ``path`` is None, cut into
-    pieces of equal length.
+    """Text as rows of equal length, each beginning with the tokenizer's leading special ids.
 
-    Raises DataError for a file that cannot be read or holds no text.
+    Args:
+        path: A .txt file, or a data file of which instructions, inputs and outputs are read; None: a built-in corpus.
+        tokenizer: That of both models.
+        max_rows: Most rows.
+        max_tokens: Tokens of a row; the last one may be shorter.
+        text_field: Column of a data file with the instruction.
+
+    Raises:
+        DataError: The file cannot be read or has no text.
     """
     limit = max_rows * max_tokens * _CHARS_PER_TOKEN
     text = ""
@@ -95,11 +111,13 @@ def text_rows(
             break
     prefix = list(leading_special_ids(tokenizer))
     ids = encode_texts(tokenizer, [text.strip()])[0]
-    room = max_tokens - len(prefix)
-    if not ids or room < 1:
-        raise DataError(f"{path}: there is no text to compare on" if not ids else f"no room in {max_tokens} tokens")
-    starts = itertools.islice(range(0, len(ids), room), max_rows)
-    return [prefix + ids[start : start + room] for start in starts]
+    size = max_tokens - len(prefix)
+    if not ids:
+        raise DataError(f"{path}: there is no text to compare on")
+    if size < 1:
+        raise DataError(f"rows of {max_tokens} token(s) have no place for text after {len(prefix)} special token(s)")
+    starts = itertools.islice(range(0, len(ids), size), max_rows)
+    return [prefix + ids[start : start + size] for start in starts]
 
 
 def _parts(path: str | None, text_field: str, limit: int) -> Iterable[str]:
@@ -110,37 +128,42 @@ def _parts(path: str | None, text_field: str, limit: int) -> Iterable[str]:
     if Path(path).suffix.lower() != ".txt":
         examples = load_examples(path, fields=FieldNames(text_field)).examples
         return ("\n".join(filter(None, (row.instruction, row.input, *row.references[:1]))) for row in examples)
+    check_name(path, error=DataError)
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with os_errors_as(DataError, path, "cannot be read"), Path(path).open(encoding="utf-8") as file:
             return [file.read(limit)]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: invalid UTF-8 at byte {error.start}") from None
 
 
 def prompts_of(rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Beginnings of the first rows, for greedy text."""
+    """Beginnings of the first rows, for greedy generation."""
     return [row[: max(1, min(len(row) // 2, _MAX_PROMPT_TOKENS))] for row in rows[:_MAX_PROMPTS]]
 
 
 @torch.no_grad()
 def compare_models(
-    model_a: nn.Module,
-    model_b: nn.Module,
+    model_a: PreTrainedModel,
+    model_b: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     *,
     num_greedy: int,
     progress: Callable[[int], Any] | None = None,
 ) -> Comparison:
-    """Compares two causal language models of transformers on rows of token ids; both must have logits of the same
-    classes.
+    """Compares two causal language models of transformers, which must have logits of the same classes.
 
-    ``num_greedy`` tokens are written after the beginning of each of the first rows; 0: none. ``progress`` is called
-    with 1 after every row that was read and every text that was written.
+    Args:
+        model_a: The first model.
+        model_b: The second model, on the same device.
+        rows: Token ids to read.
+        num_greedy: Tokens to generate after the beginning of each of the first rows; 0: none.
+        progress: Called with 1 after every row read and every text generated.
     """
     device = next(model_a.parameters()).device
-    kls, differences, same, places = [], [], [], []
+    kls: list[torch.Tensor] = []
+    differences: list[torch.Tensor] = []
+    same: list[torch.Tensor] = []
+    places: list[tuple[int, int]] = []
     for index, row in enumerate(rows):
         ids = torch.tensor([list(row)], device=device)
         kl, difference, is_same = _differences(
@@ -187,7 +210,7 @@ def _differences(logits_a: torch.Tensor, logits_b: torch.Tensor) -> tuple[torch.
 
 
 def _compare_greedy(
-    model_a: nn.Module, model_b: nn.Module, row: int, prompt: Sequence[int], num_tokens: int
+    model_a: PreTrainedModel, model_b: PreTrainedModel, row: int, prompt: Sequence[int], num_tokens: int
 ) -> GreedyText:
     (tokens_a, logits_a), (tokens_b, logits_b) = (_write(model, prompt, num_tokens) for model in (model_a, model_b))
     pairs = enumerate(zip(tokens_a, tokens_b, strict=True))

@@ -1,12 +1,10 @@
-"""Means and deviations over seeds, as a table for people and as JSON for programs."""
+"""Means and deviations over seeds, and tables of them."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from megadistill.errors import DataError
@@ -29,7 +27,7 @@ class MeanStd:
 
 @dataclass(frozen=True)
 class Summary:
-    """RougeScores over seeds; a metric is None where no row has references."""
+    """Scores over seeds; a metric is None where no row has references."""
 
     rouge_l: MeanStd | None
     exact_match: MeanStd | None
@@ -40,7 +38,11 @@ class Summary:
 
 
 def mean_std(values: Sequence[float]) -> MeanStd:
-    """Raises DataError for no values."""
+    """Mean and deviation; both sums are exactly rounded, so the order of values does not matter.
+
+    Raises:
+        DataError: No values.
+    """
     if not values:
         raise DataError("no values to average")
     mean = math.fsum(values) / len(values)
@@ -48,14 +50,14 @@ def mean_std(values: Sequence[float]) -> MeanStd:
     return MeanStd(mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None, len(values))
 
 
-def summarise(scores: Sequence[RougeScores]) -> Summary:
-    """One score a seed, all of the same rows, to their mean and deviation.
+def summarize(scores: Sequence[RougeScores]) -> Summary:
+    """Mean and deviation of one score per seed, all of the same rows.
 
     Raises:
-        DataError: no scores, or scores of different numbers of rows.
+        DataError: No scores, or scores of different numbers of rows.
     """
     if not scores:
-        raise DataError("no scores to summarise")
+        raise DataError("no scores to summarize")
     counts = {(each.num_scored, each.num_without_references) for each in scores}
     if len(counts) > 1:
         raise DataError(f"scores of different sets cannot be averaged: (scored, without references) = {sorted(counts)}")
@@ -69,7 +71,7 @@ def summarise(scores: Sequence[RougeScores]) -> Summary:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain table: first column to the left, the others to the right; None shows as -, a float with two places."""
+    """A plain table: first column left-aligned, the others right-aligned; None is -, floats have two places."""
     cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
     assert all(len(row) == len(header) for row in cells), "every row needs a cell for every column"
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -90,10 +92,10 @@ def _cell(value: object) -> str:
 def results_table(
     results: Mapping[str, Mapping[str, Any]], nll: Mapping[str, Mapping[str, float]] | None = None
 ) -> str:
-    """The table of `results[model][suite] = SuiteResult`, with nats per reference token where `nll[model][suite]` is
-    given.
+    """The table of `results[model][suite]`, each a SuiteResult.
 
-    Sampled columns hold mean ± standard deviation over seeds; rows without references are listed, not scored.
+    Sampled columns hold mean ± standard deviation over seeds; rows without references are counted, not scored.
+    `nll[model][suite]` is in nats per reference token.
     """
     header = [
         "model",
@@ -124,27 +126,3 @@ def results_table(
                 ]
             )
     return text_table(header, rows)
-
-
-def to_jsonable(value: Any) -> Any:
-    """Dataclasses, tuples and mappings to plain JSON values; NaN and infinities to null, so that any reader takes the
-    file.
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_jsonable(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): to_jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write atomically: a reader never sees half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(
-        json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(target)

@@ -1,8 +1,8 @@
-"""Scores of generated texts against references: ROUGE-L, exact match, distinct n-grams. Pure functions of texts."""
+"""Scores of generated texts against references: ROUGE-L, exact match, distinct n-grams. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,8 +14,8 @@ from megadistill.errors import DataError
 class RougeScores:
     """Means over the rows that have references, in percent; None where no row has any.
 
-    `distinct_1` and `distinct_2` (distinct word n-grams in percent of all, over every prediction) show repetition that
-    ROUGE-L does not.
+    `distinct_1` and `distinct_2`, distinct word n-grams of all predictions in percent of their number, show repetition,
+    which ROUGE-L does not.
     """
 
     rouge_l: float | None
@@ -26,25 +26,20 @@ class RougeScores:
     num_without_references: int
 
 
-def score_texts(
-    predictions: Sequence[str],
-    references: Sequence[tuple[str, ...]],
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-) -> RougeScores:
-    """Score prediction k against its references, the best one counting. Rows without references are counted and never
-    scored.
+def score_texts(predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> RougeScores:
+    """Scores each prediction against the best of its references. Rows without references are counted, not scored.
 
-    ROUGE-L is `rouge_score`'s F-measure with the Porter stemmer, as in MiniLLM. That package reads words of a-z and 0-9
-    only: in other scripts ROUGE-L is 0 and exact match is the measure to read.
+    ROUGE-L is `rouge_score`'s F-measure with the Porter stemmer, as in MiniLLM. That package sees only words of a-z and
+    0-9: in other scripts ROUGE-L is 0, and exact match is the measure to look at.
 
     Raises:
-        DataError: there is nothing to score.
+        DataError: There is nothing to score.
     """
     assert len(predictions) == len(references), f"{len(predictions)} predictions for {len(references)} rows"
     if not predictions:
         raise DataError("the evaluation set is empty: there is nothing to score")
     scored = [(text, refs) for text, refs in zip(predictions, references, strict=True) if refs]
-    rouge = [rouge_l(text, refs) for text, refs in (progress(scored) if progress else scored)]
+    rouge = [rouge_l(text, refs) for text, refs in scored]
     exact = [100.0 * is_exact_match(text, refs) for text, refs in scored]
     return RougeScores(
         rouge_l=_mean(rouge),
@@ -70,13 +65,13 @@ def _scorer() -> Any:
 
 
 def is_exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Equal to one of `references` but for white space; case and punctuation count."""
+    """Whether a prediction equals one of `references`, ignoring white space but not case and punctuation."""
     normal = " ".join(prediction.split())
     return any(normal == " ".join(reference.split()) for reference in references)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Distinct word n-grams of all texts together in percent of their number (Li et al., 2016); None without any."""
+    """Distinct word n-grams of all texts in percent of their number (Li et al., 2016); None without any."""
     grams = [tuple(words[at : at + n]) for words in map(str.split, texts) for at in range(len(words) - n + 1)]
     return 100.0 * len(set(grams)) / len(grams) if grams else None
 

@@ -1,49 +1,48 @@
-"""The evaluation protocol that MiniLLM set and the paper uses (method.md section 8): what is evaluated, and one pass
-over it.
-"""
+"""The evaluation protocol of MiniLLM, which the paper uses (method.md section 8): its sets, and one pass over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from megadistill.config.schema import DataSection
 from megadistill.data.dataset import Example, FieldNames, load_examples
 from megadistill.data.tokenize import TokenizedExample, tokenize_examples
 from megadistill.errors import ConfigError, DataError
-from megadistill.evaluation.report import Summary, summarise
+from megadistill.evaluation.report import Summary, summarize
 from megadistill.evaluation.rouge import RougeScores, score_texts
+from megadistill.files import did_you_mean
 
-SEEDS = (10, 20, 30, 40, 50)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-# Rows and the seed of a sampled pass, or None for a greedy one -> one text a row, in order.
+# Rows and the seed of a sampled pass, or None for a greedy one -> one text per row, in order.
 Generate = Callable[[Sequence[TokenizedExample], int | None], list[str]]
 
 
 @dataclass(frozen=True)
 class SuiteSpec:
-    """Which rows of a published set a suite takes: references of at least `min_reference_words` words, then the first
-    `max_rows`.
-    """
+    """The rows of a published set that a suite takes: the first `max_rows` (None: all) of those whose first reference
+    has at least `min_reference_words` words."""
 
-    title: str
     min_reference_words: int = 0
     max_rows: int | None = None
 
 
 SUITES: dict[str, SuiteSpec] = {
-    "dolly": SuiteSpec("DollyEval"),
-    "self_inst": SuiteSpec("Self-Instruct"),
-    "vicuna": SuiteSpec("Vicuna"),
-    "sni": SuiteSpec("Super-Natural Instructions", min_reference_words=11),
-    "unni": SuiteSpec("Unnatural Instructions", min_reference_words=11, max_rows=10_000),
+    "dolly": SuiteSpec(),  # DollyEval
+    "self_inst": SuiteSpec(),  # Self-Instruct
+    "vicuna": SuiteSpec(),
+    "sni": SuiteSpec(min_reference_words=11),  # Super-Natural Instructions
+    "unni": SuiteSpec(min_reference_words=11, max_rows=10_000),  # Unnatural Instructions
 }
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Rows to evaluate, and what was left out: `num_skipped` bad rows, `num_dropped` prompts over the limit."""
+    """Rows to evaluate, and the numbers of bad rows, dropped prompts and truncated prompts."""
 
     name: str
     rows: list[TokenizedExample]
@@ -53,17 +52,17 @@ class EvalSet:
 
     @property
     def num_without_references(self) -> int:
+        """Rows that are answered but not scored."""
         return sum(not row.references for row in self.rows)
 
     def head(self, max_rows: int | None) -> EvalSet:
+        """The first rows; all of them where `max_rows` is None."""
         return self if max_rows is None else replace(self, rows=self.rows[:max_rows])
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores of one model on one set. `predictions` are the greedy texts, or the first seed's where nothing was decoded
-    greedily.
-    """
+    """Scores of one model on one set. `predictions` are the greedy texts, or those of the first seed without any."""
 
     name: str
     sampled: Summary | None
@@ -75,49 +74,54 @@ class SuiteResult:
 
 
 def select_rows(examples: Sequence[Example], spec: SuiteSpec) -> list[Example]:
-    """The suite's rows of a set, in order. The length is that of the first reference; without one it is 0."""
+    """The suite's rows of a set, in order. A row without references has 0 words."""
     long_enough = [row for row in examples if len((row.references or ("",))[0].split()) >= spec.min_reference_words]
     return long_enough[: spec.max_rows]
 
 
 def load_eval_set(
     path: str | Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
     *,
     name: str | None = None,
     suite: str | None = None,
-    template: str = "alpaca",
-    max_prompt_tokens: int = 256,
-    max_tokens: int = 512,
-    long_prompt: str = "drop",
     max_rows: int | None = None,
-    fields: FieldNames | None = None,
-    split: str = "train",
-    config_name: str | None = None,
-    skip_bad_rows: bool = False,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> EvalSet:
-    """Read and tokenise an evaluation set exactly as training data is.
+    """Reads and tokenizes an evaluation set exactly as training data is.
+
+    Args:
+        path: A file, a folder or a hub name.
+        tokenizer: That of the model to evaluate.
+        data: Columns, template and limits.
+        name: Name of the set in tables; default: the suite's, else the file's.
+        suite: A key of SUITES, whose rows are taken; None: all rows.
+        max_rows: Take the first rows only; None: all.
 
     Raises:
-        ConfigError: unknown `suite`.
-        DataError: unreadable data, a bad row, or nothing left to evaluate.
+        ConfigError: Unknown `suite`.
+        DataError: Unreadable data, a bad row, or nothing left to evaluate.
     """
     if suite is not None and suite not in SUITES:
-        raise ConfigError(f"unknown suite {suite!r}; allowed: {', '.join(SUITES)}")
+        raise ConfigError(f"unknown suite {suite!r}; allowed: {', '.join(SUITES)}{did_you_mean(suite, SUITES)}")
+    spec = SuiteSpec() if suite is None else SUITES[suite]
     loaded = load_examples(
-        path, fields=fields, split=split, config_name=config_name, skip_bad_rows=skip_bad_rows, progress=progress
+        path,
+        fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
+        split=data.hub_split,
+        config_name=data.hub_config,
+        skip_bad_rows=data.skip_bad_rows,
     )
-    chosen = select_rows(loaded.examples, replace(SUITES.get(suite or "", SuiteSpec("")), max_rows=None))
+    chosen = select_rows(loaded.examples, replace(spec, max_rows=None))
     tokenized = tokenize_examples(
         chosen,
         tokenizer,
-        template=template,
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        long_prompt=long_prompt,
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_tokens=data.max_tokens,
+        long_prompt=data.long_prompt,
     )
-    limits = [limit for limit in (max_rows, SUITES[suite].max_rows if suite else None) if limit is not None]
+    limits = [limit for limit in (max_rows, spec.max_rows) if limit is not None]
     eval_set = EvalSet(
         name or suite or Path(path).stem,
         tokenized.rows,
@@ -126,27 +130,23 @@ def load_eval_set(
         num_truncated=tokenized.num_truncated,
     ).head(min(limits) if limits else None)
     if not eval_set.rows:
-        left_out = (
-            f"{len(loaded.examples) - len(chosen)} of {len(loaded.examples)} rows are too short for suite {suite!r}"
-        )
-        reason = left_out if suite and not chosen else f"eval.max_rows={max_rows}"
-        raise DataError(f"{path}: the evaluation set is empty ({reason})")
+        num_short = len(loaded.examples) - len(chosen)
+        reason = f"{num_short} of {len(loaded.examples)} rows are too short for suite {suite!r}" if num_short else ""
+        raise DataError(f"{path}: the evaluation set is empty ({reason or f'at most {max_rows} rows were asked for'})")
     return eval_set
 
 
-def run_suite(
-    eval_set: EvalSet, generate: Generate, *, seeds: Sequence[int] = SEEDS, greedy: bool = True
-) -> SuiteResult:
-    """Generate for every seed (and once greedily), and score.
+def run_suite(eval_set: EvalSet, generate: Generate, *, seeds: Sequence[int], greedy: bool = True) -> SuiteResult:
+    """Generates answers with every seed (and once greedily), and scores them.
 
     `generate` is called in the same order on every rank and must return the texts of all rows on each.
 
     Raises:
-        ConfigError: neither seeds nor greedy.
-        DataError: the set is empty.
+        ConfigError: Neither seeds nor greedy.
+        DataError: The set is empty.
     """
     if not seeds and not greedy:
-        raise ConfigError("nothing to evaluate: eval.seeds is empty and eval.greedy is false")
+        raise ConfigError("nothing to evaluate: no seeds and no greedy answers", setting="eval.seeds, eval.greedy")
     if not eval_set.rows:
         raise DataError(f"{eval_set.name}: the evaluation set is empty")
     references = [row.references for row in eval_set.rows]
@@ -154,7 +154,7 @@ def run_suite(
     scores = {seed: score_texts(texts, references) for seed, texts in texts_by_pass.items()}
     return SuiteResult(
         name=eval_set.name,
-        sampled=summarise([scores[seed] for seed in seeds]) if seeds else None,
+        sampled=summarize([scores[seed] for seed in seeds]) if seeds else None,
         greedy=scores.get(None),
         seeds=tuple(seeds),
         num_skipped=eval_set.num_skipped,

@@ -1,4 +1,4 @@
-"""What a run shows and writes down."""
+"""Logs, metrics, progress bars, timers and plots of a run."""
 
 from megadistill.observability.log import get_logger
 from megadistill.observability.memory import peak_bytes, reset_peak

@@ -17,7 +17,7 @@ def peak_bytes(device: Any = "cpu") -> int:
 
 
 def reset_peak(device: Any = "cpu") -> None:
-    """Start anew on a CUDA device; the operating system's peak of a process cannot be reset."""
+    """Resets the peak of a CUDA device; the operating system's peak of a process cannot be reset."""
     if _is_cuda(device):
         import torch
 

@@ -1,18 +1,19 @@
-"""Numbers of a run on disk: one JSON object a line, and TensorBoard events."""
+"""Numbers of a run on disk: JSON lines and TensorBoard events."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megadistill.files import to_jsonable, write_atomically
+
 
 class JsonLines:
-    """Appends objects that carry a `step`, one a line; each is in the file when `append` returns.
+    """Appends objects that have a `step`, one per line; each is in the file when `append` returns.
 
-    Opening it keeps only what was written up to `last_step` (default: nothing) and drops a line that a killed process
-    left unfinished, so that a resumed run writes the file that an undisturbed one would have written.
+    Opening the file keeps the lines up to `last_step` (default: none) and drops a line that a killed process left
+    unfinished, so that a resumed run writes the same file as an uninterrupted one.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, last_step: int = -1) -> None:
@@ -20,14 +21,12 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Bytes: the text inside may hold characters that str.splitlines takes for line ends.
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(b"".join(line + b"\n" for line in lines if 0 <= _step(line) <= last_step))
-        os.replace(partial, path)
+        write_atomically(path, b"".join(line + b"\n" for line in lines if 0 <= _step(line) <= last_step))
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one object. JSON has no NaN or infinity: they become null."""
-        self._file.write(json.dumps(_jsonable(record), ensure_ascii=False, allow_nan=False) + "\n")
+        """Writes one object. JSON has no NaN or infinity: they become null."""
+        self._file.write(json.dumps(to_jsonable(record), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -35,24 +34,19 @@ class JsonLines:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and TensorBoard events in a run directory; does nothing on every rank but the first.
+    """`metrics.jsonl` and TensorBoard events in a run directory; made on rank 0 only.
 
-    `last_step` is the step that the run resumes from: what comes after it is dropped from both.
+    `last_step` is the step that the run resumes from: whatever was written after it is dropped from both.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, rank: int = 0, last_step: int = -1) -> None:
-        self._lines: JsonLines | None = None
-        if rank != 0:
-            return
+    def __init__(self, run_dir: str | os.PathLike[str], *, last_step: int = -1) -> None:
         self._lines = JsonLines(Path(run_dir) / "metrics.jsonl", last_step=last_step)
         from torch.utils.tensorboard import SummaryWriter  # a second or more to import
 
         self._events: Any = SummaryWriter(str(run_dir), purge_step=last_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record `values` (numbers, 0-dim tensors, None where nothing was measured) under `step`."""
-        if self._lines is None:
-            return
+        """Records `values` (numbers, 0-dim tensors, None where nothing was measured) under `step`."""
         self._lines.append({"step": step, **values})
         for name, value in values.items():
             if value is not None:
@@ -60,10 +54,8 @@ class MetricsWriter:
         self._events.flush()
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._events.close()
-            self._lines = None
+        self._lines.close()
+        self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -73,20 +65,8 @@ class MetricsWriter:
 
 
 def _step(line: bytes) -> int:
-    """The step of a line; -1 for what is no whole object with a step."""
+    """The step of a line; -1 for a line that is not a whole object with a step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _jsonable(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    if hasattr(value, "item"):  # tensors and numpy scalars
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

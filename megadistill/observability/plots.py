@@ -10,29 +10,37 @@ _TERMS = (("loss", "total"), ("loss/sft", "SFT"), ("loss/dac_kl", "DAC-KL"), ("l
 
 
 def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = None) -> Path:
-    """Draws the losses, the validation likelihood and the gate of a run into a PNG; ``baseline_nll`` is a dashed line.
+    """Draws the losses, the validation likelihood and the gate of a run into a PNG.
 
-    Units: nats a token for losses and likelihood, a share of 1 for kept mass.
+    Args:
+        run_dir: Folder with metrics.jsonl.
+        target: The PNG file.
+        baseline_nll: Likelihood of another model, in nats per token, drawn as a dashed line.
+
+    Returns:
+        ``target``.
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed, on a cluster there is none
+    matplotlib.use("Agg")  # clusters have no display
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for key, label in _TERMS:
         steps, values = _series(records, key)
         if steps:
             left.plot(steps, values, label=label, linewidth=1.2)
-    left.set(title="training losses", xlabel="step", ylabel="nats a token")
+    left.set(title="training losses", xlabel="step", ylabel="nats per token")
     left.set_yscale("symlog", linthresh=0.1)
     left.legend()
     steps, values = _series(records, "eval/nll")
     middle.plot(steps, values, marker="o", label="student")
     if baseline_nll is not None:
         middle.axhline(baseline_nll, linestyle="--", color="grey", label="SFT student (test rows)")
-    middle.set(title="references of the validation rows", xlabel="step", ylabel="negative log-likelihood, nats a token")
+    middle.set(
+        title="references of the validation rows", xlabel="step", ylabel="negative log-likelihood, nats per token"
+    )
     middle.set_ylim(bottom=0)
     middle.legend()
     steps, values = _series(records, "kept_mass")

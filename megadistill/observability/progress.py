@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines elsewhere, silence on every rank but the first."""
+"""A progress bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ class _Lines:
 
 
 def _columns(stream: TextIO) -> int:
-    """Width of a terminal; some (a pseudo-terminal of a script) have none, and a bar would be invisible on them."""
+    """Width of a terminal; 0 for some pseudo-terminals of scripts, on which a bar would be invisible."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
@@ -43,18 +43,20 @@ def progress_bar(
     rank: int = 0,
     stream: TextIO | None = None,
 ) -> "tqdm[Any]":
-    """Iterate over it, or call `update(n)`, `set_postfix(loss=...)` and `close()`; also a context manager.
+    """A bar to iterate over, or to move with `update(n)` and `set_postfix(loss=...)`; also a context manager.
 
-    Where `stream` (default: standard error) is no terminal, a line is printed at most every `PLAIN_INTERVAL_S` seconds
-    and one at the end.
+    Where `stream` (default: standard error) is not a terminal, a line is printed at most every `PLAIN_INTERVAL_S`
+    seconds, and one at the end.
     """
     stream = sys.stderr if stream is None else stream
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "disable": rank != 0}
     common["initial"] = initial  # what an earlier run has done
     if stream.isatty() and _columns(stream) > 0:
         return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
-    layout = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} gone, {remaining} left{postfix}"
+    layout = (
+        "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} elapsed, {remaining} remaining{postfix}"
+    )
     if total is None and not hasattr(iterable, "__len__"):
-        layout = "{desc}: {n_fmt} {unit}, {elapsed} gone{postfix}"
+        layout = "{desc}: {n_fmt} {unit}, {elapsed} elapsed{postfix}"
     lines: Any = _Lines(stream)
     return tqdm(iterable, file=lines, mininterval=PLAIN_INTERVAL_S, miniters=1, bar_format=layout, **common)

@@ -1,4 +1,4 @@
-"""Secrets stay out of what the program prints and writes about itself."""
+"""Keeps secrets out of logs, warnings and tracebacks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _URL_USER = re.compile(r"(?<=://)(?:[^\s/?#\"']+|[^\s/@:\"']*:[^\s@\"']*)@")
 
 
 def redact(text: str) -> str:
-    """``text`` with ``***`` for values of environment variables whose names look secret and for user and password of
-    URLs. Values also count as they are spelt inside a quoted string or a URL, and line by line."""
+    """``text`` with ``***`` in place of secrets: values of environment variables whose names look secret, and the user
+    and password of URLs.
+
+    A value is also found line by line, and as it is spelled inside a quoted string or a URL.
+    """
     text = _URL_USER.sub(HIDDEN + "@", text)
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
@@ -32,21 +35,23 @@ def redact(text: str) -> str:
 
 
 def holds_url_credentials(text: str) -> bool:
-    """Whether there is a URL with a user or password in ``text``."""
+    """Whether ``text`` has a URL with a user or password."""
     return _URL_USER.search(text) is not None
 
 
 def _secrets() -> list[str]:
-    """All spellings, the longest first: a secret may be a part of another one."""
+    """All spellings, the longest first: a secret may be part of another one."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
     lines = {part.strip() for value in values for part in (value, *value.splitlines())}
-    found = {spelt for line in lines for spelt in (line, repr(line)[1:-1], quote(line, safe=""))}
-    return sorted((secret for secret in found if len(secret) >= _MIN_CHARS), key=len, reverse=True)
+    spellings = {text for line in lines for text in (line, repr(line)[1:-1], quote(line, safe=""))}
+    return sorted((secret for secret in spellings if len(secret) >= _MIN_CHARS), key=len, reverse=True)
 
 
 def keep_secrets() -> None:
-    """From now on secrets are left out of this process's tracebacks (of threads too), of its warnings and of every log
-    record, also of libraries: huggingface_hub logs the addresses that it cannot reach."""
+    """Redacts this process's tracebacks (also of threads), warnings and log records from now on.
+
+    Log records of libraries too: huggingface_hub logs the addresses that it cannot reach.
+    """
     sys.excepthook = _print_redacted
     threading.excepthook = _print_of_thread
     warnings.formatwarning = _format_warning
@@ -66,9 +71,9 @@ def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     return record
 
 
-def _print_of_thread(found: threading.ExceptHookArgs) -> None:
-    if found.exc_type is not SystemExit and found.exc_value is not None:
-        _print_redacted(found.exc_type, found.exc_value, found.exc_traceback)
+def _print_of_thread(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_type is not SystemExit and failure.exc_value is not None:
+        _print_redacted(failure.exc_type, failure.exc_value, failure.exc_traceback)
 
 
 def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -14,7 +14,7 @@ class Timers:
         timers.seconds()  # {"time/rollout_s": 1.25}
 
     A phase that runs several times adds up. `synchronize` (e.g. `torch.cuda.synchronize`) is called at both ends of a
-    phase where work is queued on a device.
+    phase, for devices that run queued work.
     """
 
     def __init__(self, synchronize: Callable[[], object] | None = None) -> None:

@@ -140,10 +140,9 @@ class ParallelContext:
                     raise
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
-        result, error = outcome
-        if error is not None:
-            raise error
-        return result
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def raise_on_all_ranks(self, error: MegadistillError | None) -> None:
         """Raises the first rank's error on every rank, so that nobody waits for a rank that has left (one object

@@ -167,7 +167,7 @@ def test_a_model_that_lacks_weights(refused: Callable[..., str], tmp_path: Path)
 
 def test_shares_that_leave_no_row(refused: Callable[..., str]) -> None:
     line = refused("data.prompts_ratio=0.95", "train.global_batch_size=4")
-    assert "leaves no row of data.train_path" in line
+    assert "leaves no training row" in line and "(see data.prompts_ratio and train.global_batch_size)" in line
     assert "none of its rows would be used" in refused("data.prompts_ratio=0")
     assert "data.train_path is missing" in refused("data.train_path=null")
 

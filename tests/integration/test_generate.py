@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on(
     assert main(["generate", *_arguments(assets, left / "out.jsonl")]) == 0
     assert _state(left) == {"out.jsonl": undisturbed}
     said, count = capsys.readouterr().err, kept.count(b"\n")
-    assert f"has {count} of 150 rows; going on" in said and "150/150 row (100 %)" in said
+    assert f"has {count} of 150 rows; resuming" in said and "150/150 row (100 %)" in said
 
 
 def test_nothing_is_computed_twice(
@@ -138,15 +138,15 @@ def test_other_settings_are_refused(
     ):
         assert main(["generate", *_arguments(assets, left / "out.jsonl", *more)]) == 2
         line = _error(capsys)
-        assert f"{output}.partial has rows that other settings wrote: " in line and words in line
-        assert line.endswith("--overwrite starts anew")
+        assert f"{output}.partial has rows with other settings: " in line and words in line
+        assert line.endswith("--overwrite starts over")
         assert _state(left) == before
     (left / "out.jsonl.progress.json").write_text("{")
     assert main(["generate", *_arguments(assets, left / "out.jsonl")]) == 2
-    assert "does not say which settings wrote them; --overwrite starts anew" in _error(capsys)
+    assert "does not have their settings; --overwrite starts over" in _error(capsys)
     (left / "foreign.partial").write_text("somebody's own\n")
     assert main(["generate", *_arguments(assets, left / "foreign")]) == 2
-    assert "foreign.progress.json does not say" in _error(capsys)
+    assert "foreign.progress.json does not have" in _error(capsys)
     with (left / "out.jsonl.partial").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(["generate", *_arguments(assets, left / "out.jsonl", "--overwrite")]) == 2
@@ -155,14 +155,14 @@ def test_other_settings_are_refused(
 
 
 def test_overwrite(assets: Path, left: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It starts anew; what was there stays until the first new row, and without the word for ever."""
+    """It starts over; existing files stay until the first new row, and without the option for good."""
     other = ["--seed", "1", "--max-new-tokens", "4", "--batch-size", "16"]
     (left / "out.jsonl").write_text("finished before\n")
     before = _state(left)
     assert main(["generate", *_arguments(assets, left / "out.jsonl")]) == 2
     assert "out.jsonl exists already; --overwrite replaces it" in _error(capsys)
     assert main(["generate", *_arguments(assets, left / "out.jsonl", *other, "--overwrite", "--top-p", "2")]) == 2
-    assert "top_p" in _error(capsys)
+    assert "--top-p: 2 is not a number > 0 and <= 1" in _error(capsys)
     assert _state(left) == before
     assert main(["generate", *_arguments(assets, left / "out.jsonl", *other, "--overwrite", data="prompts")]) == 0
     assert list(_state(left)) == ["out.jsonl"] and _state(left)["out.jsonl"].count(b"\n") == 24

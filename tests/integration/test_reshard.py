@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megadistill.checkpoint.hf_export import export_checkpoint
 from megadistill.checkpoint.manifest import digest
-from megadistill.checkpoint.reshard import family_cuts, reshard_checkpoint, shard_model
+from megadistill.checkpoint.reshard import family_shards, reshard_checkpoint, shard_model
 from megadistill.cli.main import main
 from megadistill.errors import CheckpointError, ConfigError, TopologyError
 from megadistill.models.families import FAMILIES
@@ -68,7 +68,7 @@ def test_families_know_how_autotp_cuts_them(assets: Path, tp_size: int) -> None:
     families = list(FAMILY_CONFIGS)
     for family, (shapes, cuts) in run_ranks(_engine_cuts, tp_size, assets, families, tp_size)[0].items():
         is_tied = FAMILY_CONFIGS[family].get("tie_word_embeddings", True)
-        assert family_cuts(shapes, FAMILIES[family], tp_size, is_tied=is_tied) == cuts
+        assert family_shards(shapes, FAMILIES[family], tp_size, is_tied=is_tied) == cuts
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
@@ -268,7 +268,15 @@ def test_inspect_tells_what_is_there(runs: dict[str, Path], tmp_path: Path) -> N
         return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
 
     told = inspect(runs["gpt2"], "--check", "--tensors").stdout
-    for words in ("step        4", "tp 2 x dp 2, ZeRO-3", "4 updates", "others      step_2", "whole  ", "cut along 1"):
+    parts = (
+        "step        4",
+        "tp 2 x dp 2, ZeRO-3",
+        "4 updates",
+        "others      step_2",
+        "complete  ",
+        "dimension 1 sharded",
+    )
+    for words in parts:
         assert words in told
     assert "types       BF16" in inspect(runs["qwen2"] / "checkpoints" / "step_2" / "hf").stdout
     broken = tmp_path / "broken"

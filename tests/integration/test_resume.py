@@ -157,7 +157,7 @@ def test_going_back_by_the_same_words_happens_once(assets: Path, small: Path, tm
     run_dir = tmp_path / "run"
     shutil.copytree(small, run_dir)
     words = f"train.resume={run_dir / 'checkpoints' / 'step_2'}"
-    with pytest.raises(RankError, match="step_2 is at step 2, past train.max_steps=1"):
+    with pytest.raises(RankError, match="step_2 is at step 2, after the run.s last step 1"):
         run_layout(1, [(str(run_dir), [*_small_settings(assets), words, "train.max_steps=1"])])
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_4\n"
     run_layout(1, [(str(run_dir), [*_small_settings(assets), words, "train.max_steps=3"])])

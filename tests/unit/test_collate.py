@@ -15,18 +15,15 @@ def test_right_padded_by_hand():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     no = IGNORE_INDEX
     assert batch.labels.tolist() == [[no, no, 8, 9, no], [2, no, no, no, no]]
-    assert (batch.response_start.tolist(), batch.response_length.tolist()) == ([3, 1], [2, 1])
     assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values())
 
 
-@pytest.mark.parametrize("multiple", [1, 4, 8])
-def test_labels_are_the_next_input_token_on_response_rows_only(multiple):
-    batch = right_padded(SEQUENCES, pad_id=9, multiple=multiple)
+def test_labels_are_the_next_input_token_on_response_positions_only():
+    batch = right_padded(SEQUENCES, pad_id=9)
     width = batch.input_ids.shape[1]
-    assert width % multiple == 0 and width - 5 < multiple
+    assert width == 5
     for row, (prompt, response) in enumerate(SEQUENCES):
-        start, length = int(batch.response_start[row]), int(batch.response_length[row])
-        assert (start, length) == (len(prompt), len(response or ()))
+        start, length = len(prompt), len(response or ())
         assert batch.input_ids[row, start : start + length].tolist() == list(response or ())
         assert int(batch.attention_mask[row].sum()) == start + length
         for i in range(width):

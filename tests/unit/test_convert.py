@@ -86,14 +86,14 @@ def test_filters(source, tokenizer, tmp_path):
 
 def test_what_cannot_be_done_is_refused(source, tokenizer, tmp_path):
     convert(source, tokenizer, tmp_path / "out")
-    with pytest.raises(DataError, match="already holds train.jsonl, valid.jsonl, report.json"):
+    with pytest.raises(DataError, match="already has train.jsonl, valid.jsonl, report.json"):
         convert(source, tokenizer, tmp_path / "out")
     with pytest.raises(DataError, match="41 of 44 rows are left, too few for 41 validation rows"):
         convert(source, tokenizer, tmp_path / "other", num_valid=41)
     assert not (tmp_path / "other").exists()
     with pytest.raises(DataError, match=r"rows\.jsonl:44"):
         convert(source, tokenizer, tmp_path / "other", skip_bad_rows=False)
-    with pytest.raises(ConfigError, match="data.max_tokens=9"):
+    with pytest.raises(ConfigError, match="leave no token for a response"):
         convert(source, tokenizer, tmp_path / "other", max_prompt_tokens=9, max_tokens=9)
 
 

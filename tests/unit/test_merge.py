@@ -205,8 +205,8 @@ def test_adapters_that_are_refused(pair: tuple[Path, Path], tmp_path: Path, caps
     ("change", "words"),
     [
         ({"hidden_size": 64}, "size mismatch for base_model.model.model.layers.0.self_attn.q_proj"),
-        ({"num_hidden_layers": 1}, "4 weights without a place in it, model.layers.1."),
-        ({"num_hidden_layers": 3}, "4 weights missing, model.layers.2."),
+        ({"num_hidden_layers": 1}, "4 weights without a place in it, including model.layers.1."),
+        ({"num_hidden_layers": 3}, "4 weights missing, including model.layers.2."),
     ],
 )
 def test_bases_of_other_shapes(
@@ -233,4 +233,4 @@ def test_targets_and_bases_that_are_refused(
     (bare / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    assert "is quantised" in _refused(bare, adapter, tmp_path / "merged", capsys)
+    assert "is quantized" in _refused(bare, adapter, tmp_path / "merged", capsys)

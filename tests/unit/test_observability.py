@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -71,18 +72,13 @@ def test_metrics_go_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:
     assert "phi" not in events.Tags()["scalars"]
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "run", rank=1) as metrics:
-        metrics.write(1, {"loss": 1.0})
-    assert not (tmp_path / "run").exists()
-
-
 def test_only_rank_zero_logs(capsys: pytest.CaptureFixture[str]) -> None:
     get_logger(0).info("seen")
-    get_logger(0).warning("seen too")
-    get_logger(1).error("unseen")
+    get_logger(0, "train").warning("seen too")
+    get_logger(1, "train").error("unseen")
     out, err = capsys.readouterr()
-    assert [line.split(" ", 1)[1] for line in out.splitlines()] == ["seen", "seen too"]
+    assert [line.split(" ", 1)[1] for line in out.splitlines()] == ["INFO megadistill: seen", "WARNING train: seen too"]
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d", line.split(" ", 1)[0]) for line in out.splitlines())
     assert err == ""
 
 

@@ -58,18 +58,10 @@ def test_distinct_n():
     assert distinct_n(["a"], 2) is None
 
 
-def test_progress_wraps_the_scored_rows():
-    seen = []
-    score_texts(["a", "b"], [("a",), ()], progress=lambda rows: [seen.append(row) or row for row in rows])
-    assert len(seen) == 1
-
-
 def test_likelihood_is_a_sum_over_a_count_whatever_the_parts():
     parts = [LikelihoodTotal(10.0, 4, 1), LikelihoodTotal(2.0, 8, 2), LikelihoodTotal()]
     total = total_likelihood(parts)
     assert total == parts[0] + parts[1] + parts[2] == total_likelihood(reversed(parts))
     assert total.nll == pytest.approx(1.0)
-    assert total.perplexity == pytest.approx(2.718281828)
-    assert LikelihoodTotal(1e6, 1, 1).perplexity == float("inf")
     with pytest.raises(DataError, match="no row of the evaluation set has a reference"):
         _ = total_likelihood([]).nll

@@ -44,8 +44,9 @@ def test_ranks_together_have_the_global_batch_at_every_layout(num_rows, num_prom
 
 @pytest.mark.parametrize(("ratio", "stream"), [(0.01, "prompts"), (0.99, "train")])
 def test_a_share_that_leaves_a_stream_no_row_is_refused(ratio, stream):
-    with pytest.raises(ConfigError, match=f"leaves no row of data.{stream}_path"):
+    with pytest.raises(ConfigError, match=f"leaves no {'training' if stream == 'train' else 'prompt'} row") as error:
         sampler(prompts_ratio=ratio)
+    assert error.value.setting == "data.prompts_ratio, train.global_batch_size"
 
 
 def test_every_epoch_of_each_stream_holds_every_row_once_in_a_new_order():
@@ -90,13 +91,13 @@ def test_no_prompts_needed_no_prompts_drawn():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ConfigError, match="data.prompts_path, which has none"):
+    with pytest.raises(ConfigError, match=r"prompt row.*there are none"):
         sampler(num_prompt_rows=0)
-    with pytest.raises(ConfigError, match="data.train_path, which has none"):
+    with pytest.raises(ConfigError, match=r"training row.*there are none"):
         sampler(num_rows=0)
-    with pytest.raises(ConfigError, match="prompts_ratio=1.5"):
+    with pytest.raises(ConfigError, match=r"1\.5"):
         sampler(prompts_ratio=1.5)
-    with pytest.raises(ConfigError, match="global_batch_size=0"):
+    with pytest.raises(ConfigError, match="batch of 0 rows"):
         sampler(global_batch_size=0)
-    with pytest.raises(TopologyError, match="train.global_batch_size=8 must be a multiple of the data-parallel size 3"):
+    with pytest.raises(TopologyError, match="8 rows is not a multiple of the data-parallel size 3"):
         sampler(dp_size=3)

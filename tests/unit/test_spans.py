@@ -80,7 +80,7 @@ def test_function_words_open_chunks_in_any_language():
 def test_windows():
     assert phrases("window", "a b c d e f", window=4) == ["a b c d", "e f"]
     assert phrases("window", "他喜欢狗", window=2) == ["他喜", "欢狗"]
-    with pytest.raises(ConfigError, match="data.span_window=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="window of 0 words"):
         make_span_prior("window", 0)
 
 
@@ -89,15 +89,14 @@ def test_names():
         if name != "spacy":
             assert make_span_prior(name).spans("") == []
     assert make_span_prior("none").spans(SENTENCE) == []
-    with pytest.raises(
-        ConfigError, match="data.span_prior='phrase' is unknown; allowed: phrases, spacy.*nearest: phrases"
-    ):
+    with pytest.raises(ConfigError, match=r"'phrase'; allowed: phrases, spacy.*did you mean phrases\?") as error:
         make_span_prior("phrase")
+    assert error.value.setting == "data.span_prior"
 
 
 def test_spacy_absent_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(ConfigError, match="data.span_prior=spacy: spaCy is not installed .pip install spacy"):
+    with pytest.raises(ConfigError, match="spaCy is not installed .pip install spacy"):
         make_span_prior("spacy")
     missing = types.ModuleType("spacy")
     missing.load = lambda name, exclude: (_ for _ in ()).throw(OSError("[E050] Can't find model"))

@@ -1,5 +1,8 @@
 """What a user can cause: the command line prints the message as one line and exits with `exit_code`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MegadistillError(Exception):
     """Base of the errors that carry one clear line: what is wrong, where, what is allowed, the nearest valid choice."""
@@ -30,3 +33,22 @@ class DivergenceError(MegadistillError):
 def first_line(error: Exception) -> str:
     """What an exception says, its first line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def needs_extra(extra: str, feature: str) -> Iterator[None]:
+    """Goes around the import of a package that one feature alone needs.
+
+    Args:
+        extra: The extra of setup.py that installs the package.
+        feature: What the user asked for; begins the message.
+
+    Raises:
+        ConfigError: The package is not installed. The line has the command that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{feature}: the package {error.name} is not installed; install it with: pip install 'megadistill[{extra}]'"
+        ) from None

@@ -81,10 +81,12 @@ def evaluate_models(
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
     from megadistill.evaluation.report import results_table, to_jsonable
+    from megadistill.evaluation.rouge import load_scorer
     from megadistill.evaluation.suites import run_suite
     from megadistill.models.loading import check_positions, load_model_config
     from megadistill.observability.progress import progress_bar
 
+    load_scorer()  # a missing package is reported before anything is generated
     folders = {name: model_folder(path) for name, path in models.items()}
     results: dict[str, dict[str, Any]] = {}
     likelihoods: dict[str, dict[str, float]] = {}

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
+from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
 from megadistill.observability.redact import holds_url_credentials
 
@@ -88,7 +89,7 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
 
     Raises ConfigError for a setting with a password in it: resolved.yaml has to repeat every setting as it is.
     """
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_config(find_config(parsed.config), parsed.overrides)
     for key, value in flatten(config.model_dump()).items():
         if holds_url_credentials(str(value)):
             raise ConfigError(

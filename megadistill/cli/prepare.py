@@ -22,7 +22,7 @@ from megadistill.data.convert import ConvertedShare, ConvertOptions, convert_sha
 from megadistill.data.dataset import FieldNames
 from megadistill.data.prompts import TEMPLATES
 from megadistill.data.tokenize import load_tokenizer
-from megadistill.errors import ConfigError, MegadistillError
+from megadistill.errors import MegadistillError, needs_extra
 from megadistill.observability.progress import progress_bar
 from megadistill.observability.redact import redact
 
@@ -88,12 +88,8 @@ def communicator() -> Any | None:
     """MPI's world where a launcher started this process, else None."""
     if not any(name in os.environ for name in _LAUNCHER_VARIABLES):
         return None
-    try:
+    with needs_extra("mpi", "started by mpirun"):
         from mpi4py import MPI
-    except ImportError:
-        raise ConfigError(
-            "started by mpirun, but mpi4py is not installed: pip install mpi4py, or start without"
-        ) from None
     return MPI.COMM_WORLD
 
 

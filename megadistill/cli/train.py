@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of, refuse_unwritable
+from megadistill.cli.preparers import prepare
 
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
     from megadistill.launch.stopping import StopRequest
-
-# What makes the assets of run.prepare; it stands above this package.
-_PREPARES = "megadistill.demo.assets"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,8 +46,8 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     refuse_unwritable(config.run.dir, is_file=False)
     if config.generation.teacher_cache is not None:
         refuse_unwritable(config.generation.teacher_cache, is_file=True)
-    if config.run.prepare != "none":
-        importlib.import_module(_PREPARES).ensure_assets(config)
+    if not prepare(config, lambda: bool(request.signal)):
+        return STOPPED
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # What can be wrong with the user's files is found before processes wait for one another.
     start = plan_start(config)

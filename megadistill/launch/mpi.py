@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 
-from megadistill.errors import TopologyError
+from megadistill.errors import TopologyError, needs_extra
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI
 
@@ -21,8 +21,9 @@ def mpi_variables(environment: Mapping[str, str], free_port: Callable[[], int]) 
     if "RANK" in environment or size < 2:
         return {}
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and libmpi is not
+        with needs_extra("mpi", "started by mpirun"):
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py is there and libmpi is not
         raise TopologyError(f"mpirun started this process, but mpi4py cannot be used: {error}") from None
     world = MPI.COMM_WORLD
     if world.size != size:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megadistill.errors import needs_extra
+
 _TERMS = (("loss", "total"), ("loss/sft", "SFT"), ("loss/dac_kl", "DAC-KL"), ("loss/span", "span"))
 
 
@@ -14,10 +16,11 @@ def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = Non
 
     Units: nats a token for losses and likelihood, a share of 1 for kept mass.
     """
-    import matplotlib
+    with needs_extra("plots", "loss curves"):
+        import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed, on a cluster there is none
-    from matplotlib import pyplot
+        matplotlib.use("Agg")  # no display is needed, on a cluster there is none
+        from matplotlib import pyplot
 
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")

@@ -49,6 +49,7 @@ def needs_extra(extra: str, feature: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise ConfigError(
-            f"{feature}: the package {error.name} is not installed; install it with: pip install 'megadistill[{extra}]'"
+            f"{feature}: the package {package} is not installed; install it with: pip install 'megadistill[{extra}]'"
         ) from None

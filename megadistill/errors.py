@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -62,3 +64,23 @@ class DivergenceError(MegadistillError):
 def first_line(error: Exception) -> str:
     """What an exception says, its first line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def needs_extra(extra: str, feature: str) -> Iterator[None]:
+    """Goes around the import of a package that one feature alone needs.
+
+    Args:
+        extra: The extra of setup.py that installs the package.
+        feature: What the user asked for; begins the message.
+
+    Raises:
+        ConfigError: The package is not installed. The line has the command that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise ConfigError(
+            f"{feature}: the package {package} is not installed; install it with: pip install 'megadistill[{extra}]'"
+        ) from None

@@ -15,7 +15,7 @@ from torch import nn
 from megadistill.checkpoint.hf_export import write_safetensors
 from megadistill.checkpoint.manifest import new_folder
 from megadistill.data.tokenize import TOKENIZER_EXTRAS, TOKENIZER_FILES
-from megadistill.errors import CheckpointError, ConfigError
+from megadistill.errors import CheckpointError, ConfigError, needs_extra
 from megadistill.models.loading import DTYPES, has_weights, load_model_config, load_weights
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
@@ -40,6 +40,8 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
         CheckpointError: The adapter cannot be merged; nothing is left behind.
         ConfigError: The base cannot be used.
     """
+    with needs_extra("lora", "megadistill merge"):  # before the model is loaded
+        import peft  # noqa: F401
     adapter, target = Path(adapter), Path(folder)
     _check_adapter(adapter)
     config = load_model_config(base, "BASE")

@@ -91,8 +91,10 @@ def evaluate_models(
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.evaluation.processes import inference_context
     from megadistill.evaluation.report import results_table
+    from megadistill.evaluation.rouge import load_scorer
     from megadistill.models.loading import check_positions, load_model_config
 
+    load_scorer()  # a missing package is reported before anything is generated
     folders = {name: model_folder(path) for name, path in models.items()}
     for name, folder in folders.items():
         check_positions(

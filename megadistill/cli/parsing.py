@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megadistill.config.fields import describe
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
+from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
 from megadistill.observability.redact import holds_url_credentials
 
@@ -91,7 +92,7 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: Also for a setting with a password, because resolved.yaml repeats every setting.
     """
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_config(find_config(parsed.config), parsed.overrides)
     for key, value in flatten(config.model_dump()).items():
         if holds_url_credentials(str(value)):
             raise ConfigError(

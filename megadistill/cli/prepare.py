@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from megadistill.cli.parsing import Parser, value_of
 from megadistill.cli.settings import line_of
 from megadistill.config.schema import DataSection, NonNegativeInt, PositiveInt
-from megadistill.errors import ConfigError, MegadistillError
+from megadistill.errors import MegadistillError, needs_extra
 from megadistill.launch.launchers import is_mpi_rank
 from megadistill.observability.progress import progress_bar
 from megadistill.observability.redact import redact
@@ -98,12 +98,8 @@ def communicator() -> Any | None:
     """MPI's world where a launcher started this process, else None."""
     if not is_mpi_rank(os.environ):
         return None
-    try:
+    with needs_extra("mpi", "started by mpirun"):
         from mpi4py import MPI
-    except ImportError:
-        raise ConfigError(
-            "started by mpirun, but mpi4py is not installed: pip install mpi4py, or start without mpirun"
-        ) from None
     return MPI.COMM_WORLD
 
 

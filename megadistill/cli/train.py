@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of, refuse_unwritable
+from megadistill.cli.preparers import prepare
 from megadistill.errors import ExitCode
 from megadistill.launch.launchers import rank_of
 from megadistill.observability.log import get_logger
@@ -15,9 +15,6 @@ from megadistill.observability.log import get_logger
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
     from megadistill.launch.stopping import StopRequest
-
-# What makes the assets of run.prepare, on a higher floor than this package's.
-_PREPARES = "megadistill.demo.assets"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -59,8 +56,8 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.training.resume import plan_start
     from megadistill.training.setup import build_components, check_models, run_tokenizer
 
-    if config.run.prepare != "none":
-        importlib.import_module(_PREPARES).ensure_assets(config)
+    if not prepare(config, lambda: bool(request.signal)):
+        return ExitCode.STOPPED
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
     # Before processes wait for one another: mistakes in the user's files are found here.
     start = plan_start(config)

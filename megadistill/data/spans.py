@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import regex
 
 from megadistill.data.surface import token_char_starts
-from megadistill.errors import ConfigError
+from megadistill.errors import ConfigError, needs_extra
 from megadistill.files import did_you_mean
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class PhrasePrior:
     _PHRASES = frozenset({"NP", "VP", "PP"})
 
     def __init__(self) -> None:
-        from textblob.en import parse
+        with needs_extra("spans", "data.span_prior=phrases"):
+            from textblob.en import parse
 
         self._parse: Callable[..., list[list[list[str]]]] = parse
 
@@ -113,19 +114,14 @@ class SpacyPrior:
 
     def __init__(self, pipeline: str | Any = "en_core_web_sm") -> None:
         if isinstance(pipeline, str):
-            try:
+            with needs_extra("spacy", "data.span_prior=spacy"):
                 import spacy
-
+            try:
                 pipeline = spacy.load(pipeline, exclude=["ner", "lemmatizer"])
-            except (ImportError, OSError) as error:
-                reason = (
-                    "spaCy is not installed"
-                    if isinstance(error, ImportError)
-                    else f"its model {pipeline!r} is not installed"
-                )
+            except OSError:
                 raise ConfigError(
-                    f"span prior spacy: {reason} (pip install spacy && python -m spacy download {pipeline}); "
-                    "the other priors need no model: phrases, punctuation, window, none",
+                    f"data.span_prior=spacy: the model {pipeline!r} is not installed; install it with: "
+                    f"python -m spacy download {pipeline}",
                     setting="data.span_prior",
                 ) from None
         self._pipeline = pipeline

@@ -1,8 +1,8 @@
 """The demo's corpus: short English rewriting and knowledge tasks, made from a seed.
 
 Every answer is a function of its prompt, so exact match is a fair score. What a model has to know is spread over a
-lexicon: past tenses, participles, plurals, opposites, and who does what where. A handful of rows with references cannot
-show all of it; a teacher's judgement on many prompts can. That gap is what the demo measures.
+lexicon: past tenses, participles, plurals, opposites, and who does what where. A few rows with references cannot show
+all of it; a teacher's judgment on many prompts can. That gap is what the demo measures.
 
 Randomness is `random.Random(seed)` over ordered tables only: the same seed gives the same corpus in every process.
 """
@@ -112,7 +112,7 @@ OPPOSITES = [
 ]
 OPPOSITE = {a: b for pair in OPPOSITES for a, b in (pair, pair[::-1])}
 ADJECTIVES = sorted(OPPOSITE)
-COLOURS = _list("red | blue | green | black | white | yellow | golden | silver | wooden | heavy")
+COLORS = _list("red | blue | green | black | white | yellow | golden | silver | wooden | heavy")
 OBJECTS = _list(
     "basket | letter | lamp | bottle | ladder | box | key | map | drum | chair | coin | mirror | blanket | candle | "
     "hammer | bucket | clock | ring | book | flag"
@@ -132,7 +132,7 @@ class Clause(NamedTuple):
     adjective: str
     trade: Trade
     verb: Verb
-    colour: str
+    color: str
     thing: str
     tail: str
 
@@ -146,7 +146,7 @@ class Clause(NamedTuple):
 
     @property
     def object(self) -> str:
-        return _join("the", self.colour, self.thing)
+        return _join("the", self.color, self.thing)
 
 
 def _join(*words: str) -> str:
@@ -163,7 +163,7 @@ def _clause(rng: Random) -> Clause:
         adjective=rng.choice(ADJECTIVES),
         trade=rng.choice(TRADES),
         verb=rng.choice(VERBS),
-        colour=rng.choice(COLOURS),
+        color=rng.choice(COLORS),
         thing=rng.choice(OBJECTS),
         tail=rng.choice(PLACES + TIMES),
     )
@@ -234,7 +234,7 @@ KINDS: dict[str, tuple[Callable[[Random], tuple[str, str]], list[str]]] = {
 }
 
 
-MAX_MISSES = 1000  # draws in a row that gave a known prompt: the kind counts as used up
+MAX_MISSES = 1000  # consecutive draws of known prompts after which a kind counts as exhausted
 
 
 @dataclass(frozen=True)
@@ -251,11 +251,15 @@ class CorpusSizes:
 def generate_corpus(seed: int, sizes: CorpusSizes) -> dict[str, list[dict[str, str]]]:
     """Rows {"instruction", "input", "output"} by split, every kind of task equally often.
 
-    Keys: teacher_train, train (rows with references for the student), prompts (output is empty), valid, test. No task
-    is given the same input twice, within a split or across splits, however its instruction is worded.
-    Raises DataError when the grammar cannot give that many different prompts.
+    No task has the same input twice, within a split or across splits, however its instruction is worded.
+
+    Returns:
+        teacher_train, train (rows with references for the student), prompts (the output is empty), valid, test.
+
+    Raises:
+        DataError: The grammar cannot give that many different prompts.
     """
-    # The held-out splits come first, so they stay the same when the training splits change in size.
+    # The held-out splits come first, so that they stay the same when the training splits change in size.
     counts = {
         "test": sizes.test,
         "valid": sizes.valid,
@@ -270,7 +274,7 @@ def generate_corpus(seed: int, sizes: CorpusSizes) -> dict[str, list[dict[str, s
 
 def _split(rng: Random, key: str, count: int, seen: set[tuple[str, str]]) -> list[dict[str, str]]:
     if count < 0:
-        raise DataError(f"synthetic corpus: {key} must have 0 rows or more, got {count}")
+        raise DataError(f"synthetic corpus: {key} needs at least 0 rows, got {count}")
     kinds = list(KINDS)
     rows: list[dict[str, str]] = []
     misses = 0
@@ -282,7 +286,7 @@ def _split(rng: Random, key: str, count: int, seen: set[tuple[str, str]]) -> lis
             misses += 1
             if misses > MAX_MISSES:
                 raise DataError(
-                    f"synthetic corpus: no more new prompts of kind {kind!r} after {len(rows)} of {count} {key} rows"
+                    f"synthetic corpus: no new prompts of kind {kind!r} after {len(rows)} of {count} {key} rows"
                 )
             continue
         misses = 0

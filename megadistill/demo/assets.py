@@ -1,7 +1,7 @@
 """Built-in assets (``run.prepare``): a seeded corpus, a tokenizer trained on it, and the models of a recipe.
 
-They live below ``runs/assets/NAME_SEED`` and are made once, by rank 0, before processes wait for one another. A
-finished part is never made again; an interrupted one is made anew.
+They live below ``runs/assets/NAME_SEED`` and are made once, by rank 0, before there is a process group. A finished part
+is never made again; an interrupted one starts again, a fine-tuning run from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megadistill.config.schema import RunConfig
-from megadistill.errors import ConfigError, DataError
-from megadistill.launch.launchers import rank_of, without_ranks
-from megadistill.observability.redact import redact
+from megadistill.demo.alone import run_alone
+from megadistill.demo.recipes import RECIPES
+from megadistill.demo.waiting import POLL_S, Stopped, beat_file, beating, never, wait_for_rank0
+from megadistill.launch.launchers import rank_of
+from megadistill.observability.log import get_logger
 
 _ROOT = Path("runs/assets")
-_FAILED = "failed"
-_POLL_S = 0.5
 
 
 def assets_folder(name: str, seed: int) -> Path:
@@ -31,50 +28,55 @@ def assets_folder(name: str, seed: int) -> Path:
     return _ROOT / f"{name}_{seed}"
 
 
-def ensure_assets(config: RunConfig) -> None:
-    """Makes what ``run.prepare`` names and is missing; other ranks wait until it is whole.
+def ensure_assets(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:
+    """Makes what ``run.prepare`` names and is missing; other ranks wait until it is complete.
 
-    Raises DataError when a part could not be made.
+    Args:
+        is_stopping: Whether this process was asked to stop.
+
+    Returns:
+        True when everything is there, False when the job was asked to stop before.
+
+    Raises:
+        DataError: A part could not be made, or rank 0 does not report progress any more.
     """
-    if config.run.prepare == "none":
-        return
-    folder = assets_folder(config.run.prepare, config.run.seed)
-    if rank_of(os.environ) == 0:
-        (folder / _FAILED).unlink(missing_ok=True)
-        try:
-            make_assets(config.run.prepare, config.run.seed)
-        except BaseException as error:
-            if folder.is_dir():
-                (folder / _FAILED).write_text(redact(str(error)))
-            raise
-        return
-    begun = time.time()
-    while not is_ready(folder, config.run.prepare):
-        failed = folder / _FAILED
-        with suppress(FileNotFoundError):
-            if failed.stat().st_mtime > begun - _POLL_S:
-                raise DataError(f"{folder}: {failed.read_text()}")
-        time.sleep(_POLL_S)
+    name, seed = config.run.prepare, config.run.seed
+    folder, rank = assets_folder(name, seed), rank_of(os.environ)
+    try:
+        if is_ready(folder, name):
+            return True
+        if rank == 0:
+            with beating(beat_file(folder)):
+                make_assets(name, seed, say=get_logger().info, is_stopping=is_stopping)
+        else:
+            wait_for_rank0(lambda: is_ready(folder, name), beat_file(folder), is_stopping)
+    except Stopped:
+        get_logger(rank).warning(f"stopped before {folder} was complete; run the same command to resume")
+        return False
+    return True
 
 
 def is_ready(folder: Path, name: str) -> bool:
-    """Whether every part of a recipe is whole."""
-    from megadistill.demo.recipes import RECIPES
-
+    """Whether every part of a recipe is complete."""
     return all((folder / part).exists() for part in ("data", "tokenizer", *RECIPES[name].models))
 
 
-def make_assets(name: str, seed: int, say: Callable[[str], None] = print) -> Path:
-    """Makes the missing parts of a recipe and returns its folder. One process at a time; others wait for the lock."""
-    from filelock import FileLock
+def make_assets(
+    name: str, seed: int, say: Callable[[str], None] = print, is_stopping: Callable[[], bool] = never
+) -> None:
+    """Makes the missing parts of a recipe. One process at a time; others wait for the lock.
 
-    from megadistill.demo.recipes import RECIPES
+    Args:
+        say: Prints a line about each part that takes a while.
 
+    Raises:
+        Stopped: ``is_stopping()`` became true.
+    """
     folder, recipe = assets_folder(name, seed), RECIPES[name]
     if is_ready(folder, name):
-        return folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with _locked(folder / ".lock", is_stopping):
         _make_corpus(folder, name, seed, say)
         for model, model_recipe in recipe.models.items():
             target = folder / model
@@ -86,13 +88,29 @@ def make_assets(name: str, seed: int, say: Callable[[str], None] = print) -> Pat
                 configured.rename(target)
             else:
                 say(f"{folder}: fine-tuning the {model}")
-                _fine_tune(folder, model, seed, (*recipe.common, *model_recipe.sft))
-    return folder
+                _fine_tune(folder, model, seed, (*recipe.common, *model_recipe.sft), is_stopping)
+
+
+@contextmanager
+def _locked(path: Path, is_stopping: Callable[[], bool]) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    while not lock.is_locked:
+        if is_stopping():
+            raise Stopped
+        try:
+            lock.acquire(timeout=POLL_S)
+        except Timeout:
+            continue
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None]) -> None:
-    from megadistill.data.synthetic import generate_corpus, write_corpus
-    from megadistill.demo.recipes import RECIPES
+    from megadistill.data.synthetic import CorpusSizes, generate_corpus, write_corpus
     from megadistill.demo.tokenizer import train_tokenizer
 
     recipe = RECIPES[name]
@@ -100,7 +118,7 @@ def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None])
         say(f"{folder}: writing the corpus")
         beside = folder / "data.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        write_corpus(beside, generate_corpus(seed, recipe.sizes))
+        write_corpus(beside, generate_corpus(seed, CorpusSizes(**recipe.sizes)))
         beside.rename(folder / "data")
     if not (folder / "tokenizer").exists():
         say(f"{folder}: training the tokenizer")
@@ -124,15 +142,14 @@ def _write_config(folder: Path, config: dict[str, object], tokenizer: Path) -> N
     (folder / "config.json").write_text(text)
 
 
-def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...]) -> None:
-    """Plain SFT by ``megadistill train`` in a process of its own (all cores, one rank); the result becomes
+def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...], is_stopping: Callable[[], bool]) -> None:
+    """Plain SFT by ``megadistill train`` in a separate process (all cores, one rank); the result becomes
     ``folder/model``."""
     from megadistill.checkpoint.hf_export import export_checkpoint
 
     run_dir = folder / "runs" / f"{model}_sft"
-    target = folder / model
     config = folder / f"{model}_sft.yaml"
-    write_stage(
+    _write_yaml(
         config,
         f"Fine-tuning of the built-in {model}; made by run.prepare. Launch: megadistill train --config {config}",
         {
@@ -141,21 +158,11 @@ def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...]) -
         },
     )
     overrides = [setting.format(data=folder / "data") for setting in settings]
-    run_alone(["train", "--config", str(config), *overrides])
-    export_checkpoint(run_dir, target)
+    run_alone(["train", "--config", str(config), *overrides], is_stopping)
+    export_checkpoint(run_dir, folder / model)
 
 
-def write_stage(path: Path, header: str, tree: dict[str, object]) -> None:
-    """A YAML file of a stage, with its header."""
+def _write_yaml(path: Path, header: str, tree: dict[str, object]) -> None:
     import yaml
 
     path.write_text(f"# {header}\n{yaml.safe_dump(tree, sort_keys=False)}")
-
-
-def run_alone(arguments: list[str]) -> None:
-    """``megadistill`` in a process of its own, outside any launcher, on all cores. Raises ConfigError when it fails."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = without_ranks(os.environ) | {"OMP_NUM_THREADS": str(cores)}
-    done = subprocess.run([sys.executable, "-m", "megadistill", *arguments], env=environment, check=False)
-    if done.returncode:
-        raise ConfigError(f"megadistill {' '.join(arguments)} ended with exit code {done.returncode}")

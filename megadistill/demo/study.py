@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadistill.cli.parsing import Parser
-from megadistill.demo.assets import assets_folder, make_assets, run_alone
-from megadistill.demo.run import CONFIG, enter_repository, evaluate_once, launch_training, scores_of
+from megadistill.demo.stages import (
+    CONFIG,
+    check_packages,
+    enter_repository,
+    evaluate_once,
+    launch_training,
+    scores_of,
+)
 
 CONTROL = "configs/demo_sft.yaml"
 _ARMS = {
@@ -29,21 +35,23 @@ _MEASURES = {
 
 
 def run(arguments: Sequence[str]) -> int:
+    """The verb ``study``; returns the exit code."""
     parser = Parser(
         "study",
         "Repeats the demo for several seeds (each with its own corpus, tokenizer, teacher and student) and compares\n"
-        "the distilled student with SFT that goes on for as many updates, and for as many seconds.",
+        "the distilled student with SFT that continues for as many updates, and for as many seconds.",
         "example:\n  megadistill study --seeds 1 2 3 4 5",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument(
-        "--folder", default="runs/study", metavar="FOLDER", help="where everything goes (default runs/study)"
+        "--folder", default="runs/study", metavar="FOLDER", help="where everything is written (default runs/study)"
     )
     parser.add_argument("--keep-models", action="store_true", help="keep checkpoints after their evaluation")
     parsed = parser.parse(arguments)
 
     from megadistill.files import write_json
 
+    check_packages()
     enter_repository()
     folder = Path(parsed.folder)
     results = {}
@@ -58,16 +66,19 @@ def run(arguments: Sequence[str]) -> int:
 def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str, float]]:
     """Scores of every arm for one seed; finished parts are read, not repeated."""
     from megadistill.config.load import load_config
+    from megadistill.config.shipped import find_config
+    from megadistill.demo.assets import assets_folder, make_assets
 
     done = folder / "scores.json"
     if done.is_file():
-        return json.loads(done.read_text())
+        finished: dict[str, dict[str, float]] = json.loads(done.read_text())
+        return finished
     make_assets("demo", seed)
     distilled, updates, timed = (folder / name for name in ("distilled", "sft_updates", "sft_time"))
     common = [f"run.seed={seed}"]
     overrides = [*common, f"run.dir={distilled}"]
-    config = load_config(CONFIG, overrides)
-    launch_training(CONFIG, overrides, distilled, config.train.max_steps)
+    config = load_config(find_config(CONFIG), overrides)
+    launch_training(overrides, distilled, config.train.max_steps)
     seconds = _seconds(distilled)
     _train_control(common, updates, config.train.max_steps)
     # As much time: the speed of the control just run, on the same cores.
@@ -95,12 +106,14 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
 
 
 def _train_control(common: list[str], run_dir: Path, steps: int) -> None:
+    from megadistill.demo.alone import run_alone
+
     if not (run_dir / "summary.json").is_file():
         run_alone(["train", "--config", CONTROL, *common, f"run.dir={run_dir}", f"train.max_steps={steps}"])
 
 
 def _seconds(run_dir: Path) -> float:
-    """Time of the steps alone: validation and checkpoints are not charged to anybody."""
+    """Time of the steps alone, without validation and checkpoints."""
     return sum(_series(run_dir, "time/step_s"))
 
 

@@ -1,7 +1,8 @@
 """Trains a SentencePiece tokenizer and stores it as a fast tokenizer folder.
 
-Spaces are ordinary text here: no dummy prefix, no whitespace clean-up, no normalisation. So decode(encode(text)) is the
-text, and a prompt and a response that are tokenised apart decode together to the joined text, without a stray space.
+Spaces are ordinary text here: no dummy prefix, no whitespace cleanup, no normalization. So decode(encode(text)) is the
+text, and a prompt and a response that are tokenized separately decode together to the joined text, without a stray
+space.
 """
 
 import io
@@ -17,21 +18,24 @@ SPECIAL_TOKENS = (PAD, UNK, BOS, EOS)
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int, seed: int = 0) -> None:
     """Writes a folder that `AutoTokenizer.from_pretrained` loads as a fast tokenizer of at most `vocab_size` tokens.
 
-    BPE pieces (a frequent word becomes one token) with byte fallback, so every text can be written; only U+2581, which
-    SentencePiece itself uses for the space, reads back as one. Same texts, same files: nothing is sampled, so `seed`
-    only fixes SentencePiece's own generator. Beside the fast tokenizer the folder holds SentencePiece's own
+    BPE pieces (a frequent word becomes one token) with byte fallback, so every text can be encoded; only U+2581, which
+    SentencePiece itself uses for the space, decodes to a space. The same texts give the same files: nothing is sampled,
+    so `seed` only fixes SentencePiece's own generator. Beside the fast tokenizer the folder holds SentencePiece's
     `tokenizer.model`; both give the same ids.
-    Raises DataError when there is no text, or no room for the special tokens, the 256 bytes and the texts' characters.
+
+    Raises:
+        DataError: There is no text, or `vocab_size` is too small for the special tokens, the 256 bytes and the
+            characters of the texts.
     """
     import sentencepiece
 
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     if not lines:
-        raise DataError("tokenizer training: no text was given")
+        raise DataError("tokenizer training: there is no text")
     smallest = 256 + len(SPECIAL_TOKENS) + len({c for line in lines for c in line}) + 2
     if vocab_size < smallest:
         raise DataError(
-            f"tokenizer training: vocab_size={vocab_size} is too small for these texts, at least {smallest} is needed"
+            f"tokenizer training: vocab_size={vocab_size} is too small for these texts; it must be at least {smallest}"
         )
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
@@ -92,9 +96,9 @@ def _save_fast(model_proto: bytes, folder: Path) -> None:
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
     """SentencePiece stores only merged pieces, in merging order; any two pieces that spell a piece merge into it."""
-    found = []
+    merges = []
     for piece, rank in vocab.items():
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         pairs = [(left, right) for left, right in splits if left in vocab and right in vocab]
-        found += [(rank, vocab[left], vocab[right], (left, right)) for left, right in pairs]
-    return [pair for *_, pair in sorted(found)]
+        merges += [(rank, vocab[left], vocab[right], (left, right)) for left, right in pairs]
+    return [pair for *_, pair in sorted(merges)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megadistill.errors import DataError
+from megadistill.errors import DataError, needs_extra
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,14 @@ def score_texts(predictions: Sequence[str], references: Sequence[tuple[str, ...]
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """The largest ROUGE-L F-measure over `references`, in percent."""
-    scorer = _scorer()
-    return 100.0 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    return 100.0 * max(load_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
 
 
 @cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+def load_scorer() -> Any:
+    """The ROUGE-L scorer, loaded once. Raises ConfigError without its package."""
+    with needs_extra("eval", "ROUGE-L"):
+        from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 
-from megadistill.errors import TopologyError
+from megadistill.errors import TopologyError, needs_extra
 
 
 def mpi_variables(size: int, environment: Mapping[str, str], free_port: Callable[[], int]) -> dict[str, str]:
@@ -19,8 +19,9 @@ def mpi_variables(size: int, environment: Mapping[str, str], free_port: Callable
         TopologyError: mpi4py is missing, or uses another MPI than this mpirun's.
     """
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and libmpi is not
+        with needs_extra("mpi", "started by mpirun"):
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # mpi4py is there and libmpi is not
         raise TopologyError(f"mpirun started this process, but mpi4py cannot be used: {error}") from None
     world = MPI.COMM_WORLD
     if world.size != size:

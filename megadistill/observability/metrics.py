@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megadistill.errors import ConfigError, needs_extra
 from megadistill.files import to_jsonable, write_atomically
+from megadistill.observability.log import get_logger
 
 
 class JsonLines:
@@ -41,13 +43,13 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | os.PathLike[str], *, last_step: int = -1) -> None:
         self._lines = JsonLines(Path(run_dir) / "metrics.jsonl", last_step=last_step)
-        from torch.utils.tensorboard import SummaryWriter  # a second or more to import
-
-        self._events: Any = SummaryWriter(str(run_dir), purge_step=last_step + 1)
+        self._events = _open_events(run_dir, last_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Records `values` (numbers, 0-dim tensors, None where nothing was measured) under `step`."""
         self._lines.append({"step": step, **values})
+        if self._events is None:
+            return
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(name, float(value), step)
@@ -55,13 +57,25 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._lines.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _open_events(run_dir: str | os.PathLike[str], last_step: int) -> Any:
+    """A writer of TensorBoard events; None, with a warning, without its package: metrics.jsonl has all numbers."""
+    try:
+        with needs_extra("tensorboard", "no TensorBoard events"):
+            from torch.utils.tensorboard import SummaryWriter  # a second or more to import
+    except ConfigError as error:
+        get_logger().warning(str(error))
+        return None
+    return SummaryWriter(str(run_dir), purge_step=last_step + 1)
 
 
 def _step(line: bytes) -> int:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megadistill.errors import needs_extra
+
 _TERMS = (("loss", "total"), ("loss/sft", "SFT"), ("loss/dac_kl", "DAC-KL"), ("loss/span", "span"))
 
 
@@ -20,10 +22,11 @@ def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = Non
     Returns:
         ``target``.
     """
-    import matplotlib
+    with needs_extra("plots", "loss curves"):
+        import matplotlib
 
-    matplotlib.use("Agg")  # clusters have no display
-    from matplotlib import pyplot
+        matplotlib.use("Agg")  # clusters have no display
+        from matplotlib import pyplot
 
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")

@@ -1,6 +1,5 @@
 """The scripts in launchers/, in copies of the tree whose path has a space, with stand-ins for deepspeed and pip."""
 
-import ast
 import os
 import re
 import shlex
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.support.package import requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -141,11 +142,11 @@ def test_setup_installs_once(clone: Path, tools: Path, pip_log: Path) -> None:
     assert first.returncode == 0, first.stderr
     calls = pip_log.read_text().splitlines()
     assert len(calls) == 2 and all(f"-c {clone}/launchers/constraints.txt" in call for call in calls)
-    assert calls[0].endswith(" torch setuptools") and calls[1].endswith(" -e .")
+    assert calls[0].endswith(" torch setuptools") and calls[1].endswith(" -e .[all]")
     again = run("bash", clone / "launchers/setup.sh", path=tools)
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     run("bash", clone / "launchers/setup.sh", "test", path=tools)
-    assert pip_log.read_text().splitlines()[-1].endswith(" -e .[test]")
+    assert pip_log.read_text().splitlines()[-1].endswith(" -e .[all,test]")
     assert len(pip_log.read_text().splitlines()) == 4
 
 
@@ -183,17 +184,6 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in found}
 
 
-def declared() -> dict[str, list[str]]:
-    """install_requires and the extras of setup.py."""
-    call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if _is_setup(node))
-    keywords = {keyword.arg: keyword.value for keyword in call.keywords}  # type: ignore[attr-defined]
-    return {"": ast.literal_eval(keywords["install_requires"]), **ast.literal_eval(keywords["extras_require"])}
-
-
-def _is_setup(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
-
-
 def test_every_package_is_pinned_exactly() -> None:
     assert pins()["torch"] == "2.13.0"
     for name, version in pins().items():
@@ -201,7 +191,7 @@ def test_every_package_is_pinned_exactly() -> None:
 
 
 def test_pins_satisfy_setup_and_reach_every_dependency() -> None:
-    todo = [requirement for group in declared().values() for requirement in group]
+    todo = [requirement for group in requirements().values() for requirement in group]
     seen: set[str] = set()
     while todo:
         requirement = Requirement(todo.pop())

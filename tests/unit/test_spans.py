@@ -96,12 +96,12 @@ def test_names():
 
 def test_spacy_absent_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(ConfigError, match="spaCy is not installed .pip install spacy"):
+    with pytest.raises(ConfigError, match=r"spacy is not installed.*pip install 'megadistill\[spacy\]'"):
         make_span_prior("spacy")
     missing = types.ModuleType("spacy")
     missing.load = lambda name, exclude: (_ for _ in ()).throw(OSError("[E050] Can't find model"))
     monkeypatch.setitem(sys.modules, "spacy", missing)
-    with pytest.raises(ConfigError, match="its model 'en_core_web_sm' is not installed"):
+    with pytest.raises(ConfigError, match="'en_core_web_sm' is not installed.*python -m spacy download en_core_web_sm"):
         make_span_prior("spacy")
 
 

@@ -117,8 +117,8 @@ def test_grammar_tables_are_consistent():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (CorpusSizes(teacher=60_000, references=0, prompts=0, valid=0, test=0), "no more new prompts of kind"),
-        (CorpusSizes(test=-1), "test must have 0 rows or more, got -1"),
+        (CorpusSizes(teacher=60_000, references=0, prompts=0, valid=0, test=0), "no new prompts of kind"),
+        (CorpusSizes(test=-1), "test needs at least 0 rows, got -1"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes, message):

@@ -1,0 +1,29 @@
+"""What makes the assets that ``run.prepare`` names.
+
+Preparers stand above this package: they are named here, in one place, and imported when one is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pkgutil import resolve_name
+
+from megadistill.config.schema import RunConfig
+
+# Value of run.prepare -> MODULE:FUNCTION. FUNCTION(config, is_stopping) runs on every rank before there is a process
+# group, and returns False when is_stopping() became true before everything was made.
+PREPARERS = {
+    "demo": "megadistill.demo.assets:ensure_assets",
+    "smoke": "megadistill.demo.assets:ensure_assets",
+}
+
+
+def prepare(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:
+    """Makes what ``run.prepare`` names, where that is still missing.
+
+    Returns:
+        True when everything is there, False when the process was asked to stop before.
+    """
+    if config.run.prepare == "none":
+        return True
+    return bool(resolve_name(PREPARERS[config.run.prepare])(config, is_stopping))

@@ -1,0 +1,32 @@
+"""Where ``configs/`` and ``launchers/`` are: beside the package in a clone, inside it in an installed wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# setup.py puts the two folders there when it builds a wheel; a clone has no such folder.
+_PACKAGED = Path(__file__).resolve().parents[1] / "_shipped"
+
+
+def clone_root() -> Path | None:
+    """The clone that this package runs from; None where it is installed."""
+    return None if _PACKAGED.is_dir() else Path(__file__).resolve().parents[2]
+
+
+def shipped_root() -> Path:
+    """The folder that holds ``configs/`` and ``launchers/``."""
+    return clone_root() or _PACKAGED
+
+
+def find_config(name: str | os.PathLike[str]) -> Path:
+    """The configuration file that ``name`` means.
+
+    Args:
+        name: A path. ``configs/NAME.yaml`` also means the shipped file of that name, unless the working directory
+            holds such a file itself.
+    """
+    path = Path(name)
+    shipped = shipped_root() / path
+    is_shipped = path.parent == Path("configs") and shipped.is_file()
+    return shipped if is_shipped and not path.exists() else path

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from megadistill.config.loss import Backend
 from megadistill.decoding.protocols import TextModel
 from megadistill.decoding.sampling import draw_tokens
 from megadistill.losses import Head, token_kl
-from megadistill.losses.config import Backend
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.rng import Stream, uniform
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -129,7 +129,7 @@ class MicroBatchLoss:
             self.output = self._distill(flat, head, self.teacher_head, config)
             self.sft = self.output.sft
             return self.output.loss
-        self.output = self._distill(flat, head, self.teacher_head, replace(config, sft=0.0))
+        self.output = self._distill(flat, head, self.teacher_head, config.replace(sft=0.0))
         if config.sft == 0:
             return self.output.loss
         return self.output.loss + self._reference_loss(flat, head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 
 TOP_K = 8
-VALUES = ("loss", "sft", "dac_kl", "span", "kept_mass", "kl_map", "teacher_top1", "mean_lower", "mean_upper")
+VALUES = tuple(field.name for field in fields(DistillOutput))
 STUDENT = ("hidden", "weight", "bias")
 
 
@@ -130,8 +130,8 @@ def run_reference(
         gradients |= {name: gradients[name][shard.start : shard.stop] for name in of_classes}
     if gate is not None and config.uses_gate:
         names, parameters = zip(*gate.named_parameters(), strict=True)
-        found: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
-        gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, found, strict=True)}
+        of_gate: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
+        gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, of_gate, strict=True)}
     return {name: getattr(output, name).detach() for name in VALUES}, gradients
 
 
@@ -150,11 +150,11 @@ def assert_same(
         _assert_close(f"gradient of {name}", gradients[name], gradient, tolerance)
 
 
-def _assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape, f"{name}: {tuple(found.shape)} instead of {tuple(expected.shape)}"
+def _assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual is not None, f"{name} is missing"
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     scale = max(float(expected.abs().max()), 1e-4)  # what cancels to nothing is compared absolutely
-    error = float((found.double().cpu() - expected.double()).abs().max()) / scale
+    error = float((actual.double().cpu() - expected.double()).abs().max()) / scale
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

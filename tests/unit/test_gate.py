@@ -185,7 +185,7 @@ def train_gate(config, steps=100):
 
 
 def test_the_gate_collapses_without_guards_and_not_with_them():
-    """Minimising alone, every class is worth dropping (dL/dm >= 0): the mask closes round the first class."""
+    """Minimizing alone, every class is worth dropping (dL/dm >= 0): the mask closes round the first class."""
     kept, values = train_gate(LossConfig(sft=0.0, span=0.0, guards=False))
     assert kept[0] > 0.93
     assert kept[-1] < 0.5 and values[-1] < 0.5 * values[0]
@@ -193,19 +193,19 @@ def test_the_gate_collapses_without_guards_and_not_with_them():
     assert min(guarded) > 0.9 and max(guarded) < 0.999
 
 
-def test_a_maximising_gate_opens():
-    kept, values = train_gate(LossConfig(sft=0.0, span=0.0, gate_objective="maximise"))
+def test_a_maximizing_gate_opens():
+    kept, values = train_gate(LossConfig(sft=0.0, span=0.0, gate_objective="maximize"))
     assert kept[-1] > 0.995 and values[-1] > values[0]
 
 
-def test_maximise_turns_the_gates_gradient_round_and_leaves_the_students():
+def test_maximize_turns_the_gates_gradient_round_and_leaves_the_students():
     problem, gate = make_problem(), make_gate()
     config = LossConfig(top_k=8, guards=False)
     results = []
-    for objective in ("minimise", "maximise"):
+    for objective in ("minimize", "maximize"):
         output, gradients, _ = run_fused(problem, LossConfig(top_k=8, guards=False, gate_objective=objective), gate)
         results.append((output.loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}))
-    assert config.gate_objective == "minimise" and torch.equal(results[0][0], results[1][0])
+    assert config.gate_objective == "minimize" and torch.equal(results[0][0], results[1][0])
     for name in results[0][1]:
         sign = -1 if name.startswith("gate.") else 1
         torch.testing.assert_close(results[0][1][name], sign * results[1][1][name])

@@ -1,7 +1,6 @@
 """What the losses promise beside their values: graphs, costs, edge cases, errors."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +42,7 @@ def test_nothing_but_the_loss_carries_a_graph():
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_ignored_rows_may_hold_anything(clip, bad):
-    problem, gate, config = make_problem(), make_gate(), replace(CONFIG, clip=clip)
+    problem, gate, config = make_problem(), make_gate(), CONFIG.replace(clip=clip)
     expected = run_reference(problem, config, gate)
     is_ignored = problem.labels == IGNORE_INDEX
     assert is_ignored.any()
@@ -62,7 +61,7 @@ def test_a_call_without_valid_rows_gives_zeros_with_a_graph(num_rows, clip, num_
     problem = make_problem(num_rows=num_rows, ignored=1.1)
     student, gate = leaf(problem.student), make_gate()
     output = distill_loss(
-        student, problem.teacher, problem.labels, problem.pair_mask, gate, replace(CONFIG, clip=clip), whole(problem),
+        student, problem.teacher, problem.labels, problem.pair_mask, gate, CONFIG.replace(clip=clip), whole(problem),
         num_tokens=num_tokens, num_pairs=0,
     )  # fmt: skip
     output.loss.backward()
@@ -79,7 +78,7 @@ def test_a_second_backward_is_refused(kind):
     student = leaf(problem.student)
     if kind == "distill":
         loss = distill_loss(
-            student, problem.teacher, problem.labels, problem.pair_mask, None, replace(CONFIG, clip="off"),
+            student, problem.teacher, problem.labels, problem.pair_mask, None, CONFIG.replace(clip="off"),
             whole(problem), num_tokens=10, num_pairs=10,
         ).loss  # fmt: skip
     else:
@@ -131,12 +130,12 @@ def test_a_gate_may_hold_a_bound_constant():
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
 def test_only_the_wanted_gradients_are_formed(wanted):
     problem = make_problem()
-    _, expected = run_reference(problem, replace(CONFIG, clip="off"), None)
+    _, expected = run_reference(problem, CONFIG.replace(clip="off"), None)
     parts = [part.clone().requires_grad_(want) for part, want in zip(leaf_parts(problem), wanted, strict=True)]
     with Counter() as counter:
         output = distill_loss(
             Head(*parts), problem.teacher, problem.labels, problem.pair_mask, None,
-            replace(CONFIG, clip="off", chunk_tokens=100), whole(problem),
+            CONFIG.replace(clip="off", chunk_tokens=100), whole(problem),
             num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
         )  # fmt: skip
     assert counter.products == 2 + wanted[0] + wanted[1]
@@ -158,7 +157,7 @@ def test_without_autograd_nothing_but_the_values_is_formed():
     student = leaf(problem.student)
     with torch.no_grad(), Counter() as counter:
         output = distill_loss(
-            student, problem.teacher, problem.labels, problem.pair_mask, gate, replace(CONFIG, chunk_tokens=100),
+            student, problem.teacher, problem.labels, problem.pair_mask, gate, CONFIG.replace(chunk_tokens=100),
             whole(problem), num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
         )  # fmt: skip
     assert not output.loss.requires_grad
@@ -192,7 +191,7 @@ def test_four_products_a_chunk_and_no_tensor_of_all_logits():
     num_rows, num_classes, chunk = 64, 300, 8
     problem = make_problem(num_rows=num_rows, num_classes=num_classes, ignored=0.0)
     student = leaf(problem.student)
-    config = replace(CONFIG, clip="fixed", span=0.0, chunk_tokens=chunk)
+    config = CONFIG.replace(clip="fixed", span=0.0, chunk_tokens=chunk)
     with Counter() as counter:
         output = distill_loss(
             student, problem.teacher, problem.labels, problem.pair_mask, None, config, whole(problem),
@@ -206,7 +205,7 @@ def test_four_products_a_chunk_and_no_tensor_of_all_logits():
 def _call(problem, **changes):
     arguments = {
         "student": problem.student, "teacher": problem.teacher, "labels": problem.labels,
-        "pair_mask": problem.pair_mask, "gate": None, "config": replace(CONFIG, clip="off"), "shard": whole(problem),
+        "pair_mask": problem.pair_mask, "gate": None, "config": CONFIG.replace(clip="off"), "shard": whole(problem),
     } | changes  # fmt: skip
     return distill_loss(*arguments.values(), num_tokens=1, num_pairs=1)
 
@@ -215,9 +214,9 @@ def test_what_does_not_fit_is_refused():
     problem = make_problem()
     half = Head(problem.student.hidden, problem.student.weight[:5], problem.student.bias[:5])
     with pytest.raises(ConfigError, match="needs a gate"):
-        _call(problem, config=replace(CONFIG, clip="gate"))
+        _call(problem, config=CONFIG.replace(clip="gate"))
     with pytest.raises(ConfigError, match="top_k"):
-        _call(problem, config=replace(CONFIG, clip="gate"), gate=QuantileGate(TOP_K + 1))
+        _call(problem, config=CONFIG.replace(clip="gate"), gate=QuantileGate(TOP_K + 1))
     with pytest.raises(ValueError, match=r"student.weight has shape \(5, 7\)"):
         _call(problem, student=half)
     with pytest.raises(ValueError, match=r"teacher.hidden has shape"):
@@ -253,11 +252,11 @@ def test_what_does_not_fit_is_refused():
         ({"sft": -1.0}, "loss.sft"), ({"dac_kl": float("nan")}, "loss.dac_kl"), ({"span": "x"}, "loss.span"),
         ({"temperature": 0.0}, "loss.temperature"), ({"softness": 0}, "loss.softness"),
         ({"clip": "of"}, "gate, fixed, off"),
-        ({"remainder": "x"}, "bucket, renormalise"), ({"quantile": "x"}, "mass, rank"), ({"top_k": 0}, "loss.top_k"),
+        ({"remainder": "x"}, "bucket, renormalize"), ({"quantile": "x"}, "mass, rank"), ({"top_k": 0}, "loss.top_k"),
         ({"top_k": 2.5}, "loss.top_k"), ({"chunk_tokens": 0}, "loss.chunk_tokens"),
         ({"chunk_tokens": "x"}, "loss.chunk_tokens"), ({"lower": 0.5, "upper": 0.5}, "must be smaller"),
         ({"lower": -0.1}, "loss.lower"), ({"upper": 1.1}, "loss.upper"), ({"lower_max": 0.95}, "must be smaller"),
-        ({"gate_objective": "x"}, "minimise, maximise, frozen"), ({"guards": 1}, "loss.guards"),
+        ({"gate_objective": "x"}, "minimize, maximize, frozen"), ({"guards": 1}, "loss.guards"),
         ({"coverage_weight": -1}, "loss.coverage_weight"), ({"span_eps": 0.0}, "loss.span_eps"),
         ({"sft": True}, "loss.sft"), ({"temperature": 10**400}, "loss.temperature"), ({"skew": 1.0}, "loss.skew"),
         ({"divergence": "kl"}, "dac_kl, forward_kl"), ({"backend": "x"}, "auto, torch, compile, triton"),

@@ -16,10 +16,10 @@ CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, chunk_tokens=5)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("change", [{}, {"temperature": 2.0}, {"remainder": "renormalise"}, {"clip": "off"}])
+@pytest.mark.parametrize("change", [{}, {"temperature": 2.0}, {"remainder": "renormalize"}, {"clip": "off"}])
 def test_equals_the_reference(backend, dtype, tolerance, change):
     problem, gate = make_problem(num_classes=9000, num_rows=12), make_gate()
-    config = replace(CONFIG, backend=backend, **change)
+    config = CONFIG.replace(backend=backend, **change)
     expected = run_reference(problem, config, gate)
     output, gradients, _ = run_fused(problem, config, gate.to("cuda", dtype), dtype=dtype, device="cuda")
     assert_same(output, gradients, expected, tolerance)
@@ -34,7 +34,7 @@ def test_bfloat16_products_accumulate_in_float32(backend):
         for head in (problem.student, problem.teacher)
     ]
     problem, gate = replace(problem, student=heads[0], teacher=heads[1]), make_gate()
-    config = replace(CONFIG, backend=backend)
+    config = CONFIG.replace(backend=backend)
     values, expected = run_reference(problem, config, gate)
     output, gradients, _ = run_fused(problem, config, gate.float().cuda(), dtype=torch.bfloat16, device="cuda")
     assert output.loss.dtype == torch.float32 and gradients["weight"].dtype == torch.bfloat16
@@ -49,7 +49,7 @@ def test_cross_entropy_and_token_kl(backend):
     problem = make_problem(num_classes=9000, num_rows=40, ignored=0.0)
     shard = VocabShard(0, 9000, 9000)
     student, teacher = (leaf(head, torch.float32, None, "cuda") for head in (problem.student, problem.teacher))
-    values, _ = run_reference(problem, replace(CONFIG, clip="off"), None)
+    values, _ = run_reference(problem, CONFIG.replace(clip="off"), None)
     loss = cross_entropy(student, problem.labels.cuda(), shard, num_tokens=problem.num_tokens, backend=backend)
     assert float(loss) == pytest.approx(float(values["sft"]), rel=1e-5)
     kl_map, top1 = token_kl(student, teacher, shard, backend=backend)

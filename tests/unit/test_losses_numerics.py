@@ -27,11 +27,11 @@ def backend(request):
 
 
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
-@pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
+@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_float32_is_close_to_float64(backend, clip, remainder, temperature):
     problem, gate = make_problem(seed=5, num_rows=64, num_classes=500), make_gate()
-    config = replace(CONFIG, clip=clip, remainder=remainder, temperature=temperature, backend=backend)
+    config = CONFIG.replace(clip=clip, remainder=remainder, temperature=temperature, backend=backend)
     expected = run_reference(problem, config, gate)
     output, gradients, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
     assert output.loss.dtype == torch.float32
@@ -68,7 +68,7 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
-@pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
+@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
 @pytest.mark.parametrize(("scale", "offset"), [(1e-3, 0.0), (20.0, 0.0), (100.0, 0.0), (2.0, 1000.0), (2.0, -1000.0)])
 def test_extreme_logits_stay_right_in_float32(backend, clip, remainder, scale, offset):
     """Far beyond where probabilities underflow: finite, and close to float64 as far as the logits themselves are."""
@@ -78,7 +78,7 @@ def test_extreme_logits_stay_right_in_float32(backend, clip, remainder, scale, o
         student=Head(problem.student.hidden, problem.student.weight, problem.student.bias + offset),
         teacher=Head(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias - offset),
     )
-    gate, config = make_gate(spread=0.05), replace(CONFIG, clip=clip, remainder=remainder, backend=backend)
+    gate, config = make_gate(spread=0.05), CONFIG.replace(clip=clip, remainder=remainder, backend=backend)
     exact, exact_gradients, _ = run_fused(problem, config, gate)
     exact_gradients = {name: gradient.clone() for name, gradient in exact_gradients.items()}
     output, gradients, _ = run_fused(problem, config, make_gate(spread=0.05).float(), dtype=torch.float32)
@@ -101,7 +101,7 @@ def test_an_open_mask_is_the_plain_kl_in_float32(backend, num_classes, softness)
     problem = make_problem(num_rows=8, num_classes=num_classes, scale=0.01)
     config = LossConfig(sft=0.0, span=0.0, clip="fixed", lower=0.0, upper=1.0, softness=softness, backend=backend)
     opened = run_fused(problem, config, None, dtype=torch.float32)[0]
-    plain = run_fused(problem, replace(config, clip="off"), None, dtype=torch.float32)[0]
+    plain = run_fused(problem, config.replace(clip="off"), None, dtype=torch.float32)[0]
     torch.testing.assert_close(opened.dac_kl, plain.dac_kl, rtol=1e-5, atol=1e-7)
     equal = run_fused(replace(problem, student=problem.teacher), config, None, dtype=torch.float32)[0]
     assert abs(float(equal.loss.detach())) < 1e-6
@@ -136,7 +136,7 @@ def test_float32_gradients_are_within_1e_5_of_float64(backend, source, scale, of
     problem = Problem(head(1.0), head(-1.0), labels, pairs, num_rows, int(pairs[:-1].sum()))
     config = LossConfig(top_k=TOP_K, backend=backend)
     if work == "ce+kl":
-        config = replace(config, clip="off", span=0.0)
+        config = config.replace(clip="off", span=0.0)
     gate = make_gate(spread=0.0)
     _, expected = run_reference(problem, config, gate)
     _, found, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
@@ -153,13 +153,13 @@ def test_clipped_student_mass_may_underflow(backend):
     config = LossConfig(
         sft=0.0, span=0.0, clip="fixed", lower=0.05, upper=1.0, top_k=4, softness=0.002, backend=backend
     )
-    for remainder in ("bucket", "renormalise"):
+    for remainder in ("bucket", "renormalize"):
         results = []
         for dtype in (torch.float64, torch.float32):
             hidden = student.detach().to(dtype, copy=True).requires_grad_()
             output = distill_loss(
                 Head(hidden, eye.to(dtype)), Head(teacher.to(dtype), eye.to(dtype)), torch.tensor([0]),
-                torch.tensor([False]), None, replace(config, remainder=remainder), VocabShard(0, 4, 4),
+                torch.tensor([False]), None, config.replace(remainder=remainder), VocabShard(0, 4, 4),
                 num_tokens=1, num_pairs=0,
             )  # fmt: skip
             output.loss.backward()
@@ -173,7 +173,7 @@ def test_clipped_student_mass_may_underflow(backend):
 
 
 def test_directional_derivatives_equal_finite_differences():
-    problem, config = make_problem(seed=11, num_rows=12), replace(CONFIG, coverage_target=0.0)
+    problem, config = make_problem(seed=11, num_rows=12), CONFIG.replace(coverage_target=0.0)
     gate = make_gate()
     _, gradients, _ = run_fused(problem, config, gate)
     generator = torch.Generator().manual_seed(0)
@@ -189,11 +189,11 @@ def test_directional_derivatives_equal_finite_differences():
         assert slope == pytest.approx(float((gradients[name] * direction).sum()), rel=1e-5), name
 
 
-@pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
+@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
 def test_gate_derivatives_equal_finite_differences_of_the_value(remainder):
-    """With guards off and minimise, the gate descends the loss itself."""
+    """With guards off and minimize, the gate descends the loss itself."""
     problem = make_problem(seed=12, num_rows=12)
-    config = replace(CONFIG, guards=False, remainder=remainder)
+    config = CONFIG.replace(guards=False, remainder=remainder)
     gate = make_gate(guards=False)
     _, gradients, _ = run_fused(problem, config, gate)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}

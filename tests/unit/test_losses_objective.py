@@ -1,7 +1,6 @@
 """The fused objective, cross-entropy and KL map against the dense reference on one rank."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -35,13 +34,11 @@ def whole(problem: Problem) -> VocabShard:
 
 @pytest.mark.parametrize(
     ("clip", "remainder", "temperature", "quantile"),
-    list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalise"], [1.0, 2.0], ["mass", "rank"])),
+    list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalize"], [1.0, 2.0], ["mass", "rank"])),
 )
 def test_values_and_gradients_equal_the_reference(backend, clip, remainder, temperature, quantile):
     problem, gate = make_problem(), make_gate()
-    config = replace(
-        CONFIG, clip=clip, remainder=remainder, temperature=temperature, quantile=quantile, backend=backend
-    )
+    config = CONFIG.replace(clip=clip, remainder=remainder, temperature=temperature, quantile=quantile, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -49,7 +46,7 @@ def test_values_and_gradients_equal_the_reference(backend, clip, remainder, temp
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 17, 18, 1000, "auto"])
 def test_chunks_do_not_matter(backend, chunk_tokens):
     problem, gate = make_problem(seed=3), make_gate()
-    config = replace(CONFIG, chunk_tokens=chunk_tokens, backend=backend)
+    config = CONFIG.replace(chunk_tokens=chunk_tokens, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -58,15 +55,15 @@ def test_chunks_do_not_matter(backend, chunk_tokens):
     "change",
     [
         {"sft": 0.0}, {"dac_kl": 0.0}, {"span": 0.0}, {"sft": 0.0, "span": 0.0}, {"dac_kl": 0.0, "span": 0.0},
-        {"gate_objective": "maximise"}, {"guards": False}, {"coverage_weight": 3.0, "coverage_target": 0.0},
+        {"gate_objective": "maximize"}, {"guards": False}, {"coverage_weight": 3.0, "coverage_target": 0.0},
         {"softness": 0.05}, {"span_eps": 1e-2}, {"sft": 0.0, "temperature": 3.0},
         {"clip": "fixed", "lower": 0.3, "upper": 0.6},
         {"clip": "fixed", "lower": 0.3, "upper": 0.6, "quantile": "rank"},
-        {"clip": "fixed", "lower": 0.2, "upper": 1.0, "remainder": "renormalise"},
+        {"clip": "fixed", "lower": 0.2, "upper": 1.0, "remainder": "renormalize"},
     ],
 )  # fmt: skip
 def test_options_equal_the_reference(backend, change):
-    problem, gate, config = make_problem(seed=4), make_gate(), replace(CONFIG, backend=backend, **change)
+    problem, gate, config = make_problem(seed=4), make_gate(), CONFIG.replace(backend=backend, **change)
     output, gradients, _ = run_fused(problem, config, gate)
     values, expected = run_reference(problem, config, gate)
     for name in ("sft", "dac_kl", "span"):  # a term of weight 0 is not computed
@@ -79,7 +76,7 @@ def test_options_equal_the_reference(backend, change):
 def test_vocabularies_with_grouped_statistics(backend, num_classes, clip, temperature):
     """From 8192 classes the teacher's top K is found through groups of 64; the last group may be shorter."""
     problem, gate = make_problem(num_rows=6, num_classes=num_classes), make_gate()
-    config = replace(CONFIG, clip=clip, temperature=temperature, backend=backend)
+    config = CONFIG.replace(clip=clip, temperature=temperature, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -88,14 +85,14 @@ def test_vocabularies_with_grouped_statistics(backend, num_classes, clip, temper
 @pytest.mark.parametrize("clip", ["gate", "fixed"])
 def test_vocabularies_smaller_than_the_top_k(backend, num_classes, clip):
     problem, gate = make_problem(num_classes=num_classes), make_gate()
-    config = replace(CONFIG, clip=clip, backend=backend)
+    config = CONFIG.replace(clip=clip, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     expected = run_reference(problem, config, gate)
     assert_same(output, gradients, expected, 1e-10)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_counts_are_the_only_normalisation():
+def test_counts_are_the_only_normalization():
     """Two micro-batches with the global counts add up to one batch: values, gradients and the gate's gradients."""
     problem, gate = make_problem(seed=8, num_rows=24), make_gate()
     problem.pair_mask[11] = False  # spans do not cross micro-batches
@@ -128,7 +125,7 @@ def test_no_pairs_no_span():
     problem.num_pairs = 0
     output, gradients, _ = run_fused(problem, CONFIG, make_gate())
     assert float(output.span) == 0.0
-    expected = run_reference(problem, replace(CONFIG, span=0.0), make_gate())
+    expected = run_reference(problem, CONFIG.replace(span=0.0), make_gate())
     assert_same(output, gradients, expected, 1e-10)
 
 

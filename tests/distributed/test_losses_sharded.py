@@ -114,7 +114,7 @@ def test_grouped_statistics_across_shards(tp_size):
     """Shards of 9,000 classes and more find the top K through groups; the last group is a short one."""
 
     def body(rank):
-        problem = make_problem(num_rows=5, num_classes=9001 * tp_size - 1)
+        problem = make_problem(length=5, num_classes=9001 * tp_size - 1)
         check(rank, problem, CONFIG, make_gate(), torch.float64, 1e-10)
 
     run_ranks(body, tp_size)
@@ -132,7 +132,7 @@ def test_ranks_with_unlike_memory_agree_on_the_chunks(monkeypatch):
 @pytest.mark.parametrize("tp_size", SIZES)
 def test_float32_is_close_to_float64(tp_size):
     def body(rank):
-        problem = make_problem(seed=5, num_rows=40, num_classes=503)
+        problem = make_problem(seed=5, length=40, num_classes=503)
         for case in CASES:
             if case["quantile"] == "mass":
                 check(rank, problem, CONFIG.replace(chunk_tokens="auto", **case), make_gate(), torch.float32, 1e-5)
@@ -237,10 +237,10 @@ def test_ties_across_shards_take_the_lowest_class():
     run_ranks(body, 4)
 
 
-@pytest.mark.parametrize("num_rows", [0, 4])
-def test_a_call_without_valid_rows(num_rows):
+@pytest.mark.parametrize("length", [0, 4])
+def test_a_call_without_valid_tokens(length):
     def body(rank):
-        problem = make_problem(num_rows=num_rows, ignored=1.1)
+        problem = make_problem(length=length, ignored=1.1)
         problem.num_tokens = 7
         gate = make_gate()
         output, gradients, _ = run_fused(problem, CONFIG, gate, shard=shard_of(problem.num_classes, rank))
@@ -264,7 +264,7 @@ def test_the_collectives_are_few_and_the_same_on_every_rank():
             sent.append(("reduce", *tensor.shape)),
             reduce(tensor, op=op, group=group),
         )
-        problem = make_problem(num_rows=12, ignored=0.0)
+        problem = make_problem(length=12, ignored=0.0)
         run_fused(problem, CONFIG, make_gate(), shard=shard_of(problem.num_classes, rank))
         dist.all_gather, dist.all_reduce = gather, reduce
         return sent
@@ -275,12 +275,12 @@ def test_the_collectives_are_few_and_the_same_on_every_rank():
 
 
 def test_data_parallel_groups_need_not_agree():
-    """Two groups of two with different numbers of rows: only the shard's own group communicates."""
+    """Two groups of two with different numbers of tokens: only the shard's own group communicates."""
 
     def body(rank):
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         mine = rank // 2
-        problem = make_problem(seed=mine, num_rows=[23, 3][mine])
+        problem = make_problem(seed=mine, length=[23, 3][mine])
         shard = VocabShard.split(problem.num_classes, 2, rank % 2, groups[mine])
         expected = run_reference(problem, CONFIG, make_gate(), shard)
         output, gradients, _ = run_fused(problem, CONFIG, make_gate(), shard=shard)

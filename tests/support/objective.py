@@ -34,29 +34,29 @@ class Problem:
 
 
 def make_problem(
-    seed: int = 0, num_rows: int = 23, num_classes: int = 53, scale: float = 2.0, ignored: float = 0.2
+    seed: int = 0, length: int = 23, num_classes: int = 53, scale: float = 2.0, ignored: float = 0.2
 ) -> Problem:
-    """Random heads with biases; about `ignored` of the rows are ignored, 60 % of the rest start a pair."""
+    """Random heads with biases; about `ignored` of the tokens are ignored, 60 % of the rest start a pair."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def head(width: int) -> Head:
-        hidden = normal(num_rows, width) * scale / width**0.5
+        hidden = normal(length, width) * scale / width**0.5
         return Head(hidden, normal(num_classes, width), normal(num_classes))
 
     student, teacher = head(7), head(9)
-    labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
-    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
-    pair_mask = torch.rand(num_rows, generator=generator) < 0.6
+    labels = torch.randint(0, num_classes, (length,), generator=generator)
+    labels[torch.rand(length, generator=generator) < ignored] = IGNORE_INDEX
+    pair_mask = torch.rand(length, generator=generator) < 0.6
     is_valid = labels != IGNORE_INDEX
     num_pairs = int((pair_mask[:-1] & is_valid[:-1] & is_valid[1:]).sum())
     return Problem(student, teacher, labels, pair_mask, int(is_valid.sum()), num_pairs)
 
 
 def with_top_k(problem: Problem, num_listed: int, temperature: float = 1.0) -> Problem:
-    """The same problem with a teacher of which only `num_listed` classes a row are known, in no order."""
+    """The same problem with a teacher of which only `num_listed` classes a token are known, in no order."""
     assert isinstance(problem.teacher, Head)
     logits = torch.nn.functional.linear(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     log_probs = (logits / temperature).log_softmax(-1)
@@ -78,13 +78,13 @@ def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards:
 
 def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | None = None, device: str = "cpu") -> Head:
     """Fresh leaves that want gradients, cut to a shard."""
-    rows = slice(None) if shard is None else slice(shard.start, shard.stop)
+    classes = slice(None) if shard is None else slice(shard.start, shard.stop)
 
     def fresh(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype).clone().requires_grad_()
 
-    bias = None if head.bias is None else fresh(head.bias[rows])
-    return Head(fresh(head.hidden), fresh(head.weight[rows]), bias)
+    bias = None if head.bias is None else fresh(head.bias[classes])
+    return Head(fresh(head.hidden), fresh(head.weight[classes]), bias)
 
 
 def run_fused(

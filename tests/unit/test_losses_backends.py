@@ -93,7 +93,7 @@ def test_a_compiler_that_fails(monkeypatch):
         run_fused(problem, CONFIG, gate)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
+def test_blocks_of_tokens_change_nothing(monkeypatch):
     problem, gate = make_problem(ignored=0.0), make_gate()
     config = CONFIG.replace(chunk_tokens=100)
     whole = run_fused(problem, config, gate)[0]
@@ -137,21 +137,21 @@ torch.set_num_threads(1)
 num_classes, width, chunk = 50_000, 16, 32
 weights = [torch.randn(num_classes, width) for _ in range(2)]
 for num_chunks in (4, 40):
-    num_rows = num_chunks * chunk
-    student = Head(torch.randn(num_rows, width).requires_grad_(), weights[0].requires_grad_())
-    arguments = student, Head(torch.randn(num_rows, width), weights[1]), torch.randint(0, num_classes, (num_rows,))
-    pairs, config = torch.ones(num_rows, dtype=torch.bool), LossConfig(clip="fixed", chunk_tokens=chunk, backend="torch")
+    length = num_chunks * chunk
+    student = Head(torch.randn(length, width).requires_grad_(), weights[0].requires_grad_())
+    arguments = student, Head(torch.randn(length, width), weights[1]), torch.randint(0, num_classes, (length,))
+    pairs, config = torch.ones(length, dtype=torch.bool), LossConfig(clip="fixed", chunk_tokens=chunk, backend="torch")
     def call():
         weights[0].grad = None
-        loss = distill_loss(*arguments, pairs, None, config, VocabShard(0, num_classes, num_classes), num_tokens=num_rows, num_pairs=num_rows).loss
+        loss = distill_loss(*arguments, pairs, None, config, VocabShard(0, num_classes, num_classes), num_tokens=length, num_pairs=length).loss
         loss.backward()
     call()
     print(peak_bytes(call, torch.device("cpu")))
 """  # fmt: skip # noqa: E501
 
 
-def test_memory_does_not_grow_with_the_rows():
-    """Ten times as many rows need no more; in a process of its own, whose free memory nothing has left lying about."""
+def test_memory_does_not_grow_with_the_tokens():
+    """Ten times as many tokens need no more; in a separate process, whose memory is clean."""
     result = subprocess.run([sys.executable, "-c", _MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     few, many = (int(line) for line in result.stdout.split())

@@ -34,7 +34,7 @@ def test_divergences_equal_the_reference(backend, divergence, temperature):
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("divergence", BASELINES)
 def test_divergences_in_float32(backend, divergence, scale):
-    problem = make_problem(seed=7, num_rows=24, num_classes=300, scale=scale)
+    problem = make_problem(seed=7, length=24, num_classes=300, scale=scale)
     config = CONFIG.replace(divergence=divergence, backend=backend)
     output, gradients, _ = run_fused(problem, config, None, dtype=torch.float32)
     # A logit of size 500 is itself known to 3e-5 only.
@@ -124,7 +124,7 @@ def test_all_classes_listed_is_the_dense_teacher():
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_top_classes_in_float32(scale):
-    problem = with_top_k(make_problem(seed=7, num_rows=24, num_classes=300, scale=scale), 20)
+    problem = with_top_k(make_problem(seed=7, length=24, num_classes=300, scale=scale), 20)
     config, gate = CONFIG.replace(chunk_tokens="auto"), make_gate(spread=0.05)
     expected = run_reference(problem, config, gate)
     output, gradients, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
@@ -132,7 +132,7 @@ def test_top_classes_in_float32(scale):
     assert_same(output, students, (expected[0], {name: expected[1][name] for name in students}), 1e-5 * scale**0.75)
 
 
-def test_ignored_rows_of_top_classes_may_hold_anything():
+def test_ignored_tokens_of_top_classes_may_hold_anything():
     problem = with_top_k(make_problem(), 5)
     expected = run_reference(problem, CONFIG, make_gate())
     is_ignored = problem.labels == -100
@@ -161,7 +161,7 @@ def test_top_classes_that_do_not_fit_are_refused():
         call(top, temperature=2.0)
     with pytest.raises(DataError, match="outside 0 to 52"):
         call(TeacherTopK(top.ids + 50, top.log_probs, top.log_tail))
-    with pytest.raises(DataError, match="a class twice in a row"):
+    with pytest.raises(DataError, match="a class twice at one position"):
         call(TeacherTopK(top.ids * 0, top.log_probs, top.log_tail))
     for wrong in (top.log_probs - 5, top.log_probs.exp(), top.log_probs * float("nan")):
         with pytest.raises(DataError, match="add up to .* not to 1"):

@@ -16,7 +16,7 @@ from megadistill.config.section import (
     require_combination,
 )
 from megadistill.errors import ConfigError
-from megadistill.files import did_you_mean
+from megadistill.files import nearest
 
 Clip = Literal["gate", "fixed", "off"]
 Remainder = Literal["bucket", "renormalize"]
@@ -152,6 +152,7 @@ def _first_problem(error: ValidationError, settings: dict[str, Any]) -> str:
         return str(problem["ctx"]["error"])
     name = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
-        keys = [f"loss.{key}" for key in LossConfig.model_fields]
-        return f"loss.{name}: unknown key{did_you_mean(f'loss.{name}', keys, 0.7) or '; keys are ' + ', '.join(keys)}"
+        close = nearest(name, LossConfig.model_fields)
+        hint = f"did you mean loss.{close}?" if close else f"keys are {', '.join(LossConfig.model_fields)}"
+        return f"loss.{name}: unknown key; {hint}"
     return f"loss.{name}={settings[name]!r}: must be {allowed(LossConfig.model_fields[name])}"

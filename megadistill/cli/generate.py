@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
-from megadistill.config.schema import NonNegativeFloat, NonNegativeInt, PositiveInt, TopP
+from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, TopP
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megadistill.config.fields import describe
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
+from megadistill.config.section import describe
 from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
 from megadistill.observability.redact import holds_url_credentials

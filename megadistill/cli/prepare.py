@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from megadistill.cli.parsing import Parser, value_of
 from megadistill.cli.settings import line_of
-from megadistill.config.schema import DataSection, NonNegativeInt, PositiveInt
+from megadistill.config.schema import DataSection
+from megadistill.config.section import NonNegativeInt, PositiveInt
 from megadistill.errors import MegadistillError, needs_extra
 from megadistill.launch.launchers import is_mpi_rank
 from megadistill.observability.progress import progress_bar

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
-from megadistill.config.schema import PositiveInt
+from megadistill.config.section import PositiveInt
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
-from megadistill.config.schema import NonNegativeFloat, NonNegativeInt, PositiveInt
+from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt
 from megadistill.errors import ConfigError
 from megadistill.files import to_jsonable, write_json
 

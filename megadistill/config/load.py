@@ -13,8 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from megadistill.config.fields import allowed, nearest_key, section_type, walk
-from megadistill.config.schema import CombinationError, RunConfig, Section
+from megadistill.config.fields import nearest_key, walk
+from megadistill.config.schema import RunConfig
+from megadistill.config.section import CombinationError, Section, allowed, section_type
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path, write_atomically
 

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
-from megadistill.config.fields import allowed, section_type, walk
+from megadistill.config.fields import walk
+from megadistill.config.section import allowed, section_type
 
 MARK = "<!-- From here on: written by python -m megadistill.config.reference -->"
 BASE_HEADER = """\

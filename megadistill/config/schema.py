@@ -2,35 +2,25 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
+from megadistill.config.loss import LossConfig
+from megadistill.config.section import (
+    BelowOne,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    TopP,
+    UnitInterval,
+    require_combination,
+)
 from megadistill.files import did_you_mean
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-OpenUnitInterval = Annotated[float, Field(gt=0, lt=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-NonEmptyStr = Annotated[str, Field(min_length=1)]
 DType = Literal["fp32", "bf16"]
-
-
-class CombinationError(ValueError):
-    """Values that are valid alone but not together; `keys` are the dotted keys involved."""
-
-    def __init__(self, message: str, keys: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.keys = keys
-
-
-class Section(BaseModel):
-    """Frozen; an unknown key, a number written as text, or a value out of range is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -169,61 +159,6 @@ class GenerationSection(Section):
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 
 
-class LossSection(Section):
-    sft: NonNegativeFloat = Field(1.0, description="Weight of the cross-entropy on the references.")
-    dac_kl: NonNegativeFloat = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
-    span: NonNegativeFloat = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
-    divergence: Literal[
-        "dac_kl",
-        "forward_kl",
-        "reverse_kl",
-        "skewed_forward_kl",
-        "skewed_reverse_kl",
-        "jensen_shannon",
-        "total_variation",
-    ] = Field(
-        "dac_kl",
-        description="The token loss: DAC-KL, or a baseline with its weight and its place in the metrics (no gate).",
-    )
-    skew: OpenUnitInterval = Field(
-        0.1, description="alpha of the skewed divergences: the first side's share of the mixture."
-    )
-    jensen_shannon_beta: OpenUnitInterval = Field(0.5, description="beta of jensen_shannon: the teacher's share.")
-    temperature: PositiveFloat = Field(
-        1.0, description="Distillation temperature tau; the token loss is multiplied by tau squared."
-    )
-    clip: Literal["gate", "fixed", "off"] = Field(
-        "gate", description="Quantiles predicted by the gate, fixed at lower and upper, or plain forward KL."
-    )
-    remainder: Literal["bucket", "renormalise"] = Field(
-        "bucket", description="Classes that are clipped away: one shared bucket, or renormalise over the kept ones."
-    )
-    quantile: Literal["mass", "rank"] = Field("mass", description="Quantiles of the teacher's mass, or of ranks.")
-    lower: OpenUnitInterval = Field(0.02, description="Lower quantile for clip fixed; where the gate starts.")
-    upper: OpenUnitInterval = Field(0.98, description="Upper quantile for clip fixed; where the gate starts.")
-    top_k: PositiveInt = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
-    softness: PositiveFloat = Field(0.25, description="Width of the mask's edges, in nats.")
-    chunk_tokens: Literal["auto"] | PositiveInt = Field("auto", description="Tokens whose logits are held at a time.")
-    backend: Literal["auto", "torch", "compile", "triton"] = Field(
-        "auto", description="What runs the losses between the matrix products; auto picks by device and vocabulary."
-    )
-    gate_objective: Literal["minimise", "maximise", "frozen"] = Field(
-        "minimise", description="What the gate does with DAC-KL."
-    )
-    guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
-    lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")
-    upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
-    coverage_weight: NonNegativeFloat = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
-    coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
-    span_eps: PositiveFloat = Field(1e-6, description="Smoothing of the root in the span loss.")
-
-    @field_validator("clip", mode="before")
-    @classmethod
-    def _yaml_off(cls, value: Any) -> Any:
-        # YAML reads a bare `off` as false.
-        return "off" if value is False else value
-
-
 class OptimSection(Section):
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
     min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
@@ -318,7 +253,7 @@ class RunConfig(Section):
     generation: GenerationSection = Field(
         default_factory=GenerationSection, description="Responses to train on: their source, sampling and correction."
     )
-    loss: LossSection = Field(default_factory=LossSection, description="The three terms and the gate.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="The three terms and the gate.")
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its schedule.")
     train: TrainSection = Field(default_factory=TrainSection, description="Steps, batch sizes, intervals.")
     eval: EvalSection = Field(default_factory=EvalSection, description="The evaluation protocol.")
@@ -340,74 +275,65 @@ class RunConfig(Section):
     def _combinations(self) -> "RunConfig":
         train, data, loss = self.train, self.data, self.loss
         if (owned := owned_key(self.deepspeed)) is not None:
-            _require(False, f"deepspeed.{owned[0]} is decided by {owned[1]}", ("deepspeed",))
+            require_combination(False, f"deepspeed.{owned[0]} is decided by {owned[1]}", ("deepspeed",))
         if (unknown := unknown_key(self.deepspeed)) is not None:
             hint = did_you_mean(unknown, PASSED)
-            _require(
+            require_combination(
                 False, f"deepspeed.{unknown}: not passed on{hint or '; allowed: ' + ', '.join(PASSED)}", ("deepspeed",)
             )
-        _require(
+        require_combination(
             train.global_batch_size % train.micro_batch_size == 0,
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={train.micro_batch_size}",
             ("train.global_batch_size", "train.micro_batch_size"),
         )
-        _require(
+        require_combination(
             data.max_tokens > data.max_prompt_tokens,
             f"data.max_tokens={data.max_tokens} must be more than data.max_prompt_tokens={data.max_prompt_tokens}: "
             "otherwise no token is left for a response",
             ("data.max_tokens", "data.max_prompt_tokens"),
         )
-        _require(
+        require_combination(
             loss.sft > 0 or loss.dac_kl > 0 or loss.span > 0,
             "loss.sft, loss.dac_kl and loss.span are all 0; at least one must be positive",
             ("loss.sft", "loss.dac_kl", "loss.span"),
         )
-        _require(
+        require_combination(
             self.model.teacher.path is not None or not self.needs_teacher,
             f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} need a teacher; "
             "plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset",
             ("model.teacher.path",),
         )
-        _require(
-            loss.lower < loss.upper,
-            f"loss.lower={loss.lower:g} must be less than loss.upper={loss.upper:g}",
+        require_combination(
+            not loss.uses_gate or 0 < loss.lower < loss.upper < 1,
+            f"loss.lower={loss.lower:g} loss.upper={loss.upper:g}: the gate starts there, strictly between 0 and 1; "
+            "loss.clip=fixed takes 0 and 1 too",
             ("loss.lower", "loss.upper"),
         )
-        _require(
-            loss.lower_max < loss.upper_min,
-            f"loss.lower_max={loss.lower_max:g} must be less than loss.upper_min={loss.upper_min:g}",
-            ("loss.lower_max", "loss.upper_min"),
-        )
-        _require(
+        require_combination(
             data.prompts_path is not None or data.prompts_ratio == 0,
             f"data.prompts_ratio={data.prompts_ratio:g} needs data.prompts_path",
             ("data.prompts_ratio", "data.prompts_path"),
         )
-        _require(
+        require_combination(
             data.prompts_path is None or data.prompts_ratio > 0,
             f"data.prompts_path is set, but data.prompts_ratio={data.prompts_ratio:g}: none of its rows would be used",
             ("data.prompts_ratio", "data.prompts_path"),
         )
-        _require(
+        require_combination(
             data.valid_path is not None or train.eval_every == 0,
             f"train.eval_every={train.eval_every} needs data.valid_path",
             ("train.eval_every", "data.valid_path"),
         )
         profile = train.profile_steps
-        _require(
+        require_combination(
             profile is None or profile[0] <= profile[1],
             f"train.profile_steps={list(profile or ())} must not end before it begins",
             ("train.profile_steps",),
         )
-        _require(
+        require_combination(
             bool(self.eval.seeds) or self.eval.greedy,
             "eval.seeds is empty and eval.greedy is false: nothing would be evaluated",
             ("eval.seeds", "eval.greedy"),
         )
         return self
-
-
-def _require(is_fine: bool, message: str, keys: tuple[str, ...]) -> None:
-    if not is_fine:
-        raise CombinationError(message, keys)

@@ -98,9 +98,7 @@ def reference_likelihood(
             for states, response in zip(model.read(chunks), responses, strict=True)
         ]
         labels = torch.tensor([token for response in responses for token in response], device=model.device)
-        nats = cross_entropy(
-            Head(torch.cat(hidden), model.head.weight, model.head.bias), labels, model.shard, num_tokens=1
-        )
+        nats = cross_entropy(Head.of(torch.cat(hidden), model.head), labels, model.shard, num_tokens=1)
         parts.append(LikelihoodTotal(float(nats), len(labels), len(batch)))
     local = total_likelihood(parts)
     return total_likelihood(context.gather_objects_over_dp(local))

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from megadistill.config.loss import Backend
 from megadistill.decoding.protocols import TextModel
 from megadistill.decoding.sampling import draw_tokens
 from megadistill.losses import Head, token_kl
-from megadistill.losses.config import Backend
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.rng import Stream, uniform
 
@@ -79,7 +79,7 @@ def score_responses(
 
     with teacher.head() as teacher_head:
         heads = [
-            Head(_concatenated(hidden, head.weight), head.weight, head.bias)
+            Head.of(_concatenated(hidden, head.weight), head)
             for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
         ]
         kl, top1 = token_kl(*heads, shard, backend=backend, visit=draw if sample_teacher else None)

@@ -1,13 +1,16 @@
-from megadistill.losses.config import IGNORE_INDEX, LossConfig
+from megadistill.config.loss import LossConfig
 from megadistill.losses.cross_entropy import cross_entropy
+from megadistill.losses.fused import IGNORE_INDEX
 from megadistill.losses.head import Head
-from megadistill.losses.objective import DistillOutput, distill_loss
+from megadistill.losses.objective import distill_loss
+from megadistill.losses.output import METRIC_NAMES, DistillOutput
 from megadistill.losses.quantile_gate import QuantileGate
 from megadistill.losses.token_kl import token_kl
 from megadistill.losses.topk_teacher import TeacherTopK
 
 __all__ = [
     "IGNORE_INDEX",
+    "METRIC_NAMES",
     "DistillOutput",
     "Head",
     "LossConfig",

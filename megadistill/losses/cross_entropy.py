@@ -1,6 +1,6 @@
 """Cross-entropy on labels from a sharded head: L_SFT, and the loss of plain fine-tuning.
 
-Suffixes: C rows of one chunk, V this rank's classes.
+Suffixes: C tokens of one chunk, Vs this rank's classes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megadistill.losses.backends import row_kernels
-from megadistill.losses.config import Backend
+from megadistill.config.loss import Backend
+from megadistill.losses.backends import make_kernels
 from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import (
     Normalizer,
@@ -25,11 +25,11 @@ from megadistill.losses.fused import (
     keep_for_backward,
     needs_gradient,
     scaled_gradients,
-    valid_rows,
+    valid_positions,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.statistics import merge_student
-from megadistill.losses.tiles import RowWeights, TileSpec
+from megadistill.losses.tiles import GradientWeights, TileSpec
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -42,12 +42,12 @@ def cross_entropy(
     chunk_tokens: int | Literal["auto"] = "auto",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Sum over the rows of -log q(label), in nats, divided by `num_tokens`: a differentiable scalar.
+    """Sum over the tokens of -log q(label), in nats, divided by `num_tokens`: a differentiable scalar.
 
-    student: hidden [T, H] and head shard; labels: [T] int64, -100 ignores a row (its contents do not matter);
+    student: hidden [T, H] and head shard; labels: [T] int64, -100 ignores a token (its contents do not matter);
     num_tokens: the global count (over data-parallel ranks and micro-batches) that divides the sum. The same value on
     every tensor-parallel rank; every rank must call backward on it. float32 or better whatever the inputs.
-    Communicates over `shard.group`: 3 floats a row in one all-gather a chunk, and one all-reduce of the hidden
+    Communicates over `shard.group`: 3 floats a token in one all-gather a chunk, and one all-reduce of the hidden
     gradient. Raises ValueError for shapes and DataError for labels that do not fit.
     """
     check_shard(shard)
@@ -74,32 +74,32 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         head = Head(hidden, weight, bias)
         dtype = loss_dtype(head)
-        rows = valid_rows(labels, shard.total)
-        labels = labels[rows]
+        positions = valid_positions(labels, shard.total)
+        labels = labels[positions]
         inverse = inverse_count(num_tokens, hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            spec, kernels = TileSpec(), row_kernels(backend, shard, hidden.device)
-            projector = LogitsProjector(head, rows, dtype, *bias_shifts([head], shard.group))
+            spec, kernels = TileSpec(), make_kernels(backend, shard, hidden.device)
+            projector = LogitsProjector(head, positions, dtype, *bias_shifts([head], shard.group))
             gradients = StudentGradients(projector, needs)
             size = chunk_size(chunk_tokens, shard, hidden.device)
-            room = projector.new_tile(min(size, len(rows)))
+            logits_buffer = projector.new_buffer(min(size, len(positions)))
             gradient_dtype = kernels.gradient_dtype(projector.hidden_TH.dtype, dtype)
-            gradient_room = projector.new_tile(min(size, len(rows)), gradient_dtype)
-            for chunk, _ in chunks(len(rows), size):
-                logits_CV = projector.logits(chunk, room)
-                local = local_statistics(spec, kernels, logits_CV, None)
-                stats = merge_student(spec, local, logits_CV, labels[chunk], shard)
+            gradient_buffer = projector.new_buffer(min(size, len(positions)), gradient_dtype)
+            for chunk, _ in chunks(len(positions), size):
+                logits_CVs = projector.logits(chunk, logits_buffer)
+                local = local_statistics(spec, kernels, logits_CVs, None)
+                stats = merge_student(spec, local, logits_CVs, labels[chunk], shard)
                 total += stats.label_nats.sum()
                 if gradients.is_wanted:
-                    gradient_CV = gradient_room[: len(logits_CV)]
-                    weight = inverse.to(dtype).expand(len(logits_CV)).contiguous()
-                    weights = RowWeights(weight, label=weight, label_column=labels[chunk] - shard.start)
+                    gradient_CVs = gradient_buffer[: len(logits_CVs)]
+                    weight = inverse.to(dtype).expand(len(logits_CVs)).contiguous()
+                    weights = GradientWeights(weight, label=weight, label_column=labels[chunk] - shard.start)
                     if shard.size:
-                        kernels.gradient(spec, logits_CV, None, stats.constants, weights, gradient_CV)
-                    gradients.add(chunk, gradient_CV)
+                        kernels.gradient(spec, logits_CVs, None, stats.norms, None, weights, gradient_CVs)
+                    gradients.add(chunk, gradient_CVs)
             gradients.reduce(shard.group)
-        keep_for_backward(ctx, head, rows, gradients, [])
+        keep_for_backward(ctx, head, positions, gradients, [])
         return (total * inverse).to(dtype)
 
     @staticmethod

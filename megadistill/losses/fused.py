@@ -1,8 +1,8 @@
-"""What every chunked loss shares: the rows that count, the chunks, and gradients formed in the forward pass.
+"""What every chunked loss shares: the tokens that count, the chunks, and gradients formed in the forward pass.
 
-Holding a [T, V] tensor of logits until the backward pass is what runs a large vocabulary out of memory. A scalar loss
+Holding a [T, Vs] tensor of logits until the backward pass is what runs a large vocabulary out of memory. A scalar loss
 needs no such tensor: the gradient of its chunk is known as soon as the chunk is, and only has to be scaled later.
-Suffixes: T rows that count, C rows of one chunk, H hidden size, V this rank's classes.
+Suffixes: T tokens that count, C tokens of one chunk, H hidden size, Vs this rank's classes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import ConfigError, DataError
-from megadistill.losses.config import IGNORE_INDEX
 from megadistill.losses.head import Head, LogitsProjector
 from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
-# Elements of one [C, V] tile under chunk_tokens="auto", of which three exist at once: enough rows for products at full
-# speed. Never more of the memory than one part in _MEMORY_PARTS.
+IGNORE_INDEX = -100
+
+# Elements of one [C, Vs] tile under chunk_tokens="auto", of which three exist at once: enough tokens for products at
+# full speed. Never more of the memory than one part in _MEMORY_PARTS.
 _TILE_ELEMENTS_CPU = 2**23
 _TILE_ELEMENTS_ACCELERATOR = 2**27
 _MEMORY_PARTS = 64
@@ -39,24 +40,24 @@ def check_shard(shard: VocabShard) -> None:
 
 
 def check_labels(labels: Tensor) -> None:
-    """Raises ValueError for labels that are not one int64 a row."""
+    """Raises ValueError for labels that are not one int64 a token."""
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape [T], got {labels.dtype} {tuple(labels.shape)}")
 
 
-def valid_rows(labels: Tensor, total: int) -> Tensor:
-    """[T] indices of the rows whose label is not ignored. Raises DataError for a label outside the vocabulary."""
-    rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
-    if len(rows):
-        lowest, highest = (int(label) for label in labels[rows].aminmax())
+def valid_positions(labels: Tensor, total: int) -> Tensor:
+    """[T] positions whose label is not ignored. Raises DataError for a label outside the vocabulary."""
+    positions = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    if len(positions):
+        lowest, highest = (int(label) for label in labels[positions].aminmax())
         if lowest < 0 or highest >= total:
             wrong = lowest if lowest < 0 else highest
             raise DataError(f"label {wrong} is not a class: allowed are 0 to {total - 1}, and {IGNORE_INDEX} to ignore")
-    return rows
+    return positions
 
 
 def chunk_size(chunk_tokens: int | Literal["auto"], shard: VocabShard, device: torch.device) -> int:
-    """Rows of a chunk, the same on all ranks of `shard.group`, whose collectives have to meet.
+    """Tokens of a chunk, the same on all ranks of `shard.group`, whose collectives have to meet.
 
     auto: from the widest shard and the memory; ranks agree on the smallest wish in one all-reduce of one number.
     """
@@ -79,16 +80,19 @@ def _total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def chunks(num_rows: int, size: int, halo: int = 0) -> Iterator[tuple[slice, int]]:
-    """Chunks of `size` rows, each with up to `halo` rows before it: (rows including the halo, number of halo rows)."""
-    for begin in range(0, num_rows, size):
+def chunks(num_tokens: int, size: int, halo: int = 0) -> Iterator[tuple[slice, int]]:
+    """Chunks of ``size`` tokens, each with up to ``halo`` tokens before it: (slice with the halo, size of the halo)."""
+    for begin in range(0, num_tokens, size):
         num_halo = min(halo, begin)
-        yield slice(begin - num_halo, min(begin + size, num_rows)), num_halo
+        yield slice(begin - num_halo, min(begin + size, num_tokens)), num_halo
 
 
 def inverse_count(count: Normalizer, device: torch.device) -> Tensor:
-    """1 / count as a float64 scalar on the device, 0 where there is nothing to count. Raises ValueError for what is no
-    count."""
+    """1 / count as a float64 scalar on the device, 0 where there is nothing to count.
+
+    Raises:
+        ValueError: What is not a count.
+    """
     is_wrong = not isinstance(count, int | float | Tensor) or (isinstance(count, Tensor) and count.numel() != 1)
     if is_wrong or (not isinstance(count, Tensor) and not 0 <= count < float("inf")):
         raise ValueError(f"num_tokens and num_pairs must be counts: one finite number >= 0, got {count!r}")
@@ -114,26 +118,26 @@ class StudentGradients:
 
     def __init__(self, head: LogitsProjector, wanted: tuple[bool, bool, bool]) -> None:
         self._head = head
-        sources = (head.hidden_TH, head.weight_VH, head.bias_V)
-        self.hidden_TH, self.weight_VH, self.bias_V = (
+        sources = (head.hidden_TH, head.weight_VsH, head.bias_Vs)
+        self.hidden_TH, self.weight_VsH, self.bias_Vs = (
             torch.zeros_like(source, dtype=head.dtype) if want and source is not None else None
             for source, want in zip(sources, wanted, strict=True)
         )
 
     @property
     def is_wanted(self) -> bool:
-        return any(part is not None for part in (self.hidden_TH, self.weight_VH, self.bias_V))
+        return any(part is not None for part in (self.hidden_TH, self.weight_VsH, self.bias_Vs))
 
-    def add(self, chunk: slice, gradient_CV: Tensor) -> None:
+    def add(self, chunk: slice, gradient_CVs: Tensor) -> None:
         """Adds what the derivative by the chunk's logits contributes."""
         head = self._head
-        if self.bias_V is not None:
-            self.bias_V += gradient_CV.sum(0)
-        factor_CV = gradient_CV.to(head.hidden_TH.dtype)
+        if self.bias_Vs is not None:
+            self.bias_Vs += gradient_CVs.sum(0)
+        factor_CVs = gradient_CVs.to(head.hidden_TH.dtype)
         if self.hidden_TH is not None:
-            head.add_product(self.hidden_TH[chunk], factor_CV, head.weight_VH)
-        if self.weight_VH is not None:
-            head.add_product(self.weight_VH, factor_CV.T, head.hidden_TH[chunk])
+            head.add_product(self.hidden_TH[chunk], factor_CVs, head.weight_VsH)
+        if self.weight_VsH is not None:
+            head.add_product(self.weight_VsH, factor_CVs.T, head.hidden_TH[chunk])
 
     def reduce(self, group: Group) -> None:
         """Completes the hidden gradient, to which every shard contributes: one all-reduce."""
@@ -147,11 +151,14 @@ def needs_gradient(head: Head, is_grad_enabled: bool) -> tuple[bool, bool, bool]
     return tuple(is_grad_enabled and part is not None and part.requires_grad for part in parts)  # type: ignore[return-value]
 
 
-def keep_for_backward(ctx: Any, head: Head, rows: Tensor, gradients: StudentGradients, others: list[Tensor]) -> None:
+def keep_for_backward(
+    ctx: Any, head: Head, positions: Tensor, gradients: StudentGradients, others: list[Tensor]
+) -> None:
     """Leaves the finished gradients for `scaled_gradients`; `others` are those of further inputs."""
     bias_dtype = None if head.bias is None else head.bias.dtype
     ctx.formed = (gradients, others)
-    ctx.rows, ctx.hidden_shape, ctx.dtypes = rows, head.hidden.shape, (head.hidden.dtype, head.weight.dtype, bias_dtype)
+    ctx.positions, ctx.hidden_shape = positions, head.hidden.shape
+    ctx.dtypes = (head.hidden.dtype, head.weight.dtype, bias_dtype)
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,9 +176,9 @@ def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     hidden = weight = bias = None
     if gradients.hidden_TH is not None:
         hidden = torch.zeros(ctx.hidden_shape, dtype=hidden_dtype, device=upstream.device)
-        hidden[ctx.rows] = gradients.hidden_TH.mul_(upstream).to(hidden_dtype)
-    if gradients.weight_VH is not None:
-        weight = gradients.weight_VH.mul_(upstream).to(weight_dtype)
-    if gradients.bias_V is not None:
-        bias = gradients.bias_V.mul_(upstream).to(bias_dtype)
+        hidden[ctx.positions] = gradients.hidden_TH.mul_(upstream).to(hidden_dtype)
+    if gradients.weight_VsH is not None:
+        weight = gradients.weight_VsH.mul_(upstream).to(weight_dtype)
+    if gradients.bias_Vs is not None:
+        bias = gradients.bias_Vs.mul_(upstream).to(bias_dtype)
     return hidden, weight, bias, *(other * upstream.to(other.dtype) for other in others)

@@ -1,6 +1,6 @@
 """A model seen by the objective: hidden states and this rank's rows of the output head.
 
-Suffixes: T rows (tokens), C rows of one chunk, H hidden size, V this rank's classes.
+Suffixes: T tokens, C tokens of one chunk, H hidden size, Vs this rank's classes.
 """
 
 from __future__ import annotations
@@ -10,20 +10,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megadistill.parallel.output_head import OutputHead
+
 
 @dataclass(frozen=True)
 class Head:
-    """hidden [T, H], weight [stop-start, H] and bias [stop-start] or None: logits = hidden @ weight.T + bias."""
+    """A model's hidden states and this rank's slice of its output head: logits = hidden @ weight.T + bias.
+
+    Attributes:
+        hidden: [T, H].
+        weight: [Vs, H].
+        bias: [Vs], or None.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
 
-    def check(self, name: str, num_rows: int, num_classes: int) -> None:
-        """Raises ValueError when the shapes do not fit each other, the rows or the shard."""
+    @classmethod
+    def of(cls, hidden: Tensor, output_head: OutputHead) -> Head:
+        """Hidden states [T, H] with the output head that they go through."""
+        return cls(hidden, output_head.weight, output_head.bias)
+
+    def check(self, name: str, num_tokens: int, num_classes: int) -> None:
+        """Raises ValueError when the shapes do not fit each other, the number of tokens or the shard."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
-        if hidden.dim() != 2 or hidden.shape[0] != num_rows:
-            raise ValueError(f"{name}.hidden has shape {tuple(hidden.shape)}, expected [{num_rows}, H]")
+        if hidden.dim() != 2 or hidden.shape[0] != num_tokens:
+            raise ValueError(f"{name}.hidden has shape {tuple(hidden.shape)}, expected [{num_tokens}, H]")
         if tuple(weight.shape) != (num_classes, hidden.shape[1]):
             raise ValueError(
                 f"{name}.weight has shape {tuple(weight.shape)}, expected ({num_classes}, {hidden.shape[1]}): "
@@ -42,39 +55,41 @@ def loss_dtype(student: Head, teacher: object = None) -> torch.dtype:
 
 
 class LogitsProjector:
-    """The rows that count of one head, and its logits chunk by chunk in the dtype of the loss.
+    """The tokens that count of one head, and its logits chunk by chunk in the dtype of the loss.
 
     On CUDA bfloat16 inputs stay as they are: the products read them, and accumulate and write float32. Elsewhere, and
     for float16 (whose range the scaled derivatives leave), inputs are converted once. `bias_shift` is taken off every
     bias: no loss depends on it, and large logits are coarse.
     """
 
-    def __init__(self, head: Head, rows: Tensor | None, dtype: torch.dtype, bias_shift: Tensor | None = None) -> None:
+    def __init__(
+        self, head: Head, positions: Tensor | None, dtype: torch.dtype, bias_shift: Tensor | None = None
+    ) -> None:
         hidden, weight = head.hidden.detach(), head.weight.detach()
         self.dtype = dtype
         self.is_mixed = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
         kept = torch.bfloat16 if self.is_mixed else dtype
-        self.hidden_TH = (hidden if rows is None else hidden[rows]).to(kept)
-        self.weight_VH = weight.to(kept)
-        self.bias_V = None if head.bias is None else head.bias.detach().to(dtype)
-        if self.bias_V is not None and bias_shift is not None:
-            self.bias_V = self.bias_V - bias_shift.to(dtype)
+        self.hidden_TH = (hidden if positions is None else hidden[positions]).to(kept)
+        self.weight_VsH = weight.to(kept)
+        self.bias_Vs = None if head.bias is None else head.bias.detach().to(dtype)
+        if self.bias_Vs is not None and bias_shift is not None:
+            self.bias_Vs = self.bias_Vs - bias_shift.to(dtype)
 
-    def new_tile(self, num_rows: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for the logits of `num_rows` rows, or for their derivatives in another dtype."""
-        return self.hidden_TH.new_empty((num_rows, self.weight_VH.shape[0]), dtype=dtype or self.dtype)
+    def new_buffer(self, num_tokens: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialized memory for the logits of ``num_tokens`` tokens, or for their derivatives in another dtype."""
+        return self.hidden_TH.new_empty((num_tokens, self.weight_VsH.shape[0]), dtype=dtype or self.dtype)
 
     def logits(self, chunk: slice, out: Tensor) -> Tensor:
-        """[C, V] logits of the rows in `chunk`, written to the first rows of `out`."""
+        """[C, Vs] logits of the tokens in ``chunk``, written to the start of ``out``."""
         hidden_CH = self.hidden_TH[chunk]
-        logits_CV = out[: hidden_CH.shape[0]]
+        logits_CVs = out[: hidden_CH.shape[0]]
         if self.is_mixed:
-            torch.ops.aten.mm.dtype_out(hidden_CH, self.weight_VH.T, self.dtype, out=logits_CV)
-        elif self.bias_V is not None:
-            return torch.addmm(self.bias_V, hidden_CH, self.weight_VH.T, out=logits_CV)
+            torch.ops.aten.mm.dtype_out(hidden_CH, self.weight_VsH.T, self.dtype, out=logits_CVs)
+        elif self.bias_Vs is not None:
+            return torch.addmm(self.bias_Vs, hidden_CH, self.weight_VsH.T, out=logits_CVs)
         else:
-            torch.mm(hidden_CH, self.weight_VH.T, out=logits_CV)
-        return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
+            torch.mm(hidden_CH, self.weight_VsH.T, out=logits_CVs)
+        return logits_CVs if self.bias_Vs is None else logits_CVs.add_(self.bias_Vs)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """total += left @ right, accumulated in the dtype of the loss."""

@@ -1,9 +1,10 @@
-"""The whole objective in one pass over chunks of rows: L = w_sft L_SFT + w_dac L_DAC-KL + w_span L_span.
+"""The whole objective in one pass over chunks of tokens: L = w_sft L_SFT + w_dac L_DAC-KL + w_span L_span.
 
 Paper: section 3 and Eq. 6-10; docs/method.md fixes what it leaves open. Three student products and one teacher product
-a chunk, no recomputation, and no tensor as large as the logits of all rows. What lies between the products is done by
+a chunk, no recomputation, and no tensor as large as the logits of all tokens. What lies between the products is done by
 the kernels of `backends.py`.
-Suffixes: T rows of the call, C rows of one chunk (a halo row of the chunk before included), V this rank's classes.
+Suffixes: T tokens of the call, C tokens of one chunk (a halo token of the chunk before included), Vs this rank's
+classes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megadistill.config.loss import LossConfig
 from megadistill.errors import ConfigError
-from megadistill.losses.backends import row_kernels
+from megadistill.losses.backends import make_kernels
 from megadistill.losses.clipping import ClipTerms, merge_clip_sums
-from megadistill.losses.config import LossConfig
 from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Normalizer,
@@ -32,40 +33,20 @@ from megadistill.losses.fused import (
     keep_for_backward,
     needs_gradient,
     scaled_gradients,
-    valid_rows,
+    valid_positions,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
+from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
 from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
 from megadistill.losses.span import span_value
-from megadistill.losses.statistics import RowStatistics
-from megadistill.losses.tiles import RowWeights, TileSpec
+from megadistill.losses.statistics import TokenStatistics
+from megadistill.losses.tiles import DivergenceSum, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
 from megadistill.parallel.vocab import VocabShard
 
-_GATE_SIGN = {"minimise": 1.0, "maximise": -1.0}
+# The direction of each gate that learns.
+_GATE_SIGN = {"minimize": 1.0, "maximize": -1.0}
 _FARTHEST = 1e4  # nats; a threshold at infinity is one that every class is on the right side of
-
-
-@dataclass(frozen=True)
-class DistillOutput:
-    """The loss and what to log; everything but `loss` is detached, and all of it is equal on all tensor-parallel ranks.
-
-    Scalars are this call's sum divided by the global count, so that adding them up over data-parallel ranks and
-    micro-batches gives the global mean. sft, dac_kl, span: the terms without their weights (dac_kl times
-    temperature^2). kept_mass: teacher probability that the mask keeps; mean_lower, mean_upper: quantiles l and u, 0 and
-    1 without clipping.
-    kl_map [T]: unclipped KL in nats at `temperature`, 0 in ignored rows; teacher_top1 [T]: argmax p, -1 there.
-    """
-
-    loss: Tensor
-    sft: Tensor
-    dac_kl: Tensor
-    span: Tensor
-    kept_mass: Tensor
-    kl_map: Tensor
-    teacher_top1: Tensor
-    mean_lower: Tensor
-    mean_upper: Tensor
 
 
 def distill_loss(
@@ -83,32 +64,30 @@ def distill_loss(
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
     student, teacher: hidden states [T, H] and head shard, or for the teacher its top classes (`TeacherTopK`);
-    labels: [T] int64, -100 = the row is ignored by all terms, whatever it contains; pair_mask: [T] bool, rows t and t+1
-    are one span pair (counts only when both are valid); gate: needed where `config.uses_gate`, called with
+    labels: [T] int64, -100 = the token is ignored by all terms, whatever it contains; pair_mask: [T] bool, positions t
+    and t+1 are one span pair (counts only when both are valid); gate: needed where `config.uses_gate`, called with
     (sorted_log_probs [C, K], log_tail [C]);
     num_tokens, num_pairs: global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the
     caller's.
     Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
     `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
-    Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a row; with a `TeacherTopK` of
-    L classes 4 + L and, for the span term, 2), one all-reduce of the hidden gradient; one more of a number or two
+    Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a token; with a `TeacherTopK`
+    of L classes 4 + L and, for the span term, 2), one all-reduce of the hidden gradient; one more of a number or two
     a call with a bias, and with chunk_tokens="auto". How many follows from `labels`, `config` and what has a bias.
     Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
     DataError for labels that do not fit.
     """
     check_shard(shard)
-    num_rows = len(labels)
-    student.check("student", num_rows, shard.size)
+    length = len(labels)
+    student.check("student", length, shard.size)
     if isinstance(teacher, TeacherTopK):
-        teacher.check(num_rows, config)
+        teacher.check(length, config)
     else:
-        teacher.check("teacher", num_rows, shard.size)
+        teacher.check("teacher", length, shard.size)
     check_labels(labels)
     if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
-        raise ValueError(
-            f"pair_mask must be bool of shape ({num_rows},), got {pair_mask.dtype} {tuple(pair_mask.shape)}"
-        )
+        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
     parameters: list[Tensor] = []
     if config.clip == "gate":
         if gate is None and config.uses_gate:
@@ -119,7 +98,11 @@ def distill_loss(
             parameters = [parameter for parameter in gate.parameters() if parameter.requires_grad]
     call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs)
     needs = needs_gradient(student, torch.is_grad_enabled())
-    return DistillOutput(*_Distill.apply(call, needs, student.hidden, student.weight, student.bias, *parameters))
+    loss, kl_map, teacher_top1, *scalars = _Distill.apply(
+        call, needs, student.hidden, student.weight, student.bias, *parameters
+    )
+    named = dict(zip(SCALAR_NAMES, scalars, strict=True))
+    return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
 
 
 @dataclass(frozen=True)
@@ -137,8 +120,8 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _RowTerms:
-    """Per row [C]: KL(p || q), the token-level loss, the sum of its slopes (divergences) and the mask's terms."""
+class _TokenTerms:
+    """Per token [C]: KL(p || q), the token-level loss, the sum of its slopes (divergences) and the mask's terms."""
 
     kl: Tensor
     value: Tensor
@@ -163,7 +146,7 @@ class _Distill(torch.autograd.Function):
             for chunk, num_halo in fused.chunks():
                 fused.step(chunk, num_halo)
             fused.gradients.reduce(call.shard.group)
-        keep_for_backward(ctx, head, fused.rows, fused.gradients, fused.gate_gradients)
+        keep_for_backward(ctx, head, fused.positions, fused.gradients, fused.gate_gradients)
         loss, *reported = fused.outputs()
         ctx.mark_non_differentiable(*reported)
         return loss, *reported
@@ -174,7 +157,7 @@ class _Distill(torch.autograd.Function):
 
 
 class _FusedPass:
-    """State of one call: the compacted rows, running totals and running gradients."""
+    """State of one call: the tokens that count, running totals and running gradients."""
 
     def __init__(self, call: _Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
         self.call, self.config, self.shard = call, call.config, call.shard
@@ -182,62 +165,66 @@ class _FusedPass:
         self.parameters = parameters
         device = self.device = head.hidden.device
         self.dtype = loss_dtype(head, call.teacher)
-        # Ignored rows go before any product: they cost nothing, and whatever they hold cannot leak.
-        self.rows = valid_rows(call.labels, call.shard.total)
-        self.labels = call.labels[self.rows]
-        follows = torch.zeros_like(call.pair_mask[self.rows])
-        follows[:-1] = self.rows[1:] == self.rows[:-1] + 1
-        self.is_pair = call.pair_mask[self.rows] & follows
-        self.per_token = inverse_count(call.num_tokens, device)
-        self.per_pair = inverse_count(call.num_pairs, device)
+        # Ignored tokens go before any product: they cost nothing, and whatever they hold cannot leak.
+        self.positions = valid_positions(call.labels, call.shard.total)
+        self.labels = call.labels[self.positions]
+        follows = torch.zeros_like(call.pair_mask[self.positions])
+        follows[:-1] = self.positions[1:] == self.positions[:-1] + 1
+        self.is_pair = call.pair_mask[self.positions] & follows
+        self.inv_num_tokens = inverse_count(call.num_tokens, device)
+        self.inv_num_pairs = inverse_count(call.num_pairs, device)
         self.spec = TileSpec.of(config, has_edges=bool(parameters) and config.uses_gate)
-        self.kernels = row_kernels(config.backend, call.shard, device)
+        self.kernels = make_kernels(config.backend, call.shard, device)
         self.chunk_size = chunk_size(config.chunk_tokens, call.shard, device)
         heads = [head, call.teacher] if isinstance(call.teacher, Head) else [head]
         shifts = bias_shifts(heads, call.shard.group)
-        self.student = LogitsProjector(head, self.rows, self.dtype, shifts[0])
+        self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0])
         self.gradients = StudentGradients(self.student, needs)
-        max_rows = min(len(self.rows), self.chunk_size + int(config.span > 0))
-        self.room = self.student.new_tile(max_rows)
-        self.gradient_room = self.student.new_tile(
-            max_rows if self.gradients.is_wanted else 0,
+        max_tokens = min(len(self.positions), self.chunk_size + int(config.span > 0))
+        self.logits_buffer = self.student.new_buffer(max_tokens)
+        self.gradient_buffer = self.student.new_buffer(
+            max_tokens if self.gradients.is_wanted else 0,
             self.kernels.gradient_dtype(self.student.hidden_TH.dtype, self.dtype),
         )
-        top_k = config.top_k if config.is_clipped else 0
         self.teacher: DenseTeacher | TopKTeacher
         if isinstance(call.teacher, Head):
-            projector = LogitsProjector(call.teacher, self.rows, self.dtype, shifts[1])
-            self.teacher = DenseTeacher(projector, self.spec, self.kernels, call.shard, top_k, max_rows)
+            projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
+            top_k = config.top_k if config.is_clipped else 0
+            self.teacher = DenseTeacher(projector, self.spec, self.kernels, call.shard, top_k, max_tokens)
         else:
             self.teacher = TopKTeacher(
-                call.teacher, self.rows, self.dtype, spec=self.spec, kernels=self.kernels, shard=call.shard, top_k=top_k
+                call.teacher,
+                self.positions,
+                self.dtype,
+                spec=self.spec,
+                kernels=self.kernels,
+                shard=call.shard,
+                config=config,
             )
-        names = ("sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
-        self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-        self.kl_map = torch.zeros(len(self.rows), dtype=self.dtype, device=device)
-        self.top1 = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
+        self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SCALAR_NAMES}
+        self.kl_map = torch.zeros(len(self.positions), dtype=self.dtype, device=device)
+        self.top1 = torch.zeros(len(self.positions), dtype=torch.int64, device=device)
         self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
     def chunks(self) -> Iterator[tuple[slice, int]]:
-        # One halo row carries a span pair over the border between two chunks.
-        return chunks(len(self.rows), self.chunk_size, halo=int(self.config.span > 0))
+        # One halo token carries a span pair over the border between two chunks.
+        return chunks(len(self.positions), self.chunk_size, halo=int(self.config.span > 0))
 
     def step(self, chunk: slice, num_halo: int) -> None:
-        """Adds one chunk to the totals and gradients; halo rows take part in span pairs only."""
+        """Adds one chunk to the totals and gradients; halo tokens take part in span pairs only."""
         config, labels = self.config, self.labels[chunk]
         is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
         is_own[:num_halo] = 0.0
         has_span = config.span > 0
-        student_CV = self.student.logits(chunk, self.room)
-        stats = self.teacher.statistics(chunk, student_CV, labels)
-        rows = stats.constants
+        student_CVs = self.student.logits(chunk, self.logits_buffer)
+        stats = self.teacher.statistics(chunk, student_CVs, labels)
+        bounds: MaskBounds | None = None
         thetas: tuple[Tensor, ...] = ()
         if config.is_clipped:
             thetas = self._thresholds(stats, is_own)
             theta_l, theta_u = (theta.detach().to(self.dtype).clamp(-_FARTHEST, _FARTHEST) for theta in thetas)
-            top_column = stats.teacher_top1 - self.shard.start
-            rows = rows._replace(theta_l=theta_l, theta_u=theta_u, top_column=top_column)
-        sums, span_sums = self.teacher.sums(student_CV, rows, has_span)
+            bounds = MaskBounds(theta_l, theta_u, top_column=stats.teacher_top1 - self.shard.start)
+        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, has_span)
         terms = self._terms(sums)
         if self.parameters and thetas:
             assert terms.clip is not None
@@ -251,25 +238,24 @@ class _FusedPass:
             weights = weights._replace(span_pair=pair, span_inner=inner)
         if not self.gradients.is_wanted:
             return
-        gradient_CV = self.gradient_room[: len(labels)]
-        self.teacher.gradient(student_CV, rows, weights, gradient_CV)
-        self.gradients.add(chunk, gradient_CV)
+        gradient_CVs = self.gradient_buffer[: len(labels)]
+        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs)
+        self.gradients.add(chunk, gradient_CVs)
 
     def outputs(self) -> tuple[Tensor, ...]:
-        """The fields of DistillOutput."""
-        config, totals = self.config, self.totals
-        scalars = {name: total * self.per_token for name, total in totals.items() if name != "span"}
-        scalars["span"] = totals["span"] * self.per_pair
+        """loss, kl_map, teacher_top1 and the scalars in the order of `SCALAR_NAMES`."""
+        config = self.config
+        scalars = {
+            name: total * (self.inv_num_pairs if name in PER_PAIR else self.inv_num_tokens)
+            for name, total in self.totals.items()
+        }
         loss = config.sft * scalars["sft"] + config.dac_kl * scalars["dac_kl"] + config.span * scalars["span"]
         kl_map = torch.zeros(len(self.call.labels), dtype=self.dtype, device=self.device)
         top1 = torch.full_like(self.call.labels, -1)
-        kl_map[self.rows], top1[self.rows] = self.kl_map, self.top1
-        sft, dac_kl, span, kept_mass, mean_lower, mean_upper = (
-            scalars[name].to(self.dtype) for name in ("sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
-        )
-        return loss.to(self.dtype), sft, dac_kl, span, kept_mass, kl_map, top1, mean_lower, mean_upper
+        kl_map[self.positions], top1[self.positions] = self.kl_map, self.top1
+        return loss.to(self.dtype), kl_map, top1, *(scalars[name].to(self.dtype) for name in SCALAR_NAMES)
 
-    def _thresholds(self, stats: RowStatistics, is_own: Tensor) -> tuple[Tensor, Tensor]:
+    def _thresholds(self, stats: TokenStatistics, is_own: Tensor) -> tuple[Tensor, Tensor]:
         """The mask's thresholds [C] with their graph back to the gate."""
         config = self.config
         quantile = QuantileFunction(stats.top_log_probs, stats.log_tail, config.quantile, self.shard.total)
@@ -284,36 +270,36 @@ class _FusedPass:
         self._add("mean_upper", torch.sigmoid(lambda_u.detach()), is_own)
         return thetas
 
-    def _terms(self, sums: Tensor) -> _RowTerms:
-        """What the shards' row sums [R, C, num_sums] say of each row."""
-        kl = sums[..., 0].sum(0)
-        if self.spec.kind == "clipped":
+    def _terms(self, sums: Tensor) -> _TokenTerms:
+        """Loss and slope of each token from the shards' sums [R, C, num_sums]."""
+        kl = sums[..., DivergenceSum.KL].sum(0)  # the first column of either layout
+        if self.spec.is_clipped:
             clip = merge_clip_sums(self.spec, sums)
-            return _RowTerms(kl, clip.value, None, clip)
-        if self.spec.kind == "forward_kl":
-            return _RowTerms(kl, kl, None, None)
-        _, value, slope = sums.sum(0).unbind(-1)
-        return _RowTerms(kl, value, slope, None)
+            return _TokenTerms(kl, clip.value, None, clip)
+        if self.spec.formula is None:
+            return _TokenTerms(kl, kl, None, None)
+        value, slope = sums[..., DivergenceSum.VALUE].sum(0), sums[..., DivergenceSum.SLOPE].sum(0)
+        return _TokenTerms(kl, value, slope, None)
 
-    def _weights(self, terms: _RowTerms, labels: Tensor, is_own: Tensor) -> RowWeights:
+    def _weights(self, terms: _TokenTerms, labels: Tensor, is_own: Tensor) -> GradientWeights:
         """Factors of the parts of the derivative by the untempered logits, the span's left out."""
         config = self.config
-        weights = RowWeights(torch.zeros_like(is_own))
+        weights = GradientWeights(torch.zeros_like(is_own))
         if config.sft > 0:
-            reference = is_own * (config.sft * self.per_token)
-            name = "plain" if self.spec.has_plain else "student"
+            reference = is_own * (config.sft * self.inv_num_tokens)
+            name = "untempered" if self.spec.has_untempered else "student"
             weights = weights._replace(label=reference, label_column=labels - self.shard.start, **{name: reference})
         if config.dac_kl == 0:
             return weights
-        weight = is_own * (config.dac_kl * config.temperature * self.per_token)  # temperature^2, and 1/temperature
+        weight = is_own * (config.dac_kl * config.temperature * self.inv_num_tokens)  # temperature^2, and 1/temperature
         clip = terms.clip
         if clip is None:
             of_student = weight if terms.slope is None else -weight * terms.slope
             return weights._replace(student=weights.student + of_student, teacher=weight)
         if config.remainder == "bucket":
-            weights = weights._replace(student=weights.student + weight, share=-weight * clip.clipped_mass)
+            weights = weights._replace(student=weights.student + weight, bucket_coef=-weight * clip.clipped_mass)
         else:
-            weights = weights._replace(share=weight)
+            weights = weights._replace(bucket_coef=weight)
             weight = weight / clip.kept_mass
         return weights._replace(teacher=weight, log_norm=clip.log_norm)
 
@@ -327,19 +313,19 @@ class _FusedPass:
         if config.guards:
             slope = 2 * config.coverage_weight * torch.relu(terms.clipped_mass - config.coverage_target)
             d_theta_l, d_theta_u = d_theta_l + slope * terms.d_mass_l, d_theta_u + slope * terms.d_mass_u
-        row_weight = is_own * self.per_token
-        upstream = [(row_weight * d_theta).to(torch.float64) for d_theta in (d_theta_l, d_theta_u)]
+        token_weight = is_own * self.inv_num_tokens
+        upstream = [(token_weight * d_theta).to(torch.float64) for d_theta in (d_theta_l, d_theta_u)]
         # A gate may hold one of its bounds constant.
         learned = [(theta, d) for theta, d in zip(thetas, upstream, strict=True) if theta.requires_grad]
         if not learned:
             return
         outputs, derivatives = zip(*learned, strict=True)
-        found = torch.autograd.grad(outputs, self.parameters, derivatives, allow_unused=True)
-        for total, gradient in zip(self.gate_gradients, found, strict=True):
+        gradients = torch.autograd.grad(outputs, self.parameters, derivatives, allow_unused=True)
+        for total, gradient in zip(self.gate_gradients, gradients, strict=True):
             if gradient is not None:
                 total += gradient
 
-    def _add_totals(self, stats: RowStatistics, terms: _RowTerms, is_own: Tensor) -> None:
+    def _add_totals(self, stats: TokenStatistics, terms: _TokenTerms, is_own: Tensor) -> None:
         config = self.config
         if config.sft > 0:
             self._add("sft", stats.label_nats, is_own)
@@ -352,12 +338,12 @@ class _FusedPass:
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         """Adds the chunk's pairs; returns (weight over root, merged inner product), both [C]."""
         weight = self.is_pair[chunk].to(self.dtype)
-        weight[-1] = 0.0  # that pair's second row is in the next chunk, which sees it through its halo
-        value, root = span_value(sums[:, 0], self.config.span_eps)
+        weight[-1] = 0.0  # that pair's second token is in the next chunk, which sees it through its halo
+        value, root = span_value(sums[:, SpanSum.SQUARE], self.config.span_eps)
         self._add("span", value, weight)
         # Over the temperature: the derivative is by the untempered logits.
-        factor = self.config.span * self.per_pair / self.config.temperature
-        return weight / root * factor, sums[:, 1]
+        factor = self.config.span * self.inv_num_pairs / self.config.temperature
+        return weight / root * factor, sums[:, SpanSum.INNER]
 
     def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.totals[name] += (value * weight).sum(dtype=torch.float64)

@@ -1,6 +1,6 @@
 """The gate of DAC-KL and the teacher's quantile function (paper: Eq. 6-7; docs/method.md, "Token level").
 
-Suffixes: C rows, K knots. All quantities are in nats or logits of a quantile; nothing here communicates.
+Suffixes: C tokens, K knots. All quantities are in nats or logits of a quantile; nothing here communicates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.utils import skip_init
 from megadistill.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megadistill.losses.config import LossConfig, Quantile
+    from megadistill.config.loss import LossConfig, Quantile
 
 _FLOOR = -30.0  # nats; what a class below e^-30 weighs does not matter to where the mask should end
 _INPUT_SCALE = 0.1
@@ -28,8 +28,8 @@ class QuantileGate(nn.Module):
     Guarded, the bounds hold by construction: lambda_l = logit(lower_max) - softplus(a) and
     lambda_u = logit(upper_min) + softplus(b). Every pair below and above the two bounds can be reached, and
     lambda_l < lambda_u. Unguarded: lambda_l = a and lambda_u = lambda_l + softplus(b).
-    The weights come from a generator of their own, so every rank starts from the same gate; the last layer starts at
-    zero, so that every row starts at the quantiles (lower, upper).
+    The weights come from a separate generator, so every rank starts from the same gate; the last layer starts at
+    zero, so that every token starts at the quantiles (lower, upper).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class QuantileGate(nn.Module):
             start = [_inverse_softplus(self.max_lambda_l - start_l), _inverse_softplus(start_u - self.min_lambda_u)]
         else:
             start = [start_l, _inverse_softplus(start_u - start_l)]
-        self._initialise(start, seed)
+        self._initialize(start, seed)
 
     @classmethod
     def from_config(cls, config: LossConfig, *, seed: int = 0) -> QuantileGate:
@@ -92,7 +92,7 @@ class QuantileGate(nn.Module):
             return self.max_lambda_l - first, self.min_lambda_u + second
         return first, first + second
 
-    def _initialise(self, start: list[float], seed: int) -> None:
+    def _initialize(self, start: list[float], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         with torch.no_grad():
@@ -146,7 +146,7 @@ class QuantileFunction:
 
 
 def constant_quantiles(lower: float, upper: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantile logits of clip=fixed for rows [C] like `like`; 0 and 1 are -inf and +inf."""
+    """Quantile logits of clip=fixed for tokens [C] like `like`; 0 and 1 are -inf and +inf."""
     return torch.full_like(like, _logit(lower)), torch.full_like(like, _logit(upper))
 
 

@@ -14,25 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadistill.losses.config import IGNORE_INDEX, LossConfig
+from megadistill.config.loss import LossConfig
+from megadistill.losses.divergences import DIVERGENCES
+from megadistill.losses.fused import IGNORE_INDEX
 from megadistill.losses.head import Head
+from megadistill.losses.output import DistillScalars
 from megadistill.losses.topk_teacher import TeacherTopK
 
 
-@dataclass(frozen=True)
-class ReferenceOutput:
+@dataclass(frozen=True, kw_only=True)
+class ReferenceOutput(DistillScalars):
     """As DistillOutput, undetached. gate_objective: what the gate descends (equal to `loss` up to its own terms)."""
 
     loss: Tensor
     gate_objective: Tensor
-    sft: Tensor
-    dac_kl: Tensor
-    span: Tensor
-    kept_mass: Tensor
     kl_map: Tensor
     teacher_top1: Tensor
-    mean_lower: Tensor
-    mean_upper: Tensor
 
 
 def reference_loss(
@@ -48,42 +45,42 @@ def reference_loss(
 ) -> ReferenceOutput:
     """The whole vocabulary in one process. Back-propagate `loss` for the student, `gate_objective` for the gate."""
     is_valid = labels != IGNORE_INDEX
-    rows = is_valid.nonzero().squeeze(-1)
-    logits_TV = _logits(student)[rows]
+    positions = is_valid.nonzero().squeeze(-1)
+    logits_TV = _logits(student)[positions]
     full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
     if isinstance(teacher, TeacherTopK):
-        log_p, log_q, full_p = _listed(teacher, rows, full_log_q)
+        log_p, log_q, full_p = _listed(teacher, positions, full_log_q)
     else:
-        log_p, log_q = F.log_softmax(_logits(teacher)[rows].detach() / config.temperature, -1), full_log_q
+        log_p, log_q = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1), full_log_q
         full_p = log_p.exp()
     p = log_p.exp()
 
-    sft = F.cross_entropy(logits_TV, labels[rows], reduction="sum") / num_tokens
+    sft = F.cross_entropy(logits_TV, labels[positions], reduction="sum") / num_tokens
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     num_classes = full_log_q.shape[-1]
     lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
     if config.is_clipped or config.divergence == "dac_kl":
-        token_rows = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
+        token_values = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
     else:
-        token_rows = divergence_rows(log_p, log_q, config)
-    dac_kl = config.temperature**2 * token_rows.sum() / num_tokens
+        divergence = DIVERGENCES[config.divergence]
+        token_values = divergence.reference(log_p, log_q, divergence.share(config))
+    dac_kl = config.temperature**2 * token_values.sum() / num_tokens
     clipped_mass = (complement * p).sum(-1)
     coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
 
-    pair_rows = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
-    position = is_valid.cumsum(0) - 1  # of a valid row among the valid rows
-    first = position[:-1][pair_rows]
+    starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
+    first = (is_valid.cumsum(0) - 1)[:-1][starts_pair]  # of each pair, counted among the valid tokens
     difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
     eps = config.span_eps
-    span_rows = (difference.square().sum(-1) + eps**2).sqrt() - eps
-    span = span_rows.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
+    span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
+    span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
-    sign = -1.0 if config.gate_objective == "maximise" else 1.0
+    sign = -1.0 if config.gate_objective == "maximize" else 1.0
     guard = config.coverage_weight * coverage if config.guards else 0.0
     kl_map = torch.zeros(len(labels), dtype=log_p.dtype)
     top1 = torch.full_like(labels, -1)
-    kl_map[rows] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
-    top1[rows] = full_p.argmax(-1)
+    kl_map[positions] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
+    top1[positions] = full_p.argmax(-1)
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
         gate_objective=sign * config.dac_kl * dac_kl + guard,
@@ -98,34 +95,10 @@ def reference_loss(
     )
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, config: LossConfig) -> Tensor:
-    """[T] the baseline divergences, each as in its definition. Sources: MiniLLM (reverse), DistiLLM (skewed), GKD
-    (generalised Jensen-Shannon), f-distill (total variation)."""
-    p, q = log_p.exp(), log_q.exp()
-
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-    alpha, beta = config.skew, config.jensen_shannon_beta
-    if config.divergence == "forward_kl":
-        return kl(log_p, log_q)
-    if config.divergence == "reverse_kl":
-        return kl(log_q, log_p)
-    if config.divergence == "skewed_forward_kl":
-        return kl(log_p, (alpha * p + (1 - alpha) * q).log())
-    if config.divergence == "skewed_reverse_kl":
-        return kl(log_q, (alpha * q + (1 - alpha) * p).log())
-    if config.divergence == "jensen_shannon":
-        mixture = (beta * p + (1 - beta) * q).log()
-        return beta * kl(log_p, mixture) + (1 - beta) * kl(log_q, mixture)
-    assert config.divergence == "total_variation"
-    return 0.5 * (p - q).abs().sum(-1)
-
-
 def quantile_thresholds(
     sorted_log_probs: Tensor, log_tail: Tensor, quantile_logit: Tensor, num_classes: int | None
 ) -> Tensor:
-    """log p at a quantile, row by row: linear between the knots (lambda_j, log p_(j)), slope 1 beyond them.
+    """log p at a quantile, token by token: linear between the knots (lambda_j, log p_(j)), slope 1 beyond them.
 
     `num_classes` None counts probability mass, a number counts classes. Knots run from the top class (the largest
     quantile) down.
@@ -133,16 +106,16 @@ def quantile_thresholds(
     p = sorted_log_probs.exp()
     num_knots = p.shape[-1]
     thresholds = []
-    for row in range(len(p)):
+    for t in range(len(p)):
         knots = []
         for j in range(num_knots):
             if num_classes is None:
-                above = p[row, :j].sum() + p[row, j] / 2
-                below = log_tail[row].exp() + p[row, j + 1 :].sum() + p[row, j] / 2
+                above = p[t, :j].sum() + p[t, j] / 2
+                below = log_tail[t].exp() + p[t, j + 1 :].sum() + p[t, j] / 2
                 knots.append(torch.log(below) - torch.log(above))
             else:
                 knots.append(torch.tensor(math.log(num_classes - j - 0.5) - math.log(j + 0.5), dtype=p.dtype))
-        point, values = quantile_logit[row], sorted_log_probs[row]
+        point, values = quantile_logit[t], sorted_log_probs[t]
         if point >= knots[0]:
             theta = values[0] + (point - knots[0])
         elif point <= knots[-1]:
@@ -159,9 +132,9 @@ def _logits(head: Head) -> Tensor:
     return F.linear(head.hidden, head.weight, head.bias)
 
 
-def _listed(teacher: TeacherTopK, rows: Tensor, full_log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(teacher: TeacherTopK, positions: Tensor, full_log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p and log q over the listed classes and the rest, and the teacher over all classes (0 where not listed)."""
-    ids, log_probs, log_tail = teacher.ids[rows], teacher.log_probs[rows], teacher.log_tail[rows]
+    ids, log_probs, log_tail = teacher.ids[positions], teacher.log_probs[positions], teacher.log_tail[positions]
     full_p = torch.zeros_like(full_log_q).detach().scatter(-1, ids, log_probs.exp())
     if ids.shape[-1] == full_log_q.shape[-1]:  # nothing is left for a rest
         return log_probs, full_log_q.gather(-1, ids), full_p
@@ -177,8 +150,8 @@ def _masks(
     """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping. The rest of a TeacherTopK, the last
     class, is never kept."""
     if not config.is_clipped:
-        nothing = torch.zeros_like(log_p)
-        return nothing[:, 0], nothing[:, 0] + 1, nothing + 1, nothing
+        zeros = torch.zeros_like(log_p)
+        return zeros[:, 0], zeros[:, 0] + 1, zeros + 1, zeros
     listed = log_p[:, :-1] if has_rest else log_p
     top, index = listed.topk(min(config.top_k, listed.shape[-1]), -1)
     log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
@@ -203,10 +176,10 @@ def _masks(
 
 
 def _clipped_kl(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, remainder: str) -> Tensor:
-    """[T] DAC-KL of each row."""
+    """[T] DAC-KL of each token."""
     p, q = log_p.exp(), log_q.exp()
     kept = (mask * p * (log_p - log_q)).sum(-1)
-    if remainder == "renormalise":
+    if remainder == "renormalize":
         kept_p, kept_q = (mask * p).sum(-1), (mask * q).sum(-1)
         return kept / kept_p - kept_p.log() + kept_q.log()
     clipped_p, clipped_q = (complement * p).sum(-1), (complement * q).sum(-1)

@@ -1,4 +1,4 @@
-"""The value of the span term (paper: Eq. 10; docs/method.md, "Span level") from the sums of `rowmath.span_sums`."""
+"""The value of the span term (paper: Eq. 10; docs/method.md, "Span level") from the sums of `SpanSum`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Row statistics of logits that are split over the vocabulary (docs/method.md, "Across vocabulary shards").
+"""Statistics of logits that are split over the vocabulary (docs/method.md, "Across vocabulary shards").
 
-Suffixes: C rows of one chunk, V this rank's classes, G groups of classes, K merged top classes, R ranks. Values in
-nats.
+Suffixes: C tokens of one chunk, Vs this rank's classes, G groups of classes, K merged top classes, R ranks. Values
+in nats.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadistill.losses.tiles import LocalStatistics, RowConstants, TileSpec, group_width
+from megadistill.losses.tiles import LocalStatistics, LogNormalizers, TileSpec, group_width
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
 
 @dataclass(frozen=True)
 class StudentStatistics:
-    """Per row [C], merged and identical on every rank: normalisers for the kernels, and -log q(label) untempered."""
+    """Per token [C], merged and identical on every rank: normalizers for the kernels, and -log q(label) untempered."""
 
-    constants: RowConstants
+    norms: LogNormalizers
     label_nats: Tensor
 
 
 @dataclass(frozen=True)
-class RowStatistics(StudentStatistics):
+class TokenStatistics(StudentStatistics):
     """With the teacher's. top_log_probs: [C, K] its largest log-probabilities, descending; log_tail: [C] log of the
     sum of all others (a sum, never 1 - sum); teacher_top1: [C] its first class, the lowest when tied."""
 
@@ -37,17 +37,17 @@ class RowStatistics(StudentStatistics):
 
 
 def merge_student(
-    spec: TileSpec, local: LocalStatistics, student_CV: Tensor, labels: Tensor, shard: VocabShard
+    spec: TileSpec, local: LocalStatistics, student_CVs: Tensor, labels: Tensor, shard: VocabShard
 ) -> StudentStatistics:
-    """Statistics of a chunk without a teacher; 3 floats a row in one all-gather over `shard.group`."""
-    gathered = all_gather_rows(torch.stack(student_columns(local, student_CV, labels, shard), -1), shard.group)
+    """Statistics of a chunk without a teacher; 3 floats a token in one all-gather over `shard.group`."""
+    gathered = all_gather_rows(torch.stack(student_columns(local, student_CVs, labels, shard), -1), shard.group)
     return merged_student(spec, gathered.unbind(-1))
 
 
-def student_columns(local: LocalStatistics, student_CV: Tensor, labels: Tensor, shard: VocabShard) -> list[Tensor]:
+def student_columns(local: LocalStatistics, student_CVs: Tensor, labels: Tensor, shard: VocabShard) -> list[Tensor]:
     """What a shard tells the others about the student."""
-    columns = [local.student_max, local.student_sum, local_target(student_CV, labels, shard)]
-    return columns if local.plain_sum is None else [*columns, local.plain_sum]
+    columns = [local.student_max, local.student_sum, local_target(student_CVs, labels, shard)]
+    return columns if local.untempered_sum is None else [*columns, local.untempered_sum]
 
 
 def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatistics:
@@ -55,28 +55,28 @@ def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatis
     student_max, total, target = (column.double() for column in columns[:3])
     largest = student_max.amax(0)
     log_sum = log_total(student_max, total, largest, spec.temperature)
-    plain_log = log_sum
+    untempered_log = log_sum
     if len(columns) > 3:
-        plain_log = log_total(student_max, columns[3].double(), largest, 1.0)
+        untempered_log = log_total(student_max, columns[3].double(), largest, 1.0)
     dtype = columns[0].dtype
-    constants = RowConstants(largest.to(dtype), log_sum.to(dtype), plain_log.to(dtype))
-    return StudentStatistics(constants, plain_log + (largest - target.sum(0)))
+    norms = LogNormalizers(largest.to(dtype), log_sum.to(dtype), untempered_log.to(dtype))
+    return StudentStatistics(norms, untempered_log + (largest - target.sum(0)))
 
 
 def merge_both(
     spec: TileSpec,
     local: LocalStatistics,
-    student_CV: Tensor,
-    teacher_CV: Tensor,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor,
     labels: Tensor,
     shard: VocabShard,
     top_k: int,
-) -> RowStatistics:
-    """Statistics of a chunk; 6 + K floats a row (one more when tempered) in one all-gather over `shard.group`."""
-    columns = student_columns(local, student_CV, labels, shard)
-    top_CK, tail, top1 = local_top(spec, local, teacher_CV, shard, min(top_k, shard.total))
+) -> TokenStatistics:
+    """Statistics of a chunk; 6 + K floats a token (one more when tempered) in one all-gather over `shard.group`."""
+    columns = student_columns(local, student_CVs, labels, shard)
+    top_CK, tail, top1 = local_top(spec, local, teacher_CVs, shard, min(top_k, shard.total))
     assert local.teacher_max is not None
-    columns += [local.teacher_max, tail, top1.to(student_CV.dtype)]
+    columns += [local.teacher_max, tail, top1.to(student_CVs.dtype)]
     gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), top_CK], -1), shard.group)
     num_columns = len(columns)
     student = merged_student(spec, gathered[..., : num_columns - 3].unbind(-1))
@@ -89,10 +89,10 @@ def merge_both(
     kept = top_CK.shape[-1]
     log_tail = torch.cat([tails.T, gaps[:, kept:]], -1).logsumexp(-1)
     teacher_log = torch.logaddexp(log_tail, gaps[:, :kept].logsumexp(-1))
-    dtype = student_CV.dtype
-    constants = student.constants._replace(teacher_max=largest.to(dtype), teacher_log=teacher_log.to(dtype))
-    return RowStatistics(
-        constants=constants,
+    dtype = student_CVs.dtype
+    norms = student.norms._replace(teacher_max=largest.to(dtype), teacher_log=teacher_log.to(dtype))
+    return TokenStatistics(
+        norms=norms,
         label_nats=student.label_nats,
         teacher_top1=merge_argmax(teacher_max, top1, shard),
         top_log_probs=(gaps[:, :kept] - teacher_log.unsqueeze(-1)).to(dtype),
@@ -106,25 +106,25 @@ def log_total(maxima: Tensor, totals: Tensor, largest: Tensor, temperature: floa
 
 
 def local_top(
-    spec: TileSpec, local: LocalStatistics, teacher_CV: Tensor, shard: VocabShard, top_k: int
+    spec: TileSpec, local: LocalStatistics, teacher_CVs: Tensor, shard: VocabShard, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shard's `top_k` largest teacher logits [C, top_k], filled up with -inf; the tempered log-sum-exp [C] of all
     others, relative to the maximum; and its first class [C] in the whole vocabulary."""
-    num_rows, width = teacher_CV.shape
+    num_tokens, width = teacher_CVs.shape
     largest = local.teacher_max
     assert largest is not None
     if width == 0:
-        top_CK = teacher_CV.new_full((num_rows, top_k), -math.inf)
+        top_CK = teacher_CVs.new_full((num_tokens, top_k), -math.inf)
         return top_CK, torch.full_like(largest, -math.inf), torch.full_like(largest, shard.start, dtype=torch.int64)
-    top1 = _first_column(local.group_max, largest, teacher_CV) + shard.start
+    top1 = _first_column(local.group_max, largest, teacher_CVs) + shard.start
     if top_k == 0:
         assert local.teacher_sum is not None
-        return teacher_CV[:, :0], local.teacher_sum.log(), top1
+        return teacher_CVs[:, :0], local.teacher_sum.log(), top1
     if local.group_max is None or local.group_sum is None:
-        candidates, tails = teacher_CV, teacher_CV[:, :0]
+        candidates, tails = teacher_CVs, teacher_CVs[:, :0]
     else:
         columns, is_outside = _candidate_columns(local.group_max, width, top_k)
-        candidates = teacher_CV.gather(-1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, -math.inf)
+        candidates = teacher_CVs.gather(-1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, -math.inf)
         tails = local.group_sum.log() + (local.group_max - largest.unsqueeze(-1)) / spec.temperature
         tails = tails.masked_fill(~is_outside, -math.inf)
     values, index = candidates.topk(min(top_k, candidates.shape[-1]), -1)
@@ -146,14 +146,14 @@ def _candidate_columns(group_max: Tensor, num_classes: int, num_groups: int) -> 
     return columns, torch.ones_like(group_max, dtype=torch.bool).scatter_(-1, groups, False)
 
 
-def _first_column(group_max: Tensor | None, largest: Tensor, teacher_CV: Tensor) -> Tensor:
+def _first_column(group_max: Tensor | None, largest: Tensor, teacher_CVs: Tensor) -> Tensor:
     """Column [C] of the first maximum: in the first group that has it, so that ties take the lowest class."""
     if group_max is None:
-        return teacher_CV.argmax(-1)
-    width, last = group_width(teacher_CV.shape[-1]), teacher_CV.shape[-1] - 1
+        return teacher_CVs.argmax(-1)
+    width, last = group_width(teacher_CVs.shape[-1]), teacher_CVs.shape[-1] - 1
     group = (group_max == largest.unsqueeze(-1)).to(torch.int32).argmax(-1, keepdim=True)
-    columns = (group * width + torch.arange(width, device=teacher_CV.device)).clamp(max=last)
-    is_largest = teacher_CV.gather(-1, columns) == largest.unsqueeze(-1)
+    columns = (group * width + torch.arange(width, device=teacher_CVs.device)).clamp(max=last)
+    is_largest = teacher_CVs.gather(-1, columns) == largest.unsqueeze(-1)
     return columns.gather(-1, is_largest.to(torch.int32).argmax(-1, keepdim=True)).squeeze(-1)
 
 
@@ -161,15 +161,15 @@ def merge_argmax(largest: Tensor, classes: Tensor, shard: VocabShard) -> Tensor:
     """[R, C] local maxima and their classes -> [C] int64 class of the overall maximum; the lowest class when tied."""
     is_best = largest == largest.amax(0)
     lowest = torch.where(is_best, classes.to(torch.int64), shard.total).amin(0)
-    return lowest.clamp_max(shard.total - 1)  # a row of NaN has no best class
+    return lowest.clamp_max(shard.total - 1)  # NaN has no best class
 
 
-def local_target(logits_CV: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+def local_target(logits_CVs: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
     """[C] logit of the label where this shard holds it, else 0: the sum over the shards is the label's logit."""
     is_here, column = label_columns(labels, shard)
     if shard.size == 0:
-        return logits_CV.new_zeros(labels.shape)
-    return torch.where(is_here, logits_CV.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
+        return logits_CVs.new_zeros(labels.shape)
+    return torch.where(is_here, logits_CVs.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
 
 
 def label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

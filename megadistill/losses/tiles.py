@@ -1,36 +1,85 @@
-"""What the objective and its row kernels say to each other.
+"""What the objective and its kernels exchange.
 
-A tile holds the logits of C rows and this rank's V classes, at temperature 1; kernels temper it themselves.
+A tile holds the logits of C tokens and this rank's Vs classes, at temperature 1; kernels temper it themselves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from enum import IntEnum
+from typing import NamedTuple
 
 from torch import Tensor
 
-from megadistill.losses.config import Baseline, LossConfig, Remainder
+from megadistill.config.loss import LossConfig, Remainder
+from megadistill.losses.divergences import Formula, divergence_of
 
-Kind = Literal["clipped", Baseline]
 # Classes that share one maximum and one sum in the statistics: the top K lie in the K groups with the largest maxima.
 GROUP = 64
-_MIN_GROUPED = 128 * GROUP  # below, taking the top K of the row itself is as fast
+_MIN_GROUPED = 128 * GROUP  # below, taking the top K of the whole shard is as fast
+
+
+class ClippedSum(IntEnum):
+    """Columns of the sums over classes for DAC-KL; p, q: teacher and student, m: mask (docs/method.md, section 2).
+
+    The sums from SHIFT on that belong to the student are relative to exp(SHIFT): they merge like a log-sum-exp.
+    L and U: only with edges, and the derivative of a sum by a threshold, up to sign and softness.
+    """
+
+    KL = 0
+    """Sum of p (log p - log q), unclipped."""
+    KEPT_GAP = 1
+    """D: sum of m p (log p - log q)."""
+    KEPT_P = 2
+    """P: sum of m p."""
+    CLIPPED_P = 3
+    """Rp: sum of (1 - m) p."""
+    SHIFT = 4
+    """Log of the unit of the three totals."""
+    TOTAL = 5
+    """Rq, the sum of (1 - m) q (bucket), or Q, the sum of m q (renormalize)."""
+    TOTAL_L = 6
+    TOTAL_U = 7
+    GAP_L = 8
+    """Sum of m p (log p - log q) (1 - lower edge's sigmoid)."""
+    P_L = 9
+    GAP_U = 10
+    P_U = 11
+
+
+class DivergenceSum(IntEnum):
+    """Columns of the sums over classes for every other divergence; the forward KL has the first one only."""
+
+    KL = 0
+    VALUE = 1
+    SLOPE = 2
+
+
+class SpanSum(IntEnum):
+    """Columns of the sums over classes of a span pair; r is the product of both positions' probabilities."""
+
+    SQUARE = 0
+    """||r^S - r^T||^2."""
+    INNER = 1
+    """<r^S - r^T, r^S>."""
 
 
 @dataclass(frozen=True)
 class TileSpec:
-    """What a kernel is specialised on: one compiled version for each value."""
+    """What a kernel is specialized on: one compiled version for each value."""
 
-    kind: Kind = "forward_kl"
+    is_clipped: bool = False
+    """DAC-KL with its mask; `formula` is None then."""
+    formula: Formula | None = None
+    """The divergence; None without a mask: the forward KL."""
+    share: float = 0.0
+    """The share that the formula gets."""
     remainder: Remainder = "bucket"
     softness: float = 0.25
     temperature: float = 1.0
-    mix: float = 0.5
-    """alpha of the skewed divergences, beta of Jensen-Shannon's."""
     has_edges: bool = False
-    """Row sums for the derivatives by the mask's thresholds are wanted: a gate is learning."""
-    has_plain: bool = False
+    """Sums for the derivatives by the mask's thresholds are wanted: a gate is learning."""
+    has_untempered: bool = False
     """Cross-entropy at temperature 1 beside other terms at another temperature."""
     has_bucket: bool = False
     """The last column stands for all classes that are not listed (TeacherTopK): it is never kept."""
@@ -38,28 +87,25 @@ class TileSpec:
     @classmethod
     def of(cls, config: LossConfig, *, has_edges: bool) -> TileSpec:
         """The specification that a configuration asks for."""
-        kind: Kind = "forward_kl"
-        if config.dac_kl > 0:
-            kind = "clipped" if config.is_clipped else "forward_kl"
-            if config.divergence != "dac_kl":
-                kind = config.divergence
-        mix = config.jensen_shannon_beta if kind == "jensen_shannon" else config.skew
+        is_clipped = config.is_clipped
+        divergence = divergence_of(config)
         return cls(
-            kind=kind,
-            remainder=config.remainder if kind == "clipped" else "bucket",
-            softness=config.softness if kind == "clipped" else 0.0,
+            is_clipped=is_clipped,
+            formula=divergence.formula,
+            share=divergence.share(config),
+            remainder=config.remainder if is_clipped else "bucket",
+            softness=config.softness if is_clipped else 0.0,
             temperature=config.temperature,
-            mix=mix if kind not in ("clipped", "forward_kl", "reverse_kl", "total_variation") else 0.0,
             has_edges=has_edges,
-            has_plain=config.temperature != 1.0 and config.sft > 0,
+            has_untempered=config.temperature != 1.0 and config.sft > 0,
         )
 
     @property
     def num_sums(self) -> int:
-        """Columns of the row sums; the last ones of a clipped loss merge like a log-sum-exp."""
-        if self.kind == "clipped":
-            return 12 if self.has_edges else 6
-        return 1 if self.kind == "forward_kl" else 3
+        """Columns of the sums over classes: of `ClippedSum` or of `DivergenceSum`."""
+        if self.is_clipped:
+            return len(ClippedSum) if self.has_edges else ClippedSum.TOTAL + 1
+        return DivergenceSum.KL + 1 if self.formula is None else len(DivergenceSum)
 
 
 def group_width(num_classes: int) -> int:
@@ -68,52 +114,56 @@ def group_width(num_classes: int) -> int:
 
 
 class LocalStatistics(NamedTuple):
-    """Statistics of one shard, per row [C]; sums of exponentials are tempered and relative to the maximum.
+    """Statistics of one shard, per token [C]; sums of exponentials are tempered and relative to the maximum.
 
-    group_max, group_sum: [C, G] of the teacher's groups, sums relative to the group's own maximum; None where the
-    shard is too small to be grouped. The teacher's entries are None without a teacher.
+    untempered_sum: student_sum at temperature 1. group_max, group_sum: [C, G] of the teacher's groups, sums relative to
+    the group's own maximum; None where the shard is too small to be grouped. The teacher's entries are None without a
+    teacher.
     """
 
     student_max: Tensor
     student_sum: Tensor
-    plain_sum: Tensor | None
+    untempered_sum: Tensor | None
     teacher_max: Tensor | None
     teacher_sum: Tensor | None
     group_max: Tensor | None
     group_sum: Tensor | None
 
 
-class RowConstants(NamedTuple):
-    """What a kernel needs to know of each row [C]: log q = (student - student_max) / tau - student_log, and so on.
-
-    plain_log is student_log at temperature 1. theta_l, theta_u: thresholds of the mask in nats; top_column: the
-    teacher's top class as a column of this tile, outside it when elsewhere.
-    """
+class LogNormalizers(NamedTuple):
+    """What makes log-probabilities of logits, per token [C]: log q = (student - student_max) / tau - student_log, and
+    the same for the teacher. untempered_log is student_log at temperature 1."""
 
     student_max: Tensor
     student_log: Tensor
-    plain_log: Tensor | None = None
+    untempered_log: Tensor | None = None
     teacher_max: Tensor | None = None
     teacher_log: Tensor | None = None
-    theta_l: Tensor | None = None
-    theta_u: Tensor | None = None
-    top_column: Tensor | None = None
 
 
-class RowWeights(NamedTuple):
-    """Factors [C] of the parts of the derivative by a row's logits; None: that part is absent.
+class MaskBounds(NamedTuple):
+    """Where the mask lies, per token [C]: its two thresholds in nats, and the teacher's top class as a column of this
+    tile, outside it when elsewhere."""
 
-    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; share: of the mask's weight of
-    q over exp(log_norm); plain: of softmax(student) at temperature 1. label: what the derivative loses at label_column
-    (a column of this tile, outside it when elsewhere). span_pair: weight over root of the span pair that a row starts
-    (the last row starts none), span_inner: its merged <r^S - r^T, r^S>.
+    theta_l: Tensor
+    theta_u: Tensor
+    top_column: Tensor
+
+
+class GradientWeights(NamedTuple):
+    """Factors [C] of the parts of the derivative by a token's logits; None: that part is absent.
+
+    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; bucket_coef: of the mask's
+    weight of q over exp(log_norm); untempered: of softmax(student) at temperature 1. label: what the derivative loses
+    at label_column (a column of this tile, outside it when elsewhere). span_pair: weight over root of the span pair
+    that a position starts (the last one starts none), span_inner: its merged <r^S - r^T, r^S>.
     """
 
     student: Tensor
     teacher: Tensor | None = None
-    share: Tensor | None = None
+    bucket_coef: Tensor | None = None
     log_norm: Tensor | None = None
-    plain: Tensor | None = None
+    untempered: Tensor | None = None
     label: Tensor | None = None
     label_column: Tensor | None = None
     span_pair: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The KL map that SCRG reads (paper: Eq. 3): forward KL of every row and the teacher's first class, nothing else."""
+"""The KL map that SCRG reads (paper: Eq. 3): forward KL of every token and the teacher's first class, nothing else."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megadistill.losses.backends import row_kernels
-from megadistill.losses.config import Backend
+from megadistill.config.loss import Backend
+from megadistill.losses.backends import make_kernels
 from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import bias_shifts, check_shard, chunk_size, chunks
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.statistics import local_top, merge_argmax
-from megadistill.losses.tiles import RowConstants, TileSpec
+from megadistill.losses.tiles import DivergenceSum, LogNormalizers, TileSpec
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
@@ -31,45 +31,45 @@ def token_kl(
 ) -> tuple[Tensor, Tensor]:
     """(kl_map [T] in nats, teacher_top1 [T] int64): sum_c p_c (log p_c - log q_c), and argmax p (lowest class if tied).
 
-    At temperature 1, without gradient, float32 or better; every row counts. Rows whose hidden state is not finite
-    give a map that is not finite there and nowhere else. `visit(rows, logits [C, V])` sees the teacher's logits of each
+    At temperature 1, without gradient, float32 or better; every token counts. Where a hidden state is not finite the
+    map is not finite either, and nowhere else. `visit(tokens, logits [C, Vs])` sees the teacher's logits of each
     chunk, up to a constant (the teacher's own token is drawn from them); it must neither change nor keep them.
-    Communicates 6 floats a row in one all-gather a chunk over `shard.group`. Raises ValueError for shapes that do not
+    Communicates 6 floats a token in one all-gather a chunk over `shard.group`. Raises ValueError for shapes that do not
     fit.
     """
     check_shard(shard)
     if not isinstance(teacher, Head):
         raise ValueError(f"token_kl needs the teacher's hidden states and head, got {type(teacher).__name__}")
-    num_rows = len(student.hidden)
-    student.check("student", num_rows, shard.size)
-    teacher.check("teacher", num_rows, shard.size)
+    num_tokens = len(student.hidden)
+    student.check("student", num_tokens, shard.size)
+    teacher.check("teacher", num_tokens, shard.size)
     dtype, device = loss_dtype(student, teacher), student.hidden.device
-    spec, kernels = TileSpec(), row_kernels(backend, shard, device)
-    kl_map = torch.zeros(num_rows, dtype=dtype, device=device)
-    top1 = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    spec, kernels = TileSpec(), make_kernels(backend, shard, device)
+    kl_map = torch.zeros(num_tokens, dtype=dtype, device=device)
+    top1 = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     with torch.autocast(device.type, enabled=False):
         size = chunk_size(chunk_tokens, shard, device)
         shifts = bias_shifts([student, teacher], shard.group)
         pairs = zip((student, teacher), shifts, strict=True)
         heads = [LogitsProjector(head, None, dtype, shift) for head, shift in pairs]
-        rooms = [head.new_tile(min(size, num_rows)) for head in heads]
-        for chunk, _ in chunks(num_rows, size):
-            student_CV, teacher_CV = (head.logits(chunk, room) for head, room in zip(heads, rooms, strict=True))
-            local = local_statistics(spec, kernels, student_CV, teacher_CV)
+        buffers = [head.new_buffer(min(size, num_tokens)) for head in heads]
+        for chunk, _ in chunks(num_tokens, size):
+            student_CVs, teacher_CVs = (head.logits(chunk, buffer) for head, buffer in zip(heads, buffers, strict=True))
+            local = local_statistics(spec, kernels, student_CVs, teacher_CVs)
             assert local.teacher_max is not None and local.teacher_sum is not None
             logs = local.student_sum.log(), local.teacher_sum.log()
             local_kl = torch.zeros_like(local.student_max)
             if shard.size:
-                # Each shard's KL between the distributions within it needs no merged normaliser: one exchange does.
-                rows = RowConstants(local.student_max, logs[0], None, local.teacher_max, logs[1])
-                local_kl = kernels.sums(spec, student_CV, teacher_CV, rows)[:, 0]
-            classes = local_top(spec, local, teacher_CV, shard, 0)[2].to(dtype)
+                # Each shard's KL between the distributions within it needs no merged normalizer: one exchange does.
+                norms = LogNormalizers(local.student_max, logs[0], None, local.teacher_max, logs[1])
+                local_kl = kernels.sums(spec, student_CVs, teacher_CVs, norms, None)[:, DivergenceSum.KL]
+            classes = local_top(spec, local, teacher_CVs, shard, 0)[2].to(dtype)
             columns = [local.student_max, logs[0], local.teacher_max, logs[1], local_kl, classes]
             gathered = all_gather_rows(torch.stack(columns, -1), shard.group)
             kl_map[chunk] = _merge_kl(*gathered[..., :5].double().unbind(-1)).to(dtype)
             top1[chunk] = merge_argmax(gathered[..., 2], gathered[..., 5], shard)
             if visit is not None:
-                visit(chunk, teacher_CV)
+                visit(chunk, teacher_CVs)
     return kl_map, top1
 
 

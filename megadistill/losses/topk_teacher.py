@@ -3,7 +3,7 @@
 The classes that are not listed form one class, the rest, with the teacher's tail as its probability and the sum of the
 student's as its own. Every formula of the token level is the usual one on these L + 1 classes; the mask never keeps
 the rest. That problem is small and the same on every rank, so it needs no second exchange.
-Suffixes: C rows of one chunk, V this rank's classes, L listed classes, M = L + 1, R ranks.
+Suffixes: C tokens of one chunk, Vs this rank's classes, L listed classes, M = L + 1, R ranks.
 """
 
 from __future__ import annotations
@@ -13,26 +13,33 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megadistill.config.loss import LossConfig
 from megadistill.errors import ConfigError, DataError
-from megadistill.losses.backends import TorchKernels, add_labels
-from megadistill.losses.config import LossConfig
 from megadistill.losses.dense_teacher import local_statistics, span_sums
-from megadistill.losses.statistics import RowStatistics, local_target, log_total
-from megadistill.losses.tiles import RowConstants, RowWeights, TileSpec
+from megadistill.losses.divergences import divergence_of
+from megadistill.losses.statistics import TokenStatistics, local_target, log_total
+from megadistill.losses.tiles import GradientWeights, LogNormalizers, MaskBounds, TileSpec
+from megadistill.losses.torch_kernels import TorchKernels, add_labels
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
-_ABSENT = -1e6  # a log-probability of nothing, small enough that its product with exp(-80) is still nothing
+_ABSENT = -1e6  # log-probability of an absent class, so small that it times exp(-80) is still nothing
 _MAX_EXCESS = 0.02  # half-precision caches are off by less
 
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """ids: [T, L] int64 classes, no class twice in a row; log_probs: [T, L] their log-probabilities, in any order;
-    log_tail: [T] log of the probability of all other classes, -inf for none. `temperature` is the one at which they
-    were taken: tempering later needs all classes. The same on every tensor-parallel rank. In rows that count,
-    probabilities and tail add up to one; a tail of 0 with classes that are not listed says that the teacher excludes
-    them, which `reverse_kl` cannot digest."""
+    """The teacher's likeliest classes at each position, the same on every tensor-parallel rank.
+
+    For tokens that count, probabilities and tail add up to one. A tail of 0 with classes that are not listed means that
+    the teacher excludes them, which `reverse_kl` cannot digest.
+
+    Attributes:
+        ids: [T, L] int64 classes, none twice for one token.
+        log_probs: [T, L] their log-probabilities, in any order.
+        log_tail: [T] log of the probability of all other classes, -inf for none.
+        temperature: The one at which they were taken: tempering later needs all classes.
+    """
 
     ids: Tensor
     log_probs: Tensor
@@ -46,17 +53,17 @@ class TeacherTopK:
         values, ids = log_probs.topk(num_listed, -1)
         return cls(ids, values, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1), temperature)
 
-    def check(self, num_rows: int, config: LossConfig) -> None:
+    def check(self, num_tokens: int, config: LossConfig) -> None:
         """Raises ValueError for shapes that do not fit and ConfigError for another temperature than the loss's."""
-        if self.ids.dim() != 2 or self.ids.shape != self.log_probs.shape or self.ids.shape[0] != num_rows:
+        if self.ids.dim() != 2 or self.ids.shape != self.log_probs.shape or self.ids.shape[0] != num_tokens:
             raise ValueError(
                 f"teacher.ids and teacher.log_probs have shapes {tuple(self.ids.shape)} and "
-                f"{tuple(self.log_probs.shape)}, expected [{num_rows}, L] twice"
+                f"{tuple(self.log_probs.shape)}, expected [{num_tokens}, L] twice"
             )
-        if self.ids.shape[1] < 1 or self.ids.dtype != torch.int64 or self.log_tail.shape != (num_rows,):
+        if self.ids.shape[1] < 1 or self.ids.dtype != torch.int64 or self.log_tail.shape != (num_tokens,):
             raise ValueError(
-                f"teacher.ids must be int64 with at least one column and teacher.log_tail of shape ({num_rows},); got "
-                f"{self.ids.dtype} {tuple(self.ids.shape)} and {tuple(self.log_tail.shape)}"
+                f"teacher.ids must be int64 with at least one column and teacher.log_tail of shape ({num_tokens},); "
+                f"got {self.ids.dtype} {tuple(self.ids.shape)} and {tuple(self.log_tail.shape)}"
             )
         if self.temperature != config.temperature:
             raise ConfigError(
@@ -71,82 +78,99 @@ class TopKTeacher:
     def __init__(
         self,
         top: TeacherTopK,
-        row_index: Tensor,
+        positions: Tensor,
         dtype: torch.dtype,
         *,
         spec: TileSpec,
         kernels: TorchKernels,
         shard: VocabShard,
-        top_k: int,
+        config: LossConfig,
     ) -> None:
-        self.spec, self.kernels, self.shard, self.top_k, self.dtype = spec, kernels, shard, top_k, dtype
-        self._ids = top.ids[row_index]
-        log_probs = torch.cat([top.log_probs[row_index], top.log_tail[row_index].unsqueeze(-1)], -1)
+        self.spec, self.kernels, self.shard, self.dtype = spec, kernels, shard, dtype
+        self.top_k = config.top_k if config.is_clipped else 0
+        self._ids = top.ids[positions]
+        log_probs = torch.cat([top.log_probs[positions], top.log_tail[positions].unsqueeze(-1)], -1)
         if len(self._ids):
-            _check_rows(self._ids, log_probs, spec.kind, shard.total)
+            _check_distributions(self._ids, log_probs, config, shard.total)
         self._log_probs = log_probs.to(dtype).clamp_min(_ABSENT)
-        self._small_spec = replace(spec, temperature=1.0, has_plain=False, has_bucket=spec.kind == "clipped")
+        self._small_spec = replace(spec, temperature=1.0, has_untempered=False, has_bucket=spec.is_clipped)
         self._small_kernels = TorchKernels()
 
-    def statistics(self, chunk: slice, student_CV: Tensor, labels: Tensor) -> RowStatistics:
-        """Reads a chunk; one all-gather of 3 + L floats a row (one more when tempered)."""
+    def statistics(self, chunk: slice, student_CVs: Tensor, labels: Tensor) -> TokenStatistics:
+        """Reads a chunk; one all-gather of 3 + L floats a token (one more when tempered)."""
         self._chunk = self._ids[chunk], self._log_probs[chunk]
         ids_CL = self._chunk[0]
         here = (ids_CL >= self.shard.start) & (ids_CL < self.shard.stop)
-        row, place = torch.nonzero(here, as_tuple=True)
-        self._here = row, place, ids_CL[row, place] - self.shard.start
-        row, place, column = self._here
-        target = local_target(student_CV, labels, self.shard)
-        listed_CL = student_CV.new_zeros(ids_CL.shape)
-        listed_CL[row, place] = student_CV[row, column]
+        token, place = torch.nonzero(here, as_tuple=True)
+        column = ids_CL[token, place] - self.shard.start
+        self._here = token, place, column
+        target = local_target(student_CVs, labels, self.shard)
+        listed_CL = student_CVs.new_zeros(ids_CL.shape)
+        listed_CL[token, place] = student_CVs[token, column]
         # Without the listed classes, in place and back: a masked copy would be as large as the tile.
-        student_CV[row, column] = _ABSENT
-        local = local_statistics(self.spec, self.kernels, student_CV, None)
-        student_CV[row, column] = listed_CL[row, place]
+        student_CVs[token, column] = _ABSENT
+        local = local_statistics(self.spec, self.kernels, student_CVs, None)
+        student_CVs[token, column] = listed_CL[token, place]
         is_none = local.student_max <= 0.5 * _ABSENT
         columns = [local.student_max.masked_fill(is_none, -torch.inf), local.student_sum.masked_fill(is_none, 0.0)]
         columns.append(target)
-        if local.plain_sum is not None:
-            columns.append(local.plain_sum.masked_fill(is_none, 0.0))
+        if local.untempered_sum is not None:
+            columns.append(local.untempered_sum.masked_fill(is_none, 0.0))
         gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), listed_CL], -1), self.shard.group)
         width = len(columns)
         return self._merge(gathered[..., :width].double(), gathered[..., width:].sum(0).double())
 
-    def sums(self, student_CV: Tensor, rows: RowConstants, has_span: bool) -> tuple[Tensor, Tensor | None]:
-        """Row sums [1, C, num_sums] and, in one all-gather, merged span sums [C, 2]. In a span's product the teacher's
-        probability of a class that is not listed counts as 0."""
-        self._small = self._small_rows(rows)
-        sums = self._small_kernels.sums(self._small_spec, self._log_q_CM, self._chunk[1], self._small).unsqueeze(0)
+    def sums(
+        self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sums over classes [1, C, num_sums] and, in one all-gather, merged span sums [C, 2]. In a span's product the
+        teacher's probability of a class that is not listed counts as 0."""
+        zeros = torch.zeros_like(norms.student_max)
+        self._small_norms = LogNormalizers(zeros, zeros, None, zeros, zeros)
+        self._small_bounds = None if bounds is None else bounds._replace(top_column=self._top_place)
+        sums = self._small_kernels.sums(
+            self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds
+        ).unsqueeze(0)
         if not has_span:
             return sums, None
-        row, place, column = self._here
-        self._tile_CV = torch.full_like(student_CV, _ABSENT)
-        self._tile_CV[row, column] = self._chunk[1][row, place] * self.spec.temperature
-        local = span_sums(self.spec, self.kernels, student_CV, self._tile_CV, self._span_rows(rows))
+        token, place, column = self._here
+        self._tile_CVs = torch.full_like(student_CVs, _ABSENT)
+        self._tile_CVs[token, column] = self._chunk[1][token, place] * self.spec.temperature
+        local = span_sums(self.spec, self.kernels, student_CVs, self._tile_CVs, self._span_norms(norms))
         return sums, all_gather_rows(local, self.shard.group).sum(0)
 
-    def gradient(self, student_CV: Tensor, rows: RowConstants, weights: RowWeights, out_CV: Tensor) -> None:
+    def gradient(
+        self,
+        student_CVs: Tensor,
+        norms: LogNormalizers,
+        bounds: MaskBounds | None,
+        weights: GradientWeights,
+        out_CVs: Tensor,
+    ) -> None:
         """Writes the derivative by the student's logits: the one by the rest's logit is spread over its classes by
         their shares of it."""
         small_CM = torch.empty_like(self._log_q_CM)
-        token = RowWeights(weights.student, weights.teacher, weights.share, weights.log_norm)
-        self._small_kernels.gradient(self._small_spec, self._log_q_CM, self._chunk[1], self._small, token, small_CM)
-        if student_CV.shape[1] == 0:
+        of_token = GradientWeights(weights.student, weights.teacher, weights.bucket_coef, weights.log_norm)
+        self._small_kernels.gradient(
+            self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds, of_token, small_CM
+        )
+        if student_CVs.shape[1] == 0:
             return
-        spread = RowWeights(small_CM[:, -1].contiguous(), plain=weights.plain)
-        self.kernels.gradient(replace(self.spec, kind="forward_kl"), student_CV, None, self._rest, spread, out_CV)
-        row, place, column = self._here
-        listed = small_CM[row, place]
-        if weights.plain is not None:
-            assert rows.plain_log is not None
-            log_q = (student_CV[row, column] - rows.student_max[row]) - rows.plain_log[row]
-            listed = listed + weights.plain[row] * log_q.exp()
-        out_CV[row, column] = listed.to(out_CV.dtype)
+        spread = GradientWeights(small_CM[:, -1].contiguous(), untempered=weights.untempered)
+        spec = replace(self.spec, is_clipped=False, formula=None)
+        self.kernels.gradient(spec, student_CVs, None, self._rest, None, spread, out_CVs)
+        token, place, column = self._here
+        listed = small_CM[token, place]
+        if weights.untempered is not None:
+            assert norms.untempered_log is not None
+            log_q = (student_CVs[token, column] - norms.student_max[token]) - norms.untempered_log[token]
+            listed = listed + weights.untempered[token] * log_q.exp()
+        out_CVs[token, column] = listed.to(out_CVs.dtype)
         if weights.span_pair is not None:
-            self.kernels.add_span(self.spec, student_CV, self._tile_CV, self._span_rows(rows), weights, out_CV)
-        add_labels(weights, out_CV)
+            self.kernels.add_span(self.spec, student_CVs, self._tile_CVs, self._span_norms(norms), weights, out_CVs)
+        add_labels(weights, out_CVs)
 
-    def _merge(self, rest: Tensor, listed_CL: Tensor) -> RowStatistics:
+    def _merge(self, rest: Tensor, listed_CL: Tensor) -> TokenStatistics:
         """Statistics from the shards' rests [R, C, .] and the student's logits of the listed classes."""
         temperature, dtype = self.spec.temperature, self.dtype
         ids_CL, log_p_CM = self._chunk
@@ -163,20 +187,22 @@ class TopKTeacher:
             return log_rest, torch.logaddexp(log_rest + (base - student_max) / tau, gaps.logsumexp(-1))
 
         rest_log, student_log = log_sums(rest_sum, temperature)
-        plain_log = log_sums(rest[..., 3], 1.0)[1] if self.spec.has_plain else student_log
-        if temperature != 1.0 and not self.spec.has_plain:
-            label_nats = torch.zeros_like(plain_log)  # no cross-entropy is wanted
+        untempered_log = log_sums(rest[..., 3], 1.0)[1] if self.spec.has_untempered else student_log
+        if temperature != 1.0 and not self.spec.has_untempered:
+            label_nats = torch.zeros_like(untempered_log)  # no cross-entropy is wanted
         else:
-            label_nats = plain_log + (student_max - target.sum(0))
+            label_nats = untempered_log + (student_max - target.sum(0))
         gaps = torch.cat([listed_CL, base.unsqueeze(-1)], -1) - student_max.unsqueeze(-1)
         log_q = gaps / temperature - student_log.unsqueeze(-1)
         log_q[:, -1] += rest_log
         self._log_q_CM = log_q.to(dtype).clamp_min(_ABSENT)
         # Where there is no rest its factor is 0 and its base any number.
         rest_log = torch.where(has_rest, rest_log, 0.0)
-        self._rest = RowConstants(base.to(dtype), rest_log.to(dtype), (plain_log + (student_max - base)).to(dtype))
-        return RowStatistics(
-            RowConstants(student_max.to(dtype), student_log.to(dtype), plain_log.to(dtype)),
+        self._rest = LogNormalizers(
+            base.to(dtype), rest_log.to(dtype), (untempered_log + (student_max - base)).to(dtype)
+        )
+        return TokenStatistics(
+            LogNormalizers(student_max.to(dtype), student_log.to(dtype), untempered_log.to(dtype)),
             label_nats,
             *self._top(ids_CL, log_p_CM),
         )
@@ -192,32 +218,28 @@ class TopKTeacher:
         log_tail = torch.where(tail <= 0.5 * _ABSENT, -torch.inf, tail)
         return top1.clamp_max(self.shard.total - 1), ordered[:, : self.top_k], log_tail.to(self.dtype)
 
-    def _small_rows(self, rows: RowConstants) -> RowConstants:
-        nothing = torch.zeros_like(rows.student_max)
-        return RowConstants(nothing, nothing, None, nothing, nothing, rows.theta_l, rows.theta_u, self._top_place)
-
-    def _span_rows(self, rows: RowConstants) -> RowConstants:
-        nothing = torch.zeros_like(rows.student_max)
-        return RowConstants(rows.student_max, rows.student_log, None, nothing, nothing)
+    def _span_norms(self, norms: LogNormalizers) -> LogNormalizers:
+        zeros = torch.zeros_like(norms.student_max)
+        return LogNormalizers(norms.student_max, norms.student_log, None, zeros, zeros)
 
 
-def _check_rows(ids: Tensor, log_probs: Tensor, kind: str, num_classes: int) -> None:
-    """Raises DataError where rows that count are not distributions over classes of the vocabulary."""
+def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num_classes: int) -> None:
+    """Raises DataError where tokens that count have no distribution over classes of the vocabulary."""
     if not 0 <= int(ids.min()) <= int(ids.max()) < num_classes:
         raise DataError(f"teacher.ids holds a class outside 0 to {num_classes - 1}")
     ordered = ids.sort(-1)[0]
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise DataError("teacher.ids holds a class twice in a row")
+        raise DataError("teacher.ids holds a class twice at one position")
     total = log_probs.double().exp().sum(-1)
     if not bool((total - 1.0).abs().max() < _MAX_EXCESS):  # NaN is not below it either
         worst = float(total[(total - 1.0).abs().argmax()])
         raise DataError(
-            f"probabilities of teacher.log_probs and teacher.log_tail add up to {worst:.4g} in a row, not to 1: "
+            f"probabilities of teacher.log_probs and teacher.log_tail add up to {worst:.4g} at one position, not to 1: "
             "both are natural logarithms, the tail that of the sum of all other classes"
         )
     possible = log_probs if ids.shape[1] < num_classes else log_probs[:, :-1]
-    if kind == "reverse_kl" and bool(torch.isneginf(possible).any()):
+    if divergence_of(config).needs_support and bool(torch.isneginf(possible).any()):
         raise DataError(
-            "loss.divergence=reverse_kl is infinite where the teacher excludes classes: teacher.log_tail or "
+            f"loss.divergence={config.divergence} is infinite where the teacher excludes classes: teacher.log_tail or "
             "teacher.log_probs is -inf"
         )

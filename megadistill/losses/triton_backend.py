@@ -5,121 +5,137 @@ On a machine without CUDA, TRITON_INTERPRET=1 runs them (slowly) on the CPU: tha
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
 import torch
 import triton
 from torch import Tensor
 
 from megadistill.losses import triton_kernels as kernels
-from megadistill.losses.backends import CompiledKernels
-from megadistill.losses.tiles import Kind, LocalStatistics, RowConstants, RowWeights, TileSpec, group_width
+from megadistill.losses.tiles import (
+    GradientWeights,
+    LocalStatistics,
+    LogNormalizers,
+    MaskBounds,
+    SpanSum,
+    TileSpec,
+    group_width,
+)
+from megadistill.losses.torch_kernels import TorchKernels
 
-# The number of each kind in the kernels.
-_KINDS = {kind: number for number, kind in enumerate(get_args(Kind))}
 _BLOCK = 1024  # classes that a program works on at a time
 _NUM_WARPS = 4
 
 
-class TritonKernels(CompiledKernels):
+class TritonKernels(TorchKernels):
     """Tiles have unit stride along the classes."""
 
-    def statistics(self, spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor | None) -> LocalStatistics:
-        num_rows, num_classes = student_CV.shape
-        row = student_CV.new_empty(num_rows)
-        width = 1 if teacher_CV is None else group_width(num_classes)
+    def statistics(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) -> LocalStatistics:
+        num_tokens, num_classes = student_CVs.shape
+        unread = student_CVs.new_empty(num_tokens)
+        width = 1 if teacher_CVs is None else group_width(num_classes)
         num_groups = -(-num_classes // width) if width > 1 else 0
-        groups = [student_CV.new_empty(num_rows, num_groups) if num_groups else None for _ in range(2)]
-        plain = torch.empty_like(row) if spec.has_plain else None
-        maxima, totals, of_teacher_max, of_teacher_sum = (torch.empty_like(row) for _ in range(4))
-        kernels.statistics_kernel[(num_rows,)](
-            student_CV, row if teacher_CV is None else teacher_CV, maxima, totals, _or(plain, row), of_teacher_max,
-            of_teacher_sum, *(_or(group, row) for group in groups), num_classes, num_groups, student_CV.stride(0),
-            1.0 / spec.temperature, HAS_TEACHER=teacher_CV is not None, HAS_PLAIN=spec.has_plain, WIDTH=width,
-            BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+        groups = [student_CVs.new_empty(num_tokens, num_groups) if num_groups else None for _ in range(2)]
+        untempered = torch.empty_like(unread) if spec.has_untempered else None
+        student_max, student_sum, teacher_max, teacher_sum = (torch.empty_like(unread) for _ in range(4))
+        kernels.statistics_kernel[(num_tokens,)](
+            student_CVs, unread if teacher_CVs is None else teacher_CVs, student_max, student_sum,
+            _or(untempered, unread), teacher_max, teacher_sum, *(_or(group, unread) for group in groups), num_classes,
+            num_groups, student_CVs.stride(0), 1.0 / spec.temperature, HAS_TEACHER=teacher_CVs is not None,
+            HAS_UNTEMPERED=spec.has_untempered, WIDTH=width, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
         )  # fmt: skip
-        if teacher_CV is None:
-            return LocalStatistics(maxima, totals, plain, None, None, None, None)
-        return LocalStatistics(maxima, totals, plain, of_teacher_max, of_teacher_sum, *groups)
+        if teacher_CVs is None:
+            return LocalStatistics(student_max, student_sum, untempered, None, None, None, None)
+        return LocalStatistics(student_max, student_sum, untempered, teacher_max, teacher_sum, *groups)
 
-    def sums(self, spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> Tensor:
-        num_rows, num_classes = student_CV.shape
-        out = student_CV.new_empty(num_rows, spec.num_sums)
-        kernels.sums_kernel[(num_rows,)](
-            student_CV, teacher_CV, *_models(rows), *_thresholds(rows), out, num_classes, student_CV.stride(0),
-            1.0 / spec.temperature, _inverse(spec.softness), spec.mix, KIND=_KINDS[spec.kind],
+    def sums(
+        self,
+        spec: TileSpec,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor,
+        norms: LogNormalizers,
+        bounds: MaskBounds | None,
+    ) -> Tensor:
+        num_tokens, num_classes = student_CVs.shape
+        out = student_CVs.new_empty(num_tokens, spec.num_sums)
+        kernels.sums_kernel[(num_tokens,)](
+            student_CVs, teacher_CVs, *_normalizers(norms), *_bounds(bounds, norms), out, num_classes,
+            student_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.share,
+            IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula),
             IS_BUCKET=spec.remainder == "bucket", HAS_EDGES=spec.has_edges, HAS_BUCKET=spec.has_bucket,
-            F=_floors(student_CV), NUM_SUMS=spec.num_sums, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+            F=_floors(student_CVs), NUM_SUMS=spec.num_sums, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
         )  # fmt: skip
         return out
 
-    def span_sums(self, spec: TileSpec, student_CV: Tensor, teacher_CV: Tensor, rows: RowConstants) -> Tensor:
-        num_rows, num_classes = student_CV.shape
-        out = student_CV.new_empty(num_rows - 1, 2)
-        kernels.span_sums_kernel[(num_rows - 1,)](
-            student_CV, teacher_CV, *_models(rows), out, num_classes, student_CV.stride(0), 1.0 / spec.temperature,
-            F=_floors(student_CV), BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+    def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+        num_tokens, num_classes = student_CVs.shape
+        out = student_CVs.new_empty(num_tokens - 1, len(SpanSum))
+        kernels.span_sums_kernel[(num_tokens - 1,)](
+            student_CVs, teacher_CVs, *_normalizers(norms), out, num_classes, student_CVs.stride(0),
+            1.0 / spec.temperature, F=_floors(student_CVs), BLOCK=_BLOCK, num_warps=_NUM_WARPS,
         )  # fmt: skip
         return out
 
     def gradient(
         self,
         spec: TileSpec,
-        student_CV: Tensor,
-        teacher_CV: Tensor | None,
-        rows: RowConstants,
-        weights: RowWeights,
-        out_CV: Tensor,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor | None,
+        norms: LogNormalizers,
+        bounds: MaskBounds | None,
+        weights: GradientWeights,
+        out_CVs: Tensor,
         adds: bool = False,
     ) -> None:
-        """Writes the whole derivative in one pass, or adds it to `out_CV`."""
-        num_rows, num_classes = student_CV.shape
-        any_row, models = rows.student_max, _models(rows)
-        has_span = weights.span_pair is not None and teacher_CV is not None
-        kernels.gradient_kernel[(num_rows, triton.cdiv(num_classes, _BLOCK))](
-            student_CV, student_CV if teacher_CV is None else teacher_CV, *models[:2], _or(rows.plain_log, any_row),
-            *models[2:], *_thresholds(rows),
-            *(_or(part, any_row) for part in weights), out_CV, num_rows, num_classes, student_CV.stride(0),
-            out_CV.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.mix, KIND=_KINDS[spec.kind],
+        """Writes the whole derivative in one pass, or adds it to ``out_CVs``."""
+        num_tokens, num_classes = student_CVs.shape
+        unread, normalizers = norms.student_max, _normalizers(norms)
+        has_teacher = teacher_CVs is not None
+        kernels.gradient_kernel[(num_tokens, triton.cdiv(num_classes, _BLOCK))](
+            student_CVs, student_CVs if teacher_CVs is None else teacher_CVs, *normalizers[:2],
+            _or(norms.untempered_log, unread), *normalizers[2:], *_bounds(bounds, norms),
+            *(_or(part, unread) for part in weights), out_CVs, num_tokens, num_classes, student_CVs.stride(0),
+            out_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.share,
+            IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula),
             IS_BUCKET=spec.remainder == "bucket", HAS_BUCKET=spec.has_bucket,
-            HAS_TOKEN=weights.teacher is not None and teacher_CV is not None, HAS_PLAIN=weights.plain is not None,
-            HAS_LABEL=weights.label is not None, HAS_SPAN=has_span, ADDS=adds, F=_floors(student_CV), BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            HAS_TOKEN=weights.teacher is not None and has_teacher, HAS_UNTEMPERED=weights.untempered is not None,
+            HAS_LABEL=weights.label is not None, HAS_SPAN=weights.span_pair is not None and has_teacher, ADDS=adds,
+            F=_floors(student_CVs), BLOCK=_BLOCK, num_warps=_NUM_WARPS,
         )  # fmt: skip
 
     def add_span(
         self,
         spec: TileSpec,
-        student_CV: Tensor,
-        teacher_CV: Tensor,
-        rows: RowConstants,
-        weights: RowWeights,
-        out_CV: Tensor,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor,
+        norms: LogNormalizers,
+        weights: GradientWeights,
+        out_CVs: Tensor,
     ) -> None:
         if weights.span_pair is None:
             return
-        only_span = RowWeights(
+        only_span = GradientWeights(
             torch.zeros_like(weights.student), span_pair=weights.span_pair, span_inner=weights.span_inner
         )
-        self.gradient(spec, student_CV, teacher_CV, rows, only_span, out_CV, adds=True)
+        self.gradient(spec, student_CVs, teacher_CVs, norms, None, only_span, out_CVs, adds=True)
 
     def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
         return factor
 
 
-def _models(rows: RowConstants) -> tuple[Tensor, ...]:
-    parts = (rows.student_max, rows.student_log, rows.teacher_max, rows.teacher_log)
-    return tuple(_or(part, rows.student_max) for part in parts)
+def _normalizers(norms: LogNormalizers) -> tuple[Tensor, ...]:
+    parts = (norms.student_max, norms.student_log, norms.teacher_max, norms.teacher_log)
+    return tuple(_or(part, norms.student_max) for part in parts)
 
 
-def _thresholds(rows: RowConstants) -> tuple[Any, ...]:
-    """theta_l, theta_u, top_column, or any row where the kernel does not read them."""
-    return tuple(_or(part, rows.student_max) for part in (rows.theta_l, rows.theta_u, rows.top_column))
+def _bounds(bounds: MaskBounds | None, norms: LogNormalizers) -> tuple[Tensor, ...]:
+    """theta_l, theta_u, top_column, or anything where the kernel does not read them."""
+    if bounds is None:
+        return (norms.student_max,) * len(MaskBounds._fields)
+    return tuple(part.contiguous() for part in bounds)
 
 
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
     """A pointer is needed even for what is not read; what is read lies without gaps."""
-    return stand_in if tensor is None else tensor.contiguous()
+    return unread if tensor is None else tensor.contiguous()
 
 
 def _inverse(softness: float) -> float:
@@ -127,5 +143,5 @@ def _inverse(softness: float) -> float:
 
 
 def _floors(tile: Tensor) -> float:
-    """Factor of the floors of `rowmath`: float64 has eight times the exponents."""
+    """Factor of the floors of `tile_math`: float64 has eight times the exponents."""
     return 8.0 if tile.dtype == torch.float64 else 1.0

@@ -1,16 +1,43 @@
-"""The row kernels in Triton: `rowmath` in three passes over tiles that are too large for any cache.
+"""The kernels in Triton: `tile_math` in three passes over tiles that are too large for any cache.
 
-statistics: one program a row; sums: one program a row, with running maxima for the log-domain sums; gradient: one
-program a row and block of classes, span and label included, written once in the dtype that the next product reads. The
-formulas are those of `rowmath`, where they are explained; `triton_backend` launches the kernels.
+statistics: one program a token; sums: one program a token, with running maxima for the log-domain sums; gradient: one
+program a token and block of classes, span and label included, written once in the dtype that the next product reads.
+The formulas are those of `tile_math`, where they are explained; `triton_backend` launches the kernels. A divergence's
+formula is handed to a kernel as a function, made from the source in `divergences.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+import functools
+from types import FunctionType
+from typing import Any
+
 import triton
 import triton.language as tl
+
+from megadistill.losses.divergences import Formula
+from megadistill.losses.tiles import ClippedSum, DivergenceSum, SpanSum
+
+# Kernels may read constants only, not an enumeration.
+_KL = tl.constexpr(int(ClippedSum.KL))  # the first column of either layout
+_KEPT_GAP = tl.constexpr(int(ClippedSum.KEPT_GAP))
+_KEPT_P = tl.constexpr(int(ClippedSum.KEPT_P))
+_CLIPPED_P = tl.constexpr(int(ClippedSum.CLIPPED_P))
+_SHIFT = tl.constexpr(int(ClippedSum.SHIFT))
+_TOTAL = tl.constexpr(int(ClippedSum.TOTAL))
+_TOTAL_L = tl.constexpr(int(ClippedSum.TOTAL_L))
+_TOTAL_U = tl.constexpr(int(ClippedSum.TOTAL_U))
+_GAP_L = tl.constexpr(int(ClippedSum.GAP_L))
+_P_L = tl.constexpr(int(ClippedSum.P_L))
+_GAP_U = tl.constexpr(int(ClippedSum.GAP_U))
+_P_U = tl.constexpr(int(ClippedSum.P_U))
+_VALUE = tl.constexpr(int(DivergenceSum.VALUE))
+_SLOPE = tl.constexpr(int(DivergenceSum.SLOPE))
+_SQUARE = tl.constexpr(int(SpanSum.SQUARE))
+_INNER = tl.constexpr(int(SpanSum.INNER))
+_NUM_SPAN_SUMS = tl.constexpr(len(SpanSum))
 
 
 @triton.jit
@@ -20,27 +47,28 @@ def _exp(values, FLOOR: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    student, teacher, student_max, student_sum, plain_sum, teacher_max, teacher_sum, group_max, group_sum,
+    student, teacher, student_max, student_sum, untempered_sum, teacher_max, teacher_sum, group_max, group_sum,
     num_classes, num_groups, stride,
-    inverse: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_PLAIN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    inverse: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    top_s = tl.load(student + row * stride)
-    sum_s, sum_plain = top_s * 0.0, top_s * 0.0
+    top_s = tl.load(student + token * stride)
+    sum_s, sum_untempered = top_s * 0.0, top_s * 0.0
     top_t, sum_t = top_s, sum_s
     if HAS_TEACHER:
-        top_t = tl.load(teacher + row * stride)
+        top_t = tl.load(teacher + token * stride)
     for start in range(0, num_classes, BLOCK):
         is_class = start + columns < num_classes
-        x = tl.load(student + row * stride + start + columns, mask=is_class, other=float("-inf"))
+        x = tl.load(student + token * stride + start + columns, mask=is_class, other=float("-inf"))
         largest = tl.maximum(top_s, tl.max(x, 0))
         sum_s = sum_s * tl.exp((top_s - largest) * inverse) + tl.sum(tl.exp((x - largest) * inverse), 0)
-        if HAS_PLAIN:
-            sum_plain = sum_plain * tl.exp(top_s - largest) + tl.sum(tl.exp(x - largest), 0)
+        if HAS_UNTEMPERED:
+            sum_untempered = sum_untempered * tl.exp(top_s - largest) + tl.sum(tl.exp(x - largest), 0)
         top_s = largest
         if HAS_TEACHER:
-            x = tl.load(teacher + row * stride + start + columns, mask=is_class, other=float("-inf"))
+            x = tl.load(teacher + token * stride + start + columns, mask=is_class, other=float("-inf"))
             largest = tl.maximum(top_t, tl.max(x, 0))
             sum_t = sum_t * tl.exp((top_t - largest) * inverse) + tl.sum(tl.exp((x - largest) * inverse), 0)
             top_t = largest
@@ -51,15 +79,15 @@ def statistics_kernel(
                 base = tl.where(maxima == float("-inf"), 0.0, maxima)
                 totals = tl.sum(tl.exp((groups - base[:, None]) * inverse), 1)
                 group = start // WIDTH + tl.arange(0, BLOCK // WIDTH)
-                tl.store(group_max + row * num_groups + group, maxima, mask=group < num_groups)
-                tl.store(group_sum + row * num_groups + group, totals, mask=group < num_groups)
-    tl.store(student_max + row, top_s)
-    tl.store(student_sum + row, sum_s)
-    if HAS_PLAIN:
-        tl.store(plain_sum + row, sum_plain)
+                tl.store(group_max + token * num_groups + group, maxima, mask=group < num_groups)
+                tl.store(group_sum + token * num_groups + group, totals, mask=group < num_groups)
+    tl.store(student_max + token, top_s)
+    tl.store(student_sum + token, sum_s)
+    if HAS_UNTEMPERED:
+        tl.store(untempered_sum + token, sum_untempered)
     if HAS_TEACHER:
-        tl.store(teacher_max + row, top_t)
-        tl.store(teacher_sum + row, sum_t)
+        tl.store(teacher_max + token, top_t)
+        tl.store(teacher_sum + token, sum_t)
 
 
 @triton.jit
@@ -100,9 +128,9 @@ def _mask(near, far, IS_BUCKET: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _log_mixture(gap, share: tl.constexpr, F: tl.constexpr):
+def _log_mixture(gap, share: tl.constexpr):
     """log((1 - share) + share exp(gap)); by series where the gap is so small that exp(gap) - 1 would lose digits."""
-    gap = tl.minimum(gap, 80.0 * F)
+    gap = tl.minimum(gap, 640.0 if gap.dtype == tl.float64 else 80.0)
     series = gap * (1.0 + gap * (0.5 + gap * (1.0 / 6.0 + gap * (1.0 / 24.0 + gap * (1.0 / 120.0 + gap / 720.0)))))
     x = share * tl.where(tl.abs(gap) < 0.05, series, tl.exp(gap) - 1.0)
     # log(1 + x) without losing the digits of a small x: the rounding of 1 + x is divided out.
@@ -112,61 +140,71 @@ def _log_mixture(gap, share: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _divergence(lp, lq, mix: tl.constexpr, KIND: tl.constexpr, F: tl.constexpr):
-    p, q = _exp(lp, 41.0 * F), _exp(lq, 41.0 * F)
-    gap = lp - lq
-    if KIND == 2:
-        value = -q * gap
-        slope = value
-    elif KIND == 6:
-        difference = q - p
-        value = 0.5 * tl.abs(difference)
-        slope = 0.5 * q * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-    elif KIND == 3:
-        log_mixture = _log_mixture(-gap, 1.0 - mix, F)
-        value = -p * log_mixture
-        slope = (mix - 1.0) * q * tl.exp(-log_mixture)
-    elif KIND == 4:
-        log_mixture = _log_mixture(gap, 1.0 - mix, F)
-        value = -q * log_mixture
-        slope = -q * (log_mixture + mix * tl.exp(-log_mixture))
-    else:
-        slope = (mix - 1.0) * q * _log_mixture(gap, mix, F)
-        value = slope - mix * p * _log_mixture(-gap, 1.0 - mix, F)
-    return value, slope
+def _plain_exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def _absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+# The functions that `divergences.py` lets a formula call, under the names that they have there.
+_FORMULA_NAMES = {"exp": _plain_exp, "absolute": _absolute, "sign": _sign, "log_mixture": _log_mixture}
+
+
+@functools.cache
+def triton_formula(formula: Formula | None) -> Any:
+    """A divergence's formula as a function for kernels: the same source, with Triton's functions for torch's."""
+    if formula is None:
+        return None
+    assert isinstance(formula, FunctionType)
+    names = {"__name__": __name__, "tl": tl, **_FORMULA_NAMES}
+    return triton.jit(FunctionType(formula.__code__, names, formula.__name__))
+
+
+@triton.jit
+def _divergence(lp, lq, share: tl.constexpr, FORMULA: tl.constexpr, F: tl.constexpr):
+    """value and slope."""
+    return FORMULA(lp, lq, _exp(lp, 41.0 * F), _exp(lq, 41.0 * F), share)
 
 
 @triton.jit
 def sums_kernel(
     student, teacher, student_max, student_log, teacher_max, teacher_log, theta_l, theta_u, top_column, out,
     num_classes, stride,
-    inverse: tl.constexpr, softness_inverse: tl.constexpr, mix: tl.constexpr,
-    KIND: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_EDGES: tl.constexpr, HAS_BUCKET: tl.constexpr, F: tl.constexpr,
-    NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
+    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_EDGES: tl.constexpr,
+    HAS_BUCKET: tl.constexpr, F: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    max_s, log_s = tl.load(student_max + row), tl.load(student_log + row)
-    max_t, log_t = tl.load(teacher_max + row), tl.load(teacher_log + row)
+    max_s, log_s = tl.load(student_max + token), tl.load(student_log + token)
+    max_t, log_t = tl.load(teacher_max + token), tl.load(teacher_log + token)
     zero = log_s * 0.0
     kl, kept_gap, kept_p, clipped_p = zero, zero, zero, zero
     gap_l, p_l, gap_u, p_u = zero, zero, zero, zero
     shift, total, total_l, total_u = zero - float("inf"), zero, zero, zero
     value_sum, slope_sum = zero, zero
     low, high, top = zero, zero, -1
-    if KIND == 0:
-        low, high, top = tl.load(theta_l + row), tl.load(theta_u + row), tl.load(top_column + row)
+    if IS_CLIPPED:
+        low, high, top = tl.load(theta_l + token), tl.load(theta_u + token), tl.load(top_column + token)
     for start in range(0, num_classes, BLOCK):
         at = start + columns
         is_class = at < num_classes
-        lq = (tl.load(student + row * stride + at, mask=is_class, other=0.0) - max_s) * inverse - log_s
-        lp = (tl.load(teacher + row * stride + at, mask=is_class, other=0.0) - max_t) * inverse - log_t
+        lq = (tl.load(student + token * stride + at, mask=is_class, other=0.0) - max_s) * inverse - log_s
+        lp = (tl.load(teacher + token * stride + at, mask=is_class, other=0.0) - max_t) * inverse - log_t
         # Beyond the last class anything finite will do.
         lq, lp = tl.where(is_class, lq, -1.0), tl.where(is_class, lp, -1.0)
         p = tl.where(is_class, _exp(lp, 41.0 * F), 0.0)
         p_gap = p * (lp - lq)
         kl += tl.sum(p_gap, 0)
-        if KIND == 0:
+        if IS_CLIPPED:
             near, far, is_lower = _edges(lp, low, high, at, top, num_classes - 1, softness_inverse, HAS_BUCKET)
             kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far = _mask(
                 near, far, IS_BUCKET, F
@@ -190,35 +228,35 @@ def sums_kernel(
                 total_l = total_l * scale + tl.sum(term * tl.where(is_lower, factor_near, factor_far), 0)
                 total_u = total_u * scale + tl.sum(term * tl.where(is_lower, factor_far, factor_near), 0)
             shift = largest
-        elif KIND > 1:
-            value, slope = _divergence(lp, lq, mix, KIND, F)
+        elif FORMULA is not None:
+            value, slope = _divergence(lp, lq, share, FORMULA, F)
             value_sum += tl.sum(tl.where(is_class, value, 0.0), 0)
             slope_sum += tl.sum(tl.where(is_class, slope, 0.0), 0)
-    out += row * NUM_SUMS
-    tl.store(out, kl)
-    if KIND == 0:
-        tl.store(out + 1, kept_gap)
-        tl.store(out + 2, kept_p)
-        tl.store(out + 3, clipped_p)
+    out += token * NUM_SUMS
+    tl.store(out + _KL, kl)
+    if IS_CLIPPED:
+        tl.store(out + _KEPT_GAP, kept_gap)
+        tl.store(out + _KEPT_P, kept_p)
+        tl.store(out + _CLIPPED_P, clipped_p)
+        tl.store(out + _SHIFT, shift)
+        tl.store(out + _TOTAL, total)
         if HAS_EDGES:
-            tl.store(out + 4, gap_l)
-            tl.store(out + 5, p_l)
-            tl.store(out + 6, gap_u)
-            tl.store(out + 7, p_u)
-            tl.store(out + 10, total_l)
-            tl.store(out + 11, total_u)
-        tl.store(out + (8 if HAS_EDGES else 4), shift)
-        tl.store(out + (9 if HAS_EDGES else 5), total)
-    elif KIND > 1:
-        tl.store(out + 1, value_sum)
-        tl.store(out + 2, slope_sum)
+            tl.store(out + _TOTAL_L, total_l)
+            tl.store(out + _TOTAL_U, total_u)
+            tl.store(out + _GAP_L, gap_l)
+            tl.store(out + _P_L, p_l)
+            tl.store(out + _GAP_U, gap_u)
+            tl.store(out + _P_U, p_u)
+    elif FORMULA is not None:
+        tl.store(out + _VALUE, value_sum)
+        tl.store(out + _SLOPE, slope_sum)
 
 
 @triton.jit
-def _factor(tile, largest, log_sum, row, at, is_class, stride, inverse: tl.constexpr, F: tl.constexpr):
-    """A row's probabilities as factors of a span's product."""
-    gap = tl.load(tile + row * stride + at, mask=is_class, other=0.0) - tl.load(largest + row)
-    return tl.where(is_class, _exp(gap * inverse - tl.load(log_sum + row), 20.0 * F), 0.0)
+def _factor(tile, largest, log_sum, token, at, is_class, stride, inverse: tl.constexpr, F: tl.constexpr):
+    """A token's probabilities as factors of a span's product."""
+    gap = tl.load(tile + token * stride + at, mask=is_class, other=0.0) - tl.load(largest + token)
+    return tl.where(is_class, _exp(gap * inverse - tl.load(log_sum + token), 20.0 * F), 0.0)
 
 
 @triton.jit
@@ -226,78 +264,78 @@ def span_sums_kernel(
     student, teacher, student_max, student_log, teacher_max, teacher_log, out, num_classes, stride,
     inverse: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    square, inner = tl.load(student_log + row) * 0.0, tl.load(student_log + row) * 0.0
+    token = tl.program_id(0).to(tl.int64)
+    square, inner = tl.load(student_log + token) * 0.0, tl.load(student_log + token) * 0.0
     for start in range(0, num_classes, BLOCK):
         at = start + tl.arange(0, BLOCK)
         is_class = at < num_classes
-        r_s = _factor(student, student_max, student_log, row, at, is_class, stride, inverse, F)
-        r_s *= _factor(student, student_max, student_log, row + 1, at, is_class, stride, inverse, F)
-        r_t = _factor(teacher, teacher_max, teacher_log, row, at, is_class, stride, inverse, F)
-        r_t *= _factor(teacher, teacher_max, teacher_log, row + 1, at, is_class, stride, inverse, F)
+        r_s = _factor(student, student_max, student_log, token, at, is_class, stride, inverse, F)
+        r_s *= _factor(student, student_max, student_log, token + 1, at, is_class, stride, inverse, F)
+        r_t = _factor(teacher, teacher_max, teacher_log, token, at, is_class, stride, inverse, F)
+        r_t *= _factor(teacher, teacher_max, teacher_log, token + 1, at, is_class, stride, inverse, F)
         difference = tl.where(is_class, r_s - r_t, 0.0)
         square += tl.sum(difference * difference, 0)
         inner += tl.sum(difference * r_s, 0)
-    tl.store(out + row * 2, square)
-    tl.store(out + row * 2 + 1, inner)
+    tl.store(out + token * _NUM_SPAN_SUMS + _SQUARE, square)
+    tl.store(out + token * _NUM_SPAN_SUMS + _INNER, inner)
 
 
 @triton.jit
 def gradient_kernel(
-    student, teacher, student_max, student_log, plain_log, teacher_max, teacher_log, theta_l, theta_u, top_column,
-    w_student, w_teacher, w_share, log_norm, w_plain, w_label, label_column, span_pair, span_inner, out,
-    num_rows, num_classes, stride, stride_out,
-    inverse: tl.constexpr, softness_inverse: tl.constexpr, mix: tl.constexpr,
-    KIND: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    HAS_PLAIN: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr, ADDS: tl.constexpr, F: tl.constexpr,
-    BLOCK: tl.constexpr,
+    student, teacher, student_max, student_log, untempered_log, teacher_max, teacher_log, theta_l, theta_u, top_column,
+    w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner, out,
+    num_tokens, num_classes, stride, stride_out,
+    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
+    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_BUCKET: tl.constexpr,
+    HAS_TOKEN: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
+    ADDS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_class = at < num_classes
     # Beyond the last class anything finite will do: nothing is stored there.
-    gap = tl.load(student + row * stride + at, mask=is_class, other=0.0) - tl.load(student_max + row)
+    gap = tl.load(student + token * stride + at, mask=is_class, other=0.0) - tl.load(student_max + token)
     gap = tl.where(is_class, gap, 0.0)
-    lq = gap * inverse - tl.load(student_log + row)
-    result = tl.load(w_student + row) * _exp(lq, 41.0 * F)
-    if HAS_PLAIN:
-        result += tl.load(w_plain + row) * _exp(gap - tl.load(plain_log + row), 41.0 * F)
+    lq = gap * inverse - tl.load(student_log + token)
+    result = tl.load(w_student + token) * _exp(lq, 41.0 * F)
+    if HAS_UNTEMPERED:
+        result += tl.load(w_untempered + token) * _exp(gap - tl.load(untempered_log + token), 41.0 * F)
     if HAS_TOKEN:
-        gap_t = tl.load(teacher + row * stride + at, mask=is_class, other=0.0) - tl.load(teacher_max + row)
-        lp = tl.where(is_class, gap_t, 0.0) * inverse - tl.load(teacher_log + row)
-        factor_t = tl.load(w_teacher + row)
-        if KIND == 0:
+        gap_t = tl.load(teacher + token * stride + at, mask=is_class, other=0.0) - tl.load(teacher_max + token)
+        lp = tl.where(is_class, gap_t, 0.0) * inverse - tl.load(teacher_log + token)
+        factor_t = tl.load(w_teacher + token)
+        if IS_CLIPPED:
             near, far, is_lower = _edges(
-                lp, tl.load(theta_l + row), tl.load(theta_u + row), at, tl.load(top_column + row), num_classes - 1,
-                softness_inverse, HAS_BUCKET,
+                lp, tl.load(theta_l + token), tl.load(theta_u + token), at, tl.load(top_column + token),
+                num_classes - 1, softness_inverse, HAS_BUCKET,
             )  # fmt: skip
             kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far = _mask(
                 near, far, IS_BUCKET, F
             )
-            share = _exp(lq + log_weight - tl.load(log_norm + row), 41.0 * F) * factor
-            result += tl.load(w_share + row) * share - factor_t * kept * _exp(lp, 41.0 * F)
-        elif KIND == 1:
+            bucket = _exp(lq + log_weight - tl.load(log_norm + token), 41.0 * F) * factor
+            result += tl.load(w_bucket + token) * bucket - factor_t * kept * _exp(lp, 41.0 * F)
+        elif FORMULA is None:
             result -= factor_t * _exp(lp, 41.0 * F)
         else:
-            value, slope = _divergence(lp, lq, mix, KIND, F)
+            value, slope = _divergence(lp, lq, share, FORMULA, F)
             result += factor_t * slope
     if HAS_SPAN:
         q = _exp(lq, 20.0 * F)
-        p = _factor(teacher, teacher_max, teacher_log, row, at, is_class, stride, inverse, F)
-        # The pair that the row starts (its weight is 0 in the last row), and the one that it ends.
-        after = tl.minimum(row + 1, num_rows - 1)
-        weight = tl.load(span_pair + row)
+        p = _factor(teacher, teacher_max, teacher_log, token, at, is_class, stride, inverse, F)
+        # The pair that the token starts (its weight is 0 for the last token), and the one that it ends.
+        after = tl.minimum(token + 1, num_tokens - 1)
+        weight = tl.load(span_pair + token)
         r_s = q * _factor(student, student_max, student_log, after, at, is_class, stride, inverse, F)
         r_t = p * _factor(teacher, teacher_max, teacher_log, after, at, is_class, stride, inverse, F)
-        result += weight * ((r_s - r_t) * r_s - tl.load(span_inner + row) * q)
-        before = tl.maximum(row - 1, 0)
-        weight = tl.where(row > 0, tl.load(span_pair + before), 0.0)
+        result += weight * ((r_s - r_t) * r_s - tl.load(span_inner + token) * q)
+        before = tl.maximum(token - 1, 0)
+        weight = tl.where(token > 0, tl.load(span_pair + before), 0.0)
         r_s = q * _factor(student, student_max, student_log, before, at, is_class, stride, inverse, F)
         r_t = p * _factor(teacher, teacher_max, teacher_log, before, at, is_class, stride, inverse, F)
         result += weight * ((r_s - r_t) * r_s - tl.load(span_inner + before) * q)
     if HAS_LABEL:
-        result -= tl.where(at == tl.load(label_column + row), tl.load(w_label + row), 0.0)
-    out += row * stride_out + at
+        result -= tl.where(at == tl.load(label_column + token), tl.load(w_label + token), 0.0)
+    out += token * stride_out + at
     if ADDS:
         result += tl.load(out, mask=is_class, other=0.0)
     tl.store(out, result.to(out.dtype.element_ty), mask=is_class)

@@ -58,8 +58,11 @@ def keep_secrets() -> None:
     logging.setLogRecordFactory(_redacted_record)
 
 
-def _format_warning(*args: Any, **kwargs: Any) -> str:
-    return redact(_plain_warning(*args, **kwargs))
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line: the source line that warned would tell a user nothing."""
+    return redact(_plain_warning(message, category, filename, lineno, line=""))
 
 
 def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,12 @@ class MicroBatchLoss:
     output: DistillOutput | None = None
 
     @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """This micro-batch's share of the losses' metrics, by name; only what was computed."""
+        metrics = {} if self.output is None else self.output.metrics
+        return metrics if self.sft is None else metrics | {"loss/sft": self.sft}
+
+    @property
     def is_finite(self) -> bool:
         """Whether the losses that were computed are finite numbers (waits for the device)."""
         values = [value for value in (self.sft, self.output and self.output.loss) if value is not None]
@@ -129,14 +135,14 @@ class MicroBatchLoss:
             self.output = self._distill(flat, head, self.teacher_head, config)
             self.sft = self.output.sft
             return self.output.loss
-        self.output = self._distill(flat, head, self.teacher_head, replace(config, sft=0.0))
+        self.output = self._distill(flat, head, self.teacher_head, config.replace(sft=0.0))
         if config.sft == 0:
             return self.output.loss
         return self.output.loss + self._reference_loss(flat, head)
 
     def _reference_loss(self, flat: torch.Tensor, head: OutputHead) -> torch.Tensor:
         loss = cross_entropy(
-            Head(flat[self.micro_batch.sft_index], head.weight, head.bias),
+            Head.of(flat[self.micro_batch.sft_index], head),
             self.micro_batch.sft_labels,
             head.shard,
             num_tokens=self.counts.num_sft,
@@ -153,8 +159,8 @@ class MicroBatchLoss:
         if teacher_hidden is None:
             teacher_hidden = teacher_head.weight.new_zeros(0, teacher_head.weight.shape[1])
         return distill_loss(
-            Head(flat[micro.kd_index], head.weight, head.bias),
-            Head(teacher_hidden, teacher_head.weight, teacher_head.bias),
+            Head.of(flat[micro.kd_index], head),
+            Head.of(teacher_hidden, teacher_head),
             micro.kd_labels,
             micro.pair_mask,
             self.gate,

@@ -17,7 +17,7 @@ from megadistill.engines.teacher import frozen_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
-from megadistill.losses import LossConfig, QuantileGate
+from megadistill.losses import QuantileGate
 from megadistill.losses.backends import check_backend
 from megadistill.models.families import head_counts
 from megadistill.models.loading import (
@@ -126,7 +126,7 @@ def build_components(
 
     ``examples`` are all that the run trains on: a source may write their text before the first step.
     """
-    loss = LossConfig(**config.loss.model_dump())
+    loss = config.loss
     check_backend(loss.backend, context.device)
     decode_plan = _plan_decode_batches(config, context)
     student_model, teacher_model = load_models(config, tokenizer)

@@ -15,13 +15,11 @@ import torch
 from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.generation.sources.base import STANDARD_KINDS, TextSource
+from megadistill.losses.output import METRIC_NAMES
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.schedule import learning_rate
-
-# Scalars of DistillOutput that are reported, in the order in which they are summed over ranks.
-_TERMS = ("dac_kl", "span", "kept_mass", "mean_lower", "mean_upper")
 
 
 @dataclass
@@ -128,11 +126,9 @@ def loss_metrics(
     losses: Sequence[MicroBatchLoss], samples: Sequence[Sample], counts: GlobalCounts, components: Components
 ) -> dict[str, float]:
     """Global values from every rank's shares (one all-reduce over the data-parallel group)."""
-    shares = {"sft": 0.0} | dict.fromkeys(_TERMS, 0.0)
+    shares = dict.fromkeys(METRIC_NAMES, 0.0)
     for loss in losses:
-        values = {} if loss.sft is None else {"sft": loss.sft}
-        if loss.output is not None:
-            values |= {name: getattr(loss.output, name) for name in _TERMS}
+        values = loss.metrics
         if values:  # the device is waited for once a micro-batch
             for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
                 shares[name] += value
@@ -140,19 +136,13 @@ def loss_metrics(
     local = torch.tensor(list(shares.values()), dtype=torch.float64, device=components.context.device)
     total = dict(zip(shares, components.context.sum_over_dp(local).tolist(), strict=True))
     config = components.loss
+    loss = config.sft * total["loss/sft"] + config.dac_kl * total["loss/dac_kl"] + config.span * total["loss/span"]
     metrics = {
-        "loss": config.sft * total["sft"] + config.dac_kl * total["dac_kl"] + config.span * total["span"],
-        "loss/sft": total["sft"],
-        "loss/dac_kl": total["dac_kl"],
-        "loss/span": total["span"],
         "num_tokens": counts.num_kd if components.teacher is not None else counts.num_sft,
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
-        "kept_mass": total["kept_mass"],
-        "gate/lower": total["mean_lower"],
-        "gate/upper": total["mean_upper"],
     }
-    return metrics | _correction_metrics(total)
+    return {"loss": loss} | {name: total[name] for name in METRIC_NAMES} | metrics | _correction_metrics(total)
 
 
 def update(step: int, metrics: dict[str, float], components: Components) -> bool:

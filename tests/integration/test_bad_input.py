@@ -36,7 +36,7 @@ def test_keys_types_and_values(refused: Callable[..., str]) -> None:
     line = refused("loss.dac_k=1")
     assert "loss.dac_k" in line and "dac_kl" in line and "command line" in line
     assert "train.max_steps" in refused("train.max_steps=many")
-    assert "minimise" in refused("loss.gate_objective=minimize")
+    assert "minimize" in refused("loss.gate_objective=minimse")
     assert "on_policy" in refused("generation.mode=replay")
     assert "train.micro_batch_size" in refused("train.micro_batch_size=3")
     assert "no such" in refused("model.student.path=./nowhere")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 
 TOP_K = 8
-VALUES = ("loss", "sft", "dac_kl", "span", "kept_mass", "kl_map", "teacher_top1", "mean_lower", "mean_upper")
+VALUES = tuple(field.name for field in fields(DistillOutput))
 STUDENT = ("hidden", "weight", "bias")
 
 
@@ -34,29 +34,29 @@ class Problem:
 
 
 def make_problem(
-    seed: int = 0, num_rows: int = 23, num_classes: int = 53, scale: float = 2.0, ignored: float = 0.2
+    seed: int = 0, length: int = 23, num_classes: int = 53, scale: float = 2.0, ignored: float = 0.2
 ) -> Problem:
-    """Random heads with biases; about `ignored` of the rows are ignored, 60 % of the rest start a pair."""
+    """Random heads with biases; about `ignored` of the tokens are ignored, 60 % of the rest start a pair."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def head(width: int) -> Head:
-        hidden = normal(num_rows, width) * scale / width**0.5
+        hidden = normal(length, width) * scale / width**0.5
         return Head(hidden, normal(num_classes, width), normal(num_classes))
 
     student, teacher = head(7), head(9)
-    labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
-    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
-    pair_mask = torch.rand(num_rows, generator=generator) < 0.6
+    labels = torch.randint(0, num_classes, (length,), generator=generator)
+    labels[torch.rand(length, generator=generator) < ignored] = IGNORE_INDEX
+    pair_mask = torch.rand(length, generator=generator) < 0.6
     is_valid = labels != IGNORE_INDEX
     num_pairs = int((pair_mask[:-1] & is_valid[:-1] & is_valid[1:]).sum())
     return Problem(student, teacher, labels, pair_mask, int(is_valid.sum()), num_pairs)
 
 
 def with_top_k(problem: Problem, num_listed: int, temperature: float = 1.0) -> Problem:
-    """The same problem with a teacher of which only `num_listed` classes a row are known, in no order."""
+    """The same problem with a teacher of which only `num_listed` classes a token are known, in no order."""
     assert isinstance(problem.teacher, Head)
     logits = torch.nn.functional.linear(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     log_probs = (logits / temperature).log_softmax(-1)
@@ -78,13 +78,13 @@ def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards:
 
 def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | None = None, device: str = "cpu") -> Head:
     """Fresh leaves that want gradients, cut to a shard."""
-    rows = slice(None) if shard is None else slice(shard.start, shard.stop)
+    classes = slice(None) if shard is None else slice(shard.start, shard.stop)
 
     def fresh(tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype).clone().requires_grad_()
 
-    bias = None if head.bias is None else fresh(head.bias[rows])
-    return Head(fresh(head.hidden), fresh(head.weight[rows]), bias)
+    bias = None if head.bias is None else fresh(head.bias[classes])
+    return Head(fresh(head.hidden), fresh(head.weight[classes]), bias)
 
 
 def run_fused(
@@ -130,8 +130,8 @@ def run_reference(
         gradients |= {name: gradients[name][shard.start : shard.stop] for name in of_classes}
     if gate is not None and config.uses_gate:
         names, parameters = zip(*gate.named_parameters(), strict=True)
-        found: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
-        gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, found, strict=True)}
+        of_gate: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
+        gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, of_gate, strict=True)}
     return {name: getattr(output, name).detach() for name in VALUES}, gradients
 
 
@@ -150,11 +150,11 @@ def assert_same(
         _assert_close(f"gradient of {name}", gradients[name], gradient, tolerance)
 
 
-def _assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert found is not None, f"{name} is missing"
-    assert found.shape == expected.shape, f"{name}: {tuple(found.shape)} instead of {tuple(expected.shape)}"
+def _assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual is not None, f"{name} is missing"
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     scale = max(float(expected.abs().max()), 1e-4)  # what cancels to nothing is compared absolutely
-    error = float((found.double().cpu() - expected.double()).abs().max()) / scale
+    error = float((actual.double().cpu() - expected.double()).abs().max()) / scale
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

@@ -4,8 +4,9 @@ import pydantic
 import pytest
 
 from megadistill.config import RunConfig, dump_resolved, load_config, require
-from megadistill.config.fields import allowed, nearest_key, section_type, walk
+from megadistill.config.fields import nearest_key, walk
 from megadistill.config.reference import MARK, base_yaml, reference_markdown
+from megadistill.config.section import allowed, section_type
 from megadistill.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,9 +20,9 @@ def top_and_tail(log_probs, top_k):
     return top, log_probs.scatter(-1, index, -math.inf).logsumexp(-1)
 
 
-def log_probs(seed, num_classes, scale, rows=6):
+def log_probs(seed, num_classes, scale, length=6):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(rows, num_classes, generator=generator, dtype=torch.float64) * scale).log_softmax(-1)
+    return (torch.randn(length, num_classes, generator=generator, dtype=torch.float64) * scale).log_softmax(-1)
 
 
 @settings(deadline=None, max_examples=60)
@@ -50,7 +50,7 @@ def test_without_guards_lower_stays_below_upper(seed, spread):
 
 @pytest.mark.parametrize("guards", [True, False])
 @pytest.mark.parametrize(("lower", "upper"), [(0.02, 0.98), (0.001, 0.95)])
-def test_every_row_starts_at_the_given_quantiles(guards, lower, upper):
+def test_every_token_starts_at_the_given_quantiles(guards, lower, upper):
     gate = QuantileGate(8, lower=lower, upper=upper, guards=guards).double()
     lambda_l, lambda_u = gate(*top_and_tail(log_probs(1, 50, 3.0), 8))
     torch.testing.assert_close(torch.sigmoid(lambda_l), torch.full_like(lambda_l, lower), rtol=1e-5, atol=0)
@@ -60,8 +60,8 @@ def test_every_row_starts_at_the_given_quantiles(guards, lower, upper):
 @pytest.mark.parametrize(("num_classes", "scale"), [(2000, 2.0), (2000, 5.0), (512, 3.0), (32000, 5.0)])
 def test_a_new_gate_keeps_about_97_percent_of_the_mass(num_classes, scale):
     kept = []
-    for row in log_probs(2, num_classes, scale, rows=24):
-        head = Head(torch.ones(1, 1, dtype=torch.float64), row.unsqueeze(-1))
+    for token in log_probs(2, num_classes, scale, length=24):
+        head = Head(torch.ones(1, 1, dtype=torch.float64), token.unsqueeze(-1))
         output = distill_loss(
             head, head, torch.tensor([0]), torch.tensor([False]), QuantileGate(32).double(),
             LossConfig(sft=0.0, span=0.0), VocabShard(0, num_classes, num_classes), num_tokens=1, num_pairs=0,
@@ -122,9 +122,9 @@ quantile_logits = st.floats(-30, 30)
 )
 def test_the_quantile_function_equals_the_reference(seed, num_classes, scale, point, kind):
     top, tail = top_and_tail(log_probs(seed, num_classes, scale), 8)
-    found = QuantileFunction(top, tail, kind, num_classes)(torch.full_like(tail, point))
+    theta = QuantileFunction(top, tail, kind, num_classes)(torch.full_like(tail, point))
     expected = quantile_thresholds(top, tail, torch.full_like(tail, point), None if kind == "mass" else num_classes)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(theta, expected, rtol=1e-9, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=40)
@@ -170,7 +170,7 @@ def test_a_confident_teacher_keeps_its_knots_apart():
 
 def train_gate(config, steps=100):
     """Kept mass after every step of Adam on the gate alone, at a fixed student that has learnt something."""
-    problem = make_problem(seed=21, num_rows=48, num_classes=200, scale=3.0, ignored=0.0)
+    problem = make_problem(seed=21, length=48, num_classes=200, scale=3.0, ignored=0.0)
     noise = torch.randn(problem.teacher.hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     problem.student = Head(problem.teacher.hidden + 0.4 * noise, problem.teacher.weight, problem.student.bias)
     gate = QuantileGate.from_config(config)
@@ -185,7 +185,7 @@ def train_gate(config, steps=100):
 
 
 def test_the_gate_collapses_without_guards_and_not_with_them():
-    """Minimising alone, every class is worth dropping (dL/dm >= 0): the mask closes round the first class."""
+    """Minimizing alone, every class is worth dropping (dL/dm >= 0): the mask closes round the first class."""
     kept, values = train_gate(LossConfig(sft=0.0, span=0.0, guards=False))
     assert kept[0] > 0.93
     assert kept[-1] < 0.5 and values[-1] < 0.5 * values[0]
@@ -193,19 +193,19 @@ def test_the_gate_collapses_without_guards_and_not_with_them():
     assert min(guarded) > 0.9 and max(guarded) < 0.999
 
 
-def test_a_maximising_gate_opens():
-    kept, values = train_gate(LossConfig(sft=0.0, span=0.0, gate_objective="maximise"))
+def test_a_maximizing_gate_opens():
+    kept, values = train_gate(LossConfig(sft=0.0, span=0.0, gate_objective="maximize"))
     assert kept[-1] > 0.995 and values[-1] > values[0]
 
 
-def test_maximise_turns_the_gates_gradient_round_and_leaves_the_students():
+def test_maximize_turns_the_gates_gradient_round_and_leaves_the_students():
     problem, gate = make_problem(), make_gate()
     config = LossConfig(top_k=8, guards=False)
     results = []
-    for objective in ("minimise", "maximise"):
+    for objective in ("minimize", "maximize"):
         output, gradients, _ = run_fused(problem, LossConfig(top_k=8, guards=False, gate_objective=objective), gate)
         results.append((output.loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}))
-    assert config.gate_objective == "minimise" and torch.equal(results[0][0], results[1][0])
+    assert config.gate_objective == "minimize" and torch.equal(results[0][0], results[1][0])
     for name in results[0][1]:
         sign = -1 if name.startswith("gate.") else 1
         torch.testing.assert_close(results[0][1][name], sign * results[1][1][name])

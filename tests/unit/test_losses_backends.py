@@ -3,16 +3,17 @@
 import importlib
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megadistill.errors import ConfigError
-from megadistill.losses import LossConfig, backends, fused
-from megadistill.losses.backends import CompiledKernels, TorchKernels, check_backend, row_kernels
+from megadistill.losses import LossConfig, backends, fused, torch_kernels
+from megadistill.losses.backends import check_backend, make_kernels
+from megadistill.losses.divergences import DIVERGENCES
 from megadistill.losses.tiles import TileSpec
+from megadistill.losses.torch_kernels import CompiledKernels, TorchKernels
 from megadistill.parallel import VocabShard
 from tests.support.objective import TOP_K, assert_same, make_gate, make_problem, run_fused, run_reference
 
@@ -42,18 +43,18 @@ def has(monkeypatch):
 
 def test_auto_compiles_large_vocabularies_where_there_is_a_compiler(has):
     has("compiler")
-    assert type(row_kernels("auto", shard(8192), CPU)) is CompiledKernels
-    assert type(row_kernels("auto", shard(8191), CPU)) is TorchKernels
+    assert type(make_kernels("auto", shard(8192), CPU)) is CompiledKernels
+    assert type(make_kernels("auto", shard(8191), CPU)) is TorchKernels
     has()
-    assert type(row_kernels("auto", shard(8192), CPU)) is TorchKernels
+    assert type(make_kernels("auto", shard(8192), CPU)) is TorchKernels
 
 
 def test_auto_on_cuda_is_triton_where_it_is_installed(has):
     has()
-    assert type(row_kernels("auto", shard(99), CUDA)) is TorchKernels
+    assert type(make_kernels("auto", shard(99), CUDA)) is TorchKernels
     pytest.importorskip("triton")
     has("triton")
-    assert type(row_kernels("auto", shard(99), CUDA)).__name__ == "TritonKernels"
+    assert type(make_kernels("auto", shard(99), CUDA)).__name__ == "TritonKernels"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_a_compiler_that_fails(monkeypatch):
         calls.append(arguments)
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no space left"), None)
 
-    monkeypatch.setattr(backends, "_compiled", lambda function, spec: broken)
+    monkeypatch.setattr(torch_kernels, "_compiled", lambda function, spec: broken)
     problem, gate = make_problem(), make_gate()
     kernels = CompiledKernels(may_fall_back=True)
     monkeypatch.setattr(backends, "_kernels", lambda backend, may_fall_back: kernels)
@@ -92,28 +93,30 @@ def test_a_compiler_that_fails(monkeypatch):
         run_fused(problem, CONFIG, gate)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch):
+def test_blocks_of_tokens_change_nothing(monkeypatch):
     problem, gate = make_problem(ignored=0.0), make_gate()
-    config = replace(CONFIG, chunk_tokens=100)
+    config = CONFIG.replace(chunk_tokens=100)
     whole = run_fused(problem, config, gate)[0]
     for elements in (1, 53 * 3, 53 * 7):
-        monkeypatch.setattr(backends, "_EAGER_BLOCK", elements)
+        monkeypatch.setattr(torch_kernels, "_EAGER_BLOCK", elements)
         output, gradients, _ = run_fused(problem, config, gate)
         assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
         torch.testing.assert_close(output.loss, whole.loss, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("change", "kind"),
+    ("change", "is_clipped", "formula"),
     [
-        ({}, "clipped"),
-        ({"dac_kl": 0.0}, "forward_kl"),
-        ({"clip": "off"}, "forward_kl"),
-        ({"divergence": "reverse_kl"}, "reverse_kl"),
+        ({}, True, None),
+        ({"dac_kl": 0.0}, False, None),
+        ({"dac_kl": 0.0, "divergence": "reverse_kl"}, False, None),
+        ({"clip": "off"}, False, None),
+        ({"divergence": "reverse_kl"}, False, DIVERGENCES["reverse_kl"].formula),
     ],
 )
-def test_a_term_of_weight_0_has_no_kernel(change, kind):
-    assert TileSpec.of(replace(CONFIG, **change), has_edges=False).kind == kind
+def test_a_term_of_weight_0_has_no_kernel(change, is_clipped, formula):
+    spec = TileSpec.of(CONFIG.replace(**change), has_edges=False)
+    assert (spec.is_clipped, spec.formula) == (is_clipped, formula)
 
 
 def test_the_automatic_chunk(monkeypatch):
@@ -134,21 +137,21 @@ torch.set_num_threads(1)
 num_classes, width, chunk = 50_000, 16, 32
 weights = [torch.randn(num_classes, width) for _ in range(2)]
 for num_chunks in (4, 40):
-    num_rows = num_chunks * chunk
-    student = Head(torch.randn(num_rows, width).requires_grad_(), weights[0].requires_grad_())
-    arguments = student, Head(torch.randn(num_rows, width), weights[1]), torch.randint(0, num_classes, (num_rows,))
-    pairs, config = torch.ones(num_rows, dtype=torch.bool), LossConfig(clip="fixed", chunk_tokens=chunk, backend="torch")
+    length = num_chunks * chunk
+    student = Head(torch.randn(length, width).requires_grad_(), weights[0].requires_grad_())
+    arguments = student, Head(torch.randn(length, width), weights[1]), torch.randint(0, num_classes, (length,))
+    pairs, config = torch.ones(length, dtype=torch.bool), LossConfig(clip="fixed", chunk_tokens=chunk, backend="torch")
     def call():
         weights[0].grad = None
-        loss = distill_loss(*arguments, pairs, None, config, VocabShard(0, num_classes, num_classes), num_tokens=num_rows, num_pairs=num_rows).loss
+        loss = distill_loss(*arguments, pairs, None, config, VocabShard(0, num_classes, num_classes), num_tokens=length, num_pairs=length).loss
         loss.backward()
     call()
     print(peak_bytes(call, torch.device("cpu")))
 """  # fmt: skip # noqa: E501
 
 
-def test_memory_does_not_grow_with_the_rows():
-    """Ten times as many rows need no more; in a process of its own, whose free memory nothing has left lying about."""
+def test_memory_does_not_grow_with_the_tokens():
+    """Ten times as many tokens need no more; in a separate process, whose memory is clean."""
     result = subprocess.run([sys.executable, "-c", _MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     few, many = (int(line) for line in result.stdout.split())

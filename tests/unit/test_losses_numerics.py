@@ -27,11 +27,11 @@ def backend(request):
 
 
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
-@pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
+@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_float32_is_close_to_float64(backend, clip, remainder, temperature):
-    problem, gate = make_problem(seed=5, num_rows=64, num_classes=500), make_gate()
-    config = replace(CONFIG, clip=clip, remainder=remainder, temperature=temperature, backend=backend)
+    problem, gate = make_problem(seed=5, length=64, num_classes=500), make_gate()
+    config = CONFIG.replace(clip=clip, remainder=remainder, temperature=temperature, backend=backend)
     expected = run_reference(problem, config, gate)
     output, gradients, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
     assert output.loss.dtype == torch.float32
@@ -68,25 +68,25 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
-@pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
+@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
 @pytest.mark.parametrize(("scale", "offset"), [(1e-3, 0.0), (20.0, 0.0), (100.0, 0.0), (2.0, 1000.0), (2.0, -1000.0)])
 def test_extreme_logits_stay_right_in_float32(backend, clip, remainder, scale, offset):
     """Far beyond where probabilities underflow: finite, and close to float64 as far as the logits themselves are."""
-    problem = make_problem(seed=9, num_rows=32, num_classes=200, scale=scale)
+    problem = make_problem(seed=9, length=32, num_classes=200, scale=scale)
     problem = replace(
         problem,
         student=Head(problem.student.hidden, problem.student.weight, problem.student.bias + offset),
         teacher=Head(problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias - offset),
     )
-    gate, config = make_gate(spread=0.05), replace(CONFIG, clip=clip, remainder=remainder, backend=backend)
+    gate, config = make_gate(spread=0.05), CONFIG.replace(clip=clip, remainder=remainder, backend=backend)
     exact, exact_gradients, _ = run_fused(problem, config, gate)
     exact_gradients = {name: gradient.clone() for name, gradient in exact_gradients.items()}
     output, gradients, _ = run_fused(problem, config, make_gate(spread=0.05).float(), dtype=torch.float32)
     # A logit of size x is only known to x * 2^-24, and DAC-KL's mask amplifies that by 1 / softness.
     tolerance = 1e-5 + 20 * (scale * 5 + abs(offset)) * 2.0**-24
     for name in ("loss", "sft", "dac_kl", "kept_mass"):
-        found, expected = float(getattr(output, name).detach()), float(getattr(exact, name).detach())
-        assert abs(found - expected) <= tolerance * max(1.0, abs(expected)), name
+        actual, expected = float(getattr(output, name).detach()), float(getattr(exact, name).detach())
+        assert abs(actual - expected) <= tolerance * max(1.0, abs(expected)), name
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name
         if not name.startswith("gate."):
@@ -98,10 +98,10 @@ def test_extreme_logits_stay_right_in_float32(backend, clip, remainder, scale, o
 @pytest.mark.parametrize("softness", [0.25, 0.01, 1e-4])
 def test_an_open_mask_is_the_plain_kl_in_float32(backend, num_classes, softness):
     """Nothing is clipped, so a log Rq of minus thousands must meet exactly nothing."""
-    problem = make_problem(num_rows=8, num_classes=num_classes, scale=0.01)
+    problem = make_problem(length=8, num_classes=num_classes, scale=0.01)
     config = LossConfig(sft=0.0, span=0.0, clip="fixed", lower=0.0, upper=1.0, softness=softness, backend=backend)
     opened = run_fused(problem, config, None, dtype=torch.float32)[0]
-    plain = run_fused(problem, replace(config, clip="off"), None, dtype=torch.float32)[0]
+    plain = run_fused(problem, config.replace(clip="off"), None, dtype=torch.float32)[0]
     torch.testing.assert_close(opened.dac_kl, plain.dac_kl, rtol=1e-5, atol=1e-7)
     equal = run_fused(replace(problem, student=problem.teacher), config, None, dtype=torch.float32)[0]
     assert abs(float(equal.loss.detach())) < 1e-6
@@ -121,27 +121,27 @@ def test_float32_gradients_are_within_1e_5_of_float64(backend, source, scale, of
     """At every scale of logits, and with offsets as large as 1000. An offset that comes out of the products themselves
     is left out: float32 logits of size 1000 are known to 6e-5 only, before any loss sees them."""
     generator = torch.Generator().manual_seed(3)
-    num_rows, num_classes, width = 40, 500, 500 if source == "logits" else 32
+    length, num_classes, width = 40, 500, 500 if source == "logits" else 32
 
     def head(sign: float) -> Head:
-        hidden = torch.randn(num_rows, width, generator=generator) * scale / (1 if source == "logits" else width**0.5)
+        hidden = torch.randn(length, width, generator=generator) * scale / (1 if source == "logits" else width**0.5)
         if source == "logits":  # exactly what float32 can hold
             return Head((hidden + sign * offset).double(), torch.eye(num_classes, dtype=torch.float64))
         bias = torch.randn(num_classes, generator=generator) + sign * offset if source == "biases" else None
         weight = torch.randn(num_classes, width, generator=generator)
         return Head(hidden.double(), weight.double(), None if bias is None else bias.double())
 
-    labels = torch.randint(0, num_classes, (num_rows,), generator=generator)
-    pairs = torch.rand(num_rows, generator=generator) < 0.5
-    problem = Problem(head(1.0), head(-1.0), labels, pairs, num_rows, int(pairs[:-1].sum()))
+    labels = torch.randint(0, num_classes, (length,), generator=generator)
+    pairs = torch.rand(length, generator=generator) < 0.5
+    problem = Problem(head(1.0), head(-1.0), labels, pairs, length, int(pairs[:-1].sum()))
     config = LossConfig(top_k=TOP_K, backend=backend)
     if work == "ce+kl":
-        config = replace(config, clip="off", span=0.0)
+        config = config.replace(clip="off", span=0.0)
     gate = make_gate(spread=0.0)
     _, expected = run_reference(problem, config, gate)
-    _, found, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
+    _, gradients, _ = run_fused(problem, config, gate.float(), dtype=torch.float32)
     for name in ("hidden", "weight"):
-        error = (found[name].double() - expected[name]).abs().max() / expected[name].abs().max()
+        error = (gradients[name].double() - expected[name]).abs().max() / expected[name].abs().max()
         assert float(error) < 1e-5, name
 
 
@@ -153,19 +153,19 @@ def test_clipped_student_mass_may_underflow(backend):
     config = LossConfig(
         sft=0.0, span=0.0, clip="fixed", lower=0.05, upper=1.0, top_k=4, softness=0.002, backend=backend
     )
-    for remainder in ("bucket", "renormalise"):
+    for remainder in ("bucket", "renormalize"):
         results = []
         for dtype in (torch.float64, torch.float32):
             hidden = student.detach().to(dtype, copy=True).requires_grad_()
             output = distill_loss(
                 Head(hidden, eye.to(dtype)), Head(teacher.to(dtype), eye.to(dtype)), torch.tensor([0]),
-                torch.tensor([False]), None, replace(config, remainder=remainder), VocabShard(0, 4, 4),
+                torch.tensor([False]), None, config.replace(remainder=remainder), VocabShard(0, 4, 4),
                 num_tokens=1, num_pairs=0,
             )  # fmt: skip
             output.loss.backward()
             results.append((output.dac_kl.double(), hidden.grad.double()))
-        (exact, exact_gradient), (found, gradient) = results
-        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+        (exact, exact_gradient), (value, gradient) = results
+        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradient, exact_gradient, rtol=1e-4, atol=1e-6)
         if remainder == "bucket":
             assert float(exact) > 10  # the clipped teacher mass of about 2 % times 500 nats
@@ -173,7 +173,7 @@ def test_clipped_student_mass_may_underflow(backend):
 
 
 def test_directional_derivatives_equal_finite_differences():
-    problem, config = make_problem(seed=11, num_rows=12), replace(CONFIG, coverage_target=0.0)
+    problem, config = make_problem(seed=11, length=12), CONFIG.replace(coverage_target=0.0)
     gate = make_gate()
     _, gradients, _ = run_fused(problem, config, gate)
     generator = torch.Generator().manual_seed(0)
@@ -189,11 +189,11 @@ def test_directional_derivatives_equal_finite_differences():
         assert slope == pytest.approx(float((gradients[name] * direction).sum()), rel=1e-5), name
 
 
-@pytest.mark.parametrize("remainder", ["bucket", "renormalise"])
+@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
 def test_gate_derivatives_equal_finite_differences_of_the_value(remainder):
-    """With guards off and minimise, the gate descends the loss itself."""
-    problem = make_problem(seed=12, num_rows=12)
-    config = replace(CONFIG, guards=False, remainder=remainder)
+    """With guards off and minimize, the gate descends the loss itself."""
+    problem = make_problem(seed=12, length=12)
+    config = CONFIG.replace(guards=False, remainder=remainder)
     gate = make_gate(guards=False)
     _, gradients, _ = run_fused(problem, config, gate)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}

@@ -1,7 +1,6 @@
 """The fused objective, cross-entropy and KL map against the dense reference on one rank."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -35,13 +34,11 @@ def whole(problem: Problem) -> VocabShard:
 
 @pytest.mark.parametrize(
     ("clip", "remainder", "temperature", "quantile"),
-    list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalise"], [1.0, 2.0], ["mass", "rank"])),
+    list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalize"], [1.0, 2.0], ["mass", "rank"])),
 )
 def test_values_and_gradients_equal_the_reference(backend, clip, remainder, temperature, quantile):
     problem, gate = make_problem(), make_gate()
-    config = replace(
-        CONFIG, clip=clip, remainder=remainder, temperature=temperature, quantile=quantile, backend=backend
-    )
+    config = CONFIG.replace(clip=clip, remainder=remainder, temperature=temperature, quantile=quantile, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -49,7 +46,7 @@ def test_values_and_gradients_equal_the_reference(backend, clip, remainder, temp
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 17, 18, 1000, "auto"])
 def test_chunks_do_not_matter(backend, chunk_tokens):
     problem, gate = make_problem(seed=3), make_gate()
-    config = replace(CONFIG, chunk_tokens=chunk_tokens, backend=backend)
+    config = CONFIG.replace(chunk_tokens=chunk_tokens, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -58,15 +55,15 @@ def test_chunks_do_not_matter(backend, chunk_tokens):
     "change",
     [
         {"sft": 0.0}, {"dac_kl": 0.0}, {"span": 0.0}, {"sft": 0.0, "span": 0.0}, {"dac_kl": 0.0, "span": 0.0},
-        {"gate_objective": "maximise"}, {"guards": False}, {"coverage_weight": 3.0, "coverage_target": 0.0},
+        {"gate_objective": "maximize"}, {"guards": False}, {"coverage_weight": 3.0, "coverage_target": 0.0},
         {"softness": 0.05}, {"span_eps": 1e-2}, {"sft": 0.0, "temperature": 3.0},
         {"clip": "fixed", "lower": 0.3, "upper": 0.6},
         {"clip": "fixed", "lower": 0.3, "upper": 0.6, "quantile": "rank"},
-        {"clip": "fixed", "lower": 0.2, "upper": 1.0, "remainder": "renormalise"},
+        {"clip": "fixed", "lower": 0.2, "upper": 1.0, "remainder": "renormalize"},
     ],
 )  # fmt: skip
 def test_options_equal_the_reference(backend, change):
-    problem, gate, config = make_problem(seed=4), make_gate(), replace(CONFIG, backend=backend, **change)
+    problem, gate, config = make_problem(seed=4), make_gate(), CONFIG.replace(backend=backend, **change)
     output, gradients, _ = run_fused(problem, config, gate)
     values, expected = run_reference(problem, config, gate)
     for name in ("sft", "dac_kl", "span"):  # a term of weight 0 is not computed
@@ -77,9 +74,9 @@ def test_options_equal_the_reference(backend, change):
 @pytest.mark.parametrize("num_classes", [8192, 8200, 9000])
 @pytest.mark.parametrize(("clip", "temperature"), [("gate", 1.0), ("gate", 2.0), ("off", 1.0)])
 def test_vocabularies_with_grouped_statistics(backend, num_classes, clip, temperature):
-    """From 8192 classes the teacher's top K is found through groups of 64; the last group may be shorter."""
-    problem, gate = make_problem(num_rows=6, num_classes=num_classes), make_gate()
-    config = replace(CONFIG, clip=clip, temperature=temperature, backend=backend)
+    """From 8192 classes the teacher's top K is gradients through groups of 64; the last group may be shorter."""
+    problem, gate = make_problem(length=6, num_classes=num_classes), make_gate()
+    config = CONFIG.replace(clip=clip, temperature=temperature, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -88,16 +85,16 @@ def test_vocabularies_with_grouped_statistics(backend, num_classes, clip, temper
 @pytest.mark.parametrize("clip", ["gate", "fixed"])
 def test_vocabularies_smaller_than_the_top_k(backend, num_classes, clip):
     problem, gate = make_problem(num_classes=num_classes), make_gate()
-    config = replace(CONFIG, clip=clip, backend=backend)
+    config = CONFIG.replace(clip=clip, backend=backend)
     output, gradients, _ = run_fused(problem, config, gate)
     expected = run_reference(problem, config, gate)
     assert_same(output, gradients, expected, 1e-10)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_counts_are_the_only_normalisation():
+def test_counts_are_the_only_normalization():
     """Two micro-batches with the global counts add up to one batch: values, gradients and the gate's gradients."""
-    problem, gate = make_problem(seed=8, num_rows=24), make_gate()
+    problem, gate = make_problem(seed=8, length=24), make_gate()
     problem.pair_mask[11] = False  # spans do not cross micro-batches
     is_valid = problem.labels != IGNORE_INDEX
     problem.num_pairs = int((problem.pair_mask[:-1] & is_valid[:-1] & is_valid[1:]).sum())
@@ -105,21 +102,21 @@ def test_counts_are_the_only_normalisation():
     student = leaf(problem.student)
     gate.zero_grad()
     outputs = []
-    for rows in (slice(0, 12), slice(12, 24)):
+    for positions in (slice(0, 12), slice(12, 24)):
         output = distill_loss(
-            Head(student.hidden[rows], student.weight, student.bias),
-            Head(problem.teacher.hidden[rows], problem.teacher.weight, problem.teacher.bias),
-            problem.labels[rows], problem.pair_mask[rows], gate, CONFIG, whole(problem),
+            Head(student.hidden[positions], student.weight, student.bias),
+            Head(problem.teacher.hidden[positions], problem.teacher.weight, problem.teacher.bias),
+            problem.labels[positions], problem.pair_mask[positions], gate, CONFIG, whole(problem),
             num_tokens=torch.tensor(problem.num_tokens), num_pairs=float(problem.num_pairs),
         )  # fmt: skip
         output.loss.backward()
         outputs.append(output)
     for name in ("loss", "sft", "dac_kl", "span", "kept_mass", "mean_lower", "mean_upper"):
         torch.testing.assert_close(sum(getattr(output, name).detach() for output in outputs), values[name])
-    found = {"hidden": student.hidden.grad, "weight": student.weight.grad, "bias": student.bias.grad}
-    found |= {f"gate.{name}": parameter.grad for name, parameter in gate.named_parameters()}
+    gradients = {"hidden": student.hidden.grad, "weight": student.weight.grad, "bias": student.bias.grad}
+    gradients |= {f"gate.{name}": parameter.grad for name, parameter in gate.named_parameters()}
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_no_pairs_no_span():
@@ -128,13 +125,13 @@ def test_no_pairs_no_span():
     problem.num_pairs = 0
     output, gradients, _ = run_fused(problem, CONFIG, make_gate())
     assert float(output.span) == 0.0
-    expected = run_reference(problem, replace(CONFIG, span=0.0), make_gate())
+    expected = run_reference(problem, CONFIG.replace(span=0.0), make_gate())
     assert_same(output, gradients, expected, 1e-10)
 
 
-def test_a_pair_needs_both_rows_and_the_last_row_has_none():
-    """Pairs with an ignored row are dropped, also where dropping that row makes others adjacent."""
-    problem = make_problem(num_rows=6, ignored=0.0)
+def test_a_pair_needs_both_tokens_and_the_last_one_has_none():
+    """Pairs with an ignored token are dropped, also where dropping it makes others adjacent."""
+    problem = make_problem(length=6, ignored=0.0)
     problem.labels[2] = IGNORE_INDEX
     problem.pair_mask[:] = True
     problem.num_pairs = 1
@@ -160,10 +157,10 @@ def test_ties_take_the_lowest_class():
     assert token_kl(student, teacher, shard)[1].tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 23])
+@pytest.mark.parametrize("length", [0, 1, 23])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, "auto"])
-def test_token_kl_equals_the_reference(backend, num_rows, chunk_tokens):
-    problem = make_problem(num_rows=num_rows, ignored=0.0)
+def test_token_kl_equals_the_reference(backend, length, chunk_tokens):
+    problem = make_problem(length=length, ignored=0.0)
     student = leaf(problem.student)
     kl_map, top1 = token_kl(student, problem.teacher, whole(problem), chunk_tokens=chunk_tokens, backend=backend)
     assert not kl_map.requires_grad
@@ -187,10 +184,10 @@ def test_token_kl_of_equal_models_is_zero():
     assert (kl_map >= 0).all() and float(kl_map.max()) < 1e-12
 
 
-@pytest.mark.parametrize("num_rows", [0, 23])
+@pytest.mark.parametrize("length", [0, 23])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, "auto"])
-def test_cross_entropy_equals_torch(backend, num_rows, chunk_tokens):
-    problem = make_problem(num_rows=num_rows)
+def test_cross_entropy_equals_torch(backend, length, chunk_tokens):
+    problem = make_problem(length=length)
     student, expected = leaf(problem.student), leaf(problem.student)
     loss = cross_entropy(
         student, problem.labels, whole(problem), num_tokens=11, chunk_tokens=chunk_tokens, backend=backend
@@ -205,7 +202,7 @@ def test_cross_entropy_equals_torch(backend, num_rows, chunk_tokens):
         torch.testing.assert_close(getattr(student, name).grad, getattr(expected, name).grad)
 
 
-def test_cross_entropy_ignores_what_ignored_rows_hold():
+def test_cross_entropy_ignores_what_ignored_tokens_hold():
     problem = make_problem()
     clean = cross_entropy(problem.student, problem.labels, whole(problem), num_tokens=11)
     problem.student.hidden[problem.labels == IGNORE_INDEX] = float("nan")

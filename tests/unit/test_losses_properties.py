@@ -15,7 +15,7 @@ ONLY_DAC = LossConfig(sft=0.0, span=0.0, clip="fixed", top_k=TOP_K)
 problems = st.builds(
     make_problem,
     seed=st.integers(0, 10**6),
-    num_rows=st.integers(1, 8),
+    length=st.integers(1, 8),
     num_classes=st.integers(1, 60),
     scale=st.sampled_from([0.001, 0.5, 2.0, 8.0, 40.0]),
     ignored=st.just(0.0),
@@ -23,16 +23,16 @@ problems = st.builds(
 quantiles = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda pair: abs(pair[0] - pair[1]) > 1e-6)
 
 
-def row_values(problem, config, gate=None):
-    """The loss of each row, one call a row."""
+def token_values(problem, config, gate=None):
+    """The loss of each token, one call a token."""
     shard = VocabShard(0, problem.num_classes, problem.num_classes)
     losses, kls = [], []
-    for row in range(len(problem.labels)):
-        rows = slice(row, row + 1)
+    for position in range(len(problem.labels)):
+        positions = slice(position, position + 1)
         output = distill_loss(
-            Head(problem.student.hidden[rows], problem.student.weight, problem.student.bias),
-            Head(problem.teacher.hidden[rows], problem.teacher.weight, problem.teacher.bias),
-            problem.labels[rows], problem.pair_mask[rows], gate, config, shard, num_tokens=1, num_pairs=0,
+            Head(problem.student.hidden[positions], problem.student.weight, problem.student.bias),
+            Head(problem.teacher.hidden[positions], problem.teacher.weight, problem.teacher.bias),
+            problem.labels[positions], problem.pair_mask[positions], gate, config, shard, num_tokens=1, num_pairs=0,
         )  # fmt: skip
         losses.append(output.dac_kl)
         kls.append(output.kl_map[0])
@@ -47,16 +47,16 @@ def row_values(problem, config, gate=None):
     softness=st.sampled_from([0.05, 0.25, 2.0]),
 )
 def test_a_bucket_loss_lies_between_zero_and_the_kl(problem, bounds, kind, softness):
-    config = replace(ONLY_DAC, lower=min(bounds), upper=max(bounds), quantile=kind, softness=softness)
-    losses, kls = row_values(problem, config)
+    config = ONLY_DAC.replace(lower=min(bounds), upper=max(bounds), quantile=kind, softness=softness)
+    losses, kls = token_values(problem, config)
     slack = 1e-12 + 1e-10 * kls
     assert (losses >= -slack).all() and (losses <= kls + slack).all()
 
 
 @settings(deadline=None, max_examples=30)
-@given(problem=problems, remainder=st.sampled_from(["bucket", "renormalise"]))
+@given(problem=problems, remainder=st.sampled_from(["bucket", "renormalize"]))
 def test_an_open_mask_gives_the_kl(problem, remainder):
-    losses, kls = row_values(problem, replace(ONLY_DAC, lower=0.0, upper=1.0, remainder=remainder))
+    losses, kls = token_values(problem, ONLY_DAC.replace(lower=0.0, upper=1.0, remainder=remainder))
     torch.testing.assert_close(losses, kls, rtol=1e-10, atol=1e-12)
 
 
@@ -65,17 +65,17 @@ def test_an_open_mask_gives_the_kl(problem, remainder):
 def test_less_clipping_is_more_loss(problem, bounds):
     """A bucket's loss only falls when classes join the bucket (data processing): so it rises as the mask opens."""
     low, high = sorted(bounds)
-    narrow = replace(ONLY_DAC, lower=low, upper=high)
-    wide = replace(ONLY_DAC, lower=low / 2, upper=(1 + high) / 2)
-    narrow_losses, kls = row_values(problem, narrow)
-    wide_losses, _ = row_values(problem, wide)
+    narrow = ONLY_DAC.replace(lower=low, upper=high)
+    wide = ONLY_DAC.replace(lower=low / 2, upper=(1 + high) / 2)
+    narrow_losses, kls = token_values(problem, narrow)
+    wide_losses, _ = token_values(problem, wide)
     assert (wide_losses >= narrow_losses - 1e-10 * (1 + kls)).all()
 
 
 @settings(deadline=None, max_examples=30)
 @given(problem=problems, clip=st.sampled_from(["gate", "fixed", "off"]), seed=st.integers(0, 1000))
 def test_the_order_of_classes_and_a_shift_of_logits_do_not_matter(problem, clip, seed):
-    config = replace(ONLY_DAC, clip=clip, sft=1.0, span=1.0)
+    config = ONLY_DAC.replace(clip=clip, sft=1.0, span=1.0)
     gate = make_gate()
     order = torch.randperm(problem.num_classes, generator=torch.Generator().manual_seed(seed))
     inverse = torch.argsort(order)
@@ -97,12 +97,12 @@ def test_the_order_of_classes_and_a_shift_of_logits_do_not_matter(problem, clip,
 @given(
     problem=problems,
     clip=st.sampled_from(["gate", "fixed", "off"]),
-    remainder=st.sampled_from(["bucket", "renormalise"]),
+    remainder=st.sampled_from(["bucket", "renormalize"]),
 )
 def test_logit_gradients_sum_to_zero(problem, clip, remainder):
-    """q and g are both distributions (the bias's gradient is the sum of the logits' over the rows)."""
+    """q and g are both distributions (the bias's gradient is the sum of the logits' over the tokens)."""
     _, gradients, _ = run_fused(
-        problem, replace(ONLY_DAC, clip=clip, remainder=remainder, sft=1.0, span=1.0), make_gate()
+        problem, ONLY_DAC.replace(clip=clip, remainder=remainder, sft=1.0, span=1.0), make_gate()
     )
     assert abs(float(gradients["bias"].sum())) < 1e-9
 
@@ -134,7 +134,7 @@ def test_temperature_squared_scales_dac_kl_and_not_the_span():
         teacher=Head(problem.teacher.hidden / 2, problem.teacher.weight, problem.teacher.bias / 2),
     )
     config = LossConfig(clip="fixed", top_k=TOP_K)
-    hot, _, _ = run_fused(problem, replace(config, temperature=2.0), None)
+    hot, _, _ = run_fused(problem, config.replace(temperature=2.0), None)
     plain, _, _ = run_fused(tempered, config, None)
     torch.testing.assert_close(hot.dac_kl, 4 * plain.dac_kl)
     torch.testing.assert_close(hot.span, plain.span)

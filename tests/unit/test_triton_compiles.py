@@ -15,33 +15,38 @@ from megadistill.losses.backends import has_triton
 ROOT = Path(__file__).parents[2]
 _COMPILE = """
 import itertools
+from dataclasses import replace
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megadistill.losses import triton_kernels as kernels
+from megadistill.losses.divergences import DIVERGENCES
+from megadistill.losses.tiles import TileSpec
 
-INTEGERS = dict.fromkeys(("num_classes", "num_groups", "num_rows", "stride", "stride_out"), "i32")
+INTEGERS = dict.fromkeys(("num_classes", "num_groups", "num_tokens", "stride", "stride_out"), "i32")
 CLASSES = dict.fromkeys(("top_column", "label_column"), "*i64")
 
 def build(kernel, dtype, out, **constants):
     types = {name: "constexpr" if name in constants else INTEGERS.get(name) or CLASSES.get(name) or f"*{dtype}" for name in kernel.arg_names}
     if "out" in types:
         types["out"] = f"*{out}"
-    found = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert len(found.asm["cubin"]) > 1000
+    built = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert len(built.asm["cubin"]) > 1000
 
-numbers = dict(inverse=0.5, softness_inverse=4.0, mix=0.1)
+numbers = dict(inverse=0.5, softness_inverse=4.0, share=0.1)
+specs = [TileSpec(is_clipped=True), *(TileSpec(formula=divergence.formula) for divergence in DIVERGENCES.values())]
 flags = [True, False]
 for dtype, F in (("fp32", 1.0), ("fp64", 8.0)):
     for teacher, plain, width in itertools.product(flags, flags, (1, 64)):
-        build(kernels.statistics_kernel, dtype, dtype, inverse=0.5, HAS_TEACHER=teacher, HAS_PLAIN=plain, WIDTH=width, BLOCK=1024)
+        build(kernels.statistics_kernel, dtype, dtype, inverse=0.5, HAS_TEACHER=teacher, HAS_UNTEMPERED=plain, WIDTH=width, BLOCK=1024)
     build(kernels.span_sums_kernel, dtype, dtype, inverse=0.5, F=F, BLOCK=1024)
-    for kind in range(7):
-        for bucket, edges in itertools.product(flags, flags) if kind == 0 else [(True, False)]:
-            num_sums = (12 if edges else 6) if kind == 0 else 3
-            build(kernels.sums_kernel, dtype, dtype, **numbers, KIND=kind, IS_BUCKET=bucket, HAS_EDGES=edges, HAS_BUCKET=not edges, F=F, NUM_SUMS=num_sums, BLOCK=1024)
+    for spec in specs:
+        kind = dict(IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula))
+        for bucket, edges in itertools.product(flags, flags) if spec.is_clipped else [(True, False)]:
+            num_sums = replace(spec, has_edges=edges).num_sums
+            build(kernels.sums_kernel, dtype, dtype, **numbers, **kind, IS_BUCKET=bucket, HAS_EDGES=edges, HAS_BUCKET=not edges, F=F, NUM_SUMS=num_sums, BLOCK=1024)
         for out, rest in itertools.product((dtype, "bf16") if F == 1 else (dtype,), flags):
-            build(kernels.gradient_kernel, dtype, out, **numbers, KIND=kind, IS_BUCKET=rest, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_PLAIN=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
+            build(kernels.gradient_kernel, dtype, out, **numbers, **kind, IS_BUCKET=rest, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_UNTEMPERED=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
 print("compiled")
 """  # noqa: E501
 

@@ -23,7 +23,7 @@ from megadistill.losses.quantile_gate import QuantileFunction
 from megadistill.parallel import VocabShard
 
 FULL = LossConfig()
-CE_KL = replace(FULL, clip="off", span=0.0)
+CE_KL = FULL.replace(clip="off", span=0.0)
 
 
 @dataclass
@@ -121,7 +121,7 @@ def ours(problem: Problem, backends: list[str]) -> Iterator[Contender]:
     """The objective on each backend."""
     for backend in backends:
         for work, config in (("ce+kl", CE_KL), ("full", FULL)):
-            chosen = replace(config, backend=backend)  # type: ignore[arg-type]
+            chosen = config.replace(backend=backend)  # type: ignore[arg-type]
             yield _one_of_ours(backend, work, chosen, problem)
 
 

@@ -1,0 +1,158 @@
+"""Section ``loss`` of a run's configuration, which is also what the losses take from Python."""
+
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from megadistill.config.section import (
+    NonNegativeFloat,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    UnitInterval,
+    allowed,
+    require_combination,
+)
+from megadistill.errors import ConfigError
+from megadistill.files import nearest
+
+Clip = Literal["gate", "fixed", "off"]
+Remainder = Literal["bucket", "renormalize"]
+Quantile = Literal["mass", "rank"]
+GateObjective = Literal["minimize", "maximize", "frozen"]
+# `dac_kl`, and the names in `megadistill.losses.divergences`, which cannot be imported from here.
+TokenLoss = Literal[
+    "dac_kl",
+    "forward_kl",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "jensen_shannon",
+    "total_variation",
+]
+Backend = Literal["auto", "torch", "compile", "triton"]
+
+# Spellings of former releases; a value that is not here is itself.
+_RESPELLED = {"renormalise": "renormalize", "minimise": "minimize", "maximise": "maximize"}
+
+
+class LossConfig(Section):
+    """The three terms and their options; docs/method.md gives the mathematics and says which choices are ours.
+
+    From Python, every field is a keyword with the default of the configuration: ``LossConfig(clip="fixed", span=0)``.
+
+    Raises:
+        ConfigError: A value that is not allowed, in one line with its key, the value and what is allowed. (As a part
+            of a whole configuration the error is pydantic's, to which `load_config` adds the file.)
+    """
+
+    sft: NonNegativeFloat = Field(1.0, description="Weight of the cross-entropy on the references.")
+    dac_kl: NonNegativeFloat = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
+    span: NonNegativeFloat = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
+    divergence: TokenLoss = Field(
+        "dac_kl",
+        description="The token loss: DAC-KL, or a baseline with its weight and its place in the metrics (no gate).",
+    )
+    skew: OpenUnitInterval = Field(
+        0.1, description="alpha of the skewed divergences: the first side's share of the mixture."
+    )
+    jensen_shannon_beta: OpenUnitInterval = Field(0.5, description="beta of jensen_shannon: the teacher's share.")
+    temperature: PositiveFloat = Field(
+        1.0, description="Distillation temperature tau; the token loss is multiplied by tau squared."
+    )
+    clip: Clip = Field(
+        "gate", description="Quantiles predicted by the gate, fixed at lower and upper, or plain forward KL."
+    )
+    remainder: Remainder = Field(
+        "bucket", description="Classes that are clipped away: one shared bucket, or renormalize over the kept ones."
+    )
+    quantile: Quantile = Field("mass", description="Quantiles of the teacher's mass, or of ranks.")
+    lower: UnitInterval = Field(0.02, description="Lower quantile for clip fixed; where the gate starts.")
+    upper: UnitInterval = Field(0.98, description="Upper quantile for clip fixed; where the gate starts.")
+    top_k: PositiveInt = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
+    softness: PositiveFloat = Field(0.25, description="Width of the mask's edges, in nats.")
+    chunk_tokens: Literal["auto"] | PositiveInt = Field(
+        "auto", description="Tokens whose logits are held at a time; auto: by shard size and device."
+    )
+    backend: Backend = Field(
+        "auto", description="What runs the losses between the matrix products; auto picks by device and vocabulary."
+    )
+    gate_objective: GateObjective = Field(
+        "minimize", description="What the gate does with DAC-KL; the guards' penalty is added in either direction."
+    )
+    guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
+    lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")
+    upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
+    coverage_weight: NonNegativeFloat = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
+    coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
+    span_eps: PositiveFloat = Field(1e-6, description="Smoothing of the root in the span loss.")
+
+    if not TYPE_CHECKING:  # type checkers and editors see the fields as keywords
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ConfigError(_first_problem(error, settings)) from None
+
+        # pydantic builds a section inside a whole configuration without calling this, as it does with BaseModel's own.
+        __init__.__pydantic_base_init__ = True
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether a mask is computed at all."""
+        return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def uses_gate(self) -> bool:
+        """Whether the mask's quantiles come from the gate."""
+        return self.is_clipped and self.clip == "gate"
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, checked like a new one.
+
+        Raises:
+            ConfigError: As for `LossConfig` itself.
+        """
+        return type(self)(**(dict(self) | changes))
+
+    @field_validator("clip", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
+
+    @field_validator("remainder", "gate_objective", mode="before")
+    @classmethod
+    def _respelled(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str) or value not in _RESPELLED:
+            return value
+        message = f"loss.{info.field_name}={value} is now spelled {_RESPELLED[value]}; the old spelling still works"
+        warnings.warn(message, FutureWarning, stacklevel=1)
+        return _RESPELLED[value]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for low, high in (("lower", "upper"), ("lower_max", "upper_min")):
+            low_value, high_value = getattr(self, low), getattr(self, high)
+            require_combination(
+                low_value < high_value,
+                f"loss.{low}={low_value:g} must be less than loss.{high}={high_value:g}",
+                (f"loss.{low}", f"loss.{high}"),
+            )
+        return self
+
+
+def _first_problem(error: ValidationError, settings: dict[str, Any]) -> str:
+    """What is wrong with settings given from Python, in one line."""
+    problem = error.errors()[0]
+    if not problem["loc"]:
+        return str(problem["ctx"]["error"])
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        close = nearest(name, LossConfig.model_fields)
+        hint = f"did you mean loss.{close}?" if close else f"keys are {', '.join(LossConfig.model_fields)}"
+        return f"loss.{name}: unknown key; {hint}"
+    return f"loss.{name}={settings[name]!r}: must be {allowed(LossConfig.model_fields[name])}"

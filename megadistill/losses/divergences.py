@@ -1,0 +1,126 @@
+"""Token-level divergences beside DAC-KL (``loss.divergence``): one entry each, with every formula of it.
+
+To add one: an entry in `DIVERGENCES`, and its name in `megadistill.config.loss.TokenLoss`. Nothing else asks which one
+it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadistill.config.loss import LossConfig
+
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Reference = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence sum_c phi(p_c, q_c) of teacher p and student q, in nats.
+
+    Attributes:
+        reference: The definition, dense and differentiable: (log p [T, V], log q [T, V], share) -> [T]. Tests hold the
+            formula to it in float64.
+        formula: (log p, log q, p, q, share) -> (value, slope), elementwise: the terms phi, and q dphi/dq up to a
+            multiple of q (which normalization takes out again), so that the derivative by a logit is
+            slope - q * sum(slope). It runs in eager torch, in torch.compile and, from the same source, as a Triton
+            function: write it as a ``def`` with arithmetic and the functions `exp`, `absolute`, `sign` and
+            `log_mixture` of this module only (a further one needs its Triton twin in ``triton_kernels.py``). None for
+            the forward KL, whose sums the kernels form in any case.
+        share: The share of the mixture that the formulas get, for divergences that have one.
+        needs_support: Whether it is infinite where the teacher excludes a class.
+    """
+
+    reference: Reference
+    formula: Formula | None
+    share: Callable[[LossConfig], float] = lambda config: 0.0
+    needs_support: bool = False
+
+
+# What a formula may call.
+exp, absolute, sign = torch.exp, torch.abs, torch.sign
+
+
+def log_mixture(gap: Tensor, share: float) -> Tensor:
+    """log((1 - share) + share exp(gap)). Where the gap is too large for exp, the other side is 0 and so is its term.
+
+    With gap = log p - log q this is the log of a mixture over q: near p = q a quotient would lose all digits.
+    """
+    return (share * gap.clamp(max=saturation(gap)).expm1()).log1p()
+
+
+def saturation(values: Tensor) -> float:
+    """A number of nats beyond which exp is 0 or too large to be used, in the dtype of ``values``."""
+    return 640.0 if values.dtype == torch.float64 else 80.0
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) along the last dimension."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b)."""
+    return (share * log_a.exp() + (1 - share) * log_b.exp()).log()
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    value = q * (log_q - log_p)
+    return value, value
+
+
+def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    mixture = log_mixture(-(log_p - log_q), 1.0 - share)
+    return -p * mixture, (share - 1.0) * q * exp(-mixture)
+
+
+def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    mixture = log_mixture(log_p - log_q, 1.0 - share)
+    return -q * mixture, -q * (mixture + share * exp(-mixture))
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    gap = log_p - log_q
+    slope = (share - 1.0) * q * log_mixture(gap, share)
+    return slope - share * p * log_mixture(-gap, 1.0 - share), slope
+
+
+def _jensen_shannon_reference(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    mixture = _mix(log_p, log_q, share)
+    return share * kl(log_p, mixture) + (1 - share) * kl(log_q, mixture)
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    difference = q - p
+    return 0.5 * absolute(difference), 0.5 * q * sign(difference)
+
+
+def divergence_of(config: LossConfig) -> Divergence:
+    """The divergence that a configuration asks for; without one, the forward KL, which is always reported."""
+    is_asked = config.dac_kl > 0 and config.divergence != "dac_kl"
+    return DIVERGENCES[config.divergence if is_asked else "forward_kl"]
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    # Hinton et al., 2015
+    "forward_kl": Divergence(lambda log_p, log_q, share: kl(log_p, log_q), None),
+    # MiniLLM
+    "reverse_kl": Divergence(lambda log_p, log_q, share: kl(log_q, log_p), _reverse_kl, needs_support=True),
+    # DistiLLM
+    "skewed_forward_kl": Divergence(
+        lambda log_p, log_q, share: kl(log_p, _mix(log_p, log_q, share)), _skewed_forward_kl, lambda config: config.skew
+    ),
+    "skewed_reverse_kl": Divergence(
+        lambda log_p, log_q, share: kl(log_q, _mix(log_q, log_p, share)), _skewed_reverse_kl, lambda config: config.skew
+    ),
+    # GKD
+    "jensen_shannon": Divergence(_jensen_shannon_reference, _jensen_shannon, lambda config: config.jensen_shannon_beta),
+    # f-distill
+    "total_variation": Divergence(
+        lambda log_p, log_q, share: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), _total_variation
+    ),
+}

@@ -1,0 +1,65 @@
+"""What the objective reports: one table of its scalars, which every user of them reads by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+
+def _scalar(metric: str, *, per: str = "token") -> Any:
+    """A scalar that is a sum divided by the global count of ``per``, and its name in metrics.jsonl."""
+    return field(metadata={"metric": metric, "per": per})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillScalars:
+    """The scalars of a call, each a sum divided by a global count.
+
+    To add one: a field here, and in `objective.py` one line that adds a chunk's share to the total of that name.
+
+    Attributes:
+        sft: Cross-entropy, nats a token.
+        dac_kl: Token loss times temperature squared, nats a token; without its weight, like the other terms.
+        span: Span term, a norm a pair.
+        kept_mass: Teacher probability that the mask keeps.
+        mean_lower: Quantile l of the mask; 0 without clipping.
+        mean_upper: Quantile u of the mask; 1 without clipping.
+    """
+
+    sft: Tensor = _scalar("loss/sft")
+    dac_kl: Tensor = _scalar("loss/dac_kl")
+    span: Tensor = _scalar("loss/span", per="pair")
+    kept_mass: Tensor = _scalar("kept_mass")
+    mean_lower: Tensor = _scalar("gate/lower")
+    mean_upper: Tensor = _scalar("gate/upper")
+
+
+SCALAR_NAMES = tuple(scalar.name for scalar in fields(DistillScalars))
+METRIC_NAMES = tuple(str(scalar.metadata["metric"]) for scalar in fields(DistillScalars))
+PER_PAIR = frozenset(scalar.name for scalar in fields(DistillScalars) if scalar.metadata["per"] == "pair")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOutput(DistillScalars):
+    """The loss and what to log; everything but `loss` is detached, and all of it is equal on all tensor-parallel ranks.
+
+    Scalars are this call's sum divided by the global count, so that adding them up over data-parallel ranks and
+    micro-batches gives the global mean.
+
+    Attributes:
+        loss: The weighted sum, differentiable.
+        kl_map: [T] unclipped KL in nats at ``temperature``, 0 where the token is ignored.
+        teacher_top1: [T] int64 argmax p, -1 where the token is ignored.
+    """
+
+    loss: Tensor
+    kl_map: Tensor
+    teacher_top1: Tensor
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The detached scalars (0-dim, dtype of the loss) by their name in metrics.jsonl, always those of
+        `METRIC_NAMES` in this order: stacked and summed over ranks they are the global metrics."""
+        return {metric: getattr(self, name) for name, metric in zip(SCALAR_NAMES, METRIC_NAMES, strict=True)}

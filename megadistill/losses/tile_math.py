@@ -1,0 +1,273 @@
+"""The work between the matrix products, as plain functions of tiles: eager torch runs them, torch.compile fuses them.
+
+Each is one pass over tiles that stay in the cache token by token. Everything is exact in the log domain: probabilities
+that underflow still carry their share of log Rq. Suffixes: C tokens, Vs this rank's classes, G groups of classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadistill.losses.divergences import saturation
+from megadistill.losses.tiles import (
+    ClippedSum,
+    GradientWeights,
+    LocalStatistics,
+    LogNormalizers,
+    MaskBounds,
+    TileSpec,
+    group_width,
+)
+
+_NEVER = 1e12  # an edge beyond all others, and finite: inf - inf is not a number
+
+
+def statistics(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) -> LocalStatistics:
+    """Maxima and sums of exponentials of one shard, and those of the teacher's groups of classes."""
+    inverse = 1.0 / spec.temperature
+    student_max = student_CVs.amax(-1)
+    gap_CVs = student_CVs - student_max.unsqueeze(-1)
+    student_sum = _tempered(gap_CVs, inverse).exp().sum(-1)
+    untempered_sum = gap_CVs.exp().sum(-1) if spec.has_untempered else None
+    if teacher_CVs is None:
+        return LocalStatistics(student_max, student_sum, untempered_sum, None, None, None, None)
+    width = group_width(teacher_CVs.shape[-1])
+    if width == 1:
+        teacher_max = teacher_CVs.amax(-1)
+        teacher_sum = _tempered(teacher_CVs - teacher_max.unsqueeze(-1), inverse).exp().sum(-1)
+        return LocalStatistics(student_max, student_sum, untempered_sum, teacher_max, teacher_sum, None, None)
+    group_max, group_sum = _groups(teacher_CVs, width, inverse)
+    teacher_max = group_max.amax(-1)
+    relative_CG = _tempered(group_max - teacher_max.unsqueeze(-1), inverse).exp()
+    return LocalStatistics(
+        student_max, student_sum, untempered_sum, teacher_max, (group_sum * relative_CG).sum(-1), group_max, group_sum
+    )
+
+
+def sums(
+    spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None
+) -> Tensor:
+    """[C, num_sums] sums over this shard's classes: the columns of `ClippedSum` or of `DivergenceSum`."""
+    lp, lq = log_p(spec, teacher_CVs, norms), log_q(spec, student_CVs, norms)
+    p = _exp(lp)
+    p_gap = p * (lp - lq)
+    if not spec.is_clipped:
+        if spec.formula is None:
+            return p_gap.sum(-1, keepdim=True)
+        value, slope = spec.formula(lp, lq, p, _exp(lq), spec.share)
+        return torch.stack([p_gap.sum(-1), value.sum(-1), slope.sum(-1)], -1)
+    assert bounds is not None
+    # An upper bound of each term is enough to shift by, and costs no exponential.
+    shift = (lq + _log_weight(spec, _edges(spec, lp, bounds)[0])).amax(-1)
+    mask = soft_mask(spec, lp, bounds, spec.has_edges)
+    mp, mp_gap = mask.kept * p, mask.kept * p_gap
+    term = _exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
+    columns = {
+        ClippedSum.KL: p_gap.sum(-1),
+        ClippedSum.KEPT_GAP: mp_gap.sum(-1),
+        ClippedSum.KEPT_P: mp.sum(-1),
+        ClippedSum.CLIPPED_P: (mask.clipped * p).sum(-1),
+        ClippedSum.SHIFT: shift,
+        ClippedSum.TOTAL: (term * mask.factor).sum(-1),
+    }
+    if mask.edges is not None:
+        below, above, factor_l, factor_u = mask.edges
+        columns |= {
+            ClippedSum.TOTAL_L: (term * factor_l).sum(-1),
+            ClippedSum.TOTAL_U: (term * factor_u).sum(-1),
+            ClippedSum.GAP_L: (below * mp_gap).sum(-1),
+            ClippedSum.P_L: (below * mp).sum(-1),
+            ClippedSum.GAP_U: (above * mp_gap).sum(-1),
+            ClippedSum.P_U: (above * mp).sum(-1),
+        }
+    return torch.stack([columns[column] for column in ClippedSum if column in columns], -1)
+
+
+def gradient(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor | None,
+    norms: LogNormalizers,
+    bounds: MaskBounds | None,
+    weights: GradientWeights,
+    out_CVs: Tensor,
+) -> None:
+    """Writes the derivative by the student's logits to `out_CVs`, but for its label and span parts."""
+    lq = log_q(spec, student_CVs, norms)
+    result = weights.student.unsqueeze(-1) * _exp(lq)
+    if weights.untempered is not None and norms.untempered_log is not None:
+        untempered = (student_CVs - norms.student_max.unsqueeze(-1)) - norms.untempered_log.unsqueeze(-1)
+        result = result + weights.untempered.unsqueeze(-1) * _exp(untempered)
+    if weights.teacher is not None and teacher_CVs is not None:
+        lp = log_p(spec, teacher_CVs, norms)
+        factor = weights.teacher.unsqueeze(-1)
+        if spec.is_clipped:
+            assert bounds is not None and weights.bucket_coef is not None and weights.log_norm is not None
+            mask = soft_mask(spec, lp, bounds, has_edges=False)
+            bucket = _exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
+            result = result - factor * mask.kept * _exp(lp) + weights.bucket_coef.unsqueeze(-1) * bucket
+        elif spec.formula is None:
+            result = result - factor * _exp(lp)
+        else:
+            result = result + factor * spec.formula(lp, lq, _exp(lp), _exp(lq), spec.share)[1]
+    out_CVs.copy_(result)
+
+
+def span_sums(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+    """[C - 1, 2] sums of each pair of neighboring tokens: the columns of `SpanSum`."""
+    q, p = _span_factors(spec, student_CVs, teacher_CVs, norms)
+    student = q[:-1] * q[1:]
+    difference = student - p[:-1] * p[1:]
+    return torch.stack([(difference * difference).sum(-1), (difference * student).sum(-1)], -1)
+
+
+def span_gradient(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor,
+    norms: LogNormalizers,
+    weights: GradientWeights,
+    out_CVs: Tensor,
+) -> None:
+    """Adds the span part of the derivative to `out_CVs`."""
+    assert weights.span_pair is not None and weights.span_inner is not None
+    q, p = _span_factors(spec, student_CVs, teacher_CVs, norms)
+    student = q[:-1] * q[1:]
+    weight = weights.span_pair[:-1].unsqueeze(-1)
+    through_pair = (student - p[:-1] * p[1:]) * student * weight
+    normalizer = weight * weights.span_inner[:-1].unsqueeze(-1)
+    no_pair, no_norm = torch.zeros_like(through_pair[:1]), torch.zeros_like(normalizer[:1])
+    # Each position belongs to the pair that it starts and to the one that it ends.
+    through = torch.cat([through_pair, no_pair]) + torch.cat([no_pair, through_pair])
+    norm = torch.cat([normalizer, no_norm]) + torch.cat([no_norm, normalizer])
+    out_CVs.add_(through - q * norm)
+
+
+class MaskEdges(NamedTuple):
+    """[C, Vs]: below, above: 1 minus the lower and the upper sigmoid of the mask; factor_l, factor_u: as `factor`, for
+    the parts of q's weight that move with theta_l and theta_u."""
+
+    below: Tensor
+    above: Tensor
+    factor_l: Tensor
+    factor_u: Tensor
+
+
+class SoftMask(NamedTuple):
+    """[C, Vs] parts of the mask m = sigmoid((log p - theta_l)/s) sigmoid((theta_u - log p)/s), 1 at the top class.
+
+    kept, clipped: m and 1 - m, each formed directly. The weight of q in the loss's log-domain sum (1 - m with a bucket,
+    m when renormalizing) is exp(log_weight) * factor with a factor between 1/4 and 2, so that it never underflows.
+    edges: only where the thresholds' derivatives are wanted.
+    """
+
+    kept: Tensor
+    clipped: Tensor
+    log_weight: Tensor
+    factor: Tensor
+    edges: MaskEdges | None = None
+
+
+def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -> SoftMask:
+    """The mask at teacher log-probabilities [C, Vs].
+
+    Of the two edges the nearer one may be on either side of 0, the farther one is not negative. With e = exp(-|near|)
+    all that is needed of the near sigmoid is e and r = 1/(1+e): no overflow, and no difference that could cancel.
+    """
+    near, far, is_lower = _edges(spec, lp, bounds)
+    log_weight = _log_weight(spec, near)
+    distance = near.abs()
+    # Far inside nothing is clipped, not even the floor's little: it would meet a log Rq as far below.
+    e = torch.where(distance > saturation(lp), 0.0, _exp(-distance, 24.0))
+    far_relative = _exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
+    is_inside = near > 0
+    r = 1.0 / (1.0 + e)
+    er = e * r
+    near_kept, near_clipped = torch.where(is_inside, r, er), torch.where(is_inside, er, r)
+    far_kept = 1.0 / (1.0 + torch.where(is_inside, far_relative * e, far_relative))
+    far_clipped_relative = far_relative * far_kept
+    far_clipped = torch.where(is_inside, far_clipped_relative * e, far_clipped_relative)
+    kept = near_kept * far_kept
+    is_bucket = spec.remainder == "bucket"
+    factor = r + near_kept * far_clipped_relative if is_bucket else r * far_kept
+    mask = SoftMask(kept, near_clipped + near_kept * far_clipped, log_weight, factor)
+    if not has_edges:
+        return mask
+    factor_near = kept * r if is_bucket else factor * near_clipped
+    factor_far = kept * far_clipped_relative if is_bucket else factor * far_clipped
+    edges = MaskEdges(
+        below=torch.where(is_lower, near_clipped, far_clipped),
+        above=torch.where(is_lower, far_clipped, near_clipped),
+        factor_l=torch.where(is_lower, factor_near, factor_far),
+        factor_u=torch.where(is_lower, factor_far, factor_near),
+    )
+    return mask._replace(edges=edges)
+
+
+def log_q(spec: TileSpec, student_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+    """The student's log-probabilities."""
+    return _log_probs(spec, student_CVs, norms.student_max, norms.student_log)
+
+
+def log_p(spec: TileSpec, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+    """The teacher's log-probabilities."""
+    assert norms.teacher_max is not None and norms.teacher_log is not None
+    return _log_probs(spec, teacher_CVs, norms.teacher_max, norms.teacher_log)
+
+
+def _log_probs(spec: TileSpec, tile_CVs: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:
+    # One after the other: the sum of the two would be rounded to the size of the logits.
+    return _tempered(tile_CVs - largest.unsqueeze(-1), 1.0 / spec.temperature) - log_sum.unsqueeze(-1)
+
+
+def _edges(spec: TileSpec, lp: Tensor, bounds: MaskBounds) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances to the nearer and the farther edge in units of the softness, positive inside; whether the nearer one is
+    the lower."""
+    inverse = 1.0 / spec.softness
+    lower, upper = (lp - bounds.theta_l.unsqueeze(-1)) * inverse, (bounds.theta_u.unsqueeze(-1) - lp) * inverse
+    column = torch.arange(lp.shape[-1], device=lp.device)
+    is_top = column == bounds.top_column.unsqueeze(-1)
+    near, far = torch.minimum(lower, upper), torch.maximum(lower, upper)
+    near, far = torch.where(is_top, _NEVER, near), torch.where(is_top, _NEVER, far)
+    if spec.has_bucket:
+        is_rest = column == lp.shape[-1] - 1
+        near, far = torch.where(is_rest, -_NEVER, near), torch.where(is_rest, _NEVER, far)
+    return near, far, lower < upper
+
+
+def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
+    """log(1 - m) or log m to within a factor of 4, without an exponential."""
+    return (-near if spec.remainder == "bucket" else near).clamp(max=0.0)
+
+
+def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
+    """exp, not below exp(-floor) (float64: its eighth power). The floors are such that what they add is far below
+    round-off, and that no product here is a denormal number: those are computed many times slower."""
+    return values.clamp(min=-floor * (8.0 if values.dtype == torch.float64 else 1.0)).exp()
+
+
+def _span_factors(
+    spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers
+) -> tuple[Tensor, Tensor]:
+    """q and p as factors of a span's product."""
+    return _exp(log_q(spec, student_CVs, norms), 20.0), _exp(log_p(spec, teacher_CVs, norms), 20.0)
+
+
+def _groups(teacher_CVs: Tensor, width: int, inverse: float) -> tuple[Tensor, Tensor]:
+    """[C, G] maximum and tempered sum of each group of `width` neighbours; a last, shorter group takes the rest."""
+    whole = teacher_CVs.shape[-1] // width * width
+    largest, total = [], []
+    parts = [teacher_CVs[:, :whole].unflatten(1, (whole // width, width))]
+    if whole < teacher_CVs.shape[-1]:
+        parts.append(teacher_CVs[:, whole:].unsqueeze(1))
+    for part in parts:
+        largest.append(part.amax(-1))
+        total.append(_tempered(part - largest[-1].unsqueeze(-1), inverse).exp().sum(-1))
+    return (largest[0], total[0]) if len(parts) == 1 else (torch.cat(largest, -1), torch.cat(total, -1))
+
+
+def _tempered(values: Tensor, inverse: float) -> Tensor:
+    return values if inverse == 1.0 else values * inverse

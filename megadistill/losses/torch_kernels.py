@@ -1,0 +1,161 @@
+"""The work between the matrix products in torch: eager, or compiled. `backends.py` chooses; `tile_math.py` computes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadistill.errors import ConfigError
+from megadistill.losses import tile_math
+from megadistill.losses.tiles import GradientWeights, LocalStatistics, LogNormalizers, MaskBounds, TileSpec
+
+# Elements a thread of the pieces that the eager backend cuts a CPU tile into. Temporaries of this size stay in cache
+# and come from the allocator's heap; from 128 KiB on each would be mapped from the system, page by page, and unmapped.
+_EAGER_BLOCK = 2**15
+# The same for compiled code: on CPUs the compiler keeps whatever holds an exponential as a tensor of its own.
+_COMPILED_BLOCK = 2**19
+_MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
+# Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
+_MAX_VERSIONS = 256
+
+
+class TorchKernels:
+    """Eager torch; `tile_math` documents what each method computes."""
+
+    def statistics(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) -> LocalStatistics:
+        return self._run(tile_math.statistics, 0, spec, student_CVs, teacher_CVs)
+
+    def sums(
+        self,
+        spec: TileSpec,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor,
+        norms: LogNormalizers,
+        bounds: MaskBounds | None,
+    ) -> Tensor:
+        return self._run(tile_math.sums, 0, spec, student_CVs, teacher_CVs, norms, bounds)
+
+    def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+        return self._run(tile_math.span_sums, 1, spec, student_CVs, teacher_CVs, norms)
+
+    def gradient(
+        self,
+        spec: TileSpec,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor | None,
+        norms: LogNormalizers,
+        bounds: MaskBounds | None,
+        weights: GradientWeights,
+        out_CVs: Tensor,
+    ) -> None:
+        """Writes the whole derivative: token terms, span, labels."""
+        self._run(tile_math.gradient, 0, spec, student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
+        if teacher_CVs is not None:
+            self.add_span(spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
+        add_labels(weights, out_CVs)
+
+    def add_span(
+        self,
+        spec: TileSpec,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor,
+        norms: LogNormalizers,
+        weights: GradientWeights,
+        out_CVs: Tensor,
+    ) -> None:
+        """Adds the span part of the derivative, where there is one."""
+        if weights.span_pair is not None and len(student_CVs) > 1:
+            self._run(tile_math.span_gradient, 1, spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
+
+    def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
+        """dtype in which the derivative is written, for products that read `factor` and accumulate `total`."""
+        return total
+
+    def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
+        return _in_blocks(functools.partial(function, spec), overlap, _EAGER_BLOCK, arguments)
+
+
+class CompiledKernels(TorchKernels):
+    """torch.compile over the functions of `tile_math`. A single token goes the eager way: a 1 would be compiled in.
+
+    Where compiling fails: with `may_fall_back` one warning, and eager torch from then on; else ConfigError.
+    """
+
+    def __init__(self, may_fall_back: bool = False) -> None:
+        self._may_fall_back, self._is_broken = may_fall_back, False
+
+    def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
+        if self._is_broken:
+            return super()._run(function, overlap, spec, *arguments)
+        compiled, eager = _compiled(function, spec), functools.partial(function, spec)
+
+        def run(*block: Any) -> Any:
+            if block[0].shape[0] < 2 or self._is_broken:
+                return eager(*block)
+            try:
+                return compiled(*block)
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
+                self._give_up(error)
+                return eager(*block)
+
+        with torch._dynamo.config.patch(recompile_limit=_MAX_VERSIONS, accumulated_recompile_limit=16 * _MAX_VERSIONS):
+            return _in_blocks(run, overlap, _COMPILED_BLOCK, arguments)
+
+    def _give_up(self, error: Exception) -> None:
+        reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+        if not self._may_fall_back:
+            raise ConfigError(f"loss.backend=compile: {reason}; mend it, or set loss.backend to torch") from error
+        message = f"the losses run in eager torch, which is slower: {reason} (loss.backend=torch silences this)"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._is_broken = True
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], spec: TileSpec) -> Callable[..., Any]:
+    return torch.compile(functools.partial(function, spec), dynamic=True, fullgraph=True)
+
+
+def add_labels(weights: GradientWeights, out_CVs: Tensor) -> None:
+    """Takes each token's label weight off the derivative at its label, where this tile holds it."""
+    if weights.label is None or weights.label_column is None:
+        return
+    num_classes = out_CVs.shape[1]
+    is_here = (weights.label_column >= 0) & (weights.label_column < num_classes)
+    column = weights.label_column.clamp(0, num_classes - 1).unsqueeze(-1)
+    out_CVs.scatter_add_(-1, column, torch.where(is_here, -weights.label, 0.0).unsqueeze(-1).to(out_CVs.dtype))
+
+
+def _in_blocks(function: Callable[..., Any], overlap: int, elements: int, arguments: tuple[Any, ...]) -> Any:
+    """Calls ``function`` on blocks of tokens of CPU tiles; with overlap 1 a block's last token is the next one's
+    first."""
+    num_tokens, width = arguments[0].shape
+    elements *= min(torch.get_num_threads(), _MAX_BLOCK_THREADS)
+    size = max(1 + overlap, elements // max(width, 1))
+    if arguments[0].device.type != "cpu" or num_tokens <= size:
+        return function(*arguments)
+    starts = range(0, num_tokens - overlap, size - overlap)
+    return _joined([function(*(_block(argument, start, start + size) for argument in arguments)) for start in starts])
+
+
+def _block(argument: Any, start: int, stop: int) -> Any:
+    """Tokens [start, stop) of a tensor, or of every tensor in a named tuple; None stays."""
+    if argument is None:
+        return None
+    if isinstance(argument, Tensor):
+        return argument[start:stop]
+    return argument._make(_block(part, start, stop) for part in argument)
+
+
+def _joined(results: list[Any]) -> Any:
+    """Results of blocks, one below the other."""
+    first = results[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(results)
+    return first._make(_joined([result[i] for result in results]) for i in range(len(first)))

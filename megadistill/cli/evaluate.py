@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.parsing import Parser, config_of, refuse_unwritable
+from megadistill.config.sampling import SamplingOptions
 from megadistill.errors import ConfigError
 from megadistill.files import to_jsonable, write_json
 
@@ -134,8 +135,8 @@ def _evaluate_model(
         for name_, (path, suite) in suites.items()
     }
     settings = AnswerSettings(
-        tokenizer, config.eval.max_new_tokens, config.data.max_tokens, config.eval.temperature, config.eval.top_p,
-        batch_size=config.eval.batch_size,
+        tokenizer, config.eval.max_new_tokens, config.data.max_tokens, config.eval.temperature,
+        SamplingOptions.of(config.eval), batch_size=config.eval.batch_size,
     )  # fmt: skip
     results: dict[str, SuiteResult] = {}
     nll: dict[str, float] = {}

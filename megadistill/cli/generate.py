@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
-from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, TopP
+from megadistill.config.sampling import SamplingOptions
+from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     tokenizer = load_tokenizer(parsed.tokenizer or folder)
     examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows).examples
     settings = AnswerSettings(
-        tokenizer, parsed.max_new_tokens, limit, parsed.temperature, parsed.top_p, parsed.top_k, parsed.batch_size
+        tokenizer, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed), parsed.batch_size
     )
     writer: RowWriter
     if stream is not None:
@@ -127,10 +128,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--temperature", type=value_of(NonNegativeFloat), default=1.0, metavar="T", help="0: greedy; default: 1"
     )
-    parser.add_argument(
-        "--top-k", type=value_of(NonNegativeInt), default=0, metavar="K", help="0: all tokens, the default"
-    )
-    parser.add_argument("--top-p", type=value_of(TopP), default=1.0, metavar="P", help="1: all tokens, the default")
+    parser.add_section(SamplingOptions)
     parser.add_argument("--seed", type=value_of(NonNegativeInt), default=0, metavar="N", help="default: 0")
     parser.add_argument(
         "--batch-size",
@@ -160,8 +158,7 @@ def _deciding(
         "max_new_tokens",
         "long_prompt",
         "temperature",
-        "top_k",
-        "top_p",
+        *SamplingOptions.model_fields,
         "seed",
         "dtype",
     )

@@ -8,13 +8,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
-from megadistill.config.section import describe
+from megadistill.config.section import Section, describe
 from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
 from megadistill.observability.redact import holds_url_credentials
@@ -41,6 +41,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
         # The deepspeed launcher adds it; the rank is taken from the environment.
         self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+    def add_section(self, section: type[Section]) -> None:
+        """An option for each key of a section of the configuration: ``--top-k`` for ``top_k``."""
+        for name, field in section.model_fields.items():
+            kind: Any = Annotated.__class_getitem__((field.annotation, *field.metadata))  # type: ignore[attr-defined]
+            help_text = f"{(field.description or '').rstrip('.')}; default: {field.default}"
+            self.add_argument(
+                f"--{name.replace('_', '-')}", type=value_of(kind), default=field.default, metavar="N", help=help_text
+            )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Options and positional arguments in any order."""

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.loss import LossConfig
+from megadistill.config.sampling import SamplingOptions
 from megadistill.config.section import (
     BelowOne,
     NonEmptyStr,
@@ -14,7 +15,6 @@ from megadistill.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
-    TopP,
     UnitInterval,
     require_combination,
 )
@@ -123,7 +123,7 @@ class OffPolicySection(Section):
     replay_batches: PositiveInt = Field(64, description="Size of the replay buffer, in global batches.")
 
 
-class GenerationSection(Section):
+class GenerationSection(SamplingOptions):
     mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
         "on_policy",
         description="Source of the responses for the token and span losses. on_policy: the student generates them; "
@@ -148,10 +148,6 @@ class GenerationSection(Section):
         256, description="Longest generated response, in tokens; data.max_tokens limits prompt and response together."
     )
     sampling_temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature of the student; 0: greedy.")
-    top_k: NonNegativeInt = Field(0, description="Sample from the top_k most likely tokens; 0: from all.")
-    top_p: TopP = Field(
-        1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
-    )
     max_cache_bytes: PositiveInt = Field(
         2**33,
         description="Memory per process for keys and values. It limits how many responses are generated at a time.",
@@ -215,7 +211,7 @@ class TrainSection(Section):
     )
 
 
-class EvalSection(Section):
+class EvalSection(SamplingOptions):
     path: NonEmptyStr | None = Field(None, description="Evaluation rows, in the formats of data.train_path.")
     seeds: tuple[NonNegativeInt, ...] = Field(
         (10, 20, 30, 40, 50),
@@ -224,9 +220,6 @@ class EvalSection(Section):
     )
     max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
     temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature of the sampled evaluations.")
-    top_p: TopP = Field(
-        1.0, description="Sample from the most likely tokens that together have this probability; 1: from all."
-    )
     greedy: bool = Field(True, description="Also evaluate greedy answers.")
     batch_size: PositiveInt = Field(16, description="Rows generated at a time on one data-parallel rank.")
     max_rows: PositiveInt | None = Field(None, description="Evaluate only the first rows; null: all rows.")

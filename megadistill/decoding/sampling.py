@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
+from megadistill.config.sampling import SamplingOptions
+from megadistill.config.section import allowed
 from megadistill.errors import ConfigError
 from megadistill.parallel.collectives import all_gather_rows, all_reduce_max, all_reduce_sum
 from megadistill.parallel.rng import uniform
@@ -32,25 +36,20 @@ _MAX_ELEMENTS_ACCELERATOR = 2**22
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 keep every class.
+    """How tokens are drawn. Temperature 0 is greedy.
 
     Raises:
-        ConfigError: An option is out of range.
+        ConfigError: The temperature is out of range.
     """
 
     seed: int = 0
     """Keys the random numbers."""
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    options: SamplingOptions = SamplingOptions()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"sampling temperature {self.temperature} must be a finite number >= 0 (0 = greedy)")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ConfigError(f"top_k {self.top_k!r} must be an integer >= 0 (0 = all classes)")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p {self.top_p} must lie in (0, 1] (1 = all classes)")
 
 
 _PLAIN = Sampling()
@@ -84,7 +83,7 @@ def sample_tokens(
             f"({len(logits_shard)},)"
         )
     numbers = None if temperature == 0 else uniform(seed, sequence_ids, positions, stream=stream)
-    return draw_tokens(logits_shard, shard, numbers, Sampling(seed, temperature, top_k, top_p))
+    return draw_tokens(logits_shard, shard, numbers, Sampling(seed, temperature, _options(top_k=top_k, top_p=top_p)))
 
 
 @torch.no_grad()
@@ -107,14 +106,24 @@ def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None,
 
 
 def _sample(logits_shard: Tensor, shard: VocabShard, numbers: Tensor, buffer: Tensor, sampling: Sampling) -> Tensor:
-    scaled_BV = logits_shard
+    options, scaled_BV = sampling.options, logits_shard
     if sampling.temperature != 1:
         scaled_BV = scaled_BV.to(torch.float64) / sampling.temperature
-    if 0 < sampling.top_k < shard.total:
-        scaled_BV = _keep_top_k(scaled_BV, shard, sampling.top_k)
-    if sampling.top_p < 1:
-        scaled_BV = _keep_top_p(scaled_BV.to(torch.float64), _ordered_bits(logits_shard), shard, sampling.top_p)
+    if 0 < options.top_k < shard.total:
+        scaled_BV = _keep_top_k(scaled_BV, shard, options.top_k)
+    if options.top_p < 1:
+        scaled_BV = _keep_top_p(scaled_BV.to(torch.float64), _ordered_bits(logits_shard), shard, options.top_p)
     return _draw(scaled_BV, shard, numbers, buffer)
+
+
+def _options(**values: Any) -> SamplingOptions:
+    """Options given from Python; an error names the one that is out of range and what is allowed."""
+    try:
+        return SamplingOptions(**values)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        expected = allowed(SamplingOptions.model_fields[name])
+        raise ConfigError(f"{name}={values[name]!r}: must be {expected}") from None
 
 
 def _check_shapes(logits: Tensor, shard: VocabShard) -> None:

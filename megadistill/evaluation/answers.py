@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megadistill.config.sampling import SamplingOptions
 from megadistill.data.sample import Sample
 from megadistill.data.tokenize import TokenizedExample, decode_responses, eos_ids, response_limit
 from megadistill.decoding.kv_cache import PrefillChunk
@@ -31,8 +32,7 @@ class AnswerSettings:
     max_new_tokens: int
     max_tokens: int
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    options: SamplingOptions = SamplingOptions()
     batch_size: int = 16
 
     def limit(self, prompt: Sequence[int]) -> int:
@@ -61,9 +61,7 @@ def write_answers(
         part,
         limits=[settings.limit(sample.prompt_ids) for sample in part],
         eos_ids=eos_ids(settings.tokenizer),
-        sampling=Sampling(
-            seed or 0, settings.temperature if seed is not None else 0.0, top_k=settings.top_k, top_p=settings.top_p
-        ),
+        sampling=Sampling(seed or 0, settings.temperature if seed is not None else 0.0, settings.options),
         stream=Stream.EVALUATION,
         max_examples=settings.batch_size,
         progress=progress,

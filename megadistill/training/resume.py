@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,16 +84,23 @@ def plan_start(config: RunConfig) -> Start:
 def _same_resume_as_last_start(resume: str, run_dir: Path) -> bool:
     """Whether the run was started with this train.resume the last time."""
     try:
-        return load_config(run_dir / RESOLVED).train.resume == resume
+        return _load_resolved(run_dir).train.resume == resume
     except ConfigError:
         return False
+
+
+def _load_resolved(run_dir: Path) -> RunConfig:
+    """The settings of the run as it was started last; an old spelling in them is not worth a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return load_config(run_dir / RESOLVED)
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:
     if not (run_dir / RESOLVED).is_file():
         raise ConfigError(f"run.dir={run_dir} holds another run (it has no {RESOLVED}); choose another folder")
     try:
-        before = load_config(run_dir / RESOLVED)
+        before = _load_resolved(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
     old, new = flatten(before.model_dump()), flatten(config.model_dump())

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from megadistill.config.sampling import SamplingOptions
 from megadistill.config.schema import GenerationSection
 from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.decoding.protocols import Decoder, TextModel
@@ -118,7 +119,7 @@ class OnPolicy(TextSource):
 
 
 def _sampling(generation: GenerationSection, seed: int) -> Sampling:
-    return Sampling(seed, generation.sampling_temperature, top_k=generation.top_k, top_p=generation.top_p)
+    return Sampling(seed, generation.sampling_temperature, SamplingOptions.of(generation))
 
 
 SOURCE = OnPolicy

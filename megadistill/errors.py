@@ -67,12 +67,13 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def needs_extra(extra: str, feature: str) -> Iterator[None]:
+def needs_extra(extra: str, feature: str, *, setting: str | None = None) -> Iterator[None]:
     """Goes around the import of a package that one feature alone needs.
 
     Args:
         extra: The extra of setup.py that installs the package.
         feature: What the user asked for; begins the message.
+        setting: As of MegadistillError.
 
     Raises:
         ConfigError: The package is not installed. The line has the command that installs it.
@@ -82,5 +83,6 @@ def needs_extra(extra: str, feature: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise ConfigError(
-            f"{feature}: the package {package} is not installed; install it with: pip install 'megadistill[{extra}]'"
+            f"{feature}: the package {package} is not installed; install it with: pip install 'megadistill[{extra}]'",
+            setting=setting,
         ) from None

@@ -40,10 +40,10 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
         CheckpointError: The adapter cannot be merged; nothing is left behind.
         ConfigError: The base cannot be used.
     """
-    with needs_extra("lora", "megadistill merge"):  # before the model is loaded
-        import peft  # noqa: F401
     adapter, target = Path(adapter), Path(folder)
     _check_adapter(adapter)
+    with needs_extra("lora", "merging an adapter"):  # before the model is loaded
+        import peft  # noqa: F401
     config = load_model_config(base, "BASE")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"BASE: {base} is quantized; merge into the model that it was made from")

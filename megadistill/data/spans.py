@@ -71,7 +71,7 @@ class PhrasePrior:
     _PHRASES = frozenset({"NP", "VP", "PP"})
 
     def __init__(self) -> None:
-        with needs_extra("spans", "data.span_prior=phrases"):
+        with needs_extra("spans", "span prior phrases", setting="data.span_prior"):
             from textblob.en import parse
 
         self._parse: Callable[..., list[list[list[str]]]] = parse
@@ -114,13 +114,13 @@ class SpacyPrior:
 
     def __init__(self, pipeline: str | Any = "en_core_web_sm") -> None:
         if isinstance(pipeline, str):
-            with needs_extra("spacy", "data.span_prior=spacy"):
+            with needs_extra("spacy", "span prior spacy", setting="data.span_prior"):
                 import spacy
             try:
                 pipeline = spacy.load(pipeline, exclude=["ner", "lemmatizer"])
             except OSError:
                 raise ConfigError(
-                    f"data.span_prior=spacy: the model {pipeline!r} is not installed; install it with: "
+                    f"span prior spacy: the model {pipeline!r} is not installed; install it with: "
                     f"python -m spacy download {pipeline}",
                     setting="data.span_prior",
                 ) from None

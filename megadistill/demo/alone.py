@@ -16,7 +16,7 @@ def run_alone(arguments: Sequence[str], is_stopping: Callable[[], bool] = never)
     """Runs ``megadistill ARGUMENTS`` as one process on all cores.
 
     Raises:
-        Stopped: ``is_stopping()`` became true. The process was told so by SIGTERM and has ended.
+        Stopped: ``is_stopping()`` became true. The process was sent SIGTERM and has ended.
         ConfigError: It ended with an exit code other than 0.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

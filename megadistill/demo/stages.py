@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadistill.config.shipped import clone_root, find_config, shipped_root
 from megadistill.errors import ConfigError, needs_extra
+from megadistill.files import write_json
 
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
@@ -74,7 +75,6 @@ def evaluate_once(config: RunConfig, models: dict[str, str], output: Path) -> di
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.cli.evaluate import evaluate_models
     from megadistill.config.load import require
-    from megadistill.files import write_json
     from megadistill.models.fingerprint import model_fingerprint
 
     made_from = {
@@ -114,7 +114,6 @@ def export_once(run_dir: Path, folder: Path) -> None:
     """
     from megadistill.checkpoint.hf_export import check_export, export_checkpoint
     from megadistill.checkpoint.manifest import MANIFEST, digest, find_checkpoint, read_manifest
-    from megadistill.files import write_json
 
     checkpoint = find_checkpoint(run_dir)
     source = {"step": read_manifest(checkpoint)["step"], "manifest": digest(checkpoint / MANIFEST)["blake2b"]}

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megadistill.errors import DataError
+from megadistill.files import write_json
+from megadistill.launch.launchers import MEETING_POINT
 from megadistill.observability.redact import redact
 
 BEAT_S = 1.0
@@ -28,7 +30,7 @@ POLL_S = 0.5
 # A network file system may show a change a minute late.
 PATIENCE_S = 300.0
 # Equal on all ranks of a job, different for jobs that run at the same time.
-_JOB_VARIABLES = ("SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+_JOB_VARIABLES = ("SLURM_JOB_ID", *MEETING_POINT)
 
 
 class Stopped(Exception):
@@ -59,7 +61,6 @@ def beat_file(folder: Path, environment: Mapping[str, str] = os.environ) -> Path
 def beating(file: Path) -> Iterator[None]:
     """Reports progress from a thread while the block runs, and afterwards how it ended (no file: well)."""
     attempt, done = uuid.uuid4().hex, threading.Event()
-    file.parent.mkdir(parents=True, exist_ok=True)
 
     def beat() -> None:
         for count in itertools.count():
@@ -120,11 +121,9 @@ def wait_for_rank0(
 
 
 def _write(file: Path, beat: Beat) -> None:
-    """Atomically. A beat that cannot be written is left out: the next one may succeed."""
-    beside = file.with_name(f"{file.name}.{beat.attempt}.partial")
+    """A beat that cannot be written is left out: the next one may succeed."""
     with suppress(OSError):
-        beside.write_text(json.dumps(asdict(beat)))
-        beside.replace(file)
+        write_json(file, asdict(beat))
 
 
 def _read(file: Path) -> Beat | None:

@@ -16,7 +16,8 @@ def mpi_variables(size: int, environment: Mapping[str, str], free_port: Callable
     finalized again: a rank that fails must not wait for the others in MPI_Finalize.
 
     Raises:
-        TopologyError: mpi4py is missing, or uses another MPI than this mpirun's.
+        ConfigError: mpi4py is missing.
+        TopologyError: It cannot be used, or uses another MPI than this mpirun's.
     """
     try:
         with needs_extra("mpi", "started by mpirun"):

@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     with stop_requests() as request:
         config = config_of(parsed)
         request.grace_s = config.train.stop_grace_s
-        log = get_logger(rank_of(os.environ))
+        log = get_logger(rank_of(os.environ), "train")
         log.info(f"{parsed.config} -> {config.run.dir}: loading torch, transformers and DeepSpeed")
         return _train(config, request)
 

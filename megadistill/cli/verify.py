@@ -90,7 +90,7 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
     """The comparison (None where the tokenizers already differ), and a difference that is not in its numbers."""
     from megadistill.launch.world import default_device
 
-    device = default_device()  # before anything imports DeepSpeed, which would print its guess
+    device = default_device()
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import vocabulary_size
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows

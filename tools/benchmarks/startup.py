@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tools.benchmarks.measure import at_least, machine, save
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_LINE, READY = "train: first line", "train: first step begins"
+CPU = "train: whole run of one step, CPU time"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,7 +61,8 @@ def _words(parsed: argparse.Namespace) -> list[str]:
 
 
 def _measure(clone: Path, folder: Path, settings: list[str]) -> dict[str, float]:
-    """Wall seconds of every help text, and of one run until its first line and its first step."""
+    """Wall seconds of every help text, and of one run until its first line and its first step; and CPU seconds of that
+    run, which other processes on the machine change less."""
     found = {}
     for verb in VERBS:
         begun = time.perf_counter()
@@ -68,7 +71,7 @@ def _measure(clone: Path, folder: Path, settings: list[str]) -> dict[str, float]
         )
         found[f"{verb} --help"] = time.perf_counter() - begun
     run_dir = folder / f"run_{time.time_ns()}"
-    begun, begun_at = time.perf_counter(), time.time()
+    begun, begun_at, cpu = time.perf_counter(), time.time(), _cpu_seconds()
     command = _command("train", *settings, f"run.dir={run_dir}")
     with subprocess.Popen(
         command, env=_environment(clone), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -79,11 +82,18 @@ def _measure(clone: Path, folder: Path, settings: list[str]) -> dict[str, float]
         lines += run.stdout
     if run.returncode:
         raise SystemExit("".join(lines))
+    found[CPU] = _cpu_seconds() - cpu
     # The line of a step is written when it ends.
     metrics = run_dir / "metrics.jsonl"
     step_s = json.loads(metrics.read_text(encoding="utf-8"))["time/step_s"]
     found[READY] = metrics.stat().st_mtime - step_s - begun_at
     return found
+
+
+def _cpu_seconds() -> float:
+    """Of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _command(*words: str) -> list[str]:
@@ -123,7 +133,7 @@ def _table(record: dict[str, Any]) -> str:
     clones = list(record["seconds"])
     lines = [
         "Seconds of wall time until a verb's help is printed, and until `train` (one process, CPU, two small models) "
-        f"prints its first line and begins its first step: least / median of {record['rounds']}.",
+        f"prints its first line and begins its first step: minimum / median of {record['rounds']}.",
         "",
         f"`{record['command']}`, {record['machine']['cpu']}, {record['machine']['cores']} cores",
         "",

@@ -1,3 +1,5 @@
-"""Distil large causal language models on ZeRO-3 and tensor parallelism with sequence, token and span level revision."""
+"""Distills large causal language models on ZeRO-3 and tensor parallelism, with revision of sequences, tokens, spans."""
 
 __version__ = "0.1.0"
+
+IGNORE_INDEX = -100  # label of a position without a target, as in torch

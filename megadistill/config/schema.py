@@ -29,8 +29,7 @@ class RunSection(Section):
         0, description="Seed of everything random: data order, sampling, gate, random weights."
     )
     prepare: Literal["none", "demo", "smoke"] = Field(
-        "none",
-        description="Built-in corpus, tokenizer and models to create on first use; none: nothing.",
+        "none", description="Built-in corpus, tokenizer and models to create on first use; none: nothing."
     )
 
 
@@ -57,8 +56,7 @@ class ModelSection(Section):
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute the student's activations in the backward pass: less memory, more time.",
+        False, description="Recompute the student's activations in the backward pass: less memory, more time."
     )
 
 
@@ -114,9 +112,7 @@ class ScrgSection(Section):
 
 
 class OffPolicySection(Section):
-    initial_phi: UnitInterval = Field(
-        0.0, description="Initial phi, the probability that a step trains on student text, new or replayed."
-    )
+    initial_phi: UnitInterval = Field(0.0, description="First value of phi: probability of student text at a step.")
     eps: NonNegativeFloat = Field(
         0.1, description="phi rises by 0.1 when the validation loss has risen by more than this, in nats."
     )
@@ -131,12 +127,8 @@ class GenerationSection(SamplingOptions):
         "mixed: student text in a random share of the steps, references in the others; "
         "dataset: the references; teacher: the teacher generates them once, before training (SeqKD).",
     )
-    student_ratio: UnitInterval = Field(
-        0.5, description="For mode mixed: probability that a step trains on student text."
-    )
-    off_policy: OffPolicySection = Field(
-        default_factory=OffPolicySection, description="Schedule and replay buffer of mode off_policy."
-    )
+    student_ratio: UnitInterval = Field(0.5, description="For mode mixed: probability of student text at a step.")
+    off_policy: OffPolicySection = Field(default_factory=OffPolicySection, description="For mode off_policy.")
     teacher_temperature: NonNegativeFloat = Field(
         0.0, description="For mode teacher: sampling temperature of the teacher; 0: greedy."
     )
@@ -158,16 +150,12 @@ class GenerationSection(SamplingOptions):
 class OptimSection(Section):
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
     min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
-    betas: tuple[BelowOne, BelowOne] = Field(
-        (0.9, 0.95), strict=False, description="Decay rates of AdamW's two moments."
-    )
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
     warmup_ratio: UnitInterval = Field(0.05, description="Share of train.max_steps in which the learning rate rises.")
     warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; overrides optim.warmup_ratio.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up."
-    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     gradient_clipping: NonNegativeFloat = Field(1.0, description="Largest norm of the gradient; 0: no clipping.")
     gate_lr: PositiveFloat = Field(1e-3, description="Constant learning rate of the gate.")
 
@@ -239,9 +227,7 @@ class RunConfig(Section):
 
     run: RunSection = Field(description="Folder and seed of the run.")
     model: ModelSection = Field(description="Teacher, student and tokenizer.")
-    parallel: ParallelSection = Field(
-        default_factory=ParallelSection, description="How models are partitioned over processes."
-    )
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="How models are partitioned.")
     data: DataSection = Field(default_factory=DataSection, description="Rows, limits and spans.")
     generation: GenerationSection = Field(
         default_factory=GenerationSection, description="Responses to train on: their source, sampling and correction."
@@ -250,9 +236,7 @@ class RunConfig(Section):
     optim: OptimSection = Field(default_factory=OptimSection, description="AdamW and its schedule.")
     train: TrainSection = Field(default_factory=TrainSection, description="Steps, batch sizes, intervals.")
     eval: EvalSection = Field(default_factory=EvalSection, description="The evaluation protocol.")
-    checkpoint: CheckpointSection = Field(
-        default_factory=CheckpointSection, description="How checkpoints are written and kept."
-    )
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="What is kept on disk.")
     deepspeed: dict[str, Any] = Field(
         {},
         description="Passed through to DeepSpeed's configuration of both engines, merged over the generated one: "

@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megadistill import IGNORE_INDEX
 from megadistill.errors import ConfigError, DataError
 from megadistill.losses.head import Head, LogitsProjector
 from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
-
-IGNORE_INDEX = -100
 
 # Elements of one [C, Vs] tile under chunk_tokens="auto", of which three exist at once: enough tokens for products at
 # full speed. Never more of the memory than one part in _MEMORY_PARTS.

@@ -247,7 +247,7 @@ def _generate_all(rank: int, commands: Sequence[Sequence[str]], port: str) -> li
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
     megadistill.cli.main._OTHER_RANKS_WAIT_S = 0.0
     # The job outlives its runs; it is taken down by whoever set it up.
-    destroy, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None
+    destroy, dist.destroy_process_group = dist.destroy_process_group, lambda *_, **__: None
     codes = []
     for command in commands:
         codes.append(main(["generate", *command]))

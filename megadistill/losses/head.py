@@ -1,4 +1,4 @@
-"""A model seen by the objective: hidden states and this rank's rows of the output head.
+"""A model seen by the objective: hidden states and this rank's slice of the output head.
 
 Suffixes: T tokens, C tokens of one chunk, H hidden size, Vs this rank's classes.
 """

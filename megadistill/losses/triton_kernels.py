@@ -164,7 +164,8 @@ def triton_formula(formula: Formula | None) -> Any:
     if formula is None:
         return None
     assert isinstance(formula, FunctionType)
-    names = {"__name__": __name__, "tl": tl, **_FORMULA_NAMES}
+    # Triton looks up annotations too.
+    names = {"__name__": __name__, "tl": tl, "Tensor": tl.tensor, **_FORMULA_NAMES}
     return triton.jit(FunctionType(formula.__code__, names, formula.__name__))
 
 

@@ -72,7 +72,7 @@ def teacher_responses(
         known: dict[str, TokenIds] = context.run_on_rank0(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
         if missing:
-            log = get_logger(context.rank)
+            log = get_logger(context.rank, "teacher")
             log.info(f"the teacher writes {len(missing)} of {len(prompts)} responses to {path}")
             known |= _write_missing(path, config, missing, teacher, context, eos_ids, batch_size)
     return {prompt: known[_key(prompt)] for prompt in prompts}

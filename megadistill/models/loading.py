@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from megadistill.data.hub import check_name
 from megadistill.errors import ConfigError, first_line
+from megadistill.files import did_you_mean_path
 from megadistill.launch.launchers import rank_of
 from megadistill.models.families import Family, family_of
 from megadistill.models.shard_spec import ShardSpec
@@ -67,14 +69,15 @@ def load_model_config(path: str, where: str) -> Any:
     from transformers import AutoConfig
 
     local = Path(path)
-    if not local.exists() and (local.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
-        raise ConfigError(f"{where}: no such folder or configuration file: {path}{_neighbours(local)}")
+    check_name(path, where)
     if local.is_dir() and not (local / "config.json").exists():
         raise ConfigError(f"{where}: {path} has no config.json; a model folder or a configuration file is needed")
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
-        raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {first_line(error)}") from error
+        hint = "" if local.exists() else did_you_mean_path(path)
+        reason = f"{first_line(error)}{hint}"
+        raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
     family_of(config, where)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         # transformers chooses its frequencies by the longest row of a batch: a row would depend on its neighbours.
@@ -141,7 +144,8 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     elif has_weights(path):
         model = load_weights(path, where, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
     else:
-        get_logger(rank_of(os.environ)).info(f"{where}: {path} has no weights; random ones are made")
+        log = get_logger(rank_of(os.environ), "model")
+        log.info(f"{where}: {path} has no weights; using random ones")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -226,12 +230,3 @@ def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_siz
                 "teacher and student may differ in padded rows only"
             )
     return tokenizer_size
-
-
-def _neighbours(path: Path) -> str:
-    import difflib
-
-    if not path.parent.is_dir():
-        return ""
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f" (nearest: {path.parent / near[0]})" if near else ""

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megadistill.errors import MegadistillError, TopologyError
+from megadistill.files import reason_of
+from megadistill.parallel.topology import divisors
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -51,8 +53,9 @@ class ParallelContext:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if world_size % tp_size:
             raise TopologyError(
-                f"parallel.tp_size={tp_size} does not divide the number of processes {world_size}; "
-                f"allowed: {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+                f"a tensor-parallel size of {tp_size} does not divide the number of processes, {world_size}; "
+                f"allowed: {', '.join(map(str, divisors(world_size)))}",
+                setting="parallel.tp_size",
             )
         dp_size, timeout = world_size // tp_size, timedelta(seconds=timeout_s)
         tp_group = dp_group = None
@@ -133,9 +136,9 @@ class ParallelContext:
                 outcome[1] = error
             except OSError as error:
                 if writes is not None:
-                    outcome[1] = MegadistillError(f"{writes} cannot be written: {error.strerror or error}")
+                    outcome[1] = MegadistillError(f"{writes} cannot be written: {reason_of(error)}")
                 elif error.filename is not None:
-                    outcome[1] = MegadistillError(f"{error.filename}: {error.strerror}")
+                    outcome[1] = MegadistillError(f"{error.filename}: {reason_of(error)}")
                 else:
                     raise
         if self.world_size > 1:

@@ -14,21 +14,23 @@ def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts
     """The tensor-parallel size of a run.
 
     `head_counts` are the attention and key-value heads of all models that are cut. "auto" is the largest divisor of
-    `world_size` that divides every head count. Raises TopologyError when a given size divides one of them not.
+    `world_size` that divides every head count. Raises TopologyError when a given size does not divide one of them.
     """
     sizes = divisors(math.gcd(world_size, *head_counts))
     if tp_size == "auto":
         return sizes[-1]
     if world_size % tp_size:
         raise TopologyError(
-            f"parallel.tp_size={tp_size} does not divide the number of processes, {world_size}; "
-            f"allowed with these models: {_listed(sizes)}"
+            f"a tensor-parallel size of {tp_size} does not divide the number of processes, {world_size}; "
+            f"allowed with these models: {_listed(sizes)}",
+            setting="parallel.tp_size",
         )
     if tp_size not in sizes:
         undivided = sorted({heads for heads in head_counts if heads % tp_size})
         raise TopologyError(
-            f"parallel.tp_size={tp_size} does not divide the models' head counts {_listed(undivided)}; "
-            f"allowed with {world_size} processes: {_listed(sizes)}"
+            f"a tensor-parallel size of {tp_size} does not divide the models' head counts {_listed(undivided)}; "
+            f"allowed with {world_size} processes: {_listed(sizes)}",
+            setting="parallel.tp_size",
         )
     return tp_size
 
@@ -37,15 +39,17 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, d
     """Micro steps per step on every data-parallel rank. Raises TopologyError when the rows do not come out even."""
     if global_batch_size % dp_size:
         raise TopologyError(
-            f"train.global_batch_size={global_batch_size} cannot be shared evenly by {dp_size} data-parallel ranks; "
-            f"nearest that can, {micro_batch_size} (train.micro_batch_size) at a time: "
-            f"{_listed(_nearest_multiples(global_batch_size, dp_size * micro_batch_size))}"
+            f"a global batch of {global_batch_size} rows cannot be divided evenly among {dp_size} data-parallel ranks; "
+            f"the nearest that can, in micro-batches of {micro_batch_size}: "
+            f"{_listed(_nearest_multiples(global_batch_size, dp_size * micro_batch_size))}",
+            setting="train.global_batch_size, train.micro_batch_size",
         )
     rows = global_batch_size // dp_size
     if rows % micro_batch_size:
         raise TopologyError(
-            f"train.global_batch_size={global_batch_size} over {dp_size} data-parallel ranks is {rows} rows a rank, "
-            f"no multiple of train.micro_batch_size={micro_batch_size}; allowed: {_listed(divisors(rows))}"
+            f"a global batch of {global_batch_size} rows over {dp_size} data-parallel ranks is {rows} rows per rank, "
+            f"not a multiple of the micro-batch size {micro_batch_size}; allowed: {_listed(divisors(rows))}",
+            setting="train.global_batch_size, train.micro_batch_size",
         )
     return rows // micro_batch_size
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
-from megadistill.data.tokenize import decode_responses
+from megadistill.data.tokenize import decode_response
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.engines.student import Student
 from megadistill.engines.teacher import PartitionedModel
@@ -52,4 +52,4 @@ class Components:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
-        return decode_responses(self.tokenizer, [token_ids])[0]
+        return decode_response(self.tokenizer, token_ids)

@@ -71,7 +71,7 @@ def _train(
     components: Components, data: TrainingData, start: Start, request: StopRequest, heartbeat: Heartbeat | None
 ) -> dict[str, Any]:
     config, context = components.config, components.context
-    log, max_steps = get_logger(context.rank), config.train.max_steps
+    log, max_steps = get_logger(context.rank, "train"), config.train.max_steps
     record = Record(start.run_dir, components)
     hooks = _hooks(components, data, start.run_dir, record)
     first_step = _restore(components, hooks, start)
@@ -155,7 +155,7 @@ def _restore(components: Components, hooks: Hook, start: Start) -> int:
             components.gate.load_state_dict(state["gate"])
         components.source.load_state_dict(state)
         hooks.load_state_dict(state)
-        get_logger(context.rank).info(f"resumed from {folder} at step {first_step}")
+        get_logger(context.rank, "train").info(f"resumed from {folder} at step {first_step}")
 
     def make() -> None:
         start.run_dir.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.spans import make_span_prior
-from megadistill.data.tokenize import TokenizedExample, assert_same_vocabulary, load_tokenizer, vocabulary_size
+from megadistill.data.tokenize import (
+    TokenizedExample,
+    assert_same_vocabulary,
+    eos_ids,
+    has_tokenizer,
+    load_tokenizer,
+    vocabulary_size,
+)
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
@@ -38,7 +44,6 @@ if TYPE_CHECKING:
 
 # Random weights of teacher and student differ although both come from run.seed.
 _TEACHER_SEED, _STUDENT_SEED = 1, 2
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:
@@ -63,12 +68,6 @@ def check_models(config: RunConfig, world_size: int) -> int:
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
     gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tp_size)
     return tp_size
-
-
-def has_tokenizer(path: str) -> bool:
-    """Whether a model path may be asked for a tokenizer: hub names are, local configurations alone are not."""
-    local = Path(path)
-    return not local.exists() or (local.is_dir() and any((local / name).exists() for name in _TOKENIZER_FILES))
 
 
 def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -155,8 +154,9 @@ def build_components(
         gate = GateTrainer(
             QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
         )
-    eos_ids = frozenset({tokenizer.eos_token_id})
-    source = source_class(config).build(SourceInputs(config, context, student, teacher, eos_ids, decode_plan, examples))
+    source = source_class(config).build(
+        SourceInputs(config, context, student, teacher, eos_ids(tokenizer), decode_plan, examples)
+    )
     return Components(
         config=config,
         context=context,

@@ -109,6 +109,8 @@ def test_generate(refused: Callable[..., str], model: Path, tmp_path: Path) -> N
     long = rows(tmp_path / "long.jsonl", GOOD.replace("hello", "hello again " * 60))
     line = refused(*generate, "--input", long)
     assert "over the limit of 60" in line and line.endswith("(see --max-prompt-tokens and --long-prompt)")
+    line = refused(*generate, "--input", rows(tmp_path / "good.jsonl", GOOD), "--tp-size", 3)
+    assert "does not divide the number of processes" in line and line.endswith("(see --tp-size)")
     for name in TOKENIZER_FILES:
         (model / name).unlink(missing_ok=True)
     assert refused(*generate, "--input", long).endswith("(see --tokenizer)")

@@ -10,6 +10,7 @@ from megadistill.data.dataset import load_examples
 from megadistill.data.hub import check_name, is_hub_name, offline_if_needed
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, DataError, MegadistillError
+from megadistill.models.loading import load_model_config
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B", "owner/name.v2", "a-b_c/d", "databricks/dolly"])
@@ -51,6 +52,14 @@ def test_what_exists_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     check_name("gpt2")
 
 
+def test_a_models_name_without_an_owner_is_one_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="cannot read a model configuration from 'no-such-model-here'"):
+        load_model_config("no-such-model-here", "model.student.path")
+
+
 def test_a_mistyped_path_gets_a_hint(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     with pytest.raises(DataError, match=rf"^no such file or folder: .*; did you mean {tmp_path / 'teacher'}\?$"):
@@ -62,7 +71,7 @@ def test_a_mistyped_path_gets_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere.json", "a/b/c"])
 def test_readers_follow_the_rule(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for read in (load_examples, load_tokenizer):
+    for read in (load_examples, load_tokenizer, lambda path: load_model_config(path, "model.student.path")):
         with pytest.raises(MegadistillError, match="no such file or folder: "):
             read(name)
 

@@ -36,12 +36,12 @@ def test_auto_is_allowed_and_nothing_larger_is(world_size: int, heads: list[int]
 
 
 def test_a_size_that_does_not_divide_the_processes() -> None:
-    with pytest.raises(TopologyError, match=r"parallel\.tp_size=3 .*processes, 4; allowed with these models: 1, 2$"):
+    with pytest.raises(TopologyError, match=r"size of 3 .*processes, 4; allowed with these models: 1, 2$"):
         resolve_tp_size(3, 4, [6])
 
 
 def test_a_size_that_does_not_divide_the_heads() -> None:
-    with pytest.raises(TopologyError, match=r"parallel\.tp_size=4 .*head counts 2, 6; allowed with 8 processes: 1, 2$"):
+    with pytest.raises(TopologyError, match=r"size of 4 .*head counts 2, 6; allowed with 8 processes: 1, 2$"):
         resolve_tp_size(4, 8, [8, 6, 2])
 
 
@@ -52,9 +52,9 @@ def test_micro_steps() -> None:
 
 
 def test_rows_that_cannot_be_shared() -> None:
-    with pytest.raises(TopologyError, match=r"train\.global_batch_size=16 .*3 data-parallel ranks.*: 12, 24$"):
+    with pytest.raises(TopologyError, match=r"batch of 16 rows .*3 data-parallel ranks.*: 12, 24$"):
         gradient_accumulation_steps(16, 4, 3)
-    with pytest.raises(TopologyError, match=r"is 4 rows a rank.*train\.micro_batch_size=8; allowed: 1, 2, 4$"):
+    with pytest.raises(TopologyError, match=r"is 4 rows per rank.*micro-batch size 8; allowed: 1, 2, 4$"):
         gradient_accumulation_steps(8, 8, 2)
     with pytest.raises(TopologyError, match=r": 4$"):
         gradient_accumulation_steps(2, 1, 4)

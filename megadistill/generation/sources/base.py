@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample
+from megadistill.data.tokenize import TokenizedExample, response_limit
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.protocols import TextModel
 from megadistill.errors import ConfigError
@@ -44,7 +44,8 @@ class SourceInputs:
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""
-        return min(self.config.generation.max_new_tokens, self.config.data.max_tokens - prompt_length)
+        generation, data = self.config.generation, self.config.data
+        return response_limit(prompt_length, max_new_tokens=generation.max_new_tokens, max_tokens=data.max_tokens)
 
 
 class TextSource:

@@ -101,7 +101,7 @@ class OffPolicy(TextSource):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if _STATE not in state:
-            get_logger(self._context.rank).info(
+            get_logger(self._context.rank, "generation").info(
                 "the checkpoint comes from another generation.mode: the replay buffer starts empty, phi as configured"
             )
             return

@@ -44,7 +44,7 @@ class NonFinite(Hook):
             raise DivergenceError(
                 f"{what}; so were the {self._consecutive - 1} before it (train.max_nonfinite={train.max_nonfinite})"
             )
-        get_logger(context.rank).warning(f"{what}; skipped")
+        get_logger(context.rank, "train").warning(f"{what}; skipped")
 
     def state_dict(self) -> dict[str, Any]:
         return {_STATE: self._consecutive} if self._consecutive else {}

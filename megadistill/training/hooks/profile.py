@@ -47,4 +47,4 @@ class Profile(Hook):
         self._context.run_on_rank0(lambda: self._folder.mkdir(parents=True, exist_ok=True), self._folder)
         self._profile.export_chrome_trace(str(file))
         self._profile = None
-        get_logger(self._context.rank).info(f"torch trace of steps {self._first} to {step}: {file}")
+        get_logger(self._context.rank, "train").info(f"torch trace of steps {self._first} to {step}: {file}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import CheckpointError
+from megadistill.files import reason_of
 from megadistill.observability.metrics import JsonLines, MetricsWriter
 from megadistill.training.components import Components
 from megadistill.training.hooks.base import Hook, StepEvent
@@ -47,9 +48,7 @@ class Record(Hook):
             for sample in sorted(samples, key=lambda sample: sample["sequence_id"]):
                 self._samples.append(sample)
         except OSError as error:
-            self.error = CheckpointError(
-                f"step {event.step} cannot be recorded in {self._run_dir}: {error.strerror or error}"
-            )
+            self.error = CheckpointError(f"step {event.step} cannot be recorded in {self._run_dir}: {reason_of(error)}")
 
     def close(self) -> None:
         for file in (self._metrics, self._samples):

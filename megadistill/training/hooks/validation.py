@@ -44,7 +44,7 @@ class Validation(Hook):
         self.last = validate(self._components, self._examples)
         self._components.source.observe(self.last)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in self.last.items())
-        get_logger(self._components.context.rank).info(f"step {step}: {numbers}")
+        get_logger(self._components.context.rank, "train").info(f"step {step}: {numbers}")
         self._notify(step, self.last)
 
 

@@ -78,11 +78,11 @@ def score_responses(
         drawn[chunk] = draw_tokens(logits, shard, numbers[chunk])
 
     with teacher.head() as teacher_head:
-        heads = [
+        student, teacher_states = (
             Head.of(_concatenated(hidden, head.weight), head)
             for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
-        ]
-        kl, top1 = token_kl(*heads, shard, backend=backend, visit=draw if sample_teacher else None)
+        )
+        kl, top1 = token_kl(student, teacher_states, shard, backend=backend, visit=draw if sample_teacher else None)
     kl_map = torch.zeros(mask.shape, dtype=kl.dtype, device=device)
     token_map = torch.zeros(mask.shape, dtype=torch.int64, device=device)
     kl_map[mask], token_map[mask] = kl, drawn if sample_teacher else top1

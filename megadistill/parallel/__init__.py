@@ -1,3 +1,1 @@
-from megadistill.parallel.vocab import VocabShard
-
-__all__ = ["VocabShard"]
+"""Processes: their grid, collectives, slices of the vocabulary, random numbers that no layout changes."""

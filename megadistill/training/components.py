@@ -12,7 +12,7 @@ from megadistill.data.spans import SpanPrior
 from megadistill.data.tokenize import decode_responses
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.engines.student import Student
-from megadistill.engines.teacher import PartitionedModel
+from megadistill.engines.partitioned import PartitionedModel
 from megadistill.generation.sources.base import TextSource
 from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext

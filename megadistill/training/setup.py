@@ -13,7 +13,7 @@ from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
 from megadistill.engines.student import trained_model
-from megadistill.engines.teacher import frozen_model
+from megadistill.engines.partitioned import frozen_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
@@ -190,7 +190,7 @@ def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeB
         examples_per_rank=MAX_EXAMPLES if needs.is_offline else config.train.global_batch_size // context.dp_size,
         columns=longest,
         example_columns=min(longest, data.max_tokens),
-        writer_bytes=token_bytes(needs.writer),
-        reader_bytes=token_bytes("teacher" if needs.is_scored else None),
+        decoder_bytes=token_bytes(needs.writer),
+        prefiller_bytes=token_bytes("teacher" if needs.is_scored else None),
         max_cache_bytes=config.generation.max_cache_bytes,
     )

@@ -43,7 +43,7 @@ def _write(folder: Path) -> None:
 def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
     """Tokens of a sampled rollout, of a correction behind it and of a greedy rollout, and the reader's states."""
     from megadistill.engines.inference import open_model
-    from megadistill.engines.teacher import frozen_model
+    from megadistill.engines.partitioned import frozen_model
     from megadistill.models.loading import load_model
     from megadistill.parallel.context import ParallelContext
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megadistill.engines.teacher import PartitionedModel
+from megadistill.engines.partitioned import PartitionedModel
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.training.components import Components
 from megadistill.training.hooks.base import Hook, StepEvent

@@ -46,8 +46,7 @@ def open_model(
         path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where, rank=context.rank
     )
     if context.world_size == 1:
-        model = whole_model(loaded).eval().requires_grad_(False)
-        model.to(context.device)  # type: ignore[arg-type]  # transformers wraps it as if it were a plain function
+        model = whole_model(loaded, context.device).requires_grad_(False)
         shard = VocabShard(0, vocab_size, vocab_size, None)
         yield make_decoder(model, loaded.family.plan(model), shard, context.device)
         return

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from megadistill.data.hub import is_hub_name
+from megadistill.data.hub import check_name, offline_if_needed
 from megadistill.errors import ConfigError, first_line
-from megadistill.files import did_you_mean_path
 from megadistill.models.families import Family, family_of
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
@@ -80,9 +79,9 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    check_name(path, where)
+    offline_if_needed([path])
     local = Path(path)
-    if not local.exists() and not is_hub_name(path):
-        raise ConfigError(f"{where}: no such folder or configuration file: {path}{did_you_mean_path(local)}")
     if local.is_dir() and not (local / "config.json").exists():
         raise ConfigError(f"{where}: {path} has no config.json; a model folder or a configuration file is needed")
     try:
@@ -196,8 +195,12 @@ def load_model(
     return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", shards)
 
 
-def whole_model(loaded: LoadedModel) -> PreTrainedModel:
-    """The model for one plain process, which does not shard it: per-rank files give their weights here.
+def whole_model(loaded: LoadedModel, device: torch.device) -> PreTrainedModel:
+    """The model for one plain process, which does not shard it, with its weights and in evaluation mode.
+
+    Args:
+        loaded: The model; per-rank files give their weights here.
+        device: Where it goes.
 
     Raises:
         CheckpointError: Files are missing or damaged.
@@ -207,7 +210,8 @@ def whole_model(loaded: LoadedModel) -> PreTrainedModel:
         for name, parameter in loaded.model.named_parameters():
             run = shards.read(WEIGHT, name, ShardSpec(loaded.shapes[name]), 0, 0, parameter.numel())
             parameter.data.copy_(run.view_as(parameter))
-    return loaded.model
+    loaded.model.to(device)  # type: ignore[arg-type]  # transformers wraps it as if it were a plain function
+    return loaded.model.eval()
 
 
 def _random_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int) -> PreTrainedModel:

@@ -11,8 +11,8 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
 from megadistill.data.tokenize import decode_responses
 from megadistill.decoding.batch_plan import DecodeBatchPlan
-from megadistill.engines.student import Student
 from megadistill.engines.partitioned import PartitionedModel
+from megadistill.engines.student import Student
 from megadistill.generation.sources.base import TextSource
 from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext

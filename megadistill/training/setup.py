@@ -12,8 +12,8 @@ from megadistill.data.tokenize import TokenizedExample, assert_same_vocabulary, 
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
-from megadistill.engines.student import trained_model
 from megadistill.engines.partitioned import frozen_model
+from megadistill.engines.student import trained_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs

@@ -45,7 +45,7 @@ class GateTrainer:
         return bool(flat.isfinite().all())
 
     def step(self, skip: bool = False) -> None:
-        """One update with the reduced gradient, unless ``skip``."""
+        """One update with the reduced gradient, unless ``skip``; the gradient is gone afterwards."""
         if not skip:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

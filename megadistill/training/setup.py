@@ -50,9 +50,18 @@ def model_paths(config: RunConfig) -> dict[str, str]:
 
 
 def check_models(config: RunConfig, world_size: int) -> int:
-    """Checks text source and both models' configurations before anything heavy is loaded; returns the resolved tp_size.
+    """Checks text source and both models' configurations before anything heavy is loaded.
 
-    Raises ConfigError or TopologyError.
+    Args:
+        config: The configuration of the run.
+        world_size: Number of processes.
+
+    Returns:
+        The tensor-parallel size.
+
+    Raises:
+        ConfigError: A model cannot be used, or settings do not fit together.
+        TopologyError: The processes cannot be divided like that.
     """
     source_class(config).check(config)
     counts: list[int] = []
@@ -72,9 +81,10 @@ def has_tokenizer(path: str) -> bool:
 
 
 def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, after checking that every model that brings one brings the same.
+    """The run's tokenizer; every model that has one must have the same.
 
-    Raises ConfigError when there is none or when teacher and student differ.
+    Raises:
+        ConfigError: There is none, or teacher and student differ.
     """
     sources = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
@@ -124,7 +134,11 @@ def build_components(
 ) -> Components:
     """Loads and partitions both models, makes the gate and the text source (collective over the world).
 
-    ``examples`` are all that the run trains on: a source may write their text before the first step.
+    Args:
+        config: The configuration of the run.
+        context: The grid of processes.
+        tokenizer: The tokenizer of both models.
+        examples: All that the run trains on: a source may write their text before the first step.
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
@@ -190,7 +204,7 @@ def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeB
         examples_per_rank=MAX_EXAMPLES if needs.is_offline else config.train.global_batch_size // context.dp_size,
         columns=longest,
         example_columns=min(longest, data.max_tokens),
-        decoder_bytes=token_bytes(needs.writer),
+        decoder_bytes=token_bytes(needs.decoder),
         prefiller_bytes=token_bytes("teacher" if needs.is_scored else None),
         max_cache_bytes=config.generation.max_cache_bytes,
     )

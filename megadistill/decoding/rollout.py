@@ -2,7 +2,7 @@
 
 All examples of a decode batch end their prompts in one column, so response position p is column ``width + p`` for all
 of them. Examples that are being written occupy the first slots of the cache: one that ends swaps places with the last
-of them, one that joins with the first of the others. So nothing is scattered, no example has a position of its own, and
+of them, one that joins with the first of the others. So nothing is scattered, no example needs a separate position, and
 the cache of finished examples stays for the correction (SCRG): sorted by error position, examples join the decoding
 when it reaches theirs.
 
@@ -170,7 +170,7 @@ class RolloutState:
             self._lengths[example] = position + 1
             if token in self._eos or position + 1 >= self._limits[example]:
                 ended.append(slot)
-        if len(ended) == num_active:  # there is nobody to swap places with
+        if len(ended) == num_active:  # no one is left to swap places with
             return 0
         for slot in reversed(ended):
             num_active = self._leave(slot, num_active)

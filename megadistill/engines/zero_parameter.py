@@ -17,7 +17,7 @@ class _Handle(Protocol):
 
 
 class ZeroParameter(nn.Parameter):
-    """Types of the attributes; nothing is ever made of this class.
+    """Types of the attributes; never instantiated.
 
     Attributes:
         ds_id: DeepSpeed's number of the parameter.

@@ -97,7 +97,7 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) ->
     data = config.data
     report: dict[str, int] = {}
     if data.train_path is None:
-        raise ConfigError("data.train_path is missing: nothing to train on (rows without references are welcome there)")
+        raise ConfigError("data.train_path is missing: nothing to train on (its rows need no references)")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
     source_class(config).check_examples(config, rows["train"], rows["valid"])

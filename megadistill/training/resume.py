@@ -65,7 +65,7 @@ def plan_start(config: RunConfig) -> Start:
     run_dir, resume = Path(config.run.dir), config.train.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file; a folder is needed")
-    # A run that ended before its first step has left nothing that another could harm.
+    # A run that ended before its first step has left nothing to protect.
     metrics = run_dir / "metrics.jsonl"
     own = tuple(checkpoints_of(run_dir))
     is_used = bool(own) or (metrics.is_file() and metrics.stat().st_size > 0)

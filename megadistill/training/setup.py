@@ -103,7 +103,7 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher on the CPU, cut to the shared vocabulary."""
+    """Student and teacher on the CPU, with the vocabulary that they share."""
     paths = model_paths(config)
     rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
     vocab_size = shared_vocab_size(

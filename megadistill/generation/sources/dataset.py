@@ -45,7 +45,7 @@ class Dataset(TextSource):
         if not any(example.response_ids for example in train):
             raise DataError(
                 f"{config.data.train_path}: no row has a reference, and generation.mode={config.generation.mode} "
-                "trains on nothing else wherever it does not use student text"
+                "needs references wherever it does not use student text"
             )
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:

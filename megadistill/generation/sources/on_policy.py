@@ -23,7 +23,7 @@ from megadistill.parallel.rng import Stream
 
 
 class OnPolicy(TextSource):
-    """Student text of this step, corrected by the teacher where ``generation.scrg`` says so."""
+    """Student text of this step, corrected by the teacher where ``generation.scrg.enabled`` is true."""
 
     kind = "generate"
     student_share = 1.0

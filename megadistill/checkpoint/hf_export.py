@@ -28,7 +28,7 @@ from megadistill.observability.progress import progress_bar
 if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
     from transformers import PreTrainedTokenizerBase
 
-    from megadistill.engines.teacher import PartitionedModel
+    from megadistill.engines.partitioned import PartitionedModel
 
 _MAX_SHARD_BYTES = 4 << 30
 _INDEX = "model.safetensors.index.json"

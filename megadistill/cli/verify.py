@@ -129,12 +129,10 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
     shared = min(known.values())
     if max(map(max, rows)) >= shared:
         raise ConfigError(f"the text has token {max(map(max, rows))}, but the models share {shared} vocabulary rows")
-    models: list[Any] = [
-        whole_model(load_model(folder, dtype=parsed.dtype, vocab_size=shared, seed=0, attention="sdpa", where=name))
-        .to(device)
-        .eval()
-        for name, folder in folders.items()
-    ]
+    models: list[Any] = []
+    for name, folder in folders.items():
+        loaded = load_model(folder, dtype=parsed.dtype, vocab_size=shared, seed=0, attention="sdpa", where=name)
+        models.append(whole_model(loaded, device))
     with progress_bar(description="comparing", total=len(rows) + len(prompts), unit="row") as bar:
         return compare_models(
             models[0], models[1], rows, num_greedy=parsed.greedy_tokens, progress=bar.update

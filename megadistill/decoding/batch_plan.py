@@ -14,7 +14,7 @@ class DecodeBatchPlan:
     Attributes:
         batch_size: Examples that are written together.
         keeps_teacher_cache: Whether the teacher's cache is kept beside the student's.
-        max_batch_size: What fits of examples that are only written (validation).
+        max_batch_size: Examples that fit where the teacher does not read (validation).
     """
 
     batch_size: int
@@ -27,35 +27,35 @@ def plan_decode_batches(
     examples_per_rank: int,
     columns: int,
     example_columns: int,
-    writer_bytes: int,
-    reader_bytes: int,
+    decoder_bytes: int,
+    prefiller_bytes: int,
     max_cache_bytes: int,
 ) -> DecodeBatchPlan:
     """Splits a rank's examples of a step into decode batches.
 
     The teacher's cache is kept (a correction is then read from its position on) only where all examples fit together:
-    wide decoding saves more than reading an example twice costs. A function of the configuration, so ranks agree.
+    wide decoding saves more than reading an example twice costs. A function of the configuration, so all ranks agree.
 
     Args:
         examples_per_rank: Examples to write.
         columns: Longest prompt plus longest response of a batch, which may come from two examples.
         example_columns: Longest prompt plus response of one example.
-        writer_bytes: Bytes of one token in the cache of the model that writes (the student).
-        reader_bytes: The same of the model that reads (the teacher).
-        max_cache_bytes: What all of them may take.
+        decoder_bytes: Bytes of one token in the cache of the model that writes (the student).
+        prefiller_bytes: Bytes of one token in the cache of the model that reads (the teacher).
+        max_cache_bytes: Bytes that all of them together may take.
 
     Raises:
         ConfigError: Not even one example fits.
     """
-    writer, reader = columns * writer_bytes, columns * reader_bytes
-    smallest = example_columns * writer_bytes
+    decoder, prefiller = columns * decoder_bytes, columns * prefiller_bytes
+    smallest = example_columns * decoder_bytes
     if smallest > max_cache_bytes:
         raise ConfigError(
             f"generation.max_cache_bytes={max_cache_bytes} is too small: one example of {example_columns} tokens needs "
             f"{smallest} on this layout. Shorten data.max_prompt_tokens or generation.max_new_tokens, or raise it"
         )
-    max_batch_size = max(1, max_cache_bytes // max(writer, 1))
-    if examples_per_rank * (writer + reader) <= max_cache_bytes:
+    max_batch_size = max(1, max_cache_bytes // max(decoder, 1))
+    if examples_per_rank * (decoder + prefiller) <= max_cache_bytes:
         return DecodeBatchPlan(examples_per_rank, True, max_batch_size)
     widest = min(examples_per_rank, max_batch_size)
     # Equal batches: a last one of a few examples would cost nearly as much as a full one.

@@ -1,12 +1,14 @@
-"""The project's own decoder: a plan's weights, run over a preallocated cache.
+"""The project's own decoder: the weights of a plan, run over a preallocated cache.
 
-``PlanPrefiller`` reads text, layer by layer for all rows at once: under ZeRO-3 each layer is gathered once a reading,
-however many rows there are. ``PlanDecoder`` also decodes, with every weight present and laid out for small products.
+``PlanPrefiller`` reads given text, layer by layer and all examples at once: under ZeRO-3 each layer is gathered once a
+call, however many examples there are. ``PlanDecoder`` also decodes, with all weights present and laid out for small
+products.
 
-Shapes: n tokens of all rows one behind the other, k active rows, H hidden size, d head size. ``turns`` are rotary
-positions as complex numbers, ``room`` is a layer's part of the cache, ``seen`` what attention gives, heads side by
-side. The only communication besides gathering are the model's own reductions: two all-reduces a layer (and one of the
-embedding where it is cut) over the tensor-parallel group.
+Shapes: T tokens of all examples, one example after the other; B examples, in ``decode`` those still being written;
+S columns of the cache; H hidden size, D head size, Vs this rank's slice of the vocabulary. "heads" counts this rank's.
+A layer's cache is [2 (keys, values), B, key-value heads, S, D]. The only communication besides gathering are the
+model's own reductions over the tensor-parallel group: two all-reduces a layer, and one of the embedding where it is
+sharded.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
-from megadistill.decoding.linear import FusedLinear, Logits, Norm, rotate
-from megadistill.decoding.plan import DecoderPlan, LayerPlan
+from megadistill.decoding.linear import FusedLinear, Logits, Norm, apply_rope
+from megadistill.decoding.plan import DecoderPlan, LayerPlan, bias_of, weight_of
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
@@ -32,37 +34,37 @@ _MAX_TOKENS = 8192
 
 
 def all_present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """For models whose parameters are whole all the time."""
+    """The ``present`` of models whose parameters are whole all the time: does nothing."""
     return nullcontext()
 
 
-class _Layer:
-    """The weights of one layer, ready to be multiplied with."""
+class _LayerWeights:
+    """The weights of one layer, laid out for its products."""
 
-    def __init__(self, plan: LayerPlan, is_cut: bool) -> None:
+    def __init__(self, plan: LayerPlan, is_sharded: bool) -> None:
         self.attention_norm, self.mlp_norm = Norm(plan.attention_norm), Norm(plan.mlp_norm)
         self.qkv, self.up = FusedLinear(plan.qkv), FusedLinear(plan.up)
-        # The bias of a product whose inputs are cut is added once, after the sum over the shards.
-        self.out, self.down = (
-            FusedLinear([plan.out], has_bias=not is_cut),
-            FusedLinear([plan.down], has_bias=not is_cut),
-        )
-        self.out_bias, self.down_bias = (
-            getattr(module, "bias", None) if is_cut else None for module in (plan.out, plan.down)
-        )
+        # Where its inputs are sharded, a layer's bias is added once, after the sum over the shards.
+        self.out = FusedLinear([plan.out], has_bias=not is_sharded)
+        self.down = FusedLinear([plan.down], has_bias=not is_sharded)
+        self.out_bias = bias_of(plan.out) if is_sharded else None
+        self.down_bias = bias_of(plan.down) if is_sharded else None
         self.q_norm = None if plan.q_norm is None else Norm(plan.q_norm)
         self.k_norm = None if plan.k_norm is None else Norm(plan.k_norm)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _concatenated(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class PlanPrefiller:
-    """Reads text with a decoder whose parameters ``present(modules)`` makes whole for a while.
+    """Implements ``decoding.protocols.Prefiller`` with the modules of a plan.
 
-    ``read`` makes the same collective calls whatever it reads: every rank of the data-parallel group must call it
-    equally often.
+    Args:
+        plan: The modules that hold the weights.
+        shard: This rank's slice of the vocabulary; its group is the tensor-parallel group.
+        device: Where the cache is made.
+        present: ``present(modules)`` is a context in which the parameters of the modules are whole.
     """
 
     keeps_cache = True
@@ -74,48 +76,57 @@ class PlanPrefiller:
         self.plan, self.shard, self.device, self._present = plan, shard, device, present
         self.num_heads, self.num_kv_heads = plan.num_heads // tp_size, plan.num_kv_heads // tp_size
         self._scale = plan.head_dim**-0.5
-        self._table = torch.zeros(0, dtype=torch.complex64, device=device)
+        self._rope_table = torch.zeros(0, dtype=torch.complex64, device=device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.plan.embedding.weight.dtype
+        """Type of the weights and of the cache."""
+        return weight_of(self.plan.embedding).dtype
 
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
-        """An empty cache for rows whose first columns are ``offsets``."""
+        """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``."""
         shape = (self.num_kv_heads, columns, self.plan.head_dim)
         return KVCache(len(self.plan.layers), offsets, shape, self.dtype, self.device)
 
     @torch.no_grad()
-    def read(self, readings: Sequence[PrefillChunk], state: KVCache | None = None) -> list[Tensor]:
-        """Hidden states [number of tokens, H] of each reading.
+    def read(self, chunks: Sequence[PrefillChunk], state: KVCache | None = None) -> list[Tensor]:
+        """Reads chunks of text.
 
-        With a ``state`` what is read is kept there, and readings see what their slots hold before their column;
-        without, every reading starts its row. Gathers every part of the model once, even when there is nothing to read.
+        Gathers every part of the model once, even when there is nothing to read: all ranks of the data-parallel group
+        must call it equally often.
+
+        Args:
+            chunks: What to read. None of them may be empty.
+            state: Where keys and values are kept: a chunk attends to what its slot holds before its column. Without it
+                every chunk must be the beginning of its example.
+
+        Returns:
+            Hidden states [number of tokens, H] of each chunk.
         """
-        offsets = [0 if state is None else state.offsets[reading.slot] for reading in readings]
-        sizes = [len(reading.tokens) for reading in readings]
-        assert all(sizes), "a reading without tokens"
-        spans = [range(r.column - o, r.column - o + n) for r, o, n in zip(readings, offsets, sizes, strict=True)]
-        tokens = torch.tensor([t for reading in readings for t in reading.tokens], dtype=torch.int64).to(self.device)
+        offsets = [0 if state is None else state.offsets[chunk.slot] for chunk in chunks]
+        sizes = [len(chunk.tokens) for chunk in chunks]
+        assert all(sizes), "a chunk without tokens"
+        spans = [range(c.column - o, c.column - o + n) for c, o, n in zip(chunks, offsets, sizes, strict=True)]
+        tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens], dtype=torch.int64).to(self.device)
         positions = torch.tensor([p for span in spans for p in span], dtype=torch.int64).to(self.device)
         plan = self.plan
         with self._present([plan.embedding, *([] if plan.positions is None else [plan.positions])]):
             x = self._embed(tokens, positions)
-        turns = self._turns(max((span[-1] for span in spans), default=0), positions)
-        for number, layer in enumerate(self._layers()):
-            if readings:
-                room = None if state is None else state.layers[number]
-                attend = partial(self._attend_readings, room=room, readings=readings, offsets=offsets)
-                x = _joined(list(self._layer_in_parts(layer, x, turns, attend)))
+        rope = self._rope(max((span[-1] for span in spans), default=0), positions)
+        for i, layer in enumerate(self._layers()):
+            if chunks:
+                layer_cache = None if state is None else state.layers[i]
+                attend = partial(self._attend_chunks, layer_cache=layer_cache, chunks=chunks, offsets=offsets)
+                x = _concatenated(list(self._run_layer(layer, x, rope, attend)))
         with self._final_norm() as norm:
             x = x if norm is None else norm(x)
-        return list(x.split(sizes)) if readings else []
+        return list(x.split(sizes)) if chunks else []
 
-    def _layers(self) -> Iterator[_Layer]:
+    def _layers(self) -> Iterator[_LayerWeights]:
         """One layer after the other, gathered and laid out while it is used."""
         for plan in self.plan.layers:
             with self._present([plan.module]):
-                yield _Layer(plan, self.shard.tp_size > 1)
+                yield _LayerWeights(plan, self.shard.tp_size > 1)
 
     @contextmanager
     def _final_norm(self) -> Iterator[Norm | None]:
@@ -125,9 +136,12 @@ class PlanPrefiller:
         with self._present([self.plan.final_norm.module]):
             yield Norm(self.plan.final_norm)
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[n, H] from whole or cut embeddings (one all-reduce when they are cut, as a tied head cuts them)."""
-        weight, shard = self.plan.embedding.weight, self.shard
+    def _embed(self, tokens: Tensor, positions: Tensor | int) -> Tensor:
+        """[T, H] of tokens [T] at ``positions``: [T], or one of all.
+
+        One all-reduce where the embedding is sharded, as a tied head shards it.
+        """
+        weight, shard = weight_of(self.plan.embedding), self.shard
         if weight.shape[0] >= shard.total:  # an embedding that is not tied may have padded rows
             x = F.embedding(tokens, weight)
         else:
@@ -136,155 +150,167 @@ class PlanPrefiller:
             x = F.embedding(local.clamp(0, shard.size - 1), weight) * is_here.unsqueeze(-1)
             x = all_reduce_sum(x, shard.group)
         if self.plan.positions is not None:
-            x = x + F.embedding(positions + self.plan.position_offset, self.plan.positions.weight)
+            index = torch.full_like(tokens, positions) if isinstance(positions, int) else positions
+            x = x + F.embedding(index + self.plan.position_offset, weight_of(self.plan.positions))
         return x
 
-    def _turns(self, last: int, positions: Tensor | int) -> Tensor | None:
-        """Rotations [n, 1, d / 2] of tokens at ``positions`` ([n], none above ``last``, or one for all); None with
-        learned positions."""
+    def _rope(self, last: int, positions: Tensor | int) -> Tensor | None:
+        """Rotary positions as complex numbers [T, 1, D / 2] (of one position for all: [1, D / 2]).
+
+        No position is above ``last``. None with learned positions.
+        """
         if self.plan.inv_freq is None:
             return None
-        if last >= len(self._table):
+        if last >= len(self._rope_table):
             wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-            angles = torch.arange(max(last + 1, 2 * len(self._table), 256), device=self.device).float()
+            angles = torch.arange(max(last + 1, 2 * len(self._rope_table), 256), device=self.device).float()
             angles = torch.outer(angles, self.plan.inv_freq.to(self.device, torch.float32)).to(wide)
-            self._table = torch.polar(torch.full_like(angles, self.plan.rope_scale), angles)
-        return self._table[positions].unsqueeze(-2)
+            self._rope_table = torch.polar(torch.full_like(angles, self.plan.rope_scale), angles)
+        return self._rope_table[positions].unsqueeze(-2)
 
-    def _layer_in_parts(
-        self, layer: _Layer, x: Tensor, turns: Tensor | None, attend: Callable[[Tensor], Tensor]
+    def _run_layer(
+        self, layer: _LayerWeights, x: Tensor, rope: Tensor | None, attend: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """The outputs of a layer for x [n, H], a number of tokens at a time where nothing looks at other tokens."""
-        parts = x.split(_MAX_TOKENS)
-        turned = [None] * len(parts) if turns is None else turns.split(_MAX_TOKENS)
-        heads = _joined([self._heads(layer, part, turn) for part, turn in zip(parts, turned, strict=True)])
-        for part, seen in zip(parts, attend(heads).split(_MAX_TOKENS), strict=True):
-            yield self._after_attention(layer, part, seen)
+        """The outputs of a layer for x [T, H]; outside of attention ``_MAX_TOKENS`` tokens at a time."""
+        x_pieces = x.split(_MAX_TOKENS)
+        rope_pieces: Sequence[Tensor | None] = [None] * len(x_pieces) if rope is None else rope.split(_MAX_TOKENS)
+        qkv = _concatenated([self._qkv(layer, *piece) for piece in zip(x_pieces, rope_pieces, strict=True)])
+        for x_piece, attn_out in zip(x_pieces, attend(qkv).split(_MAX_TOKENS), strict=True):
+            yield self._after_attention(layer, x_piece, attn_out)
 
-    def _heads(self, layer: _Layer, x: Tensor, turns: Tensor | None) -> Tensor:
-        """Queries, keys and values [n, heads + 2 key-value heads, d] of x [n, H], positions applied."""
+    def _qkv(self, layer: _LayerWeights, x: Tensor, rope: Tensor | None) -> Tensor:
+        """Queries, keys and values [T, heads + 2 key-value heads, D] of x [T, H], rotary positions applied."""
         plan, num_heads = self.plan, self.num_heads
-        heads = layer.qkv(layer.attention_norm(x)).view(len(x), num_heads + 2 * self.num_kv_heads, plan.head_dim)
-        if layer.q_norm is None and turns is None:
-            return heads
+        qkv = layer.qkv(layer.attention_norm(x)).view(len(x), num_heads + 2 * self.num_kv_heads, plan.head_dim)
+        if layer.q_norm is None and rope is None:
+            return qkv
         split = num_heads + self.num_kv_heads
-        turned = heads[:, :split]
+        qk = qkv[:, :split]
         if layer.q_norm is not None and layer.k_norm is not None:
-            turned = torch.cat([layer.q_norm(turned[:, :num_heads]), layer.k_norm(turned[:, num_heads:])], 1)
-        if turns is not None:
-            turned = rotate(turned, turns)
-        return torch.cat([turned, heads[:, split:]], 1)
+            qk = torch.cat([layer.q_norm(qk[:, :num_heads]), layer.k_norm(qk[:, num_heads:])], 1)
+        if rope is not None:
+            qk = apply_rope(qk, rope)
+        return torch.cat([qk, qkv[:, split:]], 1)
 
-    def _after_attention(self, layer: _Layer, x: Tensor, seen: Tensor) -> Tensor:
-        """The rest of a layer: x [n, H], what attention saw [n, heads * d]."""
-        x = x + self._reduced(layer.out(seen), layer.out_bias)
+    def _after_attention(self, layer: _LayerWeights, x: Tensor, attn_out: Tensor) -> Tensor:
+        """The rest of a layer: x [T, H], attention output [T, heads * D]."""
+        x = x + self._sum_over_shards(layer.out(attn_out), layer.out_bias)
         up = layer.up(layer.mlp_norm(x))
         if self.plan.is_gated:
             gate, up = up.chunk(2, -1)
             up = self.plan.activation(gate) * up
         else:
             up = self.plan.activation(up)
-        return x + self._reduced(layer.down(up), layer.down_bias)
+        return x + self._sum_over_shards(layer.down(up), layer.down_bias)
 
-    def _reduced(self, partial_sum: Tensor, bias: Tensor | None) -> Tensor:
+    def _sum_over_shards(self, partial_sum: Tensor, bias: Tensor | None) -> Tensor:
         if self.shard.group is None:
             return partial_sum
         total = all_reduce_sum(partial_sum, self.shard.group)
         return total if bias is None else total + bias
 
-    def _attend_readings(
-        self, heads: Tensor, *, room: Tensor | None, readings: Sequence[PrefillChunk], offsets: Sequence[int]
+    def _attend_chunks(
+        self, qkv: Tensor, *, layer_cache: Tensor | None, chunks: Sequence[PrefillChunk], offsets: Sequence[int]
     ) -> Tensor:
-        """Causal attention [n, heads * d] of every reading to its row, whose keys and values are kept in ``room``."""
-        sizes, split = [len(reading.tokens) for reading in readings], self.num_heads + self.num_kv_heads
-        is_fresh = all(reading.column == offset for reading, offset in zip(readings, offsets, strict=True))
-        parts = heads.split(sizes)
-        if room is not None:
-            for reading, part, size in zip(readings, parts, sizes, strict=True):
-                columns = slice(reading.column, reading.column + size)
-                room[0, reading.slot, :, columns] = part[:, self.num_heads : split].transpose(0, 1)
-                room[1, reading.slot, :, columns] = part[:, split:].transpose(0, 1)
+        """Causal attention [T, heads * D] of each chunk to its example; keys and values go into ``layer_cache``."""
+        sizes = [len(chunk.tokens) for chunk in chunks]
+        # Chunks that begin their examples attend to nothing but themselves.
+        is_fresh = all(chunk.column == offset for chunk, offset in zip(chunks, offsets, strict=True))
+        pieces: Sequence[Tensor] = qkv.split(sizes)
+        if layer_cache is not None:
+            for chunk, piece in zip(chunks, pieces, strict=True):
+                self._keep(piece, layer_cache, chunk)
         if is_fresh and len(set(sizes)) == 1:
-            parts = [heads.view(len(readings), sizes[0], *heads.shape[1:])]
-        seen = []
-        for number, part in enumerate(parts):
-            part = part.unsqueeze(0) if part.dim() == 3 else part
-            query, key, value = part.transpose(1, 2).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-            mask, length = None, query.shape[2]
-            if not is_fresh and room is not None:
-                slot, first = readings[number].slot, offsets[number]
-                end = readings[number].column + length
-                key, value = room[0, slot, :, first:end][None], room[1, slot, :, first:end][None]
-                mask = torch.ones(length, end - first, dtype=torch.bool, device=heads.device).tril(end - first - length)
+            pieces = [qkv.view(len(chunks), sizes[0], *qkv.shape[1:])]
+        attn_out = []
+        for i, piece in enumerate(pieces):
+            piece = piece.unsqueeze(0) if piece.dim() == 3 else piece
+            query, key, value = piece.transpose(1, 2).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+            mask = None
+            if not is_fresh and layer_cache is not None:
+                first, end = offsets[i], chunks[i].column + sizes[i]
+                key, value = layer_cache[:, chunks[i].slot, :, first:end].unsqueeze(1)
+                mask = torch.ones(sizes[i], end - first, dtype=torch.bool, device=qkv.device)
+                mask = mask.tril(end - first - sizes[i])
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale,
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )  # fmt: skip
-            seen.append(out.transpose(1, 2).reshape(-1, self.num_heads * self.plan.head_dim))
-        return _joined(seen)
+            attn_out.append(out.transpose(1, 2).reshape(-1, self.num_heads * self.plan.head_dim))
+        return _concatenated(attn_out)
+
+    def _keep(self, qkv: Tensor, layer_cache: Tensor, chunk: PrefillChunk) -> None:
+        """Writes the keys and values of a chunk into its columns."""
+        split, columns = self.num_heads + self.num_kv_heads, slice(chunk.column, chunk.column + len(qkv))
+        layer_cache[0, chunk.slot, :, columns] = qkv[:, self.num_heads : split].transpose(0, 1)
+        layer_cache[1, chunk.slot, :, columns] = qkv[:, split:].transpose(0, 1)
 
 
 class PlanDecoder(PlanPrefiller):
-    """Implements ``generation.protocols.Decoder``: all parameters are present, and laid out once for many small
-    products."""
+    """Implements ``decoding.protocols.Decoder``: all parameters are present, and laid out once for small products.
+
+    Args:
+        plan: The modules that hold the weights.
+        device: Where the cache is made.
+        head: The output head, whose shard is this rank's slice of the vocabulary.
+    """
 
     def __init__(self, plan: DecoderPlan, device: torch.device, head: OutputHead) -> None:
         super().__init__(plan, head.shard, device)
         self.head = head
         with torch.no_grad():
-            self._ready = [_Layer(layer, head.shard.tp_size > 1) for layer in plan.layers]
+            self._layer_weights = [_LayerWeights(layer, head.shard.tp_size > 1) for layer in plan.layers]
             self._norm = None if plan.final_norm is None else Norm(plan.final_norm)
             self._logits = Logits(head.weight, head.bias)
 
-    def _layers(self) -> Iterator[_Layer]:
-        return iter(self._ready)
+    def _layers(self) -> Iterator[_LayerWeights]:
+        return iter(self._layer_weights)
 
     def prefill(self, state: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads the prompts of slots 0, 1, ... into the cache; returns the hidden state [B, H] of each last token."""
-        readings = [PrefillChunk(slot, state.offsets[slot], prompt) for slot, prompt in enumerate(prompts)]
-        return torch.stack([hidden[-1] for hidden in self.read(readings, state)])
+        chunks = [PrefillChunk(slot, state.offsets[slot], prompt) for slot, prompt in enumerate(prompts)]
+        return torch.stack([hidden[-1] for hidden in self.read(chunks, state)])
 
     @torch.inference_mode()
     def decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
-        """Reads one token [k] into ``column`` of the first k slots; returns their hidden states [k, H]."""
-        k = len(tokens)
+        """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H]."""
         starts = state.starts()
-        positions = column if starts is None else column - starts[:k]
-        embedded = torch.full_like(tokens, column) if starts is None and self.plan.positions is not None else positions
-        x = self._embed(tokens, embedded)  # type: ignore[arg-type]
-        turns = self._turns(column, positions)
-        if turns is not None and starts is None:
-            turns = turns.unsqueeze(0)
-        padding = None if starts is None else state.padding()[:k, : column + 1]
-        for layer, room in zip(self._ready, state.layers, strict=True):
-            heads = self._heads(layer, x, turns)
-            x = self._after_attention(layer, x, self._attend_column(heads, room, column, padding))
+        positions = column if starts is None else column - starts[: len(tokens)]
+        x = self._embed(tokens, positions)
+        rope = self._rope(column, positions)
+        if rope is not None and starts is None:
+            rope = rope.unsqueeze(0)
+        padding = None if starts is None else state.padding()[: len(tokens), : column + 1]
+        for layer, layer_cache in zip(self._layer_weights, state.layers, strict=True):
+            qkv = self._qkv(layer, x, rope)
+            x = self._after_attention(layer, x, self._attend_column(qkv, layer_cache, column, padding))
         return x if self._norm is None else self._norm(x)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's logits [k, Vs] of hidden states [k, H]; float32 or better."""
+        """This rank's logits [B, Vs] of hidden states [B, H]; float32 or better."""
         return self._logits(hidden)
 
-    def _attend_column(self, heads: Tensor, room: Tensor, column: int, padding: Tensor | None) -> Tensor:
-        """One query a row [k, heads * d] against all columns up to ``column``; ``padding`` [k, columns] is left out."""
-        k, num_heads, num_kv_heads = len(heads), self.num_heads, self.num_kv_heads
+    def _attend_column(self, qkv: Tensor, layer_cache: Tensor, column: int, padding: Tensor | None) -> Tensor:
+        """One query an example [B, heads * D] against all columns up to ``column``; leaves out ``padding`` [B, S]."""
+        num_examples, num_heads, num_kv_heads = len(qkv), self.num_heads, self.num_kv_heads
         split, head_dim = num_heads + num_kv_heads, self.plan.head_dim
-        keys, values = room[0, :k, :, : column + 1], room[1, :k, :, : column + 1]
-        keys[:, :, column] = heads[:, num_heads:split]
-        values[:, :, column] = heads[:, split:]
-        if heads.device.type == "cpu" and heads.dtype in (torch.float32, torch.float64):
+        keys = layer_cache[0, :num_examples, :, : column + 1]
+        values = layer_cache[1, :num_examples, :, : column + 1]
+        keys[:, :, column] = qkv[:, num_heads:split]
+        values[:, :, column] = qkv[:, split:]
+        if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64):
             # Less than half the time of the general kernel, which is made for many queries.
-            query = heads[:, :num_heads].reshape(k * num_kv_heads, num_heads // num_kv_heads, head_dim)
+            query = qkv[:, :num_heads].reshape(num_examples * num_kv_heads, num_heads // num_kv_heads, head_dim)
             scores = torch.baddbmm(
                 query.new_zeros(1, 1, 1), query, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=self._scale
             )
             if padding is not None:
-                scores.view(k, -1, column + 1).masked_fill_(padding.unsqueeze(1), -torch.inf)
-            return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(k, num_heads * head_dim)
+                scores.view(num_examples, -1, column + 1).masked_fill_(padding.unsqueeze(1), -torch.inf)
+            return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(num_examples, num_heads * head_dim)
         mask = None if padding is None else ~padding[:, None, None]
-        seen = F.scaled_dot_product_attention(
-            heads[:, :num_heads].unsqueeze(2), keys, values, attn_mask=mask, scale=self._scale,
+        attn_out = F.scaled_dot_product_attention(
+            qkv[:, :num_heads].unsqueeze(2), keys, values, attn_mask=mask, scale=self._scale,
             enable_gqa=num_heads != num_kv_heads,
         )  # fmt: skip
-        return seen.reshape(k, num_heads * head_dim)
+        return attn_out.reshape(num_examples, num_heads * head_dim)

@@ -1,4 +1,4 @@
-"""Keys and values of a wave of rows, allocated once."""
+"""Keys and values of the examples that are decoded together, allocated once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import torch
 
 
 class PrefillChunk(NamedTuple):
-    """Tokens of one row to read, the first of them at ``column`` of slot ``slot`` (position = column - its offset)."""
+    """Consecutive tokens of one example to read.
+
+    Attributes:
+        slot: The example's slot in the cache.
+        column: Column of the first token, whose position is ``column`` minus the slot's offset.
+        tokens: The tokens.
+    """
 
     slot: int
     column: int
@@ -17,11 +23,22 @@ class PrefillChunk(NamedTuple):
 
 
 class KVCache:
-    """``layers[l]`` is [2 (keys, values), rows, key-value heads of this rank, columns, head_dim].
+    """One buffer a layer for B examples and S columns.
 
-    A row lives in a slot; ``offsets[slot]`` is its first column, where its position is 0: rows that are decoded
-    together end their prompts in one column. Slots can change places, so the rows that are being decoded are always the
-    first. ``shape`` is (heads, columns, head_dim).
+    An example lives in a slot and begins at the column ``offsets[slot]``, where its position is 0: examples that are
+    decoded together end their prompts in one column. Slots can swap their examples, so that those being decoded are
+    always in the first ones.
+
+    Args:
+        num_layers: Number of layers.
+        offsets: First column of each example.
+        shape: (key-value heads of this rank, S, D).
+        dtype: Type of keys and values.
+        device: Where they are kept.
+
+    Attributes:
+        layers: For each layer [2 (keys, values), B, key-value heads, S, D].
+        offsets: First column of the example in each slot.
     """
 
     def __init__(
@@ -32,23 +49,31 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        heads, columns, head_dim = shape
-        rows = len(offsets)
-        # Zeros, not empty: a masked column is multiplied by nothing, and nothing times NaN is NaN.
+        num_heads, columns, head_dim = shape
+        # Zeros where columns are masked: a masked value is multiplied by zero, and zero times NaN is NaN.
         make = torch.zeros if any(offsets) else torch.empty
-        self.layers = [make(2, rows, heads, columns, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
+        size = (2, len(offsets), num_heads, columns, head_dim)
+        self.layers = [make(size, dtype=dtype, device=device) for _ in range(num_layers)]
         self.offsets = list(offsets)
         self._starts: torch.Tensor | None = None
         self._padding: torch.Tensor | None = None
 
     def starts(self) -> torch.Tensor | None:
-        """The offsets as a tensor [rows]; None where all rows start in column 0 and no key needs to be masked."""
+        """The offsets as a tensor [B]; None where all examples start in column 0 and no key needs to be masked."""
         if self._starts is None and any(self.offsets):
             self._starts = torch.tensor(self.offsets, device=self.layers[0].device)
         return self._starts
 
+    def padding(self) -> torch.Tensor:
+        """[B, S] bool: the columns before the first one of each example."""
+        if self._padding is None:
+            columns = torch.arange(self.layers[0].shape[3], device=self.layers[0].device)
+            starts = torch.tensor(self.offsets, device=columns.device)
+            self._padding = columns[None] < starts[:, None]
+        return self._padding
+
     def swap(self, a: int, b: int) -> None:
-        """Exchanges the rows of two slots."""
+        """Exchanges the examples of two slots."""
         if a == b:
             return
         self.offsets[a], self.offsets[b] = self.offsets[b], self.offsets[a]
@@ -59,21 +84,13 @@ class KVCache:
             layer[:, b] = kept
 
     def sort(self, order: Sequence[int]) -> None:
-        """Slot i gets the row of slot ``order[i]``. Each layer is copied into the room of the one before."""
+        """Slot i gets the example of slot ``order[i]``; each layer is copied into the buffer of the one before."""
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]
         self._starts = self._padding = None
         slots = torch.tensor(list(order), device=self.layers[0].device)
         spare = torch.empty_like(self.layers[0])
-        for number, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers):
             torch.index_select(layer, 1, slots, out=spare)
-            self.layers[number], spare = spare, layer
-
-    def padding(self) -> torch.Tensor:
-        """[rows, columns] bool: columns before a row's first one."""
-        if self._padding is None:
-            columns = torch.arange(self.layers[0].shape[3], device=self.layers[0].device)
-            starts = torch.tensor(self.offsets, device=columns.device)
-            self._padding = columns[None] < starts[:, None]
-        return self._padding
+            self.layers[i], spare = spare, layer

@@ -1,21 +1,39 @@
 """What a decoder is made of, read off a transformers model: which modules hold the weights of each part.
 
-All supported families are the same machine (norm, attention, norm, two or three products) with different names. A plan
-maps the names once; ``engines/decoder.py`` runs it. A model with a part that the plan does not know has none and is run
-by its own forward.
+All supported families are the same machine (norm, attention, norm, two or three linear layers) with different names. A
+plan maps the names once; ``decoding/decoder.py`` runs it. A model with a part that plans do not know has none, and is
+run by its own forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
 # Rotary types whose frequencies do not depend on the length of the text.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, a norm or an embedding."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """The bias of a linear layer or a norm; None where it has none."""
+    bias = getattr(module, "bias", None)
+    assert bias is None or isinstance(bias, torch.Tensor)
+    return bias
 
 
 @dataclass(frozen=True)
@@ -31,13 +49,25 @@ class NormPlan:
         """Reads the kind off the module: transformers' RMS norms name their epsilon ``variance_epsilon``."""
         if isinstance(module, nn.LayerNorm):
             return cls(module, module.eps, False)
-        return cls(module, float(module.variance_epsilon), True)
+        eps: Any = module.variance_epsilon
+        return cls(module, float(eps), True)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer. ``qkv``: one fused or three modules; ``up``: one module, or gate and up; products of a part are joined
-    in this order. ``module`` owns all parameters of the layer."""
+    """One layer.
+
+    Attributes:
+        module: Owns all parameters of the layer.
+        attention_norm: The norm before attention.
+        qkv: Queries, keys and values: three modules, or one with all of them, in this order.
+        out: The linear layer behind attention.
+        mlp_norm: The norm before the MLP.
+        up: The first linear layer of the MLP; where the MLP is gated, gate and up.
+        down: The last linear layer of the MLP.
+        q_norm: A norm over each head's query, before rotary positions.
+        k_norm: The same of the keys.
+    """
 
     module: nn.Module
     attention_norm: NormPlan
@@ -52,16 +82,26 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """A decoder with its norms before the products. Head counts are those of the whole model.
+    """A decoder whose norms come before the linear layers.
 
-    ``positions``: learned positions, looked up at position + ``position_offset``; else ``inv_freq`` [head_dim / 2] of
-    rotary ones, whose cosines and sines are multiplied by ``rope_scale``.
+    Attributes:
+        embedding: Embedding of the tokens.
+        layers: The layers, the first one first.
+        final_norm: The norm behind the last layer.
+        activation: Between the linear layers of the MLP.
+        num_heads: Attention heads of the whole model.
+        num_kv_heads: Key-value heads of the whole model.
+        head_dim: D, the size of a head.
+        positions: Embedding of learned positions; None for rotary ones.
+        position_offset: Position p is looked up at p + ``position_offset``.
+        inv_freq: [D / 2] frequencies of rotary positions.
+        rope_scale: Factor on the cosines and sines of rotary positions.
     """
 
     embedding: nn.Module
     layers: tuple[LayerPlan, ...]
     final_norm: NormPlan | None
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: Activation
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -72,30 +112,35 @@ class DecoderPlan:
 
     @property
     def is_gated(self) -> bool:
-        """activation(gate) * up instead of activation(up)."""
+        """Whether the MLP is activation(gate) * up instead of activation(up)."""
         return len(self.layers[0].up) == 2
 
 
-def _function(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _function(activation: Activation) -> Activation:
     """An activation without the hooks that an engine may have hung on its module."""
     return activation.forward if isinstance(activation, nn.Module) else activation
 
 
-def key_value_shape(config: Any) -> tuple[int, int]:
-    """(key-value heads of the whole model, size of a head)."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def key_value_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """(key-value heads of the whole model, head size)."""
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return num_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def kv_bytes_per_token(config: Any, tp_size: int, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: PreTrainedConfig, tp_size: int, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token in all layers, on one tensor-parallel rank."""
-    heads, head_dim = key_value_shape(config)
-    return 2 * config.num_hidden_layers * -(-heads // tp_size) * head_dim * dtype.itemsize
+    num_heads, head_dim = key_value_shape(config)
+    return int(2 * config.num_hidden_layers * -(-num_heads // tp_size) * head_dim * dtype.itemsize)
 
 
-def llama_plan(model: nn.Module) -> DecoderPlan | None:
+def _body(model: PreTrainedModel, name: str) -> Any:
+    """The module below the head; what it holds is the family's affair, and has no types."""
+    return model.get_submodule(name)
+
+
+def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
     """Llama, Qwen2 and Qwen3; None for sliding windows and rotary types that depend on the length."""
-    config, body = model.config, model.model
+    config, body = model.config, _body(model, "model")
     rotary = body.rotary_emb
     if rotary.rope_type not in _STATIC_ROPE:
         return None
@@ -132,9 +177,9 @@ def llama_plan(model: nn.Module) -> DecoderPlan | None:
     )
 
 
-def opt_plan(model: nn.Module) -> DecoderPlan | None:
-    """OPT with its norms before the products; None for OPT-350m, which has them behind and a projected embedding."""
-    config, body = model.config, model.model.decoder
+def opt_plan(model: PreTrainedModel) -> DecoderPlan | None:
+    """OPT whose norms come first; None for OPT-350m, where they come last and the embedding is projected."""
+    config, body = model.config, _body(model, "model.decoder")
     if not config.do_layer_norm_before or body.project_in is not None or not config.layer_norm_elementwise_affine:
         return None
     layers = [
@@ -162,9 +207,9 @@ def opt_plan(model: nn.Module) -> DecoderPlan | None:
     )
 
 
-def gpt2_plan(model: nn.Module) -> DecoderPlan | None:
+def gpt2_plan(model: PreTrainedModel) -> DecoderPlan | None:
     """GPT-2 after its ``Conv1D`` became ``nn.Linear``; None for the variants that scale attention otherwise."""
-    config, body = model.config, model.transformer
+    config, body = model.config, _body(model, "transformer")
     if config.scale_attn_by_inverse_layer_idx or config.reorder_and_upcast_attn or not config.scale_attn_weights:
         return None
     layers = [

@@ -1,6 +1,6 @@
 """What writing and reading text needs of a model. Text sources and decoding use nothing else, so fakes can stand in.
 
-Shapes: B examples, k active examples, H hidden size, Vs this rank's slice of the vocabulary.
+Shapes: B examples, in ``decode`` those still being written; H hidden size, Vs this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,17 +20,25 @@ class Decoder(Protocol):
     """A causal decoder over preallocated columns. Communicates over the tensor-parallel group only."""
 
     @property
-    def shard(self) -> VocabShard: ...
+    def shard(self) -> VocabShard:
+        """This rank's slice of the vocabulary."""
+        ...
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        ...
 
     @property
-    def head(self) -> OutputHead: ...
+    def head(self) -> OutputHead:
+        """The output head."""
+        ...
 
     def new_state(self, offsets: Sequence[int], columns: int) -> Any:
-        """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``. It can ``swap(a, b)``
-        two slots and ``sort(order)`` all of them."""
+        """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``.
+
+        Its ``swap(a, b)`` exchanges two slots, its ``sort(order)`` reorders all of them.
+        """
         ...
 
     def prefill(self, state: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -38,11 +46,11 @@ class Decoder(Protocol):
         ...
 
     def decode(self, state: Any, tokens: torch.Tensor, column: int) -> torch.Tensor:
-        """Reads tokens [k] into a column of the first k slots, whatever that column held; hidden states [k, H]."""
+        """Reads tokens [B] into a column of the first B slots, whatever it held; returns hidden states [B, H]."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's logits [k, Vs] of hidden states [k, H]."""
+        """This rank's logits [B, Vs] of hidden states [B, H]."""
         ...
 
 
@@ -50,9 +58,13 @@ class Prefiller(Protocol):
     """Reads given text, or continues to read where it stopped. Every call communicates alike, whatever is read."""
 
     @property
-    def keeps_cache(self) -> bool: ...
+    def keeps_cache(self) -> bool:
+        """Whether ``read`` can keep keys and values in a state."""
+        ...
 
-    def new_state(self, offsets: Sequence[int], columns: int) -> Any: ...
+    def new_state(self, offsets: Sequence[int], columns: int) -> Any:
+        """An empty cache, as ``Decoder.new_state``; only where ``keeps_cache``."""
+        ...
 
     def read(self, chunks: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
         """Hidden states [number of tokens, H] of each chunk."""
@@ -63,7 +75,9 @@ class TextModel(Protocol):
     """A (partitioned) model that can write and read text."""
 
     @property
-    def shard(self) -> VocabShard: ...
+    def shard(self) -> VocabShard:
+        """This rank's slice of the vocabulary."""
+        ...
 
     def decoder(self) -> AbstractContextManager[Decoder]:
         """A decoder with all parameters gathered once, for as long as it is used."""

@@ -2,7 +2,7 @@
 
 All examples of a decode batch end their prompts in one column, so response position p is column ``width + p`` for all
 of them. Examples that are being written occupy the first slots of the cache: one that ends swaps places with the last
-of them, one that joins with the first of the others. So nothing is scattered, no example has a position of its own, and
+of them, one that joins with the first of the others. So nothing is scattered, no example needs a separate position, and
 the cache of finished examples stays for the correction (SCRG): sorted by error position, examples join the decoding
 when it reaches theirs.
 
@@ -63,15 +63,19 @@ class RolloutState:
         self._example_of = list(range(len(samples)))  # slot -> example
         self._tokens = torch.zeros(len(samples), self._longest, dtype=torch.int64, device=model.device)  # by example
         self._lengths = [0] * len(samples)
-        self._keep_hidden, self._hidden = keep_hidden, None
+        self._keep_hidden = keep_hidden
+        self._hidden: torch.Tensor | None = None
 
     def responses(self) -> list[TokenIds]:
-        """What has been written so far, example by example."""
-        texts = self._tokens.tolist()
-        return [tuple(text[:length]) for text, length in zip(texts, self._lengths, strict=True)]
+        """Response ids that have been written so far, example by example (waits for the device once)."""
+        rows = self._tokens.tolist()
+        return [tuple(row[:length]) for row, length in zip(rows, self._lengths, strict=True)]
 
     def hidden(self, example: int, start: int = 0) -> torch.Tensor:
-        """Hidden states [length - start, H] that predict the response from position ``start`` on."""
+        """Hidden states [length - start, H] that predict the response from position ``start`` on.
+
+        Only where the state was made with ``keep_hidden``.
+        """
         assert self._hidden is not None, "made without keep_hidden"
         return self._hidden[example, start : self._lengths[example]]
 
@@ -91,8 +95,10 @@ class RolloutState:
             self._decode(num_active, [], 0, numbers)
 
     def rewrite(self, corrections: Sequence[Correction], stream: int) -> None:
-        """Puts the teacher's tokens in and continues every corrected response from there; what lies left of a
-        correction is neither read nor written again."""
+        """Puts the teacher's tokens in and continues every corrected response from there.
+
+        What lies left of a correction is neither read nor written again. ``stream`` names the random numbers.
+        """
         waiting = []
         for example, position, token in corrections:
             assert 0 <= position < self._lengths[example], "a correction outside its response"
@@ -114,11 +120,11 @@ class RolloutState:
     def _decode(
         self, num_active: int, waiting: list[tuple[int, int]], position: int, numbers: torch.Tensor | None
     ) -> None:
-        """Decodes from ``position`` on, whose tokens are known, until every response has ended.
+        """Decodes until every response has ended, from ``position`` on, whose tokens are known.
 
         ``waiting``: (position, example) of those that join later, sorted; they wait in this order. Slots at any time:
 
-            0 ...  active  ... | num_active ... ended ... | next_slot ...  waiting, by position  ... | ... not concerned
+            0 ...  active  ... | num_active ... ended ... | next_slot ...  waiting, by position  ... | ... the others
                                ^ one that ends moves here; one that joins moves here from next_slot
 
         num_active <= next_slot: a joining example swaps places with an ended one, or is in its place already.
@@ -145,11 +151,16 @@ class RolloutState:
     def _append(
         self, hidden: torch.Tensor, active: torch.Tensor, num_active: int, position: int, numbers: torch.Tensor | None
     ) -> int:
-        """Draws the token at ``position`` of every active example; those that end leave. Returns how many stay."""
+        """Draws the token at ``position`` of every active example [B], from hidden states [B, H] that predict it.
+
+        Examples that end leave the first slots. Returns how many stay active.
+        """
         tokens = draw_tokens(
-            self._model.logits(hidden), self._model.shard, None if numbers is None else numbers[active, position],
+            self._model.logits(hidden),
+            self._model.shard,
+            None if numbers is None else numbers[active, position],
             self._sampling,
-        )  # fmt: skip
+        )
         self._tokens[active, position] = tokens
         if self._hidden is not None:
             self._hidden[active, position] = hidden
@@ -159,7 +170,7 @@ class RolloutState:
             self._lengths[example] = position + 1
             if token in self._eos or position + 1 >= self._limits[example]:
                 ended.append(slot)
-        if len(ended) == num_active:  # swapping would serve nobody
+        if len(ended) == num_active:  # no one is left to swap places with
             return 0
         for slot in reversed(ended):
             num_active = self._leave(slot, num_active)
@@ -174,7 +185,7 @@ class RolloutState:
         self._example_of[a], self._example_of[b] = self._example_of[b], self._example_of[a]
 
     def _numbers(self, stream: int) -> torch.Tensor | None:
-        """Random numbers [B, N] of every response position, drawn at once; greedy text needs none."""
+        """Random numbers [B, N] in (0, 1) of all N response positions, drawn at once; None for greedy decoding."""
         if self._sampling.temperature == 0:
             return None
         num_examples = len(self._sequence_ids)
@@ -196,18 +207,21 @@ def rollout(
 ) -> list[TokenIds]:
     """Writes a response to every prompt, up to a token of ``eos_ids`` (kept) or ``limits[i]`` tokens.
 
+    Communicates over the tensor-parallel group only: data-parallel ranks may hold different numbers of examples and
+    columns.
+
     Args:
         model: Writes the tokens.
-        samples: The examples, ``max_examples`` of which are written at a time.
+        samples: The examples; only their sequence ids and prompts are looked at.
         limits: The most tokens of each response.
         eos_ids: Tokens that end a response.
         sampling: How tokens are drawn.
         stream: Names the random numbers.
+        max_examples: The most examples that are written at a time.
         progress: Called with the number of examples that have just been finished.
 
     Returns:
-        The responses in the order of ``samples``. Communicates over the tensor-parallel group only: data-parallel ranks
-        may hold different numbers of examples and columns.
+        The responses in the order of ``samples``.
     """
     # Prompts of similar length together: less padding.
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids))

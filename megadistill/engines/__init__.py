@@ -1,1 +1,1 @@
-
+"""DeepSpeed: partitioned models, the trained one and the frozen one, and what their parts hold."""

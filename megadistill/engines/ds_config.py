@@ -1,4 +1,4 @@
-"""The only place that writes DeepSpeed keys: the JSON of an engine, generated from the run's configuration."""
+"""The only place that writes DeepSpeed keys: the JSON of an engine, generated from the configuration of the run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ def engine_config(
     gradient_clipping: float = 0.0,
     passed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration of one engine; ``passed`` (the run's ``deepspeed`` section) is merged over it.
+    """DeepSpeed's configuration of one engine.
 
-    ``gradient_clipping`` is always written, because DeepSpeed clips at 1.0 where it is absent.
+    Args:
+        zero_stage: ZeRO stage.
+        tp_size: Tensor-parallel size.
+        dtype: Type of the weights, "fp32" or "bf16".
+        family: The model's family.
+        micro_batch_size: Examples of a forward pass on one rank.
+        gradient_accumulation_steps: Micro-steps of an update.
+        gradient_clipping: Largest norm of the gradient; always written, because DeepSpeed clips at 1.0 where it is
+            absent.
+        passed: The run's ``deepspeed`` section, which is merged over the rest.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -74,8 +83,11 @@ def student_config(
 def teacher_config(
     *, zero_stage: int, tp_size: int, dtype: str, family: Family, passed: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A frozen engine has no optimizer, so stages 1 and 2 have nothing to partition: they mean 0 here. What is passed
-    about an optimizer is left out."""
+    """The configuration of an engine that is never trained.
+
+    It has no optimizer, so stages 1 and 2 have nothing to partition: they mean 0 here, and settings of ``passed`` about
+    an optimizer are left out.
+    """
     passed = dict(passed or {})
     if "zero_optimization" in passed:
         passed["zero_optimization"] = {

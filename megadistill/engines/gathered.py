@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
+
+from megadistill.engines.zero_parameter import ZeroParameter, partitioned_ones
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEEPER = -1  # no module has this number
 # Small parameters are gathered this many in a call; large ones, whose gathering is worth its call and which would be
@@ -20,18 +26,22 @@ _SMALL_BYTES, _TOGETHER = 2**22, 64
 
 
 @contextmanager
-def gathered_module(engine: deepspeed.DeepSpeedEngine, *, runs_forward: bool) -> Iterator[nn.Module]:
-    """The engine's module with all parameters present; read-only.
+def gathered_module(engine: deepspeed.DeepSpeedEngine, *, runs_forward: bool) -> Iterator[PreTrainedModel]:
+    """The engine's model with all parameters present and read-only.
 
-    ``runs_forward``: the module's forward passes will run, so ZeRO-3's hooks, which would gather and release, are taken
-    off meanwhile (and DeepSpeed forgets the order of its gatherings). Communicates once over the data-parallel group on
-    entry (ZeRO-3), never in stages 0-2, where parameters are present.
+    Communicates once over the data-parallel group on entry (ZeRO-3), never in stages 0 to 2, where parameters are
+    always present.
+
+    Args:
+        engine: The engine.
+        runs_forward: The model's forward passes will run. ZeRO-3's hooks, which would gather and release parameters,
+            are taken off meanwhile (and DeepSpeed forgets in which order it gathers).
     """
     if engine.zero_optimization_stage() != 3:
         yield engine.module
         return
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    parameters = list(engine.module.parameters())
+    parameters = partitioned_ones(engine.module.parameters())
     with _gathered(parameters):
         for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
@@ -49,11 +59,13 @@ def gathered_module(engine: deepspeed.DeepSpeedEngine, *, runs_forward: bool) ->
 
 @contextmanager
 def kept_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[None]:
-    """`gathered_parameters` around forward and backward passes of the same engine, which find the parameters present
-    and leave them so: one gathering for all of them."""
-    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    """``gathered_parameters`` around forward and backward passes of the same engine.
+
+    The passes find the parameters present and leave them so: one gathering for all of them.
+    """
+    partitioned = partitioned_ones(parameters)
     with gathered_parameters(partitioned):
-        # ZeRO-3 releases what no module is using; this stands for one that goes on using it.
+        # ZeRO-3 releases what no module uses; this stands for a module that keeps using it.
         for parameter in partitioned:
             parameter.ds_active_sub_modules.add(_KEEPER)
         try:
@@ -65,8 +77,11 @@ def kept_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[None]
 
 @contextmanager
 def gathered_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[None]:
-    """Some parameters of a ZeRO-3 engine present and read-only; nothing to do for ordinary parameters."""
-    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    """Some parameters of a ZeRO-3 engine, present and read-only.
+
+    Communicates once over the data-parallel group on entry; does nothing for ordinary parameters.
+    """
+    partitioned = partitioned_ones(parameters)
     if not partitioned:
         yield
         return
@@ -75,13 +90,15 @@ def gathered_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[N
 
 
 @contextmanager
-def _gathered(partitioned: Sequence[nn.Parameter]) -> Iterator[None]:
-    """``deepspeed.zero.GatheredParameters``, which gathers one parameter after the other, with the small ones
-    gathered before, many in one call."""
+def _gathered(partitioned: Sequence[ZeroParameter]) -> Iterator[None]:
+    """``deepspeed.zero.GatheredParameters``, but small parameters are gathered many in one call.
+
+    DeepSpeed's own gathers one parameter after the other.
+    """
     missing = [p for p in partitioned if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     small = [p for p in missing if p.ds_numel * p.element_size() <= _SMALL_BYTES]
     for start in range(0, len(small), _TOGETHER):
-        part = small[start : start + _TOGETHER]
-        part[0].all_gather_coalesced(part).wait()
+        together = small[start : start + _TOGETHER]
+        together[0].all_gather_coalesced(together).wait()
     with deepspeed.zero.GatheredParameters(list(partitioned), modifier_rank=None):
         yield

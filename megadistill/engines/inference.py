@@ -1,4 +1,4 @@
-"""A model that only reads and writes: one plain process, or partitioned over the ranks of a launcher."""
+"""A model that is never trained: in one plain process, or partitioned over the ranks of a launcher."""
 
 from __future__ import annotations
 
@@ -24,14 +24,33 @@ def open_model(
     seed: int = 0,
     where: str = "model",
 ) -> Iterator[PlanDecoder | HFDecoder]:
-    """A Decoder with ``read`` and ``head`` for scoring. DeepSpeed is imported only where there are several ranks."""
-    loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where)
+    """A decoder with all parameters present, whose ``read`` and ``head`` serve for scoring.
+
+    Collective over the world. DeepSpeed is imported only where there are several ranks.
+
+    Args:
+        path: A model folder, a configuration file, or a hub name.
+        context: The grid of processes.
+        vocab_size: Classes of the head that are used.
+        dtype: A key of ``models.loading.DTYPES``.
+        zero_stage: How several ranks partition the model.
+        attention: Attention implementation of transformers.
+        seed: Of random weights.
+        where: What the model was given as, which errors begin with.
+
+    Raises:
+        ConfigError: The model cannot be loaded.
+        CheckpointError: Files of a sharded model are missing or damaged.
+    """
+    loaded = load_model(
+        path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where, rank=context.rank
+    )
     if context.world_size == 1:
-        model = whole_model(loaded).to(context.device).eval().requires_grad_(False)
+        model = whole_model(loaded, context.device).requires_grad_(False)
         shard = VocabShard(0, vocab_size, vocab_size, None)
         yield make_decoder(model, loaded.family.plan(model), shard, context.device)
         return
-    from megadistill.engines.teacher import frozen_model
+    from megadistill.engines.partitioned import frozen_model
 
-    with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).decoder() as writer:
-        yield writer
+    with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).decoder() as decoder:
+        yield decoder

@@ -1,25 +1,28 @@
-"""The forward pass that both engines run: hidden states, and optionally a head function that owns the head.
+"""The forward pass that all engines run: hidden states, and optionally a function that gets the head.
 
-DeepSpeed calls the model's ``forward``; ZeRO-3 gathers a parameter while the forward of its module runs. The
-head function needs the head's weight outside the head's own forward, so it is called inside the model's forward, where
-the weight (registered as an external parameter) is present, once a batch. The model object itself is passed to
-DeepSpeed: its names, configuration and tensor-parallel plan stay what AutoTP expects.
+DeepSpeed calls the model's ``forward``; ZeRO-3 gathers a parameter while the forward of its module runs. A ``HeadFn``
+needs the head's weight outside the head's own forward, so it is called inside the model's forward, where the weight
+(registered as an external parameter) is present, once a batch. The model object itself is passed to DeepSpeed: its
+names, configuration and tensor-parallel plan stay what AutoTP expects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HeadFn = Callable[[torch.Tensor, nn.Module], Any]
 
 
 def _forward(
-    self: nn.Module,
+    self: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor,
@@ -34,6 +37,6 @@ def _forward(
     return head_fn(hidden, self.get_output_embeddings())
 
 
-def use_head_fn_forward(model: nn.Module) -> None:
-    """Replaces the logits-producing forward of a transformers model by ``_forward``; its parameters and names stay."""
+def use_head_fn_forward(model: PreTrainedModel) -> None:
+    """Replaces the forward of a transformers model, which makes logits, by ``_forward``."""
     model.forward = MethodType(_forward, model)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from megadistill.engines.zero_parameter import ZeroParameter, as_partitioned
 from megadistill.models.shards import MASTER, MOMENTS
 
 
@@ -22,8 +23,12 @@ from megadistill.models.shards import MASTER, MOMENTS
 class LocalPart:
     """The run [start, start + numel) of this rank's tensor-parallel shard of a parameter, as its optimizer holds it.
 
-    ``is_shared``: every data-parallel rank holds the same (ZeRO stage 0). ``tensors``: float32 master weight and
-    AdamW's two moments.
+    Attributes:
+        name: Name of the parameter.
+        start: First element in the flat shard.
+        numel: Number of elements.
+        is_shared: Every data-parallel rank holds the same (ZeRO stage 0).
+        tensors: Kind -> flat view [numel]: float32 master weight and AdamW's two moments.
     """
 
     name: str
@@ -34,27 +39,28 @@ class LocalPart:
 
 
 def shard_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of this rank's tensor-parallel shard, of which ZeRO-3 may have taken the data away."""
+    """Shape of this rank's tensor-parallel shard, whose data ZeRO-3 may have taken away."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def local_parts(engine: deepspeed.DeepSpeedEngine) -> Iterator[LocalPart]:
-    """All parts that this rank's optimizer updates, in the order of the model's parameters. AdamW's moments are made
-    where it has not made them yet. No communication."""
+    """All parts that this rank's optimizer updates, in the order of the model's parameters.
+
+    AdamW's moments are made where it has not made them yet. No communication.
+    """
     stage = engine.zero_optimization_stage()
     flats, find = {0: _whole_parts, 1: _fragments, 2: _fragments, 3: _partitions}[stage](engine)
     base = _base(engine)
-    for flat in flats:  # those of which this rank holds nothing but padding, too: AdamW counts updates in each
+    for flat in flats:  # also those of which this rank holds nothing but padding: AdamW counts updates in each
         _adamw_state(base, flat)
     for name, parameter in engine.module.named_parameters():
-        found = find(parameter)
-        if found is None:
+        place = find(parameter)
+        if place is None:
             continue
-        flat, offset, start, numel, is_shared = found
-        state = _adamw_state(base, flat)
-        tensors = {MASTER: flat.detach(), **{kind: state[kind] for kind in MOMENTS}}
-        runs = {kind: tensor.reshape(-1).narrow(0, offset, numel) for kind, tensor in tensors.items()}
-        yield LocalPart(name, start, numel, is_shared, runs)
+        state = _adamw_state(base, place.flat)
+        tensors = {MASTER: place.flat.detach(), **{kind: state[kind] for kind in MOMENTS}}
+        runs = {kind: tensor.reshape(-1).narrow(0, place.offset, place.numel) for kind, tensor in tensors.items()}
+        yield LocalPart(name, place.start, place.numel, place.is_shared, runs)
 
 
 def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
@@ -65,42 +71,61 @@ def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
-    """Restores AdamW's count, which its bias correction needs."""
+    """Restores AdamW's count of updates, which its bias correction needs."""
     for state in _base(engine).state.values():
         state["step"].fill_(steps)
 
 
 @torch.no_grad()
 def set_weights(parameter: nn.Parameter, read: Callable[[int, int], torch.Tensor]) -> None:
-    """Copies a parameter's weights, as the forward pass sees them, from ``read(start, end)``: runs of this rank's
-    tensor-parallel shard. ZeRO-3 copies only the run that this rank keeps. No communication."""
-    whole = parameter.numel()
-    if hasattr(parameter, "ds_id"):
-        whole = parameter.ds_numel
-        kept = parameter.ds_tensor
-        start = torch.distributed.get_rank(parameter.ds_process_group) * kept.numel()
-        end = min(start + kept.numel(), whole)
+    """Fills a parameter's weights, as the forward pass sees them. No communication.
+
+    Args:
+        parameter: The parameter. ZeRO-3 copies only the run of it that this rank keeps.
+        read: ``read(start, end)`` gives a run of this rank's flat tensor-parallel shard.
+    """
+    numel, partitioned = parameter.numel(), as_partitioned(parameter)
+    if partitioned is not None:
+        numel, kept = partitioned.ds_numel, partitioned.ds_tensor
+        start = _run_start(partitioned)
+        end = min(start + kept.numel(), numel)
         if start < end:
             kept.data[: end - start].copy_(read(start, end))
-        if parameter.ds_status != ZeroParamStatus.AVAILABLE:  # small ones stay present on every rank
+        if partitioned.ds_status != ZeroParamStatus.AVAILABLE:  # small ones stay present on every rank
             return
-    parameter.data.copy_(read(0, whole).view(parameter.shape))
+    parameter.data.copy_(read(0, numel).view(parameter.shape))
+
+
+def _run_start(parameter: ZeroParameter) -> int:
+    """First element of the run that this rank keeps."""
+    return torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel()
 
 
 def _base(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The AdamW inside DeepSpeed's wrapper; stage 0 in float32 has none."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    """The AdamW inside DeepSpeed's wrapper; stage 0 in float32 has no wrapper."""
+    base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return base
 
 
 def _adamw_state(base: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
-    state = base.state[flat]
+    state: dict[str, Any] = base.state[flat]
     if not state:
         state |= {"step": torch.tensor(0.0)} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
     return state
 
 
-_Found = tuple[torch.Tensor, int, int, int, bool] | None  # tensor, offset in it, start in the shard, numel, is_shared
-_Finder = tuple[list[torch.Tensor], Callable[[nn.Parameter], _Found]]  # all flat tensors, and where a parameter is
+class _Place(NamedTuple):
+    """Where a parameter's local run is: [offset, offset + numel) of ``flat``, and from ``start`` on in its shard."""
+
+    flat: torch.Tensor
+    offset: int
+    start: int
+    numel: int
+    is_shared: bool
+
+
+# All flat tensors, and a function that finds a parameter's place in them (None: this rank holds nothing of it).
+_Finder = tuple[list[torch.Tensor], Callable[[nn.Parameter], _Place | None]]
 
 
 def _whole_parts(engine: deepspeed.DeepSpeedEngine) -> _Finder:
@@ -110,32 +135,33 @@ def _whole_parts(engine: deepspeed.DeepSpeedEngine) -> _Finder:
     if hasattr(optimizer, "fp32_groups"):
         pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
         masters |= {id(low): high for low, high in pairs}
-    return list(masters.values()), lambda p: (masters[id(p)], 0, 0, p.numel(), True)
+    return list(masters.values()), lambda p: _Place(masters[id(p)], 0, 0, p.numel(), True)
 
 
 def _fragments(engine: deepspeed.DeepSpeedEngine) -> _Finder:
-    """Stages 1 and 2: each group of parameters lies flat, and each rank updates a run of it, which may begin and end
-    within a parameter."""
+    """Stages 1 and 2: each rank updates a run of a flat group of parameters, which may begin and end within one."""
     flats = engine.optimizer.single_partition_of_fp32_groups
 
-    def find(parameter: nn.Parameter) -> _Found:
-        mapping = parameter._hp_mapping
+    def find(parameter: nn.Parameter) -> _Place | None:
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed puts it there
         if mapping is None:
             return None
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return flats[mapping.param_group_index], here.start, there.start, there.numel, False
+        return _Place(flats[mapping.param_group_index], here.start, there.start, there.numel, False)
 
     return flats, find
 
 
 def _partitions(engine: deepspeed.DeepSpeedEngine) -> _Finder:
-    """Stage 3: each rank updates an equal run of each parameter; the last ones are filled up with zeros."""
+    """Stage 3: each rank updates an equal run of each parameter; the last runs are filled up with zeros."""
     optimizer, flats = engine.optimizer, engine.optimizer.fp32_partitioned_groups_flat
 
-    def find(parameter: nn.Parameter) -> _Found:
+    def find(parameter: nn.Parameter) -> _Place | None:
+        partitioned = as_partitioned(parameter)
+        assert partitioned is not None
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = torch.distributed.get_rank(parameter.ds_process_group) * parameter.ds_tensor.numel()
-        numel = min(int(numel), parameter.ds_numel - start)
-        return (flats[group], int(offset), start, numel, False) if numel > 0 else None
+        start = _run_start(partitioned)
+        numel = min(int(numel), partitioned.ds_numel - start)
+        return _Place(flats[group], int(offset), start, numel, False) if numel > 0 else None
 
     return flats, find

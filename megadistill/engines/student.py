@@ -14,7 +14,7 @@ from megadistill.config.schema import OptimSection, TrainSection
 from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import local_parts, optimizer_steps, set_optimizer_steps
-from megadistill.engines.teacher import PartitionedModel, initialize
+from megadistill.engines.partitioned import PartitionedModel, initialize
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shards import MASTER, MOMENTS, ShardReader
 from megadistill.parallel.collectives import all_reduce_sum
@@ -23,8 +23,20 @@ from megadistill.parallel.output_head import OutputHead
 
 
 class Student(PartitionedModel):
-    """A partitioned model with an optimizer. Losses are sums divided by global counts, so gradients are summed over
-    data-parallel ranks and micro-batches, never averaged. ``grad_norm`` is that of the last update, before clipping."""
+    """A partitioned model with an optimizer.
+
+    Losses are sums divided by global counts, so gradients are summed over data-parallel ranks and micro-batches, never
+    averaged.
+
+    Args:
+        engine: What ``initialize`` made of the model.
+        loaded: The model as it was loaded.
+        context: The grid of processes.
+        adamw: The optimizer inside the engine.
+
+    Attributes:
+        grad_norm: Norm of the last update's gradient, before clipping.
+    """
 
     grad_norm = 0.0
 
@@ -39,19 +51,31 @@ class Student(PartitionedModel):
         super().__init__(engine, loaded, context)
 
     def fill(self, shards: ShardReader, kind: str) -> None:
-        """The weights, the float32 ones of the optimizer too, and its moments where the files have them."""
+        """Takes the weights, the optimizer's float32 ones too, and its moments where the files have them.
+
+        Args:
+            shards: Files of any layout.
+            kind: Which tensors of theirs are the weights.
+
+        Raises:
+            CheckpointError: The files are those of another model, or incomplete.
+        """
         super().fill(shards, kind)
         kinds = {MASTER: kind} | {moment: moment for moment in MOMENTS if moment in shards.kinds}
         for part in local_parts(self.engine):
-            cut, end = self.shard_specs[part.name], part.start + part.numel
+            spec, end = self.shard_specs[part.name], part.start + part.numel
             for ours, theirs in kinds.items():
-                part.tensors[ours].copy_(shards.read(theirs, part.name, cut, self.context.tp_rank, part.start, end))
+                part.tensors[ours].copy_(shards.read(theirs, part.name, spec, self.context.tp_rank, part.start, end))
         if "optimizer_steps" in shards.info:
             set_optimizer_steps(self.engine, shards.info["optimizer_steps"])
 
     def snapshot(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """Copies in host memory of what this rank is to write into its shard file: every run of the model is in one
-        rank's."""
+        """Copies in host memory of what this rank is to write into its shard file.
+
+        Returns:
+            ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor). Each run of the model is in one
+            rank's copies.
+        """
         runs: dict[str, tuple[int, torch.Tensor]] = {}
         context = self.context
         for i, part in enumerate(local_parts(self.engine)):
@@ -75,14 +99,25 @@ class Student(PartitionedModel):
         position_ids: torch.Tensor,
         loss_fn: Callable[[torch.Tensor, OutputHead], torch.Tensor],
     ) -> torch.Tensor:
-        """``loss_fn(hidden [B, S, H], head)`` evaluated inside the engine's forward, where the head is gathered."""
+        """A forward pass with a loss.
+
+        Args:
+            input_ids: [B, S] int64.
+            attention_mask: [B, S], 0 for padding.
+            position_ids: [B, S].
+            loss_fn: ``loss_fn(hidden [B, S, H], head)``, called inside the engine's forward, where the head is present.
+
+        Returns:
+            What ``loss_fn`` returned.
+        """
 
         def head_fn(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
             return loss_fn(hidden, OutputHead.of(module, self.shard))
 
-        return self.engine(
+        loss: torch.Tensor = self.engine(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, head_fn=head_fn
         )
+        return loss
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of ``loss`` (a local share of a global mean) to the accumulated one.
@@ -97,12 +132,20 @@ class Student(PartitionedModel):
         self.engine.step()
 
     def step(self, lr: float, skip: bool = False) -> bool:
-        """Ends the last micro-step of the global batch: clips, and updates with learning rate ``lr``, unless ``skip``
-        or the gradient's norm is not finite. Returns whether there was an update (the same on all ranks)."""
+        """Ends the last micro-step of the global batch: clips the gradient and updates.
+
+        Args:
+            lr: The learning rate of this update.
+            skip: Leave everything as it is.
+
+        Returns:
+            Whether there was an update, the same on all ranks: none with ``skip``, nor where the gradient's norm is not
+            finite.
+        """
         assert self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        # Stage 0 in float32 has no optimizer of DeepSpeed's that would know the norm.
+        # Stage 0 in float32 has no optimizer of DeepSpeed, which would know the norm.
         plain_norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else self._plain_grad_norm()
         self._adamw.is_allowed = lambda: not skip and math.isfinite(self._norm(plain_norm))
         self.engine.step()
@@ -114,8 +157,7 @@ class Student(PartitionedModel):
         return float(self.engine.optimizer._global_grad_norm if plain_norm is None else plain_norm)
 
     def _plain_grad_norm(self) -> float:
-        """Norm over whole parameters: shards are summed over the tensor-parallel group (one all-reduce), copies count
-        once."""
+        """Norm over whole parameters; one all-reduce over the tensor-parallel group, for those that are sharded."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         for parameter in self.module.parameters():
             if parameter.grad is not None:
@@ -136,7 +178,21 @@ def trained_model(
     gradient_checkpointing: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
 ) -> Student:
-    """Partitions a model together with its AdamW (collective over the world)."""
+    """Partitions a model together with its AdamW (collective over the world).
+
+    Args:
+        loaded: The model.
+        context: The grid of processes.
+        zero_stage: ZeRO stage.
+        dtype: Type of the weights that forward passes use, "fp32" or "bf16".
+        optim: Settings of AdamW.
+        train: Settings of the batches.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        deepspeed_settings: The run's ``deepspeed`` section.
+
+    Raises:
+        ConfigError: DeepSpeed refuses its settings.
+    """
     model = loaded.model
     use_head_fn_forward(model)
     model.train()
@@ -157,8 +213,7 @@ def trained_model(
 
 
 class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told, when DeepSpeed is about to update with it, to leave everything as it is: ZeRO stages 0
-    to 2 would update with gradients that are not finite."""
+    """AdamW that asks ``is_allowed`` before an update: ZeRO stages 0 to 2 would use gradients that are not finite."""
 
     is_allowed: Callable[[], bool] = staticmethod(lambda: True)
 
@@ -169,10 +224,9 @@ class _GuardedAdamW(torch.optim.AdamW):
 def _adamw(model: nn.Module, optim: OptimSection) -> _GuardedAdamW:
     """Weight decay on matrices only, as is usual; biases and norms are left alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return _GuardedAdamW(
-        [group for group in groups if group["params"]], lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps
-    )
+    groups = [group for group in groups if group["params"]]
+    return _GuardedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)

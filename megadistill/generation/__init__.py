@@ -1,3 +1,5 @@
+"""Training text: where it comes from, and how a teacher corrects a student's."""
+
 from megadistill.decoding.sampling import sample_tokens
 from megadistill.generation.scrg import find_error_positions
 

@@ -19,10 +19,14 @@ Choice = Literal["generate", "replay", "dataset"]
 
 @dataclass
 class OffPolicySchedule:
-    """``phi``: probability that a step trains on student text, new or replayed. ``previous_loss``: the validation loss
-    at the last rise of phi, or the first one; None before any. ``eps`` in nats, as the loss.
+    """DistiLLM's schedule. It changes only with what every rank knows alike, so ranks agree without communication.
 
-    Changes only with what every rank knows alike, so ranks agree without communication.
+    Attributes:
+        phi: Probability that a step trains on student text, new or replayed.
+        previous_loss: Validation loss (nats) at the last rise of phi, or the first one; None before any.
+        eps: Phi rises where the loss has risen by this much (nats).
+        step_size: What phi rises by.
+        max_phi: Where it ends.
     """
 
     phi: float = 0.0
@@ -32,14 +36,20 @@ class OffPolicySchedule:
     max_phi: float = 1.0
 
     def observe(self, validation_loss: float) -> None:
-        """Raises phi by ``step_size``, up to ``max_phi``, and remembers the loss, if that is at least previous + eps.
+        """Raises phi by ``step_size``, up to ``max_phi``, where the loss is at least the previous one plus ``eps``.
 
-        Any other loss is forgotten, as in DistiLLM's code: while the loss falls, the mark stays where it was. The first
-        observation only sets the mark; DistiLLM validates once before training for that, so a caller that wants its
-        schedule does too. Raises DivergenceError for a loss that is not finite: no loss would ever exceed such a mark.
+        Then it remembers the loss; any other loss is forgotten, as in DistiLLM's code: while the loss falls, the mark
+        stays where it was. The first observation only sets the mark; DistiLLM validates once before training for that,
+        so a caller that wants its schedule does too.
+
+        Args:
+            validation_loss: In nats.
+
+        Raises:
+            DivergenceError: The loss is not finite: no loss would ever exceed such a mark.
         """
         if not math.isfinite(validation_loss):
-            raise DivergenceError(f"the validation loss is {validation_loss}; the off-policy schedule cannot go on")
+            raise DivergenceError(f"the validation loss is {validation_loss}; the off-policy schedule cannot continue")
         if self.previous_loss is None:
             self.previous_loss = validation_loss
         elif validation_loss >= self.previous_loss + self.eps:
@@ -50,10 +60,17 @@ class OffPolicySchedule:
     def decide(
         self, draw: float, step: int, max_steps: int, buffer_is_full: bool, buffer_is_empty: bool = False
     ) -> Choice:
-        """What step ``step`` (0-based, of ``max_steps``) trains on; ``draw`` in (0, 1) must be the same on every rank.
+        """What a step trains on.
 
         New text with probability phi * (1 - step / max_steps), and in all of phi until the buffer is full; replayed
         text in the rest of phi; references otherwise. An empty buffer is never replayed, even if it is called full.
+
+        Args:
+            draw: A number in (0, 1), the same on every rank.
+            step: The step, 0-based.
+            max_steps: Steps of the run.
+            buffer_is_full: Whether the replay buffer is full.
+            buffer_is_empty: Whether it is empty.
         """
         if draw < self.phi * (1 - step / max_steps):
             return "generate"
@@ -62,9 +79,9 @@ class OffPolicySchedule:
         return "dataset"
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been learnt from validations; the other fields are the configuration's."""
+        """What has been learned from validations; the other fields are the configuration's."""
         return {"phi": self.phi, "previous_loss": self.previous_loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved ``state_dict``."""
+        """Continues from a saved ``state_dict``."""
         self.phi, self.previous_loss = state["phi"], state["previous_loss"]

@@ -1,6 +1,6 @@
 """Where student and teacher disagree in student text, and what the teacher would have written.
 
-Shapes: B examples, N response positions, n response tokens of all examples, H hidden size.
+Shapes: B examples, N response positions, T response tokens of all examples, H hidden size.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from megadistill.parallel.rng import Stream, uniform
 class TeacherScores(NamedTuple):
     """The teacher's view of responses, right-padded to N columns.
 
-    ``kl_map`` [B, N] float, nats: KL(teacher || student) at every response position. ``teacher_tokens`` [B, N] int64:
-    the teacher's own token there. ``mask`` [B, N] bool: positions that were scored.
+    Attributes:
+        kl_map: [B, N] float, KL(teacher || student) in nats at every response position.
+        teacher_tokens: [B, N] int64, the teacher's own token there.
+        mask: [B, N] bool, positions that were scored.
     """
 
     kl_map: torch.Tensor
@@ -46,23 +48,22 @@ def score_responses(
 ) -> TeacherScores:
     """KL map and teacher tokens of every response position from ``starts[i]`` on (method.md section 1).
 
+    Communicates over the tensor-parallel group as ``token_kl`` does, and for sampled teacher tokens as ``draw_tokens``
+    does.
+
     Args:
         lengths: Response lengths.
         starts: First position of each response that is scored.
         sequence_ids: Key the random numbers of the teacher's tokens.
-        student_hidden: [length - start, H_S] of each example.
+        student_hidden: [length - start, H of the student] of each example.
         student_head: The student's head.
-        teacher_hidden: [length - start, H_T] of each example.
+        teacher_hidden: [length - start, H of the teacher] of each example.
         teacher: Its head is gathered once.
         seed: Keys the random numbers, with ``round_index``.
         round_index: Round of SCRG.
         sample_teacher: Sample the teacher's tokens, from the logits of which the KL is computed; else its most likely
             ones.
         backend: What runs the losses.
-
-    Returns:
-        The scores. Communicates over the tensor-parallel group as ``token_kl`` does, and for sampled teacher tokens as
-        ``draw_tokens`` does.
     """
     shard, device = student_head.shard, student_head.weight.device
     length = torch.tensor(list(lengths), device=device)
@@ -78,11 +79,11 @@ def score_responses(
         drawn[chunk] = draw_tokens(logits, shard, numbers[chunk])
 
     with teacher.head() as teacher_head:
-        heads = [
+        student, teacher_states = (
             Head.of(_concatenated(hidden, head.weight), head)
             for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
-        ]
-        kl, top1 = token_kl(*heads, shard, backend=backend, visit=draw if sample_teacher else None)
+        )
+        kl, top1 = token_kl(student, teacher_states, shard, backend=backend, visit=draw if sample_teacher else None)
     kl_map = torch.zeros(mask.shape, dtype=kl.dtype, device=device)
     token_map = torch.zeros(mask.shape, dtype=torch.int64, device=device)
     kl_map[mask], token_map[mask] = kl, drawn if sample_teacher else top1
@@ -90,6 +91,6 @@ def score_responses(
 
 
 def _concatenated(hidden: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """[n, H], also where there are no tokens."""
+    """[T, H], also where there are no tokens."""
     present = [states for states in hidden if len(states)]
     return torch.cat(present) if present else weight.new_zeros(0, weight.shape[1])

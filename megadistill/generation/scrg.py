@@ -20,6 +20,8 @@ def find_error_positions(
 ) -> torch.Tensor:
     """Paper, Eq. 3: the position of the largest KL among those where student and teacher disagree.
 
+    No communication: the inputs are equal on all tensor-parallel ranks.
+
     Args:
         kl_map: [B, N] nats.
         student_tokens: [B, N] int64.
@@ -27,8 +29,7 @@ def find_error_positions(
         mask: [B, N] bool, positions to look at.
 
     Returns:
-        [B] int64; ties go to the earliest position, -1 where there is no disagreement. No communication: the inputs are
-        equal on all tensor-parallel ranks.
+        [B] int64; ties go to the earliest position, -1 where there is no disagreement.
     """
     candidates = mask.bool() & (student_tokens != teacher_tokens)
     if kl_map.shape[1] == 0:
@@ -42,7 +43,12 @@ def find_error_positions(
 
 
 def find_corrections(responses: Sequence[TokenIds], scores: TeacherScores) -> list[Correction]:
-    """The teacher's token at the error position of every response that has one (waits for the device once)."""
+    """The teacher's token at the error position of every response that has one (waits for the device once).
+
+    Args:
+        responses: Response ids of each example.
+        scores: The teacher's view of them.
+    """
     width = scores.mask.shape[1]
     padded = [[*response, *[0] * (width - len(response))] for response in responses]
     student_tokens = torch.tensor(padded, dtype=torch.int64, device=scores.mask.device).reshape(scores.mask.shape)

@@ -1,7 +1,7 @@
-"""The teacher's own text for mode ``teacher`` (SeqKD): written once before training, kept in a file, read ever after.
+"""The teacher's own text for mode ``teacher`` (SeqKD): written once before training, kept in a file, then only read.
 
-The file is JSON lines: the settings that decide the text, then a prompt (checksum of its tokens) and a response a line.
-A run that is stopped while the teacher writes continues behind the last whole line.
+The file is JSON lines: the settings that decide the text, then a prompt (checksum of its tokens) and a response on each
+line. A run that is stopped while the teacher writes continues behind the last whole line.
 """
 
 from __future__ import annotations

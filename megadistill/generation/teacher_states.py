@@ -13,17 +13,19 @@ from megadistill.decoding.protocols import Prefiller, TextModel
 
 
 class TeacherStates:
-    """Hidden states of a decode batch: ``hidden[i]`` [length of response i, H] predict its tokens.
+    """Hidden states of a decode batch.
 
     A correction changes the end of a response only, so its beginning is read once: with a prefiller that keeps its
-    cache nothing is read twice, another one reads changed responses again from the start. Each ``update`` is one call
-    of the prefiller.
+    cache nothing is read twice, another one reads changed responses again from the start.
 
     Args:
         prefiller: Reads the text.
         prompts: Prompts of the examples.
         max_columns: Longest prompt plus response, for the cache.
         keep_cache: Keep keys and values between updates, where the prefiller can.
+
+    Attributes:
+        hidden: For each example [length of its response, H], which predict its tokens; None before it is read.
     """
 
     def __init__(
@@ -41,7 +43,12 @@ class TeacherStates:
         return states[start:]
 
     def update(self, responses: Sequence[TokenIds], starts: Sequence[int]) -> None:
-        """Reads what is new: tokens of ``responses[i]`` from ``starts[i]`` on are predicted by states not yet known."""
+        """Reads what is new, in one call of the prefiller.
+
+        Args:
+            responses: Response ids of each example.
+            starts: The states that predict ``responses[i]`` from position ``starts[i]`` on are not known yet.
+        """
         chunks, places = [], []
         for i, (prompt, response, start) in enumerate(zip(self._prompts, responses, starts, strict=True)):
             if not self._prefiller.keeps_cache:
@@ -68,7 +75,12 @@ class TeacherStates:
 def with_teacher_states(samples: Sequence[Sample], teacher: TextModel | None, examples_per_pass: int) -> list[Sample]:
     """The samples with the teacher's hidden states of their responses; unchanged without a teacher.
 
-    One reading, which communicates alike on all ranks, whatever has a response.
+    One call of the prefiller, which communicates alike on all ranks, whatever has a response.
+
+    Args:
+        samples: The samples.
+        teacher: The teacher, or None.
+        examples_per_pass: Examples of a forward pass of a teacher without a decoder plan.
     """
     if teacher is None:
         return list(samples)

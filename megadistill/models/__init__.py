@@ -1,0 +1,1 @@
+"""Models: families, loading, and the files of sharded ones."""

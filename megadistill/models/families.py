@@ -1,14 +1,13 @@
-"""How each model family is cut: which module is the decoder, which counts tensor parallelism must divide, what AutoTP
-needs.
+"""How each model family is sharded: the layers that tensor parallelism splits, and what AutoTP needs to be told.
 
-Everything that depends on a family is a row of ``FAMILIES``; nothing else in the project asks for a model type.
+Everything that depends on a family is an entry of ``FAMILIES``; nothing else in the project asks for a model type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,48 +15,62 @@ from torch import nn
 from megadistill.decoding.plan import DecoderPlan, gpt2_plan, llama_plan, opt_plan
 from megadistill.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Family:
-    """One row: everything the engines and exporters must know of a family.
+    """All that engines and exporters must know of a family.
 
-    ``head_counts`` names the configuration attributes whose values tp_size must divide. ``partition_config`` is
-    AutoTP's explicit plan where DeepSpeed has none. ``prepare`` changes the module before it is cut, ``post_shard``
-    corrects what AutoTP forgets, ``export`` turns a full (name, tensor) pair back into the family's standard layout.
-    ``plan`` describes a prepared model to the project's decoder; None where only the family's own forward will do.
-    ``columns`` and ``rows`` name the linear layers that tensor parallelism cuts by output and by input, ``fused`` how
-    many of them lie in one: what AutoTP does, for tools that run without it.
+    ``column_parallel``, ``row_parallel`` and ``fused`` repeat what AutoTP does, for tools that run without it.
+
+    Attributes:
+        head_counts: Attributes of the configuration whose values tp_size must divide.
+        plan: Describes a prepared model to the project's decoder; gives None where only the family's own forward pass
+            will do.
+        column_parallel: Linear layers that are sharded along their outputs.
+        row_parallel: Linear layers that are sharded along their inputs.
+        fused: (layer, n): n linear layers of equal size lie in one along the outputs.
+        partition_config: AutoTP's explicit plan, where DeepSpeed has none.
+        prepare: Changes the model before it is sharded.
+        post_shard: ``post_shard(model, tp_size)`` corrects what AutoTP forgets.
+        export: Turns a whole parameter (name, tensor) back into the family's standard layout.
     """
 
     head_counts: tuple[str, ...]
-    plan: Callable[[nn.Module], DecoderPlan | None]
-    columns: tuple[str, ...]
-    rows: tuple[str, ...]
+    plan: Callable[[PreTrainedModel], DecoderPlan | None]
+    column_parallel: tuple[str, ...]
+    row_parallel: tuple[str, ...]
     fused: tuple[tuple[str, int], ...] = ()
     partition_config: dict[str, Any] | None = None
-    prepare: Callable[[nn.Module], None] | None = None
-    post_shard: Callable[[nn.Module, int], None] | None = None
+    prepare: Callable[[PreTrainedModel], None] | None = None
+    post_shard: Callable[[PreTrainedModel, int], None] | None = None
     export: Callable[[str, torch.Tensor], torch.Tensor] | None = None
 
     def blocks(self, name: str) -> int:
-        """Number of parameters that lie fused along the cut dimension of parameter ``name``."""
+        """Number of parameters that lie fused along the sharded dimension of parameter ``name``."""
         return dict(self.fused).get(_layer(name), 1)
 
     def shard_dim(self, name: str, *, is_tied: bool) -> int | None:
-        """The dimension of a prepared model's parameter that tensor parallelism cuts; None: every rank has all of
-        it."""
+        """The dimension along which tensor parallelism shards a parameter; None where every rank holds the whole.
+
+        Args:
+            name: The parameter's name in a prepared model.
+            is_tied: Embedding and head are one parameter.
+        """
         layer = _layer(name)
-        if layer in self.columns or layer == "lm_head" or (is_tied and layer in ("embed_tokens", "wte")):
+        if layer in self.column_parallel or layer == "lm_head" or (is_tied and layer in ("embed_tokens", "wte")):
             return 0
-        return 1 if layer in self.rows and name.endswith(".weight") else None
+        return 1 if layer in self.row_parallel and name.endswith(".weight") else None
 
 
 def _layer(name: str) -> str:
     return name.split(".")[-2]
 
 
-def _gpt2_conv1d_to_linear(model: nn.Module) -> None:
-    """GPT-2 stores [in, out] weights in ``Conv1D``; AutoTP cuts ``nn.Linear`` [out, in] only."""
+def _gpt2_conv1d_to_linear(model: PreTrainedModel) -> None:
+    """GPT-2 stores [in, out] weights in ``Conv1D``; AutoTP shards ``nn.Linear`` [out, in] only."""
     from transformers.pytorch_utils import Conv1D
 
     for module in list(model.modules()):
@@ -70,9 +83,10 @@ def _gpt2_conv1d_to_linear(model: nn.Module) -> None:
                 setattr(module, name, linear)
 
 
-def _gpt2_split_sizes(model: nn.Module, tp_size: int) -> None:
-    """AutoTP divides ``num_heads`` and forgets the width at which the fused query-key-value product is split."""
-    for block in model.transformer.h:
+def _gpt2_split_sizes(model: PreTrainedModel, tp_size: int) -> None:
+    """AutoTP divides ``num_heads`` and forgets the width at which the fused queries, keys and values are split."""
+    body: Any = model.get_submodule("transformer")
+    for block in body.h:
         block.attn.split_size //= tp_size
 
 
@@ -100,8 +114,8 @@ _GPT2_PARTITION = {
 _LLAMA_LIKE = Family(
     head_counts=("num_attention_heads", "num_key_value_heads"),
     plan=llama_plan,
-    columns=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    rows=("o_proj", "down_proj"),
+    column_parallel=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    row_parallel=("o_proj", "down_proj"),
 )
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_LIKE,
@@ -110,14 +124,14 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         head_counts=("num_attention_heads",),
         plan=opt_plan,
-        columns=("q_proj", "k_proj", "v_proj", "fc1"),
-        rows=("out_proj", "fc2"),
+        column_parallel=("q_proj", "k_proj", "v_proj", "fc1"),
+        row_parallel=("out_proj", "fc2"),
     ),
     "gpt2": Family(
         head_counts=("num_attention_heads",),
         plan=gpt2_plan,
-        columns=("c_attn", "c_fc"),
-        rows=("c_proj",),
+        column_parallel=("c_attn", "c_fc"),
+        row_parallel=("c_proj",),
         fused=(("c_attn", 3),),
         partition_config=_GPT2_PARTITION,
         prepare=_gpt2_conv1d_to_linear,
@@ -127,8 +141,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Any, where: str) -> Family:
-    """The family of a transformers configuration. Raises ConfigError naming ``where`` for one that is not supported."""
+def family_of(config: PreTrainedConfig, where: str) -> Family:
+    """The family of a transformers configuration.
+
+    Args:
+        config: The configuration.
+        where: What the model was given as, which the error begins with.
+
+    Raises:
+        ConfigError: The family is not supported.
+    """
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"{where}: model type '{config.model_type}' is not supported; allowed: {', '.join(sorted(FAMILIES))}"
@@ -136,6 +158,14 @@ def family_of(config: Any, where: str) -> Family:
     return FAMILIES[config.model_type]
 
 
-def head_counts(config: Any, where: str) -> list[int]:
-    """Counts of heads that the tensor-parallel size must divide (attention heads, key-value heads)."""
+def head_counts(config: PreTrainedConfig, where: str) -> list[int]:
+    """Counts of heads that the tensor-parallel size must divide (attention heads, key-value heads).
+
+    Args:
+        config: A transformers configuration.
+        where: What the model was given as, which the error begins with.
+
+    Raises:
+        ConfigError: The family is not supported.
+    """
     return [int(getattr(config, name)) for name in family_of(config, where).head_counts]

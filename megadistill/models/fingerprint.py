@@ -1,4 +1,4 @@
-"""What stands for a model on disk: enough to notice another one in the same place, without reading weights whole."""
+"""A fingerprint of a model on disk: enough to notice another model in the same place, without reading all weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ _END_BYTES = 1 << 20
 
 
 def model_fingerprint(path: str) -> dict[str, str]:
-    """File name -> size and checksum, of a folder's configuration and weights or of a configuration file; empty for a
-    hub name. Times are not in it. Raises OSError for what cannot be read."""
+    """Describes the files of a model; times are not part of it.
+
+    Args:
+        path: A model folder, a configuration file, or a hub name.
+
+    Returns:
+        File name -> size and checksum, of the configuration and the weights; empty for a hub name.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
     local = Path(path)
     if not local.exists():
         return {}
@@ -22,10 +31,10 @@ def model_fingerprint(path: str) -> dict[str, str]:
 
 def _describe_file(path: Path) -> str:
     """Size and a checksum of the first and the last MiB: training changes both."""
-    found = hashlib.blake2b(digest_size=8)
+    checksum = hashlib.blake2b(digest_size=8)
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         for start in sorted({0, max(0, size - _END_BYTES)}):
             file.seek(start)
-            found.update(file.read(_END_BYTES))
-    return f"{size} bytes, checksum {found.hexdigest()}"
+            checksum.update(file.read(_END_BYTES))
+    return f"{size} bytes, checksum {checksum.hexdigest()}"

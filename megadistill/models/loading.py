@@ -1,29 +1,30 @@
-"""Models from a folder, a hub name, or a configuration alone (random weights), ready to be cut.
+"""Models from a folder, a hub name, or a configuration alone (random weights), ready to be sharded.
 
 Weights stay memory-mapped where the file's type is the run's type, so the ranks of a node share one copy of the file
-and each only copies the slice that tensor parallelism leaves it.
+and each copies only the slice that tensor parallelism leaves it.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from megadistill.data.hub import check_name
+from megadistill.data.hub import check_name, offline_if_needed
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
-from megadistill.launch.launchers import rank_of
 from megadistill.models.families import Family, family_of
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.observability.log import get_logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DROPOUTS = [
@@ -44,50 +45,71 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.jso
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on the CPU before it is cut.
+    """A model on the CPU before it is sharded.
 
-    ``config`` is the untouched configuration, for exports. ``removed_rows`` maps parameter names to the padded
-    vocabulary rows [full - V, ...] that were cut off, so that an export has the shapes it was loaded
-    with. ``shapes`` are those of all parameters, ``fingerprint`` stands for them. ``shards``: the folder of
-    per-rank files (docs/checkpoints.md) that the weights are still to be filled from, after the model is cut.
+    Attributes:
+        model: The model, with the first V rows of its head.
+        family: Its family.
+        config: The untouched configuration, for exports.
+        removed_rows: Parameter -> its padded vocabulary rows [rows - V, ...], so that an export has the shapes that
+            the model was loaded with.
+        shapes: Parameter -> whole shape.
+        fingerprint: Stands for the shapes.
+        shards: The folder of per-rank files (docs/checkpoints.md) from which the weights are still to be filled, after
+            the model is sharded; None where the model has its weights.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     family: Family
-    config: Any
+    config: PreTrainedConfig
     removed_rows: dict[str, torch.Tensor]
     shapes: dict[str, tuple[int, ...]]
     fingerprint: str
     shards: Path | None = None
 
 
-def load_model_config(path: str, where: str) -> Any:
-    """The transformers configuration of a folder, a configuration file (.json) or a hub name.
+def load_model_config(path: str, where: str) -> PreTrainedConfig:
+    """The transformers configuration of a model.
 
-    Raises ConfigError (naming ``where``, the configuration key) when there is none.
+    Args:
+        path: A model folder, a configuration file (.json), or a hub name.
+        where: What the model was given as (a configuration key, an option), which errors begin with.
+
+    Raises:
+        ConfigError: There is no configuration, or no supported one.
     """
     from transformers import AutoConfig
 
-    local = Path(path)
     check_name(path, where)
+    offline_if_needed([path])
+    local = Path(path)
     if local.is_dir() and not (local / "config.json").exists():
         raise ConfigError(f"{where}: {path} has no config.json; a model folder or a configuration file is needed")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
         hint = "" if local.exists() else did_you_mean_path(path)
         reason = f"{first_line(error)}{hint}"
         raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
     family_of(config, where)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        # transformers chooses its frequencies by the longest row of a batch: a row would depend on its neighbours.
+        # transformers chooses its frequencies by the longest example of a batch: one would depend on the others.
         raise ConfigError(f"{where}: '{path}' has rotary positions of type longrope, which are not supported")
     return config
 
 
-def check_positions(config: Any, max_tokens: int, what: str, where: str) -> None:
-    """Raises ConfigError when a model reads fewer positions than ``max_tokens``; ``what`` says which setting asks for
-    them."""
+def check_positions(config: PreTrainedConfig, max_tokens: int, what: str, where: str) -> None:
+    """Checks that a model can read sequences of some length.
+
+    Args:
+        config: The model's configuration.
+        max_tokens: The length.
+        what: The setting that asks for it.
+        where: What the model was given as.
+
+    Raises:
+        ConfigError: The model has fewer positions.
+    """
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_tokens > longest:
         raise ConfigError(f"{what}={max_tokens}, but {where} reads at most {longest} positions")
@@ -100,21 +122,30 @@ def has_weights(path: str) -> bool:
 
 
 def is_sharded(path: str) -> bool:
-    """Whether a model folder is one that `megadistill shard` made: load_model reads it, transformers does not."""
+    """Whether a model folder is one that ``megadistill shard`` made: ``load_model`` reads it, transformers does not."""
     return (Path(path) / SHARDS).is_dir()
 
 
-def load_weights(path: str, where: str, **options: Any) -> Any:
-    """A causal language model of transformers with its weights; ``options`` are those of its ``from_pretrained``.
+def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
+    """A causal language model of transformers with its weights.
 
-    Raises ConfigError where they cannot be read or some are missing.
+    Args:
+        path: A model folder or a hub name.
+        where: What the model was given as, which errors begin with.
+        options: Those of ``from_pretrained``.
+
+    Raises:
+        ConfigError: Weights cannot be read, or some are missing.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **options
+        )  # type: ignore[assignment]  # with output_loading_info it is a pair, which its annotation leaves out
+        model, info = loaded
     except Exception as error:
         raise ConfigError(f"{where}: cannot load the weights in '{path}': {first_line(error)}") from error
     if info["missing_keys"]:
@@ -123,15 +154,23 @@ def load_weights(path: str, where: str, **options: Any) -> Any:
     return model
 
 
-def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str) -> LoadedModel:
+def load_model(
+    path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str, rank: int = 0
+) -> LoadedModel:
     """Loads (or, from a configuration alone, randomly makes) a causal language model with dropout off.
 
-    The head (and a tied embedding) is cut to the first ``vocab_size`` rows. ``seed`` determines random weights, which
-    are therefore the same on every rank. Raises ConfigError for unusable folders.
-    """
-    import torch._dynamo.polyfills.loader
-    from transformers import AutoModelForCausalLM
+    Args:
+        path: A model folder, a configuration file, or a hub name.
+        dtype: A key of ``DTYPES``.
+        vocab_size: V: the head (and a tied embedding) keeps its first V rows.
+        seed: Determines random weights, which are therefore the same on every rank.
+        attention: Attention implementation of transformers.
+        where: What the model was given as, which errors begin with.
+        rank: Rank 0 logs that weights are random.
 
+    Raises:
+        ConfigError: The model cannot be used.
+    """
     pristine = load_model_config(path, where)
     config = copy.deepcopy(pristine)
     for name in _DROPOUTS:
@@ -144,17 +183,12 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     elif has_weights(path):
         model = load_weights(path, where, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
     else:
-        log = get_logger(rank_of(os.environ), "model")
-        log.info(f"{where}: {path} has no weights; using random ones")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-        for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in loaded models
-            parameter.data = parameter.data.to(DTYPES[dtype])
+        get_logger(rank, "model").info(f"{where}: {path} has no weights; using random ones")
+        model = _random_model(config, DTYPES[dtype], attention, seed)
     family = family_of(config, where)
     if family.prepare is not None:
         family.prepare(model)
-    removed = _cut_vocabulary(model, vocab_size, where)
+    removed = _remove_padded_rows(model, vocab_size, where)
     if shards is not None:
         from safetensors.torch import load_file
 
@@ -164,35 +198,57 @@ def load_model(path: str, *, dtype: str, vocab_size: int, seed: int, attention: 
     return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", shards)
 
 
-def whole_model(loaded: LoadedModel) -> nn.Module:
-    """The model for one plain process, which does not cut it: a sharded one takes its weights here.
+def whole_model(loaded: LoadedModel, device: torch.device) -> PreTrainedModel:
+    """The model for one plain process, which does not shard it, with its weights and in evaluation mode.
 
-    Raises CheckpointError where its files do not have them.
+    Args:
+        loaded: The model; per-rank files give their weights here.
+        device: Where it goes.
+
+    Raises:
+        CheckpointError: Files are missing or damaged.
     """
     if loaded.shards is not None:
         shards = ShardReader(loaded.shards)
         for name, parameter in loaded.model.named_parameters():
             run = shards.read(WEIGHT, name, ShardSpec(loaded.shapes[name]), 0, 0, parameter.numel())
             parameter.data.copy_(run.view_as(parameter))
-    return loaded.model
+    loaded.model.to(device)  # type: ignore[arg-type]  # transformers wraps it as if it were a plain function
+    return loaded.model.eval()
 
 
-def _empty_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
-    """A model whose weights are memory that nobody has touched: none of it is used until it is cut."""
+def _random_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in loaded models
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model whose weights are memory that nothing has touched: none of it is used before it is sharded."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype)
     model.tie_weights()
     return model
 
 
-def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, torch.Tensor]:
-    """Drops padded rows past ``vocab_size``: they are cut, never masked with -inf (method.md section 5)."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+def _remove_padded_rows(model: PreTrainedModel, vocab_size: int, where: str) -> dict[str, torch.Tensor]:
+    """Drops the rows past ``vocab_size`` of the head: they are removed, never masked with -inf (method.md section 5).
+
+    Returns:
+        Parameter -> the rows that were removed.
+    """
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if head.weight.shape[0] < vocab_size:
         raise ConfigError(
             f"{where}: the model has {head.weight.shape[0]} vocabulary rows, the tokenizer needs {vocab_size}"
@@ -218,10 +274,15 @@ def _cut_vocabulary(model: nn.Module, vocab_size: int, where: str) -> dict[str, 
 
 
 def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_size: int) -> int:
-    """Logical vocabulary of a run: what teacher and student share.
+    """V, the vocabulary that teacher and student share; padded rows beyond the tokenizer's tokens do not count.
 
-    Models may hold padded rows beyond the tokenizer; these are cut. Raises ConfigError when either has fewer rows than
-    the tokenizer has tokens.
+    Args:
+        teacher_rows: Rows of the teacher's head; None without a teacher.
+        student_rows: Rows of the student's head.
+        tokenizer_size: Tokens of the tokenizer.
+
+    Raises:
+        ConfigError: A model has fewer rows than the tokenizer has tokens.
     """
     for name, rows in (("teacher", teacher_rows), ("student", student_rows)):
         if rows is not None and rows < tokenizer_size:

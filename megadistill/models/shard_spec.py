@@ -1,4 +1,4 @@
-"""How tensor parallelism cuts a parameter, and how its shards make it whole again. Pure functions of shapes."""
+"""How tensor parallelism shards a parameter, and how the shards make it whole again. Pure functions of shapes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from megadistill.parallel.vocab import VocabShard
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """One parameter of ``shape`` over the tensor-parallel ranks.
+    """One parameter over the tensor-parallel ranks.
 
-    ``dim`` is the dimension that is cut, None where every rank holds the whole. ``blocks``: along it this many
-    parameters lie fused (GPT-2's query, key and value), each of which is cut. ``sizes``: the ranks' extents along it.
+    Attributes:
+        shape: Shape of the whole parameter.
+        dim: The dimension that is sharded; None where every rank holds the whole.
+        blocks: Number of parameters that lie fused along it (GPT-2's query, key and value), each of which is sharded.
+        sizes: Extent of each rank's shard along it.
     """
 
     shape: tuple[int, ...]
@@ -25,7 +28,14 @@ class ShardSpec:
 
     @classmethod
     def even(cls, shape: Sequence[int], dim: int | None, blocks: int, tp_size: int) -> ShardSpec:
-        """Cut into parts as equal as can be, larger ones first, as AutoTP cuts."""
+        """Shards as equal as can be, larger ones first, as AutoTP makes them.
+
+        Args:
+            shape: Shape of the whole parameter.
+            dim: The dimension that is sharded, or None.
+            blocks: Number of parameters that lie fused along it.
+            tp_size: Number of shards.
+        """
         if dim is None or tp_size == 1:
             return cls(tuple(shape))
         block = shape[dim] // blocks
@@ -34,11 +44,17 @@ class ShardSpec:
 
     @classmethod
     def from_shard_shapes(cls, shape: Sequence[int], shards: Sequence[Sequence[int]], blocks: int) -> ShardSpec:
-        """What the shapes of all ranks' shards tell."""
+        """Reads the spec off the shapes of all ranks' shards.
+
+        Args:
+            shape: Shape of the whole parameter.
+            shards: Shape of each rank's shard.
+            blocks: Number of parameters that lie fused along the sharded dimension.
+        """
         differing = [dim for dim in range(len(shape)) if any(shard[dim] != shape[dim] for shard in shards)]
         if not differing:
             return cls(tuple(shape))
-        assert len(differing) == 1, f"a parameter of shape {shape} is cut into {shards}"
+        assert len(differing) == 1, f"a parameter of shape {shape} is sharded into {shards}"
         dim = differing[0]
         sizes = tuple(shard[dim] for shard in shards)
         assert sum(sizes) == shape[dim], f"shards {shards} do not make up {shape}"
@@ -51,7 +67,7 @@ class ShardSpec:
         return (*self.shape[: self.dim], self.sizes[tp_rank], *self.shape[self.dim + 1 :])
 
     def shard(self, whole: torch.Tensor, tp_rank: int) -> torch.Tensor:
-        """One rank's part of the whole tensor."""
+        """One rank's shard of the whole tensor."""
         if self.dim is None:
             return whole
         widths = [size // self.blocks for size in self.sizes]
@@ -59,7 +75,7 @@ class ShardSpec:
         return parts[tp_rank].flatten(self.dim, self.dim + 1)
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The whole tensor of all ranks' shards (of the first, where nothing is cut)."""
+        """The whole tensor from all ranks' shards (from the first one, where nothing is sharded)."""
         if self.dim is None:
             return shards[0]
         parts = [shard.unflatten(self.dim, (self.blocks, -1)) for shard in shards]

@@ -1,10 +1,11 @@
 """A partitioned model on disk that any layout can read.
 
-    layout.json                 every parameter's whole shape and how it was cut
-    tp00_dp00.safetensors ...   what each rank held: runs of its tensor-parallel shards, flat, as `KIND/NAME`
+    layout.json                 every parameter's whole shape and how it was sharded
+    tp00_dp00.safetensors ...   what each rank held: runs of its tensor-parallel shards, flat, as ``KIND/NAME``
 
-Kinds: `master`, `exp_avg`, `exp_avg_sq` of a trained model (float32), or `weight` alone. A reader at the same layout
-finds exactly its runs; any other takes what overlaps, or joins and cuts anew. Nothing in these files is executed.
+Kinds: ``master``, ``exp_avg``, ``exp_avg_sq`` of a trained model (float32), or ``weight`` alone. A rank of the same
+layout finds exactly its runs; any other takes what overlaps, or joins shards and shards them again. Nothing in these
+files is executed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,23 +32,42 @@ def shard_file(tp_rank: int, dp_rank: int) -> str:
     return f"tp{tp_rank:02d}_dp{dp_rank:02d}.safetensors"
 
 
-def write_layout(folder: Path, cuts: Mapping[str, ShardSpec], *, tp_size: int, dp_size: int, **more: Any) -> None:
-    """Writes layout.json; ``more`` are further entries."""
+def write_layout(folder: Path, specs: Mapping[str, ShardSpec], *, tp_size: int, dp_size: int, **more: Any) -> None:
+    """Writes layout.json.
+
+    Args:
+        folder: Where it goes.
+        specs: Name of each parameter -> how it is sharded.
+        tp_size: Tensor-parallel size.
+        dp_size: Data-parallel size.
+        more: Further entries.
+    """
     more |= {"tp_size": tp_size, "dp_size": dp_size}
-    parameters = {name: asdict(cut) for name, cut in cuts.items()}
+    parameters = {name: asdict(spec) for name, spec in specs.items()}
     text = json.dumps({"version": VERSION, **more, "parameters": parameters}, indent=1)
     (folder / LAYOUT).write_text(text + "\n")
 
 
 def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Tensor]]) -> None:
-    """Writes one rank's runs: ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor)."""
+    """Writes one rank's runs.
+
+    Args:
+        folder: Where the file goes.
+        file: Its name (``shard_file``).
+        runs: ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor).
+    """
     starts = json.dumps({key: start for key, (start, _) in runs.items()})
     save_tensors({key: run for key, (_, run) in runs.items()}, folder / file, starts=starts)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> None:
-    """Writes a safetensors file that whoever may read its neighbours may read: the library's own are for their owner
-    alone."""
+    """Writes a safetensors file with the permissions of any other new file; the library's own are for the owner alone.
+
+    Args:
+        tensors: Name -> tensor.
+        path: The file.
+        metadata: Further entries of its header.
+    """
     from safetensors.torch import save_file
 
     path.touch()
@@ -57,9 +77,18 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) 
 
 
 class ShardReader:
-    """Reads such a folder; files are memory-mapped, so only what is asked for is read.
+    """Reads such a folder. Files are memory-mapped, so only what is asked for is read.
 
-    ``info`` is what layout.json says beside the parameters. Raises CheckpointError for a folder that cannot be read.
+    Args:
+        folder: The folder.
+
+    Attributes:
+        folder: The folder.
+        info: Entries of layout.json, but for the parameters.
+        shard_specs: Name of each parameter -> how the folder's layout shards it.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,9 +101,9 @@ class ShardReader:
                 raise CheckpointError(
                     f"{folder / LAYOUT}: version {self.info['version']} is not supported (this program reads {VERSION})"
                 )
-            self.shard_specs = {name: _cut(entry) for name, entry in self.info.pop("parameters").items()}
+            self.shard_specs = {name: _parse_spec(entry) for name, entry in self.info.pop("parameters").items()}
             self._runs: dict[tuple[int, str], list[tuple[int, int, Any]]] = {}
-            # Those of the layout and no others, whatever lies beside them.
+            # The files of the layout and no others, whatever lies beside them.
             for tp_rank, dp_rank in itertools.product(range(self.info["tp_size"]), range(self.info["dp_size"])):
                 path = folder / shard_file(tp_rank, dp_rank)
                 if not path.is_file():
@@ -92,53 +121,77 @@ class ShardReader:
 
     @property
     def kinds(self) -> set[str]:
-        """What there is of each parameter."""
+        """Kinds of tensors that the files have."""
         return {key.partition("/")[0] for _, key in self._runs}
 
-    def read(self, kind: str, name: str, cut: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
-        """The run [start, end) of shard ``tp_rank`` of a parameter that is cut as ``cut`` says.
+    def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
+        """A run of a parameter's shard, whatever the folder's layout.
 
-        Raises CheckpointError where the folder does not have it.
+        Args:
+            kind: What of the parameter, one of ``kinds``.
+            name: The parameter.
+            spec: How it is sharded where the run is needed.
+            tp_rank: The shard.
+            start: First element of the run in the flat shard.
+            end: Element behind the last one.
+
+        Raises:
+            CheckpointError: The folder does not have it.
         """
-        ours = self._cut_of(name)
-        if ours.shape != cut.shape:
-            raise CheckpointError(f"{self.folder}: {name} has shape {list(ours.shape)}, expected {list(cut.shape)}")
-        if (ours.dim, ours.sizes, ours.blocks) == (cut.dim, cut.sizes, cut.blocks):
-            return self._run(kind, name, tp_rank if cut.dim is not None else 0, start, end)
-        return cut.shard(self.whole(kind, name), tp_rank).reshape(-1)[start:end]
+        ours = self._spec_of(name)
+        if ours.shape != spec.shape:
+            raise CheckpointError(f"{self.folder}: {name} has shape {list(ours.shape)}, expected {list(spec.shape)}")
+        if (ours.dim, ours.sizes, ours.blocks) == (spec.dim, spec.sizes, spec.blocks):
+            return self._run(kind, name, tp_rank if spec.dim is not None else 0, start, end)
+        return spec.shard(self.whole(kind, name), tp_rank).reshape(-1)[start:end]
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
-        """A whole parameter."""
-        cut = self._cut_of(name)
+        """A whole parameter.
+
+        Args:
+            kind: What of the parameter, one of ``kinds``.
+            name: The parameter.
+
+        Raises:
+            CheckpointError: The folder does not have it.
+        """
+        spec = self._spec_of(name)
         shards = []
-        for tp_rank in range(max(1, len(cut.sizes))):
-            shape = cut.shard_shape(tp_rank)
+        for tp_rank in range(max(1, len(spec.sizes))):
+            shape = spec.shard_shape(tp_rank)
             if numel := torch.Size(shape).numel():
                 shards.append(self._run(kind, name, tp_rank, 0, numel).view(shape))
-        return cut.unshard(shards)
+        return spec.unshard(shards)
 
-    def _cut_of(self, name: str) -> ShardSpec:
+    def _spec_of(self, name: str) -> ShardSpec:
         if name not in self.shard_specs:
             raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
         return self.shard_specs[name]
 
     def _run(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> torch.Tensor:
         key = f"{kind}/{name}"
-        parts: list[torch.Tensor] = []
+        pieces: list[torch.Tensor] = []
         at = start
         for first, last, file in self._runs.get((tp_rank, key), []):
             if first <= at < last and at < end:
-                parts.append(file.get_slice(key)[at - first : min(last, end) - first])
+                pieces.append(file.get_slice(key)[at - first : min(last, end) - first])
                 at = min(last, end)
         if at < end:
             raise CheckpointError(
                 f"{self.folder}: elements {at} to {end} of {key} (tensor-parallel rank {tp_rank}) are missing"
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class HFWeights:
-    """The tensors of a Hugging Face folder by name, memory-mapped."""
+    """The tensors of a Hugging Face folder by name, memory-mapped.
+
+    Args:
+        folder: A folder with safetensors files.
+
+    Raises:
+        CheckpointError: There are no such files, or one is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -158,44 +211,58 @@ class HFWeights:
 
     def shape(self, name: str) -> list[int]:
         """Shape of a tensor."""
-        return self._file[name].get_slice(name).get_shape()
+        return cast(list[int], self._file[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Type of a tensor, as safetensors says it."""
-        return self._file[name].get_slice(name).get_dtype()
+        """Type of a tensor in safetensors' words, such as "BF16"."""
+        return cast(str, self._file[name].get_slice(name).get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor."""
-        return self._file[name].get_tensor(name)
+        return cast(torch.Tensor, self._file[name].get_tensor(name))
 
 
-def _cut(entry: Mapping[str, Any]) -> ShardSpec:
-    cut = ShardSpec(
+def _parse_spec(entry: Mapping[str, Any]) -> ShardSpec:
+    spec = ShardSpec(
         tuple(map(int, entry["shape"])), entry["dim"], int(entry["blocks"]), tuple(map(int, entry["sizes"]))
     )
-    if any(size < 0 for size in (*cut.shape, *cut.sizes)) or cut.blocks < 1:
-        raise ValueError(f"no shape: {dict(entry)}")
-    if cut.dim is not None and not (0 <= cut.dim < len(cut.shape) and sum(cut.sizes) == cut.shape[cut.dim]):
-        raise ValueError(f"no cut: {dict(entry)}")
-    return cut
+    if any(size < 0 for size in (*spec.shape, *spec.sizes)) or spec.blocks < 1:
+        raise ValueError(f"not a shape: {dict(entry)}")
+    if spec.dim is not None and not (0 <= spec.dim < len(spec.shape) and sum(spec.sizes) == spec.shape[spec.dim]):
+        raise ValueError(f"not the shards of the shape: {dict(entry)}")
+    return spec
 
 
 def rewrite(
-    reader: ShardReader, folder: Path, cuts: Mapping[str, ShardSpec], tp_size: int, dp_size: int
+    reader: ShardReader, folder: Path, specs: Mapping[str, ShardSpec], tp_size: int, dp_size: int
 ) -> Iterator[str]:
-    """Writes another layout's files, yielding each name when it is written; one rank's part is held at a time."""
+    """Writes the shard files of another layout; one rank's share is held at a time.
+
+    Args:
+        reader: The model.
+        folder: Where the files go.
+        specs: Name of each parameter -> how it is sharded there.
+        tp_size: Tensor-parallel size there.
+        dp_size: Data-parallel size there.
+
+    Yields:
+        The name of each file when it is written.
+
+    Raises:
+        CheckpointError: A parameter cannot be read.
+    """
     for tp_rank in range(tp_size):
         for dp_rank in range(dp_size):
             runs: dict[str, tuple[int, torch.Tensor]] = {}
-            for name, cut in cuts.items():
-                if cut.dim is None and tp_rank:
+            for name, spec in specs.items():
+                if spec.dim is None and tp_rank:
                     continue  # the first rank's is everybody's
-                numel = torch.Size(cut.shard_shape(tp_rank)).numel()
+                numel = torch.Size(spec.shard_shape(tp_rank)).numel()
                 width = -(-numel // dp_size)
                 start, end = min(numel, dp_rank * width), min(numel, (dp_rank + 1) * width)
                 if start < end:
                     for kind in sorted(reader.kinds):
-                        run = reader.read(kind, name, cut, tp_rank, start, end)
+                        run = reader.read(kind, name, spec, tp_rank, start, end)
                         runs[f"{kind}/{name}"] = (start, run.clone())
             write_shard(folder, shard_file(tp_rank, dp_rank), runs)
             yield shard_file(tp_rank, dp_rank)

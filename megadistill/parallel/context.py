@@ -1,4 +1,4 @@
-"""Who this process is: the (data-parallel x tensor-parallel) grid and its process groups, passed around as an argument.
+"""Who this process is: the grid (data-parallel x tensor-parallel) and its process groups, passed as an argument.
 
 Tensor-parallel ranks are consecutive (``rank = dp_rank * tp_size + tp_rank``), the order that DeepSpeed's AutoTP uses.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,27 @@ from megadistill.files import reason_of
 from megadistill.parallel.topology import divisors
 from megadistill.parallel.vocab import VocabShard
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ParallelContext:
     """The place of one process in the grid.
 
-    ``tp_group`` and ``dp_group`` are None when they would hold one process, so that one-process runs never communicate.
-    Both were made with the run's timeout: a dead peer ends the job instead of hanging it.
+    A group is None where it would hold one process, so that one-process runs never communicate. Groups have the run's
+    timeout: a dead peer ends the job instead of hanging it.
+
+    Attributes:
+        rank: Global rank, ``dp_rank * tp_size + tp_rank``.
+        world_size: Number of processes.
+        tp_rank: Place in the tensor-parallel group.
+        tp_size: Processes that share a model's layers.
+        dp_rank: Place in the data-parallel group.
+        dp_size: Processes that share a batch.
+        tp_group: The processes with this ``dp_rank``.
+        dp_group: The processes with this ``tp_rank``.
+        device: Where this process computes.
+        timeout_s: Seconds after which a collective call gives up.
     """
 
     rank: int
@@ -46,9 +60,15 @@ class ParallelContext:
 
     @classmethod
     def build(cls, tp_size: int, timeout_s: float, device: torch.device) -> ParallelContext:
-        """Makes the groups of the initialised torch.distributed world (collective: every rank calls it).
+        """Makes the groups of the initialized torch.distributed world (collective: every rank calls it).
 
-        Raises TopologyError when ``tp_size`` does not divide the number of processes.
+        Args:
+            tp_size: Tensor-parallel size.
+            timeout_s: Seconds after which a collective call gives up.
+            device: Where this process computes.
+
+        Raises:
+            TopologyError: ``tp_size`` does not divide the number of processes.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if world_size % tp_size:
@@ -71,8 +91,10 @@ class ParallelContext:
         )
 
     def set_all_timeouts(self) -> None:
-        """Gives every process group of this process the run's timeout: those that a library has made meanwhile have
-        torch's default of many minutes. No communication."""
+        """Gives every process group of this process the run's timeout. No communication.
+
+        Groups that a library has made meanwhile have torch's default of many minutes.
+        """
         if self.world_size > 1:
             for group in list(dist.distributed_c10d._world.pg_map):
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout_s), group)
@@ -83,7 +105,7 @@ class ParallelContext:
         return self.rank == 0
 
     def vocab_shard(self, total: int) -> VocabShard:
-        """This rank's slice of ``total`` classes, cut as DeepSpeed cuts a vocabulary-parallel head."""
+        """This rank's slice of ``total`` classes, sharded as DeepSpeed shards a vocabulary-parallel head."""
         return VocabShard.split(total, self.tp_size, self.tp_rank, self.tp_group)
 
     def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -98,15 +120,15 @@ class ParallelContext:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
-    def gather_objects_over_dp(self, item: Any) -> list[Any]:
+    def gather_objects_over_dp(self, item: T) -> list[T]:
         """The picklable ``item`` of every data-parallel rank, in rank order (one object all-gather)."""
         return _gather_objects(item, self.dp_size, self.dp_group)
 
-    def gather_objects_over_tp(self, item: Any) -> list[Any]:
+    def gather_objects_over_tp(self, item: T) -> list[T]:
         """The picklable ``item`` of every tensor-parallel rank, in rank order (one object all-gather)."""
         return _gather_objects(item, self.tp_size, self.tp_group)
 
-    def gather_objects(self, item: Any) -> list[Any]:
+    def gather_objects(self, item: T) -> list[T]:
         """The picklable ``item`` of every rank of the world (one object all-gather)."""
         return _gather_objects(item, self.world_size, None)
 
@@ -115,7 +137,7 @@ class ParallelContext:
         if self.world_size > 1:
             dist.barrier()
 
-    def run_on_rank0(self, action: Callable[[], Any], writes: Path | None = None) -> Any:
+    def run_on_rank0(self, action: Callable[[], T], writes: Path | None = None) -> T:
         """Runs ``action`` on rank 0 and returns its result on every rank.
 
         Collective over the world: rank 0 broadcasts its result, or the error that every rank then raises. What a rank
@@ -143,19 +165,28 @@ class ParallelContext:
                     raise
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        result, raised = outcome
+        if raised is not None:
+            raise raised
+        return cast(T, result)
 
     def raise_on_all_ranks(self, error: MegadistillError | None) -> None:
-        """Raises the first rank's error on every rank, so that nobody waits for a rank that has left (one object
-        all-gather; errors only, which are small)."""
+        """Raises the first rank's error on every rank, so that nobody waits for a rank that has left.
+
+        One object all-gather over the world, of errors only, which are small.
+
+        Args:
+            error: This rank's error; None where it has none.
+
+        Raises:
+            MegadistillError: A rank has one.
+        """
         for gathered in self.gather_objects(error):
             if gathered is not None:
                 raise gathered
 
 
-def _gather_objects(item: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
+def _gather_objects(item: T, size: int, group: dist.ProcessGroup | None) -> list[T]:
     if size == 1:
         return [item]
     items: list[Any] = [None] * size

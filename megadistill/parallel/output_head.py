@@ -11,8 +11,13 @@ from megadistill.parallel.vocab import VocabShard
 
 @dataclass(frozen=True)
 class OutputHead:
-    """Weight [Vs, H] and bias [Vs] (or None) of the head, Vs being the classes of ``shard``: logits are
-    ``hidden @ weight.T + bias``."""
+    """The head: logits are ``hidden @ weight.T + bias``.
+
+    Attributes:
+        weight: [Vs, H].
+        bias: [Vs], or None.
+        shard: This rank's slice of the vocabulary, which has Vs classes.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -21,4 +26,6 @@ class OutputHead:
     @classmethod
     def of(cls, module: nn.Module, shard: VocabShard) -> OutputHead:
         """The head in a linear layer whose parameters are present."""
-        return cls(module.weight, getattr(module, "bias", None), shard)  # type: ignore[arg-type]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return cls(weight, getattr(module, "bias", None), shard)

@@ -19,10 +19,16 @@ _HALF_BITS = 26
 
 
 def uniform(seed: int, sequence_ids: Tensor, positions: Tensor, *, stream: int = 0) -> Tensor:
-    """[B] float64 numbers strictly inside (0, 1), 52 bits each, one for each (seed, sequence id, position, stream).
+    """Random numbers that depend on (seed, sequence id, position, stream) alone. No communication, no state.
 
-    sequence_ids, positions: [B] integers; a sequence id may use all 64 bits, a position 32. `stream` (32 bits)
-    separates draws of different purpose at the same place. No communication, no state.
+    Args:
+        seed: 64 bits.
+        sequence_ids: [B] integers of 64 bits.
+        positions: [B] integers of 32 bits.
+        stream: 32 bits; separates draws of different purpose at the same place.
+
+    Returns:
+        [B] float64, strictly inside (0, 1), with 52 random bits each.
     """
     sequence_ids, positions = sequence_ids.to(torch.int64), positions.to(torch.int64)
     counter = (

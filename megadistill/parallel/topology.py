@@ -1,6 +1,6 @@
-"""Which numbers of processes, rows and heads fit together. No torch: launchers and plans use it too.
+"""Which numbers of processes, examples and heads fit together. No torch: launchers and plans use it too.
 
-Tensor-parallel ranks are consecutive: `rank = dp_rank * tp_size + tp_rank`.
+Tensor-parallel ranks are consecutive: ``rank = dp_rank * tp_size + tp_rank``.
 """
 
 import math
@@ -13,8 +13,13 @@ from megadistill.errors import TopologyError
 def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts: Sequence[int]) -> int:
     """The tensor-parallel size of a run.
 
-    `head_counts` are the attention and key-value heads of all models that are cut. "auto" is the largest divisor of
-    `world_size` that divides every head count. Raises TopologyError when a given size does not divide one of them.
+    Args:
+        tp_size: The setting; "auto" is the largest divisor of ``world_size`` that divides every head count.
+        world_size: Number of processes.
+        head_counts: Attention and key-value heads of all models that are sharded.
+
+    Raises:
+        TopologyError: A given size does not divide one of them.
     """
     sizes = divisors(math.gcd(world_size, *head_counts))
     if tp_size == "auto":
@@ -36,22 +41,32 @@ def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts
 
 
 def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, dp_size: int) -> int:
-    """Micro steps per step on every data-parallel rank. Raises TopologyError when the rows do not come out even."""
+    """Micro-steps of a step on every data-parallel rank.
+
+    Args:
+        global_batch_size: Examples of a step.
+        micro_batch_size: Examples of a micro-step on one rank.
+        dp_size: Number of data-parallel ranks.
+
+    Raises:
+        TopologyError: The examples do not come out even.
+    """
     if global_batch_size % dp_size:
         raise TopologyError(
-            f"a global batch of {global_batch_size} rows cannot be divided evenly among {dp_size} data-parallel ranks; "
+            f"a global batch of {global_batch_size} examples cannot be shared by {dp_size} data-parallel ranks; "
             f"the nearest that can, in micro-batches of {micro_batch_size}: "
             f"{_listed(_nearest_multiples(global_batch_size, dp_size * micro_batch_size))}",
             setting="train.global_batch_size, train.micro_batch_size",
         )
-    rows = global_batch_size // dp_size
-    if rows % micro_batch_size:
+    examples = global_batch_size // dp_size
+    if examples % micro_batch_size:
         raise TopologyError(
-            f"a global batch of {global_batch_size} rows over {dp_size} data-parallel ranks is {rows} rows per rank, "
-            f"not a multiple of the micro-batch size {micro_batch_size}; allowed: {_listed(divisors(rows))}",
+            f"a global batch of {global_batch_size} examples over {dp_size} data-parallel ranks is {examples} examples "
+            f"per rank, not a multiple of the micro-batch size {micro_batch_size}; "
+            f"allowed: {_listed(divisors(examples))}",
             setting="train.global_batch_size, train.micro_batch_size",
         )
-    return rows // micro_batch_size
+    return examples // micro_batch_size
 
 
 def divisors(number: int) -> list[int]:

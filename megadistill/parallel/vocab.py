@@ -11,11 +11,20 @@ from megadistill.errors import TopologyError
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Classes [start, stop) of a vocabulary of `total` logical classes, held by this rank of a tensor-parallel group.
+    """Classes [start, stop) of a vocabulary, held by this rank of a tensor-parallel group.
 
-    `group` is the process group whose ranks together hold the whole vocabulary, in class order; None means one
-    process and no communication. Shards may differ in size and may be empty. Padding rows of an embedding are no
-    classes: they are cut off before a shard is made. Raises TopologyError when the bounds do not fit the vocabulary.
+    Shards may differ in size and may be empty. Padded rows of an embedding are not classes: they are removed before a
+    shard is made.
+
+    Attributes:
+        start: First class.
+        stop: Class behind the last one; a shard has Vs = ``stop - start`` classes.
+        total: V, the classes of the whole vocabulary.
+        group: The ranks that together hold the whole vocabulary, in class order; None means one process and no
+            communication.
+
+    Raises:
+        TopologyError: The bounds do not fit the vocabulary.
     """
 
     start: int
@@ -41,12 +50,22 @@ class VocabShard:
 
     @property
     def tp_rank(self) -> int:
-        """This rank's place in the group; its classes lie right of those of every lower place."""
+        """This rank's place in the group; its classes follow those of every lower place."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @classmethod
     def split(cls, total: int, tp_size: int, tp_rank: int, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """Shard `tp_rank` of a contiguous split into `tp_size`, larger shards first (DeepSpeed AutoTP's rule)."""
+        """One shard of a contiguous split, larger shards first (the rule of DeepSpeed's AutoTP).
+
+        Args:
+            total: V, the classes of the whole vocabulary.
+            tp_size: Number of shards.
+            tp_rank: Which of them.
+            group: The tensor-parallel group.
+
+        Raises:
+            TopologyError: There is no such rank.
+        """
         if tp_size < 1 or not 0 <= tp_rank < tp_size:
             raise TopologyError(f"tensor-parallel rank {tp_rank} does not exist in a group of {tp_size}")
         small, larger = divmod(total, tp_size)

@@ -11,8 +11,8 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.spans import SpanPrior
 from megadistill.data.tokenize import decode_response
 from megadistill.decoding.batch_plan import DecodeBatchPlan
+from megadistill.engines.partitioned import PartitionedModel
 from megadistill.engines.student import Student
-from megadistill.engines.teacher import PartitionedModel
 from megadistill.generation.sources.base import TextSource
 from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext
@@ -25,7 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Components:
-    """Everything a step needs. ``teacher`` and ``gate`` are None where the configuration has no use for them."""
+    """Everything a step needs.
+
+    Attributes:
+        config: The configuration of the run.
+        context: The grid of processes.
+        tokenizer: The tokenizer of both models.
+        pad_id: The padding token.
+        span_prior: Finds phrases in responses.
+        loss: Weights and options of the losses.
+        student: The model that is trained.
+        teacher: The teacher; None where no loss needs it.
+        gate: The quantile gate and its optimizer; None where the losses do not use it.
+        source: Where the text of a step comes from.
+        decode_plan: How many examples are written at a time.
+    """
 
     config: RunConfig
     context: ParallelContext
@@ -41,8 +55,11 @@ class Components:
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:
-        """Both models' heads, gathered for the duration (once over the data-parallel group); yields the teacher's, None
-        without a teacher."""
+        """Both models' heads, gathered for as long as this is used (once over the data-parallel group).
+
+        Yields:
+            The teacher's head; None without a teacher.
+        """
         with self.student.head():
             if self.teacher is None:
                 yield None

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenized examples, and counts of what was left out or shortened while reading them."""
+    """Tokenized examples of a run.
+
+    Attributes:
+        train: Examples to train on.
+        prompts: Further examples, of which only the prompts are used (``data.prompts_path``).
+        valid: Examples to validate on.
+        report: Counts of what was left out or shortened while they were read.
+    """
 
     train: list[TokenizedExample]
     prompts: list[TokenizedExample]
@@ -27,7 +34,12 @@ class TrainingData:
     report: dict[str, int]
 
     def batch(self, sampler: BatchSampler, step: int) -> list[Sample]:
-        """This data-parallel rank's share of a step; rows of ``data.prompts_path`` lose their references."""
+        """This data-parallel rank's share of a step; rows of ``data.prompts_path`` lose their references.
+
+        Args:
+            sampler: The order of the rows.
+            step: The step, 0-based.
+        """
         samples = []
         for sequence_id, stream, index in sampler.rows(step):
             example = self.train[index] if stream == "train" else self.prompts[index]
@@ -39,7 +51,18 @@ class TrainingData:
 def load_rows(
     path: str, tokenizer: PreTrainedTokenizerBase, data: DataSection, report: dict[str, int], name: str
 ) -> list[TokenizedExample]:
-    """Reads and tokenizes one file as ``data`` says, adding counts to ``report``. Raises DataError."""
+    """Reads and tokenizes one file.
+
+    Args:
+        path: The file, or a data set of the hub.
+        tokenizer: The tokenizer.
+        data: How it is read.
+        report: Counts of what was left out or shortened are added here.
+        name: Prefix of the counts.
+
+    Raises:
+        DataError: The file cannot be used.
+    """
     fields = FieldNames(data.instruction_field, data.input_field, data.output_field)
     examples = load_examples(
         path, fields=fields, split=data.hub_split, config_name=data.hub_config, skip_bad_rows=data.skip_bad_rows
@@ -65,12 +88,16 @@ def load_rows(
 
 
 def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """All rows of a run. Raises ConfigError when there are none to train on, DataError for what is wrong with a
-    file."""
+    """All rows of a run.
+
+    Raises:
+        ConfigError: There are none to train on.
+        DataError: A file cannot be used.
+    """
     data = config.data
     report: dict[str, int] = {}
     if data.train_path is None:
-        raise ConfigError("data.train_path is missing: nothing to train on (rows without references are welcome there)")
+        raise ConfigError("data.train_path is missing: nothing to train on (its rows need no references)")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
     source_class(config).check_examples(config, rows["train"], rows["valid"])
@@ -82,7 +109,17 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def make_sampler(config: RunConfig, data: TrainingData, dp_rank: int = 0, dp_size: int = 1) -> BatchSampler:
-    """The order of the rows. Raises ConfigError for streams that have no rows or no share of a batch."""
+    """The order of the rows.
+
+    Args:
+        config: The configuration of the run.
+        data: The rows.
+        dp_rank: The data-parallel rank whose share is dealt.
+        dp_size: Number of data-parallel ranks.
+
+    Raises:
+        ConfigError: A stream has no rows, or no share of a batch.
+    """
     return BatchSampler(
         num_rows=len(data.train),
         num_prompt_rows=len(data.prompts),

@@ -190,8 +190,13 @@ def _checkpoint_writer(components: Components, run_dir: Path) -> CheckpointWrite
 
 
 class _StepStatus(NamedTuple):
-    """What every rank must know after a step: the name of a signal that any of them received, the status of the slowest
-    checkpoint writer, and whether rank 0 could not record the step."""
+    """What every rank must know after a step.
+
+    Attributes:
+        stop_signal: Name of a signal that any rank received, or None.
+        writer: Status of the slowest checkpoint writer.
+        is_unrecorded: Rank 0 could not record the step.
+    """
 
     stop_signal: str | None
     writer: int

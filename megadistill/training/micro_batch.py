@@ -1,6 +1,6 @@
 """One forward pass of the student: references for L_SFT and responses for the teacher's losses, together.
 
-Shapes: B sequences, S columns; n_sft, n_kd positions of the flattened [B * S] hidden states that carry a loss.
+Shapes: B sequences, S columns; T_sft, T_kd positions of the flattened [B * S] hidden states that carry a loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from megadistill.parallel.output_head import OutputHead
 
 
 class GlobalCounts(NamedTuple):
-    """Global numbers that divide the sums of one step: over data-parallel ranks and micro-batches."""
+    """Global numbers that divide the sums of one step: over data-parallel ranks and micro-batches.
+
+    Attributes:
+        num_sft: Tokens of references.
+        num_kd: Tokens of responses.
+        num_pairs: Pairs of neighboring response tokens in one span.
+    """
 
     num_sft: float
     num_kd: float
@@ -32,11 +38,12 @@ class MicroBatch:
 
     Attributes:
         batch: Right-padded sequences [B, S].
-        sft_index, kd_index: [n_sft], [n_kd] positions of the flattened hidden states that predict references and
-            responses.
-        sft_labels, kd_labels: The tokens that they predict.
-        pair_mask: [n_kd] bool, as ``Sample.pair_mask``.
-        teacher_hidden: [n_kd, H_T], None where nothing has a response.
+        sft_index: [T_sft] positions of the flattened hidden states that predict references.
+        sft_labels: [T_sft] the tokens that they predict.
+        kd_index: [T_kd] positions that predict responses.
+        kd_labels: [T_kd] the tokens that they predict.
+        pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
+        teacher_hidden: [T_kd, H of the teacher]; None where nothing has a response.
     """
 
     batch: SequenceBatch
@@ -49,13 +56,20 @@ class MicroBatch:
 
     @property
     def is_shared(self) -> bool:
-        """True when the teacher's losses are on the references themselves: one pass over the head serves all three."""
+        """Whether the teacher's losses are on the references themselves: one pass over the head serves all three."""
         return torch.equal(self.sft_index, self.kd_index)
 
 
 def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) -> MicroBatch:
-    """Collates samples. A response that is the reference is not repeated. A batch without any loss has one padding
-    token, because every rank makes the same number of forward passes."""
+    """Collates samples; a response that is the reference is not repeated.
+
+    A batch without any loss has one padding token, because every rank makes the same number of forward passes.
+
+    Args:
+        samples: The samples of the micro-batch.
+        pad_id: The padding token.
+        device: Where the tensors go.
+    """
     sequences: list[tuple[TokenIds, TokenIds]] = []
     reference_at: dict[int, int] = {}
     for i, sample in enumerate(samples):
@@ -90,8 +104,7 @@ def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.d
 
 
 def _predicting(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat indices of the positions of some sequences that predict a token of a response, and these tokens, in
-    order."""
+    """Flat positions of some sequences that predict a token of a response, and these tokens, in order."""
     width = batch.labels.shape[1]
     wanted = torch.tensor(sequences, dtype=torch.int64, device=batch.labels.device)
     labels = batch.labels[wanted]
@@ -103,7 +116,16 @@ def _predicting(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Tenso
 class MicroBatchLoss:
     """The three losses of one micro-batch as a function of the student's hidden states and head (method.md section 4).
 
-    Called once, inside the engine's forward; ``sft`` (unweighted, detached) and ``output`` are its by-products.
+    Called once, inside the engine's forward.
+
+    Attributes:
+        micro_batch: What the losses are computed on.
+        counts: What divides them.
+        config: Their weights and options.
+        gate: The quantile gate; None where it is not used.
+        teacher_head: The teacher's head; None for plain SFT.
+        sft: The loss on references, unweighted and detached; None before the call.
+        output: The teacher's losses; None before the call.
     """
 
     micro_batch: MicroBatch
@@ -123,7 +145,8 @@ class MicroBatchLoss:
     @property
     def is_finite(self) -> bool:
         """Whether the losses that were computed are finite numbers (waits for the device)."""
-        values = [value for value in (self.sft, self.output and self.output.loss) if value is not None]
+        values = [] if self.sft is None else [self.sft]
+        values += [] if self.output is None else [self.output.loss]
         return all(math.isfinite(float(value.detach())) for value in values)
 
     def __call__(self, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:

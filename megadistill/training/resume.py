@@ -1,4 +1,4 @@
-"""Where a run starts: anew, or from a checkpoint; and whether its folder may be used at all."""
+"""Where a run starts: at step 0 or from a checkpoint; and whether its folder may be used at all."""
 
 from __future__ import annotations
 
@@ -44,22 +44,29 @@ _MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Start:
-    """``checkpoints`` to resume from, the best first: one behind the other is for when that is damaged. None of them
-    for a new run."""
+    """Where a run starts.
+
+    Attributes:
+        run_dir: The folder of the run.
+        checkpoints: Checkpoints to resume from, the best first: the next one is for when that is damaged. None for a
+            new run.
+    """
 
     run_dir: Path
     checkpoints: tuple[Path, ...] = ()
 
 
 def plan_start(config: RunConfig) -> Start:
-    """Decides from ``train.resume`` and what ``run.dir`` holds; reads only.
+    """Decides from ``train.resume`` and from what ``run.dir`` holds; reads only.
 
-    Raises ConfigError when the folder holds another run, CheckpointError when the checkpoint to resume from is missing.
+    Raises:
+        ConfigError: The folder holds another run.
+        CheckpointError: The checkpoint to resume from is missing.
     """
     run_dir, resume = Path(config.run.dir), config.train.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file; a folder is needed")
-    # A run that ended before its first step has left nothing that another could harm.
+    # A run that ended before its first step has left nothing to protect.
     metrics = run_dir / "metrics.jsonl"
     own = tuple(checkpoints_of(run_dir))
     is_used = bool(own) or (metrics.is_file() and metrics.stat().st_size > 0)
@@ -72,8 +79,8 @@ def plan_start(config: RunConfig) -> Start:
     if is_used:
         _check_same_run(config, run_dir)
     if resume != "auto":
-        # A job that is started again with the same words goes on from its own checkpoints; going back to one of these
-        # happens once.
+        # A job that is started again with the same settings continues from its own checkpoints; it goes back to the
+        # named one only once.
         is_elsewhere = not Path(resume).resolve().is_relative_to(run_dir.resolve())
         if own and (is_elsewhere or _same_resume_as_last_start(resume, run_dir)):
             return Start(run_dir, own)

@@ -8,8 +8,13 @@ from megadistill.config.schema import OptimSection
 
 
 def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
-    """Learning rate of update ``step`` (0-based): linear warm-up from lr/warmup, then ``optim.schedule`` down to
-    ``min_lr_ratio * lr`` at the last update."""
+    """Linear warm-up from lr / warmup, then ``optim.schedule`` down to ``min_lr_ratio * lr`` at the last update.
+
+    Args:
+        optim: The settings.
+        step: The update, 0-based.
+        max_steps: Updates of the run.
+    """
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(optim.warmup_ratio * max_steps)
     if step < warmup:
         return optim.lr * (step + 1) / warmup

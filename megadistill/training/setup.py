@@ -18,8 +18,8 @@ from megadistill.data.tokenize import (
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
+from megadistill.engines.partitioned import frozen_model
 from megadistill.engines.student import trained_model
-from megadistill.engines.teacher import frozen_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
@@ -55,9 +55,18 @@ def model_paths(config: RunConfig) -> dict[str, str]:
 
 
 def check_models(config: RunConfig, world_size: int) -> int:
-    """Checks text source and both models' configurations before anything heavy is loaded; returns the resolved tp_size.
+    """Checks text source and both models' configurations before anything heavy is loaded.
 
-    Raises ConfigError or TopologyError.
+    Args:
+        config: The configuration of the run.
+        world_size: Number of processes.
+
+    Returns:
+        The tensor-parallel size.
+
+    Raises:
+        ConfigError: A model cannot be used, or settings do not fit together.
+        TopologyError: The processes cannot be divided like that.
     """
     source_class(config).check(config)
     counts: list[int] = []
@@ -71,9 +80,10 @@ def check_models(config: RunConfig, world_size: int) -> int:
 
 
 def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, after checking that every model that brings one brings the same.
+    """The run's tokenizer; every model that has one must have the same.
 
-    Raises ConfigError when there is none or when teacher and student differ.
+    Raises:
+        ConfigError: There is none, or teacher and student differ.
     """
     sources = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
@@ -92,7 +102,7 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher on the CPU, cut to the shared vocabulary."""
+    """Student and teacher on the CPU, with the vocabulary that they share."""
     paths = model_paths(config)
     rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
     vocab_size = shared_vocab_size(
@@ -123,7 +133,11 @@ def build_components(
 ) -> Components:
     """Loads and partitions both models, makes the gate and the text source (collective over the world).
 
-    ``examples`` are all that the run trains on: a source may write their text before the first step.
+    Args:
+        config: The configuration of the run.
+        context: The grid of processes.
+        tokenizer: The tokenizer of both models.
+        examples: All that the run trains on: a source may write their text before the first step.
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
@@ -190,7 +204,7 @@ def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeB
         examples_per_rank=MAX_EXAMPLES if needs.is_offline else config.train.global_batch_size // context.dp_size,
         columns=longest,
         example_columns=min(longest, data.max_tokens),
-        writer_bytes=token_bytes(needs.writer),
-        reader_bytes=token_bytes("teacher" if needs.is_scored else None),
+        decoder_bytes=token_bytes(needs.decoder),
+        prefiller_bytes=token_bytes("teacher" if needs.is_scored else None),
         max_cache_bytes=config.generation.max_cache_bytes,
     )

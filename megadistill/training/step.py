@@ -41,7 +41,13 @@ class StepResult:
 
 
 def distillation_step(step: int, batch: Sequence[Sample], components: Components) -> StepResult:
-    """Runs update ``step`` (0-based) on ``batch``, this data-parallel rank's share of the global batch."""
+    """Runs one update.
+
+    Args:
+        step: The update, 0-based.
+        batch: This data-parallel rank's share of the global batch.
+        components: What the run is made of.
+    """
     device = components.context.device
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" else None)
 
@@ -125,7 +131,14 @@ def accumulate_gradients(
 def loss_metrics(
     losses: Sequence[MicroBatchLoss], samples: Sequence[Sample], counts: GlobalCounts, components: Components
 ) -> dict[str, float]:
-    """Global values from every rank's shares (one all-reduce over the data-parallel group)."""
+    """Global values from every rank's shares (one all-reduce over the data-parallel group).
+
+    Args:
+        losses: Those of this rank's micro-batches.
+        samples: This rank's samples.
+        counts: What the losses were divided by.
+        components: What the run is made of.
+    """
     shares = dict.fromkeys(METRIC_NAMES, 0.0)
     for loss in losses:
         values = loss.metrics
@@ -146,8 +159,16 @@ def loss_metrics(
 
 
 def update(step: int, metrics: dict[str, float], components: Components) -> bool:
-    """Updates student and gate and adds ``lr`` and ``grad_norm`` to the metrics; returns whether there was an
-    update."""
+    """Updates student and gate, unless a number is not finite.
+
+    Args:
+        step: The update, 0-based.
+        metrics: ``lr`` and ``grad_norm`` are added.
+        components: What the run is made of.
+
+    Returns:
+        Whether there was an update, the same on all ranks.
+    """
     student, gate, config = components.student, components.gate, components.config
     lr = learning_rate(config.optim, step, config.train.max_steps)
     is_finite = math.isfinite(metrics["loss"])

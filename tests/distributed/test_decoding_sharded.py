@@ -1,4 +1,4 @@
-"""Decoding across shards: every family cut over 2, 3 and 4 ranks (uneven vocabularies) against one process."""
+"""Decoding across shards: every family sharded over 2, 3 and 4 ranks (uneven vocabularies) against one process."""
 
 from __future__ import annotations
 
@@ -41,45 +41,45 @@ def _write(folder: Path) -> None:
 
 
 def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
-    """Tokens of a sampled rollout, of a correction behind it and of a greedy rollout, and the reader's states."""
+    """Tokens of a sampled rollout, of a correction behind it and of a greedy rollout, and the prefiller's states."""
     from megadistill.engines.inference import open_model
-    from megadistill.engines.teacher import frozen_model
+    from megadistill.engines.partitioned import frozen_model
     from megadistill.models.loading import load_model
     from megadistill.parallel.context import ParallelContext
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     samples = [Sample(i, prompt) for i, prompt in enumerate(PROMPTS)]
     for name in VARIANTS:
         path = str(folder / name)
         if tp_size == 1:
             context = ParallelContext.single()
-            with open_model(path, context, vocab_size=V, where=name) as writer:
-                found[name] = (*_texts(writer, samples), [states[:, :4] for states in writer.read(_readings())])
+            with open_model(path, context, vocab_size=V, where=name) as decoder:
+                results[name] = (*_rollouts(decoder, samples), [hidden[:, :4] for hidden in decoder.read(_chunks())])
             continue
         context = ParallelContext.build(tp_size, 60, torch.device("cpu"))
         loaded = load_model(path, dtype="fp32", vocab_size=V, seed=0, attention="sdpa", where=name)
         model = frozen_model(loaded, context, zero_stage=zero_stage, dtype="fp32")
-        states = model.prefiller(2).read(_readings())
-        with model.decoder() as writer:
-            found[name] = (*_texts(writer, samples), [row[:, :4] for row in states])
-    return found
+        states = model.prefiller(2).read(_chunks())
+        with model.decoder() as decoder:
+            results[name] = (*_rollouts(decoder, samples), [hidden[:, :4] for hidden in states])
+    return results
 
 
-def _readings() -> list[PrefillChunk]:
+def _chunks() -> list[PrefillChunk]:
     return [PrefillChunk(slot, 0, prompt) for slot, prompt in enumerate(PROMPTS)]
 
 
-def _texts(writer: Any, samples: list[Sample]) -> tuple[Any, ...]:
+def _rollouts(decoder: Any, samples: list[Sample]) -> tuple[Any, ...]:
     texts = []
     for temperature in (1.0, 0.0):
         sampling = Sampling(5, temperature)
         rollout_state = RolloutState(
-            writer, samples, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling
+            decoder, samples, limits=[LIMIT, 4, LIMIT, LIMIT], eos_ids=frozenset({EOS}), sampling=sampling
         )
         rollout_state.write(0)
         texts.append(rollout_state.responses())
         lengths = [len(response) for response in rollout_state.responses()]
-        rollout_state.rewrite([Correction(row, min(n - 1, 2 * row), 40) for row, n in enumerate(lengths)], 1)
+        rollout_state.rewrite([Correction(i, min(n - 1, 2 * i), 40) for i, n in enumerate(lengths)], 1)
         texts.append(rollout_state.responses())
     return tuple(texts)
 
@@ -107,8 +107,8 @@ def test_shards_write_and_read_as_one_process(
 ) -> None:
     import deepspeed  # noqa: F401  imported once, before the forks
 
-    for found in run_ranks(_on_rank, tp_size, models, tp_size, zero_stage):
+    for results in run_ranks(_on_rank, tp_size, models, tp_size, zero_stage):
         for name in VARIANTS:
-            assert found[name][:-1] == expected[name][:-1], name
-            for ours, theirs in zip(found[name][-1], expected[name][-1], strict=True):
+            assert results[name][:-1] == expected[name][:-1], name
+            for ours, theirs in zip(results[name][-1], expected[name][-1], strict=True):
                 assert torch.allclose(ours, theirs, atol=2e-5), name

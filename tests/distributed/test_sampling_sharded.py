@@ -16,16 +16,16 @@ SETTINGS = [
 
 
 def sample(logits, shard, **options):
-    rows = len(logits)
+    count = len(logits)
     return sample_tokens(
-        logits[:, shard.start : shard.stop], shard, seed=11, sequence_ids=torch.arange(rows) % 97,
-        positions=torch.arange(rows) // 97, **options,
+        logits[:, shard.start : shard.stop], shard, seed=11, sequence_ids=torch.arange(count) % 97,
+        positions=torch.arange(count) // 97, **options,
     )  # fmt: skip
 
 
-def logits_of(kind, dtype=torch.float32, rows=300, num_classes=101):
+def logits_of(kind, dtype=torch.float32, num_examples=300, num_classes=101):
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(rows, num_classes, generator=generator) * 2
+    logits = torch.randn(num_examples, num_classes, generator=generator) * 2
     if kind == "ties":
         logits = torch.round(logits)
     if kind == "peaked":
@@ -49,9 +49,9 @@ def test_every_layout_draws_the_tokens_of_one_rank(tp_size, dtype):
         shard = VocabShard.split(101, tp_size, rank, dist.group.WORLD)
         return {(kind, i): sample(logits_of(kind, dtype), shard, **SETTINGS[i]) for kind, i in expected}
 
-    for found in run_ranks(body, tp_size):
+    for results in run_ranks(body, tp_size):
         for key, tokens in expected.items():
-            assert torch.equal(found[key], tokens), (key[0], SETTINGS[key[1]])
+            assert torch.equal(results[key], tokens), (key[0], SETTINGS[key[1]])
 
 
 def test_tiny_and_empty_shards():
@@ -72,7 +72,7 @@ def test_tiny_and_empty_shards():
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_tokens_survive_round_off_of_the_logits(tp_size):
     """Logits that differ by 1e-7 between layouts change a token with a probability of the same size."""
-    logits = logits_of("plain", rows=2000)
+    logits = logits_of("plain", num_examples=2000)
     expected = sample(logits, VocabShard(0, 101, 101))
 
     def body(rank):
@@ -85,7 +85,7 @@ def test_tokens_survive_round_off_of_the_logits(tp_size):
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.8}])
 def test_frequencies_pass_a_chi_square_test(options):
-    logits, count = logits_of("ties", rows=1, num_classes=29)[0], 20_000
+    logits, count = logits_of("ties", num_examples=1, num_classes=29)[0], 20_000
 
     def body(rank):
         shard = VocabShard.split(29, 3, rank, dist.group.WORLD)
@@ -104,14 +104,14 @@ def test_frequencies_pass_a_chi_square_test(options):
     ("options", "most"), [({}, 2), ({"temperature": 0.0}, 1), ({"top_k": 6}, 6), ({"top_p": 0.8}, 15)]
 )
 def test_no_exchange_carries_logits(options, most):
-    """Whatever is sent has a few numbers a row, however many classes a shard holds."""
+    """Whatever is sent has a few numbers per example, however many classes a shard holds."""
 
     def body(rank):
         sent = []
         gather, reduce = dist.all_gather, dist.all_reduce
-        dist.all_gather = lambda rows, tensor, group: (sent.append(tensor.numel()), gather(rows, tensor, group=group))
+        dist.all_gather = lambda out, tensor, group: (sent.append(tensor.numel()), gather(out, tensor, group=group))
         dist.all_reduce = lambda tensor, op, group: (sent.append(tensor.numel()), reduce(tensor, op=op, group=group))
-        logits = logits_of("plain", rows=10, num_classes=4000)
+        logits = logits_of("plain", num_examples=10, num_classes=4000)
         sample(logits, VocabShard.split(4000, 2, rank, dist.group.WORLD), **options)
         dist.all_gather, dist.all_reduce = gather, reduce
         return sent

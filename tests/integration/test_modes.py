@@ -231,7 +231,7 @@ def test_rotary_frequencies_stay_float32(assets: Path) -> None:
     import deepspeed  # noqa: F401  imported once, before the forks
 
     def body(rank: int) -> list[str]:
-        from megadistill.engines.teacher import frozen_model
+        from megadistill.engines.partitioned import frozen_model
         from megadistill.models.loading import load_model
         from megadistill.parallel.context import ParallelContext
 

@@ -44,7 +44,7 @@ def runs(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def _engine_cuts(rank: int, assets: Path, families: list[str], tp_size: int) -> dict[str, Any]:
     from deepspeed.utils import groups
 
-    from megadistill.engines.teacher import frozen_model
+    from megadistill.engines.partitioned import frozen_model
     from megadistill.models.loading import load_model
     from megadistill.parallel.context import ParallelContext
 

@@ -19,15 +19,23 @@ import torch.distributed as dist
 
 
 class RankError(AssertionError):
-    """Says which rank failed and shows its traceback."""
+    """A rank failed; the message has its number and its traceback."""
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0) -> list[Any]:
-    """Runs `fn(rank, *args)` on `world_size` ranks of a gloo group (dist.group.WORLD), one thread each.
+    """Runs ``fn(rank, *args)`` on the ranks of a gloo group (dist.group.WORLD), one thread each.
 
-    Returns the ranks' results in rank order; they are pickled, so hand back tensors of modest size or numbers. Raises
-    RankError when a rank raises, dies or is not done after `timeout_s`; the others are killed by their process ids.
-    `fn` may be any function, a closure too: nothing but results is pickled.
+    Args:
+        fn: Any function, a closure too: only results are pickled.
+        world_size: Number of ranks.
+        args: Passed to ``fn``.
+        timeout_s: Seconds after which the ranks are killed, by their process ids.
+
+    Returns:
+        The results in rank order; they are pickled, so return tensors of modest size or numbers.
+
+    Raises:
+        RankError: A rank raised, died or was not done in time.
     """
     torch.set_num_threads(1)  # a thread pool of the parent does not survive the fork
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +99,7 @@ def _collect(ranks: list[tuple[int, Connection]], timeout_s: float) -> list[Any]
             try:
                 is_good, result = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                raise RankError(f"rank {rank} of {len(ranks)} died without a word") from None
+                raise RankError(f"rank {rank} of {len(ranks)} died without a result") from None
             if not is_good:
                 raise RankError(f"rank {rank} of {len(ranks)} failed:\n{result}")
             results[rank] = result
@@ -99,7 +107,7 @@ def _collect(ranks: list[tuple[int, Connection]], timeout_s: float) -> list[Any]
 
 
 def _end(pid: int) -> None:
-    """Ends one rank of ours for certain and takes its status, so that none is left behind."""
+    """Kills one rank if it still runs, and takes its status, so that none is left behind."""
     if os.waitpid(pid, os.WNOHANG)[0] == 0:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

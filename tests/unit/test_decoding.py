@@ -36,11 +36,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with grouped heads": ("qwen3", {"num_key_value_heads": 1, "head_dim": 16}),
     "qwen2 with sliding windows": ("qwen2", {
         "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "layer_types": None}),
-    "opt with norms behind": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt with norms last": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
 }  # fmt: skip
 # Those that only the family's own forward pass can run.
-WITHOUT_PLAN = ("qwen2 with sliding windows", "opt with norms behind", "gpt2 scaled by layer")
+WITHOUT_PLAN = ("qwen2 with sliding windows", "opt with norms last", "gpt2 scaled by layer")
 
 
 def make_model(variant: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -77,51 +77,53 @@ def test_greedy_rollout_is_generate(variant: str, by_forward: bool) -> None:
     """The project's decoder where there is one, and every family's own forward pass over the same cache."""
     model = make_model(variant)
     expected = [generated(model, prompt) for prompt in PROMPTS]
-    writer = prepared(model, variant)
-    assert isinstance(writer, HFDecoder) == (variant in WITHOUT_PLAN)
+    decoder = prepared(model, variant)
+    assert isinstance(decoder, HFDecoder) == (variant in WITHOUT_PLAN)
     if by_forward:
-        writer = HFDecoder(model, CPU, writer.head)
+        decoder = HFDecoder(model, CPU, decoder.head)
     limits = [LIMIT] * len(PROMPTS)
     for max_examples in (1, 3, 64):
-        found = rollout(
-            writer, SAMPLES, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, max_examples=max_examples
+        responses = rollout(
+            decoder, SAMPLES, limits=limits, eos_ids=frozenset({EOS}), sampling=GREEDY, max_examples=max_examples
         )
-        assert found == expected
+        assert responses == expected
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_writing_on_is_generating_from_the_prefix(variant: str) -> None:
+def test_continuing_is_generating_from_the_prefix(variant: str) -> None:
     """After corrections at different places, and again after later ones: as if nothing had been kept."""
     model = make_model(variant)
     rounds = [{0: (2, 50), 1: (7, 51), 3: (0, 52)}, {0: (5, 60), 1: (9, 61), 2: (1, 62), 3: (8, 63)}, {0: (11, 70)}]
-    texts, drafts = [generated(model, prompt) for prompt in PROMPTS], []
+    texts, expected_after = [generated(model, prompt) for prompt in PROMPTS], []
     for corrections in rounds:
-        for row, (position, token) in corrections.items():
-            if position < len(texts[row]):
-                kept = (*texts[row][:position], token)
+        for i, (position, token) in corrections.items():
+            if position < len(texts[i]):
+                kept = (*texts[i][:position], token)
                 left = LIMIT - len(kept)
-                texts[row] = kept + (generated(model, PROMPTS[row] + kept, left) if left else ())
-        drafts.append(list(texts))
-    writer = prepared(model, variant)
+                texts[i] = kept + (generated(model, PROMPTS[i] + kept, left) if left else ())
+        expected_after.append(list(texts))
+    decoder = prepared(model, variant)
     rollout_state = RolloutState(
-        writer, SAMPLES, limits=[LIMIT] * 4, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True
+        decoder, SAMPLES, limits=[LIMIT] * 4, eos_ids=frozenset({EOS}), sampling=GREEDY, keep_hidden=True
     )
     rollout_state.write(0)
-    for corrections, expected in zip(rounds, drafts, strict=True):
+    for corrections, expected in zip(rounds, expected_after, strict=True):
         lengths = [len(response) for response in rollout_state.responses()]
-        rollout_state.rewrite([Correction(row, *at) for row, at in corrections.items() if at[0] < lengths[row]], 0)
+        rollout_state.rewrite([Correction(i, *at) for i, at in corrections.items() if at[0] < lengths[i]], 0)
         assert rollout_state.responses() == expected
-    whole = writer.read(
+    whole = decoder.read(
         [PrefillChunk(0, 0, (*p, *r[:-1])) for p, r in zip(PROMPTS, rollout_state.responses(), strict=True)]
     )
-    for row, (prompt, states) in enumerate(zip(PROMPTS, whole, strict=True)):
-        assert torch.allclose(rollout_state.hidden(row), states[len(prompt) - 1 :], atol=1e-4), "kept hidden states"
+    for i, (prompt, states) in enumerate(zip(PROMPTS, whole, strict=True)):
+        assert torch.allclose(rollout_state.hidden(i), states[len(prompt) - 1 :], atol=1e-4), "kept hidden states"
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in WITHOUT_PLAN])
 def test_reading_is_the_familys_forward(variant: str) -> None:
-    """Hidden states, whole rows and the ends of kept ones. In float64, but transformers' RMS norms and rotary positions
-    go through float32."""
+    """Hidden states of whole examples and of the ends of kept ones.
+
+    In float64, but transformers' RMS norms and rotary positions go through float32.
+    """
     model = make_model(variant, torch.float64)
     family = FAMILIES[VARIANTS[variant][0]]
     if family.prepare is not None:
@@ -130,32 +132,32 @@ def test_reading_is_the_familys_forward(variant: str) -> None:
         expected = [model.base_model(torch.tensor([prompt])).last_hidden_state[0] for prompt in PROMPTS]
     plan = family.plan(model)
     assert plan is not None
-    reader = PlanPrefiller(plan, SHARD, CPU)
-    fresh = reader.read([PrefillChunk(row, 0, prompt) for row, prompt in enumerate(PROMPTS)])
-    state = reader.new_state([0] * 4, 8)
+    prefiller = PlanPrefiller(plan, SHARD, CPU)
+    fresh = prefiller.read([PrefillChunk(i, 0, prompt) for i, prompt in enumerate(PROMPTS)])
+    state = prefiller.new_state([0] * 4, 8)
     assert isinstance(state, KVCache)
-    first = reader.read([PrefillChunk(row, 0, prompt[:1]) for row, prompt in enumerate(PROMPTS)], state)
-    rest = reader.read([PrefillChunk(row, 1, p[1:]) for row, p in enumerate(PROMPTS) if len(p) > 1], state)
+    first = prefiller.read([PrefillChunk(i, 0, prompt[:1]) for i, prompt in enumerate(PROMPTS)], state)
+    rest = prefiller.read([PrefillChunk(i, 1, p[1:]) for i, p in enumerate(PROMPTS) if len(p) > 1], state)
     rest.insert(1, first[1][:0])
     close = 1e-12 if variant in ("opt", "gpt2") else 3e-6
-    for row, states in enumerate(expected):
-        assert torch.allclose(fresh[row], states, atol=close)
-        assert torch.allclose(torch.cat([first[row], rest[row]]), fresh[row], atol=1e-12)
-    assert reader.read([]) == []
+    for i, states in enumerate(expected):
+        assert torch.allclose(fresh[i], states, atol=close)
+        assert torch.allclose(torch.cat([first[i], rest[i]]), fresh[i], atol=1e-12)
+    assert prefiller.read([]) == []
 
 
-def test_long_readings_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = prepared(make_model("llama", torch.float64), "llama")
-    readings = [PrefillChunk(row, 0, prompt) for row, prompt in enumerate(PROMPTS)]
-    whole = reader.read(readings)
+def test_long_chunks_run_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefiller = prepared(make_model("llama", torch.float64), "llama")
+    chunks = [PrefillChunk(i, 0, prompt) for i, prompt in enumerate(PROMPTS)]
+    whole = prefiller.read(chunks)
     monkeypatch.setattr("megadistill.decoding.decoder._MAX_TOKENS", 3)
-    for states, expected in zip(reader.read(readings), whole, strict=True):
+    for states, expected in zip(prefiller.read(chunks), whole, strict=True):
         assert torch.allclose(states, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", list(FAMILY_CONFIGS))
 def test_bf16_decoding_stays_close(variant: str) -> None:
-    """Half precision goes other ways through the decoder: hidden states of a decoded row against float64."""
+    """Half precision takes other branches of the decoder: hidden states of a decoded example against float64."""
     wide = prepared(make_model(variant, torch.float64), variant)
     narrow = prepared(make_model(variant).to(torch.bfloat16), variant)
     for model in (wide, narrow):

@@ -161,7 +161,7 @@ def test_rows_of_the_sampler_fit_and_a_replayed_batch_has_its_shares():
 
 @pytest.mark.parametrize(("capacity", "advice"), [(0, "8 or 16"), (-8, "8 or 16"), (3, "8 or 16"), (20, "16 or 24")])
 def test_a_capacity_that_is_not_whole_batches_is_refused(capacity, advice):
-    with pytest.raises(ConfigError, match=f"a replay buffer of {capacity} rows .*=8; for example {advice}$") as error:
+    with pytest.raises(ConfigError, match=f"{capacity} samples .*=8; for example {advice}$") as error:
         ReplayBuffer(capacity, BATCH)
     assert "\n" not in str(error.value)
 
@@ -170,7 +170,7 @@ def test_a_capacity_that_is_not_whole_batches_is_refused(capacity, advice):
 def test_a_layout_that_does_not_fit_is_refused(dp_rank, dp_size):
     with pytest.raises(TopologyError, match="train.global_batch_size=8"):
         ReplayBuffer(CAPACITY, BATCH, dp_rank=dp_rank, dp_size=dp_size)
-    with pytest.raises(TopologyError, match="batches of 8 rows"):
+    with pytest.raises(TopologyError, match="batches of 8 samples"):
         split(filled(range(2))[0].state_dict(), dp_rank, dp_size)
 
 

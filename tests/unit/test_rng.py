@@ -42,8 +42,8 @@ words = st.integers(0, 2**32 - 1)
 @settings(deadline=None, max_examples=50)
 @given(counter=st.tuples(words, words, words, words), key=st.tuples(words, words))
 def test_philox_equals_arbitrary_precision(counter, key):
-    found = philox4x32(tuple(torch.tensor([word]) for word in counter), key)
-    assert tuple(int(word) for word in found) == _philox_in_python(counter, key)
+    words = philox4x32(tuple(torch.tensor([word]) for word in counter), key)
+    assert tuple(int(word) for word in words) == _philox_in_python(counter, key)
 
 
 @settings(deadline=None, max_examples=50)
@@ -84,14 +84,14 @@ def test_numbers_are_uniform_and_uncorrelated():
     counts = np.bincount((x * 100).astype(int), minlength=100)
     chi_square = ((counts - count / 100) ** 2 / (count / 100)).sum()
     assert chi_square < 170  # 99 degrees of freedom: p = 1e-5
-    for neighbours in (
+    for neighbors in (
         uniform(7, torch.arange(1, count + 1), torch.zeros(count, dtype=torch.int64)).numpy(),
         uniform(7, torch.arange(count), torch.ones(count, dtype=torch.int64)).numpy(),
         uniform(8, torch.arange(count), torch.zeros(count, dtype=torch.int64)).numpy(),
     ):
-        assert abs(np.corrcoef(x, neighbours)[0, 1]) < 5 / count**0.5
+        assert abs(np.corrcoef(x, neighbors)[0, 1]) < 5 / count**0.5
 
 
-def test_no_rows():
+def test_no_numbers():
     empty = torch.zeros(0, dtype=torch.int64)
     assert uniform(0, empty, empty).shape == (0,)

@@ -1,4 +1,4 @@
-"""Sampling on one rank: the right distribution, the right support, the same token however rows are batched."""
+"""Sampling on one rank: the right distribution, the right support, the same token however examples are batched."""
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ SETTINGS = [
 
 
 def draw(logits, seed=0, start=0, **options):
-    rows = len(logits)
+    count = len(logits)
     return sample_tokens(
         logits, VocabShard(0, logits.shape[1], logits.shape[1]), seed=seed,
-        sequence_ids=torch.arange(start, start + rows), positions=torch.zeros(rows, dtype=torch.int64), **options,
+        sequence_ids=torch.arange(start, start + count), positions=torch.zeros(count, dtype=torch.int64), **options,
     )  # fmt: skip
 
 
@@ -73,9 +73,9 @@ def test_tokens_equal_the_written_out_inverse_cdf_for_drawn_logits(
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     tokens = draw(logits, seed=seed, **options)
     numbers = uniform(seed, torch.arange(3), torch.zeros(3, dtype=torch.int64))
-    for row in range(3):
-        probabilities = expected_probabilities(logits[row], **options)
-        assert int(tokens[row]) == int(expected_tokens(probabilities, numbers[row : row + 1]))
+    for i in range(3):
+        probabilities = expected_probabilities(logits[i], **options)
+        assert int(tokens[i]) == int(expected_tokens(probabilities, numbers[i : i + 1]))
 
 
 @pytest.mark.parametrize("options", SETTINGS)

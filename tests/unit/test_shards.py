@@ -1,4 +1,4 @@
-"""Cutting and joining parameters, and the files that any layout reads."""
+"""Sharding and joining parameters, and the files that any layout reads."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from megadistill.models.shards import ShardReader, rewrite, shard_file, write_la
 def test_shards_make_up_the_whole(tp_size: int, dim: int, blocks: int, block: int, other: int) -> None:
     shape = (blocks * block, other) if dim == 0 else (other, blocks * block)
     whole = torch.arange(float(blocks * block * other)).view(shape)
-    cut = ShardSpec.even(shape, dim, blocks, tp_size)
-    shards = [cut.shard(whole, rank) for rank in range(tp_size)] if tp_size > 1 else [whole]
-    assert torch.equal(cut.unshard(shards), whole)
-    assert [tuple(shard.shape) for shard in shards] == [cut.shard_shape(rank) for rank in range(tp_size)]
-    if cut.dim is not None:
-        assert ShardSpec.from_shard_shapes(shape, [shard.shape for shard in shards], blocks) == cut
+    spec = ShardSpec.even(shape, dim, blocks, tp_size)
+    shards = [spec.shard(whole, rank) for rank in range(tp_size)] if tp_size > 1 else [whole]
+    assert torch.equal(spec.unshard(shards), whole)
+    assert [tuple(shard.shape) for shard in shards] == [spec.shard_shape(rank) for rank in range(tp_size)]
+    if spec.dim is not None:
+        assert ShardSpec.from_shard_shapes(shape, [shard.shape for shard in shards], blocks) == spec
 
 
-def test_fused_parameters_are_cut_one_by_one() -> None:
+def test_fused_parameters_are_sharded_one_by_one() -> None:
     """Query, key and value of GPT-2: a rank's shard holds a part of each."""
     whole = torch.arange(12.0)
-    cut = ShardSpec.even((12,), 0, 3, 2)
-    assert cut.shard(whole, 1).tolist() == [2, 3, 6, 7, 10, 11]
+    spec = ShardSpec.even((12,), 0, 3, 2)
+    assert spec.shard(whole, 1).tolist() == [2, 3, 6, 7, 10, 11]
 
 
-def test_shards_that_do_not_fit_are_no_cut() -> None:
+def test_shards_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AssertionError, match="do not make up"):
         ShardSpec.from_shard_shapes((4, 4), [(1, 4), (2, 4)], 1)
 
@@ -43,17 +43,19 @@ def test_shards_that_do_not_fit_are_no_cut() -> None:
 def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A model of three parameters, saved by tp 2 x dp 3."""
     tensors = {name: torch.randn(shape) for name, shape in (("a", (7, 2)), ("b", (6, 5)), ("norm", (3,)))}
-    cuts = {"a": ShardSpec.even((7, 2), 0, 1, 2), "b": ShardSpec.even((6, 5), 0, 3, 2), "norm": ShardSpec((3,))}
+    specs = {"a": ShardSpec.even((7, 2), 0, 1, 2), "b": ShardSpec.even((6, 5), 0, 3, 2), "norm": ShardSpec((3,))}
     first = tmp_path / "whole"
     first.mkdir()
-    write_layout(first, {name: ShardSpec(cut.shape) for name, cut in cuts.items()}, tp_size=1, dp_size=1, note="kept")
+    write_layout(
+        first, {name: ShardSpec(spec.shape) for name, spec in specs.items()}, tp_size=1, dp_size=1, note="kept"
+    )
     write_shard(
         first, shard_file(0, 0), {f"master/{name}": (0, tensor.reshape(-1)) for name, tensor in tensors.items()}
     )
-    folder = tmp_path / "cut"
+    folder = tmp_path / "sharded"
     folder.mkdir()
-    write_layout(folder, cuts, tp_size=2, dp_size=3, note="kept")
-    assert list(rewrite(ShardReader(first), folder, cuts, 2, 3)) == [
+    write_layout(folder, specs, tp_size=2, dp_size=3, note="kept")
+    assert list(rewrite(ShardReader(first), folder, specs, 2, 3)) == [
         shard_file(t, d) for t in (0, 1) for d in (0, 1, 2)
     ]
     return folder, tensors
@@ -66,12 +68,12 @@ def test_any_layout_reads_any_run(written: tuple[Path, dict[str, torch.Tensor]],
     assert reader.kinds == {"master"} and reader.info["note"] == "kept"
     for name, blocks, dim in (("a", 1, 0), ("b", 3, 0), ("norm", 1, None)):
         assert torch.equal(reader.whole("master", name), tensors[name])
-        cut = ShardSpec.even(tensors[name].shape, dim, blocks, tp_size)
+        spec = ShardSpec.even(tensors[name].shape, dim, blocks, tp_size)
         for rank in range(tp_size):
-            flat = (cut.shard(tensors[name], rank) if cut.dim is not None else tensors[name]).reshape(-1)
+            flat = (spec.shard(tensors[name], rank) if spec.dim is not None else tensors[name]).reshape(-1)
             for start in range(len(flat)):
                 for end in range(start + 1, len(flat) + 1):
-                    assert torch.equal(reader.read("master", name, cut, rank, start, end), flat[start:end])
+                    assert torch.equal(reader.read("master", name, spec, rank, start, end), flat[start:end])
 
 
 def test_what_is_missing_or_foreign_is_named(written: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def test_micro_steps() -> None:
     assert gradient_accumulation_steps(12, 2, 3) == 2
 
 
-def test_rows_that_cannot_be_shared() -> None:
-    with pytest.raises(TopologyError, match=r"batch of 16 rows .*3 data-parallel ranks.*: 12, 24$"):
+def test_examples_that_cannot_be_shared() -> None:
+    with pytest.raises(TopologyError, match=r"batch of 16 examples .*3 data-parallel ranks.*: 12, 24$"):
         gradient_accumulation_steps(16, 4, 3)
-    with pytest.raises(TopologyError, match=r"is 4 rows per rank.*micro-batch size 8; allowed: 1, 2, 4$"):
+    with pytest.raises(TopologyError, match=r"is 4 examples per rank.*micro-batch size 8; allowed: 1, 2, 4$"):
         gradient_accumulation_steps(8, 8, 2)
     with pytest.raises(TopologyError, match=r": 4$"):
         gradient_accumulation_steps(2, 1, 4)

@@ -186,8 +186,8 @@ def test_decode_batches_are_as_wide_as_the_cache() -> None:
             examples_per_rank=rows,
             columns=5,
             example_columns=4,
-            writer_bytes=2,
-            reader_bytes=8,
+            decoder_bytes=2,
+            prefiller_bytes=8,
             max_cache_bytes=max_cache_bytes,
         )
 

@@ -20,19 +20,32 @@ STANDARD_KINDS = ("generate", "replay", "dataset", "teacher")
 
 
 class CacheNeeds(NamedTuple):
-    """Whose keys and values are kept while text is written: ``writer`` is the model that writes (None: no text is
-    written), ``is_scored`` whether the teacher's cache may be kept beside it, and ``is_offline`` whether the text of
-    many steps is written at a time rather than one step's."""
+    """Whose keys and values are kept while text is written.
 
-    writer: str | None
+    Attributes:
+        decoder: The model that writes, "student" or "teacher"; None where no text is written.
+        is_scored: The teacher's cache may be kept beside it.
+        is_offline: The text of many steps is written at a time, rather than one step's.
+    """
+
+    decoder: str | None
     is_scored: bool = False
     is_offline: bool = False
 
 
 @dataclass(frozen=True)
 class SourceInputs:
-    """What sources are built from. ``teacher`` is None where no loss needs it; ``examples`` are all that the run trains
-    on."""
+    """What sources are built from.
+
+    Attributes:
+        config: The configuration of the run.
+        context: The grid of processes.
+        student: The model that is trained.
+        teacher: The teacher; None where no loss needs it.
+        eos_ids: Tokens that end a response.
+        decode_plan: How many examples are written at a time.
+        examples: All that the run trains on.
+    """
 
     config: RunConfig
     context: ParallelContext
@@ -62,7 +75,11 @@ class TextSource:
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raises ConfigError for settings that do not fit this source: text that no loss would be computed on."""
+        """Checks that the settings fit this source.
+
+        Raises:
+            ConfigError: No loss would be computed on its text.
+        """
         if not config.needs_teacher:
             raise ConfigError(
                 f"generation.mode={config.generation.mode} with loss.dac_kl=0 and loss.span=0: no loss would be "
@@ -73,7 +90,16 @@ class TextSource:
     def check_examples(
         cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
     ) -> None:
-        """Raises DataError for examples that this source cannot use."""
+        """Checks that this source can use the examples of a run.
+
+        Args:
+            config: The configuration of the run.
+            train: Examples to train on.
+            valid: Examples to validate on.
+
+        Raises:
+            DataError: It cannot.
+        """
 
     @classmethod
     def cache_needs(cls) -> CacheNeeds:

@@ -26,23 +26,30 @@ class Dataset(TextSource):
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> Dataset:
+        """A source that the teacher reads, where there is one."""
         return cls(inputs.teacher, inputs.config.train.micro_batch_size)
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Plain SFT needs no loss on top of the references."""
+        """Nothing to check: plain SFT needs no loss on top of the references."""
 
     @classmethod
     def check_examples(
         cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
     ) -> None:
+        """Checks that there is a reference.
+
+        Raises:
+            DataError: There is none.
+        """
         if not any(example.response_ids for example in train):
             raise DataError(
                 f"{config.data.train_path}: no row has a reference, and generation.mode={config.generation.mode} "
-                "trains on nothing else wherever it does not use student text"
+                "needs references wherever it does not use student text"
             )
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """The references as responses, read by the teacher."""
         samples = [replace(sample, response_ids=sample.reference_ids) for sample in batch]
         with timers("teacher"):
             return with_teacher_states(samples, self._teacher, self._examples_per_pass)

@@ -29,35 +29,47 @@ class Mixed(TextSource):
 
     @classmethod
     def cache_needs(cls) -> CacheNeeds:
+        """Those of the student text."""
         return OnPolicy.cache_needs()
 
     @classmethod
     def check_examples(
         cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
     ) -> None:
+        """Checks that there is a reference, unless all text is the student's.
+
+        Raises:
+            DataError: There is none.
+        """
         if config.generation.student_ratio < 1:
             Dataset.check_examples(config, train, valid)
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> Mixed:
+        """Student text with probability ``generation.student_ratio``, references otherwise."""
         config = inputs.config
         return cls(OnPolicy.build(inputs), Dataset.build(inputs), config.generation.student_ratio, config.run.seed)
 
     @property
     def student_share(self) -> float:
+        """The ratio."""
         return self._ratio
 
     def choose(self, step: int) -> TextSource:
+        """One of the two sources, the same one on every rank."""
         source = self._first if step_draw(self._seed, step) < self._ratio else self._second
         return source.choose(step)
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """The samples of the chosen source."""
         return self.choose(step).samples(step, batch, timers)
 
     def updated(self, step: int, samples: Sequence[Sample]) -> None:
+        """Tells the chosen source."""
         self.choose(step).updated(step, samples)
 
     def observe(self, validation: Mapping[str, float]) -> None:
+        """Tells both sources."""
         self._first.observe(validation)
         self._second.observe(validation)
 

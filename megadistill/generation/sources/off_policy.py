@@ -23,7 +23,14 @@ _STATE = "off_policy"
 
 
 class OffPolicy(TextSource):
-    """``OnPolicy``, ``Replay`` or ``Dataset`` at each step; what the student writes goes into the replay buffer."""
+    """``OnPolicy``, ``Replay`` or ``Dataset`` at each step; what the student writes goes into the replay buffer.
+
+    Args:
+        inputs: What the sources were built from.
+        on_policy: New student text.
+        replay: Replayed student text; its buffer is filled here.
+        dataset: References.
+    """
 
     def __init__(self, inputs: SourceInputs, on_policy: TextSource, replay: Replay, dataset: TextSource) -> None:
         config, settings = inputs.config, inputs.config.generation.off_policy
@@ -35,6 +42,11 @@ class OffPolicy(TextSource):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
+        """Checks that student text will be used.
+
+        Raises:
+            ConfigError: It would never be, or no loss would be computed on it.
+        """
         super().check(config)
         if config.train.eval_every == 0 and config.generation.off_policy.initial_phi == 0:
             raise ConfigError(
@@ -46,6 +58,11 @@ class OffPolicy(TextSource):
     def check_examples(
         cls, config: RunConfig, train: Sequence[TokenizedExample], valid: Sequence[TokenizedExample]
     ) -> None:
+        """Checks that there are references to train on, and to validate on where phi waits for that.
+
+        Raises:
+            DataError: There are none.
+        """
         initial_phi = config.generation.off_policy.initial_phi
         if initial_phi < 1:
             Dataset.check_examples(config, train, valid)
@@ -57,49 +74,60 @@ class OffPolicy(TextSource):
 
     @classmethod
     def cache_needs(cls) -> CacheNeeds:
+        """Those of the student text."""
         return OnPolicy.cache_needs()
 
     @classmethod
     def validation_settings(cls) -> tuple[str, ...]:
-        return ("train.eval_every", "train.eval_rows", "data.valid_path")  # phi follows the validation loss
+        """Which validation it is: phi follows the validation loss."""
+        return ("train.eval_every", "train.eval_rows", "data.valid_path")
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> OffPolicy:
+        """All three sources, and an empty buffer."""
         return cls(inputs, OnPolicy.build(inputs), Replay.build(inputs), Dataset.build(inputs))
 
     @property
     def student_share(self) -> float:
+        """Phi of the schedule."""
         return self._schedule.phi
 
     def choose(self, step: int) -> TextSource:
+        """What the schedule decides, the same on every rank."""
         buffer = self._replay.buffer
         draw = step_draw(self._seed, step)
         return self._sources[self._schedule.decide(draw, step, self._max_steps, buffer.is_full, buffer.is_empty)]
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """The samples of the chosen source."""
         return self.choose(step).samples(step, batch, timers)
 
     def updated(self, step: int, samples: Sequence[Sample]) -> None:
+        """Appends what the student wrote in this step to the buffer."""
         if all(sample.rollout_ids is not None for sample in samples):
             self._replay.buffer.append(samples)
 
     @property
     def needs_first_validation(self) -> bool:
-        return self._validates  # what phi compares the first validation with
+        """Whether the run validates: phi compares the next validation with the first one."""
+        return self._validates
 
     def observe(self, validation: Mapping[str, float]) -> None:
+        """Shows the likelihood of the references to the schedule."""
         if "eval/nll" in validation:
             self._schedule.observe(validation["eval/nll"])
 
     def metrics(self) -> dict[str, float]:
+        """The buffer's size."""
         return self._replay.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """phi and the whole buffer (one object all-gather over the data-parallel group)."""
+        """The schedule and the whole buffer (one object all-gather over the data-parallel group)."""
         shards = self._context.gather_objects_over_dp(self._replay.buffer.state_dict())
         return {_STATE: {"schedule": self._schedule.state_dict(), "buffer": merge(shards)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues with the saved schedule and this rank's shard of the saved buffer."""
         if _STATE not in state:
             get_logger(self._context.rank, "generation").info(
                 "the checkpoint comes from another generation.mode: the replay buffer starts empty, phi as configured"

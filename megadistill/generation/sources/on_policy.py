@@ -1,5 +1,7 @@
-"""Mode ``on_policy``: the student writes, the teacher finds and corrects the worst token, the student continues (SCRG;
-paper, Eq. 3-4)."""
+"""Mode ``on_policy``: the student writes, the teacher corrects the worst token, the student continues.
+
+That is sequence correction and re-generation (SCRG; paper, Eq. 3-4).
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,21 @@ from dataclasses import replace
 
 from megadistill.config.sampling import SamplingOptions
 from megadistill.config.schema import GenerationSection
-from megadistill.data.sample import NO_ERROR, Sample
+from megadistill.data.sample import NO_ERROR, Sample, TokenIds
 from megadistill.decoding.protocols import Decoder, TextModel
 from megadistill.decoding.rollout import RolloutState
 from megadistill.decoding.sampling import Sampling
-from megadistill.generation.scoring import score_responses
+from megadistill.generation.scoring import TeacherScores, score_responses
 from megadistill.generation.scrg import find_corrections
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
 from megadistill.generation.teacher_states import TeacherStates
 from megadistill.observability.timers import Timers
+from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.rng import Stream
 
 
 class OnPolicy(TextSource):
-    """Student text of this step, corrected by the teacher where ``generation.scrg`` says so."""
+    """Student text of this step, corrected by the teacher where ``generation.scrg.enabled`` is true."""
 
     kind = "generate"
     student_share = 1.0
@@ -31,18 +34,20 @@ class OnPolicy(TextSource):
 
     @classmethod
     def cache_needs(cls) -> CacheNeeds:
+        """The student's, with the teacher's beside it."""
         return CacheNeeds("student", is_scored=True)
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> OnPolicy:
+        """A source with a teacher, which every mode with student text has."""
         assert inputs.teacher is not None
         return cls(inputs, inputs.teacher)
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
-        """As many samples at a time as the cache may hold.
+        """Writes and corrects as many samples at a time as the cache may hold.
 
         The student's parameters are gathered once for writing, scoring and re-generation. Samples per rank and decode
-        batches are equal in number on every rank, and so are the teacher's readings.
+        batches are equal in number on every rank, and so are the teacher's calls.
         """
         size = self._inputs.decode_plan.batch_size
         with self._student.decoder() as decoder:
@@ -80,25 +85,13 @@ class OnPolicy(TextSource):
                 teacher.update(responses, starts)
             # Where do they disagree most, and what would the teacher have written there?
             with timers("score"):
-                scores = score_responses(
-                    [len(response) for response in responses],
-                    starts,
-                    [sample.sequence_id for sample in samples],
-                    student_hidden=[rollout.hidden(i, start) for i, start in enumerate(starts)],
-                    student_head=student.head,
-                    teacher_hidden=[teacher.hidden_from(i, start) for i, start in enumerate(starts)],
-                    teacher=self._teacher,
-                    seed=config.run.seed,
-                    round_index=round_index,
-                    sample_teacher=generation.scrg.teacher_token == "sample",
-                    backend=config.loss.backend,
-                )
+                scores = self._score(samples, responses, starts, rollout, student.head, teacher, round_index)
                 corrections = find_corrections(responses, scores)
             # Its token goes in, and the student continues from there.
             with timers("regenerate"):
                 rollout.rewrite(corrections, Stream.CONTINUATION + round_index)
                 responses = rollout.responses()
-            # A response without an error is unchanged, and would be found without one again.
+            # A response without an error is unchanged: it would have none again.
             starts = [len(response) for response in responses]
             for i, position, _ in corrections:
                 error_positions[i] = position if error_positions[i] == NO_ERROR else error_positions[i]
@@ -116,6 +109,32 @@ class OnPolicy(TextSource):
             )
             for i, sample in enumerate(samples)
         ]
+
+    def _score(
+        self,
+        samples: Sequence[Sample],
+        responses: Sequence[TokenIds],
+        starts: Sequence[int],
+        rollout: RolloutState,
+        student_head: OutputHead,
+        teacher: TeacherStates,
+        round_index: int,
+    ) -> TeacherScores:
+        """Compares student and teacher from ``starts[i]`` on in each response."""
+        config = self._inputs.config
+        return score_responses(
+            [len(response) for response in responses],
+            starts,
+            [sample.sequence_id for sample in samples],
+            student_hidden=[rollout.hidden(i, start) for i, start in enumerate(starts)],
+            student_head=student_head,
+            teacher_hidden=[teacher.hidden_from(i, start) for i, start in enumerate(starts)],
+            teacher=self._teacher,
+            seed=config.run.seed,
+            round_index=round_index,
+            sample_teacher=config.generation.scrg.teacher_token == "sample",
+            backend=config.loss.backend,
+        )
 
 
 def _sampling(generation: GenerationSection, seed: int) -> Sampling:

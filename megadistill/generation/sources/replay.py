@@ -1,4 +1,4 @@
-"""Student text of earlier steps, to train on again. No mode of its own: ``off_policy`` is made of it."""
+"""Student text of earlier steps, to train on again. Not a mode: ``off_policy`` is made of it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Replay(TextSource):
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> Replay:
+        """A source with an empty buffer of ``generation.off_policy.replay_batches`` batches."""
         config, context = inputs.config, inputs.context
         batch_size = config.train.global_batch_size
         buffer = ReplayBuffer(
@@ -36,9 +37,11 @@ class Replay(TextSource):
         return cls(buffer, inputs.teacher, config.train.micro_batch_size, config.run.seed)
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """A batch from the buffer, read by the teacher."""
         drawn = self.buffer.draw(self._seed, step, stream=Stream.REPLAY)
         with timers("teacher"):
             return with_teacher_states(drawn, self._teacher, self._examples_per_pass)
 
     def metrics(self) -> dict[str, float]:
+        """The buffer's size on all ranks together."""
         return {"replay/rows": float(len(self.buffer))}

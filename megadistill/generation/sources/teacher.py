@@ -24,10 +24,12 @@ class TeacherText(TextSource):
 
     @classmethod
     def cache_needs(cls) -> CacheNeeds:
+        """The teacher's, before training."""
         return CacheNeeds("teacher", is_offline=True)
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> TeacherText:
+        """Reads the responses from the file, and lets the teacher write those that are missing."""
         assert inputs.teacher is not None
         responses = teacher_responses(
             inputs.config,
@@ -40,6 +42,7 @@ class TeacherText(TextSource):
         return cls(responses, inputs.teacher, inputs.config.train.micro_batch_size)
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        """The teacher's responses, read by the teacher."""
         samples = [replace(sample, response_ids=self._responses[sample.prompt_ids]) for sample in batch]
         with timers("teacher"):
             return with_teacher_states(samples, self._teacher, self._examples_per_pass)

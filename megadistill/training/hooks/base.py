@@ -12,19 +12,27 @@ from megadistill.training.step import StepResult
 
 @dataclass(frozen=True)
 class StepEvent:
-    """A step that has ended. ``step`` counts from 1; ``metrics`` may be added to by hooks, in their order."""
+    """A step that has ended.
+
+    Attributes:
+        step: The step, counted from 1.
+        result: What it left behind.
+    """
 
     step: int
     result: StepResult
 
     @property
     def metrics(self) -> dict[str, float]:
+        """The metrics of the step, to which hooks may add, in their order."""
         return self.result.metrics
 
 
 class Hook:
-    """Does nothing. Every rank has the same hooks and calls them at the same moments, so a hook may communicate as long
-    as all ranks do."""
+    """Does nothing.
+
+    Every rank has the same hooks and calls them at the same moments, so a hook may communicate as long as all ranks do.
+    """
 
     def run_started(self, first_step: int) -> None:
         """Before the first step of this process; ``first_step`` updates are done already."""
@@ -74,33 +82,43 @@ class HookList(Hook):
             call(hook)
 
     def run_started(self, first_step: int) -> None:
+        """Calls each hook."""
         self._each(lambda hook: hook.run_started(first_step))
 
     def step_started(self, step: int) -> None:
+        """Calls each hook."""
         self._each(lambda hook: hook.step_started(step))
 
     def step_ended(self, event: StepEvent) -> None:
+        """Calls each hook."""
         self._each(lambda hook: hook.step_ended(event))
 
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Calls each hook."""
         self._each(lambda hook: hook.validated(step, metrics))
 
     def saved(self, step: int) -> None:
+        """Calls each hook."""
         self._each(lambda hook: hook.saved(step))
 
     def stopped(self, step: int, reason: str) -> None:
+        """Calls each hook."""
         self._each(lambda hook: hook.stopped(step, reason))
 
     def summary(self) -> dict[str, Any]:
+        """Entries of all hooks."""
         return {key: value for hook in self._hooks for key, value in hook.summary().items()}
 
     def close(self) -> None:
+        """Closes each hook."""
         self._each(lambda hook: hook.close())
 
     def state_dict(self) -> dict[str, Any]:
+        """Entries of all hooks."""
         return {key: value for hook in self._hooks for key, value in hook.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Shows the state to each hook."""
         self._each(lambda hook: hook.load_state_dict(state))
 
     def __enter__(self) -> HookList:

@@ -1,5 +1,4 @@
-"""Handling of steps with NaN or infinite numbers: nothing is updated, the batch is kept, and the run stops or skips the
-step."""
+"""Handling of steps with NaN or infinite numbers: the batch is kept in a file, and the run stops or skips the step."""
 
 from __future__ import annotations
 
@@ -20,14 +19,24 @@ _TERMS = ("loss", "loss/sft", "loss/dac_kl", "loss/span", "grad_norm")
 
 
 class NonFinite(Hook):
-    """Counts consecutive steps without an update. Collective over the data-parallel group after such a step; raises on
-    every rank or on none."""
+    """Counts consecutive steps without an update.
+
+    Collective over the world after such a step; raises on every rank or on none.
+
+    Args:
+        run_dir: The folder of the run.
+        components: What the run is made of.
+    """
 
     def __init__(self, run_dir: Path, components: Components) -> None:
         self._run_dir, self._components, self._consecutive = run_dir, components, 0
 
     def step_ended(self, event: StepEvent) -> None:
-        """Raises DivergenceError where the run is to stop."""
+        """Writes the batch of a step without an update to a file.
+
+        Raises:
+            DivergenceError: The run is to stop.
+        """
         train, context = self._components.config.train, self._components.context
         if event.result.is_updated:
             self._consecutive = 0
@@ -47,9 +56,11 @@ class NonFinite(Hook):
         get_logger(context.rank, "train").warning(f"{what}; skipped")
 
     def state_dict(self) -> dict[str, Any]:
+        """The count, where it is not 0."""
         return {_STATE: self._consecutive} if self._consecutive else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues to count."""
         self._consecutive = int(state.get(_STATE, 0))
 
     def _dump(self, file: Path, event: StepEvent, samples: list[dict[str, Any]]) -> None:

@@ -13,8 +13,14 @@ from megadistill.training.hooks.base import Hook, StepEvent
 
 
 class Profile(Hook):
-    """Traces steps ``first`` to ``last`` (counted from 1) on every rank; chrome://tracing and Perfetto read the
-    files."""
+    """Traces some steps on every rank; chrome://tracing and Perfetto read the files.
+
+    Args:
+        run_dir: The folder of the run.
+        context: The grid of processes.
+        first: The first step that is traced, counted from 1.
+        last: The last one.
+    """
 
     def __init__(self, run_dir: Path, context: ParallelContext, first: int, last: int) -> None:
         self._context, self._first, self._last = context, first, last
@@ -22,6 +28,7 @@ class Profile(Hook):
         self._profile: profile | None = None
 
     def step_started(self, step: int) -> None:
+        """Starts the trace."""
         if self._profile is None and self._first <= step <= self._last:
             activities = [ProfilerActivity.CPU]
             if self._context.device.type == "cuda":
@@ -31,10 +38,12 @@ class Profile(Hook):
             self._profile.start()
 
     def step_ended(self, event: StepEvent) -> None:
+        """Writes the trace after the last of its steps."""
         if self._profile is not None and event.step >= self._last:
             self._write(event.step)
 
     def stopped(self, step: int, reason: str) -> None:
+        """Writes what has been traced."""
         if self._profile is not None:
             self._write(step)
 

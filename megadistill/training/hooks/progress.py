@@ -19,12 +19,14 @@ class Progress(Hook):
         self._bar: Any = None
 
     def run_started(self, first_step: int) -> None:
+        """Shows the bar."""
         bar = progress_bar(
             description="train", total=self._train.max_steps, initial=first_step, unit="step", rank=self._rank
         )
         self._bar = self._held.enter_context(bar)
 
     def step_ended(self, event: StepEvent) -> None:
+        """Advances the bar, with loss and speed every ``train.log_every`` steps."""
         self._bar.update()
         if event.step % self._train.log_every == 0:
             self._bar.set_postfix(
@@ -34,4 +36,5 @@ class Progress(Hook):
             )
 
     def close(self) -> None:
+        """Removes the bar."""
         self._held.close()

@@ -16,8 +16,13 @@ from megadistill.training.hooks.base import Hook, StepEvent
 class Record(Hook):
     """The files of a run.
 
-    ``error``: why rank 0 could not write, None on all other ranks. A rank that left alone would keep the others
-    waiting, so they are told first (``ParallelContext.raise_on_all_ranks``).
+    Args:
+        run_dir: The folder of the run.
+        components: What the run is made of.
+
+    Attributes:
+        error: Why rank 0 could not write; None on all other ranks. A rank that left alone would keep the others
+            waiting, so they are told first (``ParallelContext.raise_on_all_ranks``).
     """
 
     def __init__(self, run_dir: Path, components: Components) -> None:
@@ -35,8 +40,10 @@ class Record(Hook):
         self._samples = JsonLines(self._run_dir / "samples.jsonl", last_step=first_step)
 
     def step_ended(self, event: StepEvent) -> None:
-        """One line of metrics, and one for each sample, in the order of the global batch. One object all-gather over
-        the data-parallel group at the steps that samples are written for."""
+        """Writes one line of metrics, and one for each sample, in the order of the global batch.
+
+        One object all-gather over the data-parallel group at the steps that samples are written for.
+        """
         every, context = self._components.config.train.samples_every, self._components.context
         samples: list[dict[str, Any]] = []
         if every and (event.step - 1) % every == 0:
@@ -51,14 +58,17 @@ class Record(Hook):
             self.error = CheckpointError(f"step {event.step} cannot be recorded in {self._run_dir}: {reason_of(error)}")
 
     def close(self) -> None:
+        """Closes the files."""
         for file in (self._metrics, self._samples):
             if file is not None:
                 with suppress(OSError):  # every line was flushed when it was written
                     file.close()
 
     def _describe(self, event: StepEvent) -> list[dict[str, Any]]:
-        """This rank's part of the first rows of the global batch as text, where the student wrote in this step: nothing
-        in them depends on the layout."""
+        """This rank's part of the first rows of the global batch as text, where the student wrote in this step.
+
+        Nothing in it depends on the layout.
+        """
         train, decode = self._components.config.train, self._components.decode
         first_id = (event.step - 1) * train.global_batch_size
         return [

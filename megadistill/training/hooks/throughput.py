@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megadistill.engines.teacher import PartitionedModel
+from megadistill.engines.partitioned import PartitionedModel
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.training.components import Components
 from megadistill.training.hooks.base import Hook, StepEvent
@@ -31,7 +31,13 @@ _PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Global numbers of tokens of one step: read by the teacher, trained on by the student, written by the student."""
+    """Global numbers of tokens of one step.
+
+    Attributes:
+        read: Read by the teacher.
+        trained: Trained on by the student.
+        written: Written by the student.
+    """
 
     read: float
     trained: float
@@ -54,10 +60,12 @@ class Throughput(Hook):
         self._tokens = self._seconds = 0.0
 
     def step_started(self, step: int) -> None:
+        """Starts the clock."""
         reset_peak(self._components.context.device)
         self._began = time.perf_counter()
 
     def step_ended(self, event: StepEvent) -> None:
+        """Adds time, memory and throughput to the metrics."""
         context, metrics = self._components.context, event.metrics
         seconds = time.perf_counter() - self._began
         metrics["time/step_s"] = seconds

@@ -14,7 +14,16 @@ from megadistill.training.hooks.base import Hook, StepEvent
 
 
 class Validation(Hook):
-    """Adds ``eval/...`` to the metrics of a step, shows them to the text source, and calls ``notify`` with them."""
+    """Adds ``eval/...`` to the metrics of a step and shows them to the text source.
+
+    Args:
+        components: What the run is made of.
+        examples: Examples to validate on; the first ``train.eval_rows`` are used.
+        notify: ``notify(step, metrics)`` is called after each validation.
+
+    Attributes:
+        last: Metrics of the last validation.
+    """
 
     def __init__(
         self,
@@ -27,16 +36,19 @@ class Validation(Hook):
         self.last: dict[str, float] = {}
 
     def run_started(self, first_step: int) -> None:
+        """Validates a new run where its text source needs that."""
         if first_step == 0 and self._components.source.needs_first_validation:
             self.run(0)
 
     def step_ended(self, event: StepEvent) -> None:
+        """Validates every ``train.eval_every`` steps and after the last one."""
         train = self._components.config.train
         if train.eval_every and (event.step % train.eval_every == 0 or event.step == train.max_steps):
             self.run(event.step)
             event.metrics.update(self.last)
 
     def summary(self) -> dict[str, Any]:
+        """The last validation."""
         return {"validation": self.last}
 
     def run(self, step: int) -> None:
@@ -49,8 +61,15 @@ class Validation(Hook):
 
 
 def validate(components: Components, examples: Sequence[TokenizedExample]) -> dict[str, float]:
-    """Likelihood of the references, and ROUGE-L and exact match of greedy answers; what has no references is left
-    out."""
+    """Likelihood of the references, and ROUGE-L and exact match of greedy answers (collective over the world).
+
+    Args:
+        components: What the run is made of.
+        examples: Examples to validate on.
+
+    Returns:
+        Name -> value; what needs references is left out where there are none.
+    """
     config = components.config
     settings = AnswerSettings(
         components.tokenizer,

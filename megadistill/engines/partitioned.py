@@ -1,10 +1,10 @@
-"""The frozen engine: a partitioned model that scores text and, for evaluation, writes it."""
+"""A model that DeepSpeed partitions: what the frozen teacher and the student share, and the frozen engine itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -29,16 +29,35 @@ from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class PartitionedModel:
-    """What teacher and student share: a DeepSpeed engine around a cut model, and this rank's slice of its head."""
+    """A DeepSpeed engine around a sharded model, and this rank's slice of its head.
+
+    Implements ``decoding.protocols.TextModel``. Made on all ranks at once: how parameters are sharded is learnt by one
+    object all-gather over the tensor-parallel group.
+
+    Args:
+        engine: What ``initialize`` made of the model.
+        loaded: The model as it was loaded.
+        context: The grid of processes.
+
+    Attributes:
+        engine: The engine.
+        loaded: The model as it was loaded; shapes and configuration are those of the whole model.
+        context: The grid of processes.
+        shard: This rank's slice of the vocabulary.
+        shard_specs: Name of each parameter -> how tensor parallelism shards it.
+    """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel, context: ParallelContext) -> None:
         self.engine, self.loaded, self.context = engine, loaded, context
         if context.tp_size > 1 and loaded.family.post_shard is not None:
             loaded.family.post_shard(engine.module, context.tp_size)
         if context.tp_size > 1 and engine.first_dataloader_check is not None:
-            # It pickles the arguments, objectives included, and asks globals that another engine may have set.
+            # It pickles the arguments, head functions included, and asks globals that another engine may have set.
             engine.first_dataloader_check.remove()
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
         self.shard_specs = _shard_specs(engine.module, loaded, context)
@@ -47,7 +66,15 @@ class PartitionedModel:
             self.fill(ShardReader(loaded.shards), WEIGHT)
 
     def fill(self, shards: ShardReader, kind: str) -> None:
-        """Takes all weights from files of any layout; no communication. Raises CheckpointError for another model's."""
+        """Takes all weights from files of any layout. No communication.
+
+        Args:
+            shards: The files.
+            kind: Which tensors of theirs are the weights.
+
+        Raises:
+            CheckpointError: The files are those of another model, or incomplete.
+        """
         for name, parameter in self.module.named_parameters():
 
             def read(start: int, end: int, name: str = name) -> torch.Tensor:
@@ -56,12 +83,14 @@ class PartitionedModel:
             set_weights(parameter, read)
 
     @property
-    def module(self) -> nn.Module:
-        return self.engine.module
+    def module(self) -> PreTrainedModel:
+        """The sharded model."""
+        module: PreTrainedModel = self.engine.module
+        return module
 
     @contextmanager
     def decoder(self) -> Iterator[PlanDecoder | HFDecoder]:
-        """A Decoder with all parameters gathered once (over the data-parallel group) for as long as it is used."""
+        """A decoder with all parameters gathered once (over the data-parallel group) for as long as it is used."""
         was_training = self.module.training
         with gathered_module(self.engine, runs_forward=self._plan is None) as module:
             module.eval()
@@ -72,22 +101,27 @@ class PartitionedModel:
 
     @contextmanager
     def head(self) -> Iterator[OutputHead]:
-        """This rank's head shard, weight [Vs, H] and bias, gathered once over the data-parallel group; passes of the
-        engine meanwhile neither gather nor release it."""
-        head = OutputHead.of(self.module.get_output_embeddings(), self.shard)
-        with kept_parameters([head.weight, head.bias]):
-            yield head
+        """This rank's slice of the head, gathered once over the data-parallel group for as long as it is used.
 
-    def prefiller(self, rows_per_pass: int) -> PlanPrefiller | EnginePrefiller:
-        """Reads text layer by layer, each part of the model gathered once a reading (over the data-parallel group);
-        models without a plan are read ``rows_per_pass`` rows at a time by their own forward pass."""
+        Passes of the engine meanwhile neither gather nor release it.
+        """
+        module = self.module.get_output_embeddings()
+        with kept_parameters([module.weight, getattr(module, "bias", None)]):
+            yield OutputHead.of(module, self.shard)
+
+    def prefiller(self, examples_per_pass: int) -> PlanPrefiller | EnginePrefiller:
+        """Reads given text.
+
+        Layer by layer, each part of the model gathered once a call over the data-parallel group; a model without a plan
+        reads ``examples_per_pass`` examples at a time by its own forward pass.
+        """
         if self._plan is None:
-            return EnginePrefiller(self.engine, self.context.device, rows_per_pass)
+            return EnginePrefiller(self.engine, self.context.device, examples_per_pass)
         return PlanPrefiller(self._plan, self.shard, self.context.device, _present)
 
 
 def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, ShardSpec]:
-    """How DeepSpeed cut every parameter (one object all-gather over the tensor-parallel group)."""
+    """How DeepSpeed sharded every parameter (one object all-gather over the tensor-parallel group)."""
     shapes = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
     assert list(shapes) == list(loaded.shapes), "AutoTP renamed parameters"
     ranks = context.gather_objects_over_tp(shapes)
@@ -102,28 +136,37 @@ def _present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
 
 
 class EnginePrefiller:
-    """Reads whole rows through a DeepSpeed engine: under ZeRO-3 every data-parallel rank must read as many rows."""
+    """Implements ``decoding.protocols.Prefiller`` by the engine's forward pass, which reads whole examples.
+
+    Under ZeRO-3 every data-parallel rank must read as many examples.
+
+    Args:
+        engine: The engine.
+        device: Where its inputs go.
+        examples_per_pass: Examples of one forward pass.
+    """
 
     keeps_cache = False
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, device: torch.device, rows_per_pass: int) -> None:
-        self._engine, self._device, self._rows_per_pass = engine, device, rows_per_pass
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, device: torch.device, examples_per_pass: int) -> None:
+        self._engine, self._device, self._examples_per_pass = engine, device, examples_per_pass
 
     def new_state(self, offsets: Sequence[int], columns: int) -> Any:
-        raise AssertionError("this reader keeps nothing")
+        """There is none: this prefiller keeps nothing."""
+        raise AssertionError("this prefiller keeps nothing")
 
     @torch.no_grad()
-    def read(self, readings: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
-        """Hidden states [number of tokens, H] of each reading."""
-        found: list[torch.Tensor] = []
-        for start in range(0, len(readings), self._rows_per_pass):
-            part = readings[start : start + self._rows_per_pass]
-            batch = right_padded([(reading.tokens, None) for reading in part], 0).to(self._device)
+    def read(self, chunks: Sequence[PrefillChunk], state: Any = None) -> list[torch.Tensor]:
+        """Hidden states [number of tokens, H] of each chunk."""
+        hidden: list[torch.Tensor] = []
+        for start in range(0, len(chunks), self._examples_per_pass):
+            together = chunks[start : start + self._examples_per_pass]
+            batch = right_padded([(chunk.tokens, None) for chunk in together], 0).to(self._device)
             states = self._engine(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
             )
-            found += [row[: len(reading.tokens)] for row, reading in zip(states, part, strict=True)]
-        return found
+            hidden += [row[: len(chunk.tokens)] for row, chunk in zip(states, together, strict=True)]
+        return hidden
 
 
 def frozen_model(
@@ -134,7 +177,18 @@ def frozen_model(
     dtype: str,
     deepspeed_settings: Mapping[str, Any] | None = None,
 ) -> PartitionedModel:
-    """Partitions a model that is never trained (collective over the world)."""
+    """Partitions a model that is never trained (collective over the world).
+
+    Args:
+        loaded: The model.
+        context: The grid of processes.
+        zero_stage: ZeRO stage of the run.
+        dtype: Type of the weights, "fp32" or "bf16".
+        deepspeed_settings: The run's ``deepspeed`` section.
+
+    Raises:
+        ConfigError: DeepSpeed refuses its settings.
+    """
     model = loaded.model
     use_head_fn_forward(model)
     model.eval()
@@ -152,16 +206,31 @@ def frozen_model(
 
 
 def initialize(
-    model: nn.Module, config: dict[str, Any], context: ParallelContext, optimizer: Any = None
+    model: PreTrainedModel,
+    config: dict[str, Any],
+    context: ParallelContext,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """``deepspeed.initialize`` with the check that DeepSpeed cut the model over the ranks that ``context`` names."""
+    """``deepspeed.initialize``, mended: float32 buffers, timeouts, and the head as an external parameter.
+
+    Collective over the world.
+
+    Args:
+        model: The whole model.
+        config: DeepSpeed's configuration (``ds_config``).
+        context: The grid of processes, whose timeout DeepSpeed's own groups get, too.
+        optimizer: The optimizer of a model that is trained.
+
+    Raises:
+        ConfigError: DeepSpeed refuses its settings.
+    """
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 are off by a per cent of every angle.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     try:
         engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
     except ValidationError as error:
         raise ConfigError(_refused(error)) from None
-    context.set_all_timeouts()  # DeepSpeed's own groups, too
+    context.set_all_timeouts()
     for name, buffer in model.named_buffers():
         if name in buffers:
             buffer.data = buffers[name].to(buffer.device)
@@ -177,15 +246,20 @@ def _refused(error: ValidationError) -> str:
     """DeepSpeed's first objection to the settings that were passed to it, as one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    names = [name for name in DeepSpeedZeroConfig.model_fields]
-    return f"deepspeed.zero_optimization.{key}: {first['msg']}{did_you_mean(key, names)}"
+    return f"deepspeed.zero_optimization.{key}: {first['msg']}{did_you_mean(key, DeepSpeedZeroConfig.model_fields)}"
 
 
-def head_shard(head: nn.Module, context: ParallelContext) -> VocabShard:
-    """This rank's slice of the vocabulary, read off the cut head and checked against the project's own rule."""
+def head_shard(head: Any, context: ParallelContext) -> VocabShard:
+    """This rank's slice of the vocabulary, checked against the project's own rule.
+
+    Args:
+        head: The head as AutoTP left it: ``nn.Linear`` in one piece, or a module of DeepSpeed that knows its bounds.
+        context: The grid of processes.
+    """
     if context.tp_size == 1:
         return VocabShard(0, head.out_features, head.out_features, None)
     shard = context.vocab_shard(head.vocab_size)
-    found = (head.vocab_start_index, head.vocab_end_index, torch.distributed.get_world_size(head.mp_group))
-    assert found == (shard.start, shard.stop, context.tp_size), f"DeepSpeed cut the head as {found}, expected {shard}"
+    bounds = (head.vocab_start_index, head.vocab_end_index, torch.distributed.get_world_size(head.mp_group))
+    expected = (shard.start, shard.stop, context.tp_size)
+    assert bounds == expected, f"DeepSpeed sharded the head as {bounds}, expected {expected}"
     return shard

@@ -1,4 +1,4 @@
-"""Distills large causal language models on ZeRO-3 and tensor parallelism, with revision of sequences, tokens, spans."""
+"""Distills large causal language models on ZeRO-3 and tensor parallelism, revised on sequence, token and span level."""
 
 __version__ = "0.1.0"
 

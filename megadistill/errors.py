@@ -8,17 +8,17 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Every exit code that a process of the project ends with on purpose. ``meaning`` is the documented one."""
+    """Every exit code that a process of the project ends with on purpose. ``meaning`` is what the docs say about it."""
 
     meaning: str
 
-    def __new__(cls, value: int, meaning: str) -> ExitCode:
+    def __new__(cls, value: int, meaning: str) -> ExitCode:  # noqa: D102
         member = int.__new__(cls, value)
         member._value_, member.meaning = value, meaning
         return member
 
     DONE = 0, "done"
-    USER_ERROR = 2, "an error that the user can mend; one line describes it"
+    USER_ERROR = 2, "an error that the user can fix; one line describes it"
     STOPPED = 85, "stopped by a signal, with a checkpoint: rerun the same command to resume"
     ORPHANED = 86, "the launcher died, and the step could not be finished within `train.stop_grace_s`"
     LOST_RANKS = 87, "another rank died or did not answer within `parallel.timeout_s`; one line names it"
@@ -62,7 +62,7 @@ class DivergenceError(MegadistillError):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, its first line; its kind where it says nothing."""
+    """The first line of an exception's message; its type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

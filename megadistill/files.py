@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON that every reader takes, and one wording for what goes wrong with them."""
+"""Files: atomic writes, JSON that every reader accepts, and one wording for what goes wrong with a file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder are on the disk when this returns, where its file system can promise that."""
+    """Waits until the names in a folder are on the disk, where its file system can promise that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,8 +108,12 @@ def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> s
 
 
 def did_you_mean_path(path: str | os.PathLike[str], is_candidate: Callable[[Path], bool] = lambda _: True) -> str:
-    """The same for a path that does not exist, from the entries of its folder that ``is_candidate`` accepts; or that
-    the folder does not exist either."""
+    """``did_you_mean`` for a path that does not exist; or that its folder does not exist either.
+
+    Args:
+        path: The path.
+        is_candidate: Which entries of the path's folder may be proposed; default: all.
+    """
     path = Path(path)
     try:
         names = [entry.name for entry in path.parent.iterdir() if is_candidate(entry)]

@@ -1,1 +1,1 @@
-
+"""Checkpoints: writing, loading, exporting, resharding, merging."""

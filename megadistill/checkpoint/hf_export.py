@@ -1,4 +1,4 @@
-"""A partitioned student as a Hugging Face folder, with standard names, shapes and layout: any other tool loads it."""
+"""A partitioned student as a Hugging Face folder, with standard names, shapes and layout, which any tool can load."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_student(
 ) -> None:
     """Writes weights (safetensors, at most 4 GiB per file), configuration, generation configuration and tokenizer.
 
-    Reads the files of all ranks: nothing communicates, and at most one file's worth of weights is in memory.
+    It reads the files of all ranks: nothing communicates, and the weights of one file are in memory at a time.
     """
     loaded = student.loaded
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,13 +134,13 @@ def export_checkpoint(
         folder: Must not exist, or be empty.
         dtype: The weights come from the optimizer's float32 ones: fp32 keeps them, bf16 rounds them once; default: as
             they were trained.
-        max_shard_bytes: Largest file (4 GiB) unless one tensor is larger. As much is in memory.
+        max_shard_bytes: Largest file (default: 4 GiB) unless one tensor is larger. As much is in memory.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: A damaged checkpoint or a folder that is not empty; nothing is left behind.
+        CheckpointError: The checkpoint is damaged or the folder is not empty; nothing is left behind.
     """
     if is_sharded(str(checkpoint)):
         raise CheckpointError(f"{checkpoint} is a sharded model, not a checkpoint; use the model that it was made from")

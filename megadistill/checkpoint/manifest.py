@@ -50,7 +50,7 @@ def write_manifest(folder: Path, step: int, layout: dict[str, Any], files: dict[
     Args:
         folder: The checkpoint.
         step: Number of optimizer updates.
-        layout: Process grid, model and gate, as ``read_manifest`` requires them.
+        layout: Process grid, model and gate, as ``read_manifest`` expects them.
         files: Name of each file -> its ``digest``.
     """
     write_atomically(
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         OtherVersionError: It is of another version of the program.
-        CheckpointError: There is none that can be read.
+        CheckpointError: It is missing or damaged.
     """
     path = folder / MANIFEST
     try:

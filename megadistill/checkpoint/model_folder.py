@@ -1,4 +1,4 @@
-"""Where the model is that a user names."""
+"""The model that a user's path or name means."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Checkpoints and models for another layout, written by one process.
 
-A run reads files of any layout; those of its own layout faster, because each rank reads only its part. How AutoTP
-would shard the parameters comes from the family's row (models/families.py); if that ever differs, reading is slower but
-right.
+A run reads files of any layout; those of its own layout are faster, because each rank reads only its part. How AutoTP
+would shard the parameters comes from the family's entry in models/families.py; if it ever shards otherwise, reading is
+slower, and still right.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
         The checkpoint that was read.
 
     Raises:
-        CheckpointError: A damaged checkpoint or a folder that is not empty; nothing is left behind.
+        CheckpointError: The checkpoint is damaged or the folder is not empty; nothing is left behind.
         TopologyError: ``tp_size`` does not divide the heads.
     """
     source = find_checkpoint(Path(checkpoint))

@@ -49,8 +49,12 @@ IDLE, BUSY, FAILED = 0, 1, 2
 
 
 def layout_of(student: Student, trainer_state: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
-    """The process grid that saves a checkpoint, and what a run that loads it must have: ``model``, the fingerprint of
-    the whole model (the same on every rank), and ``gate``, the size of the gate."""
+    """The layout of a checkpoint, for its manifest.
+
+    Returns:
+        The process grid that saves it, and what a run that loads it must have: ``model``, the fingerprint of the whole
+        model (the same on every rank), and ``gate``, the number of the gate's parameters.
+    """
     gate = trainer_state.get("gate", {}).get("gate", {})
     return {
         "tp_size": context.tp_size,
@@ -64,7 +68,14 @@ def layout_of(student: Student, trainer_state: dict[str, Any], context: Parallel
 class CheckpointWriter:
     """Writes ``folder/step_N``, one at a time. All methods except ``status`` are collective over the world.
 
-    With ``asynchronous`` off, ``begin`` returns when the checkpoint is complete.
+    Args:
+        folder: The run's folder of checkpoints.
+        student: The student.
+        tokenizer: Goes into the checkpoint's ``hf/``.
+        context: Ranks and groups.
+        keep_last: Number of checkpoints to keep.
+        keep_every: Also keep the checkpoints of every so many steps; 0: none.
+        asynchronous: Where False, ``begin`` returns when the checkpoint is complete.
     """
 
     def __init__(
@@ -92,7 +103,7 @@ class CheckpointWriter:
         return IDLE if self._job is None else self._job.status
 
     def begin(self, step: int, trainer_state: dict[str, Any]) -> None:
-        """Copies everything after ``step`` updates and starts to write it; waits for the checkpoint before."""
+        """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint."""
         self.finish()
         context, beside = self._context, self._folder / f"step_{step}.partial"
         context.run_on_rank0(lambda: self._make_folder(beside))
@@ -106,7 +117,10 @@ class CheckpointWriter:
             self.finish()
 
     def advance(self, worst: int) -> None:
-        """Starts the next phase when all ranks are ready; ``worst`` is the greatest status of all ranks.
+        """Starts the next phase when all ranks are ready: one gather of objects, where none is busy.
+
+        Args:
+            worst: The greatest status of all ranks.
 
         Raises:
             CheckpointError: On every rank: one of them could not write.

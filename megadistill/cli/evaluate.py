@@ -1,4 +1,4 @@
-"""``megadistill evaluate``: ROUGE-L, exact match and likelihood of one or more models (method.md section 8)."""
+"""``megadistill evaluate``: ROUGE-L, exact match and likelihood of one or more models (docs/method.md, section 8)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:
-    """[NAME=]PATH arguments by name, which is the path's last part by default. Raises ConfigError for equal names."""
+    """Values of the form [NAME=]PATH by name, by default the path's last part. Raises ConfigError for equal names."""
     named: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")

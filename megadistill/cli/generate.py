@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
         _generate(parsed, None)
         return 0
     rows = sys.stdout
-    # Standard output gets rows only: everything else that is printed there goes to standard error meanwhile.
+    # Standard output gets rows only: everything else that is printed goes to standard error meanwhile.
     with redirect_stdout(sys.stderr):
         _generate(parsed, rows)
     return 0
@@ -97,12 +97,12 @@ def _parser() -> Parser:
         "example:\n"
         "  megadistill generate --model runs/demo --template plain --max-prompt-tokens 64 --max-new-tokens 32 \\\n"
         "      --input prompts.jsonl --output out.jsonl --temperature 0\n\n"
-        "It reads no run configuration: template, limits and type are those of the command line.\n\n"
+        "It reads no configuration file: template, limits and type are those of the command line.\n\n"
         "Finished rows go to FILE.partial, which becomes FILE after the last one. After an interruption, rerun the\n"
-        "same command to resume; the result has the same bytes. FILE.progress.json records the settings meanwhile,\n"
-        "and other ones are refused. Processes, --tp-size and --batch-size may change; round-off may then choose\n"
+        "same command to resume; the result has the same bytes. Until then FILE.progress.json records the settings:\n"
+        "other settings are refused. Processes, --tp-size and --batch-size may change; round-off may then choose\n"
         "other tokens: with fp32 in one row of thousands, with bf16 in many rows.\n\n"
-        "Under a launcher give --output (launchers write to standard output too), and --tp-size 1 where it fits.",
+        "Under a launcher give --output (launchers print to standard output, too), and --tp-size 1 where it fits.",
     )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory"
@@ -147,8 +147,7 @@ def _parser() -> Parser:
 def _deciding(
     parsed: Namespace, folder: str, commit: str | None, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 ) -> dict[str, Any]:
-    """Everything that determines the rows, by the names that users know; not how they are computed (processes,
-    batches)."""
+    """The settings that determine the rows, by the names that users know; not how they are computed."""
     from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
 
     content = checksum([[example.id, example.instruction, example.input] for example in examples])

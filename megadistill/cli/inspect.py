@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "inspect",
         "Describes a checkpoint, a run's latest one, a Hugging Face folder or a sharded model.\n"
-        "Reads headers only, and executes nothing.",
+        "It reads headers only, and executes nothing.",
         "examples:\n  megadistill inspect runs/demo --check\n  megadistill inspect exported/student --tensors",
     )
     parser.add_argument("path", metavar="PATH", help="run directory, step_N folder, model folder")

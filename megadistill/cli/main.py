@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The verb and its arguments; those of the process by default.
 
     Returns:
-        An exit code of `ExitCode`, after one line on standard error where the user can mend what is wrong. Everything
-        else that goes wrong is raised.
+        An exit code of ``ExitCode``. An error that the user can fix is one line on standard error; every other one is
+        raised.
     """
     keep_secrets()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print_error("interrupted; rerun the same command to resume from what is saved")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except BrokenPipeError:  # the reader of our output has gone, as with ``| head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except OSError as error:
-        # A file or folder that cannot be read or written; an OSError without a name is a defect of ours.
+        # A file or folder that cannot be read or written; an OSError without a name is a bug of ours.
         if error.filename is None:
             raise
         _print_error(f"{error.filename}: {reason_of(error)}")
@@ -73,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_error(message: str) -> None:
-    """Prints one line. Ranks other than the first wait before they do: an error that all ranks meet is printed once,
-    because a launcher ends the others when one leaves; an error of this rank alone is still printed."""
+    """Prints one line, on ranks other than 0 after a while.
+
+    An error of all ranks is thus printed once, because a launcher ends the others when one has ended; an error of one
+    rank is still printed.
+    """
     rank = rank_of(os.environ)
     if rank:
         time.sleep(_OTHER_RANKS_WAIT_S)

@@ -33,10 +33,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
     def add_config(self) -> None:
-        """``--config FILE`` and ``section.field=value`` overrides."""
+        """Adds ``--config FILE`` and ``section.field=value`` overrides."""
         self.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
         self.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
         # The deepspeed launcher adds it; the rank is taken from the environment.
@@ -52,12 +53,12 @@ class Parser(argparse.ArgumentParser):
             )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Options and positional arguments in any order."""
+        """Parses options and positional arguments in any order."""
         return self.parse_intermixed_args(list(arguments))
 
 
 def value_of(kind: Any) -> Callable[[str], Any]:
-    """For argparse: texts that the configuration would accept for a type of its schema, such as PositiveInt."""
+    """A converter for argparse that accepts what the configuration accepts for ``kind``, such as PositiveInt."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
     def convert(text: str) -> Any:
@@ -73,7 +74,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "M
 
 
 def size(text: str) -> int:
-    """A number of bytes such as 500MB or 2GiB, for argparse."""
+    """Converts a size such as 500MB or 2GiB to bytes, for argparse."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     if not match or match[2].lower() not in units or not 0 < float(match[1]) < math.inf:
@@ -99,7 +100,7 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
     """The run configuration that the arguments name.
 
     Raises:
-        ConfigError: Also for a setting with a password, because resolved.yaml repeats every setting.
+        ConfigError: As ``load_config``; or a setting holds a password, which resolved.yaml would repeat.
     """
     config = load_config(find_config(parsed.config), parsed.overrides)
     for key, value in flatten(config.model_dump()).items():
@@ -111,7 +112,7 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
 
 
 def ask_hub_only_if_there(paths: Iterable[str | None]) -> None:
-    """Where a path is not local and the hub cannot be reached, the error comes at once instead of after retries."""
+    """Makes a path that is not local fail at once, instead of after retries, where the hub cannot be reached."""
     if any(path is not None and not Path(path).exists() for path in paths):
         from megadistill.data.hub import offline_if_unreachable
 

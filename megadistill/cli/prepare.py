@@ -1,11 +1,4 @@
-"""Checks, filters and splits an instruction data set into JSONL files that `megadistill train` reads, with a report.
-
-    megadistill prepare SOURCE FOLDER --tokenizer MODEL_FOLDER [--valid 400]
-    mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER
-
-SOURCE is a JSONL, JSON, CSV, TSV or Parquet file, a `datasets` folder or a hub name. Under mpirun (with mpi4py) the
-ranks share the tokenization; the files are the same for any number of ranks.
-"""
+"""``megadistill prepare``: checks, filters and splits an instruction data set."""
 
 from __future__ import annotations
 
@@ -34,9 +27,17 @@ def parser_of() -> Parser:
     """All arguments of the verb."""
     positive, natural = value_of(PositiveInt), value_of(NonNegativeInt)
     templates = get_args(DataSection.model_fields["template"].annotation)
-    parser = Parser("prepare", __doc__ or "")
-    parser.add_argument("source", help="file, `datasets` folder or hub name")
-    parser.add_argument("folder", help="where train.jsonl, valid.jsonl and report.json go")
+    parser = Parser(
+        "prepare",
+        "Checks, filters and splits an instruction data set into JSONL files that megadistill train reads, with a\n"
+        "report. SOURCE is a JSONL, JSON, CSV, TSV or Parquet file, a folder of the library datasets or a hub name.\n"
+        "Under mpirun (with mpi4py) the ranks share the tokenization; the files are the same for any number of ranks.",
+        "examples:\n"
+        "  megadistill prepare SOURCE FOLDER --tokenizer MODEL_FOLDER --valid 400\n"
+        "  mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="file, folder of the library datasets or hub name")
+    parser.add_argument("folder", metavar="FOLDER", help="where train.jsonl, valid.jsonl and report.json go")
     parser.add_argument("--tokenizer", required=True, help="model folder or hub name; limits are in its tokens")
     parser.add_argument(
         "--valid", type=natural, default=0, metavar="N", help="rows set aside for validation; default: 0"
@@ -58,7 +59,7 @@ def parser_of() -> Parser:
         "--min-reference-words", type=natural, default=0, metavar="N", help="leave out shorter references; default: 0"
     )
     parser.add_argument("--max-rows", type=positive, metavar="N", help="keep the first N rows that pass")
-    parser.add_argument("--keep-duplicates", action="store_true", help="keep rows whose prompt was seen before")
+    parser.add_argument("--keep-duplicates", action="store_true", help="keep rows whose prompt was read before")
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="count and skip malformed rows instead of stopping"
     )
@@ -73,7 +74,7 @@ def parser_of() -> Parser:
 
 
 def options_of(arguments: argparse.Namespace) -> ConvertOptions:
-    """The arguments as the library takes them."""
+    """The arguments as ``megadistill.data.convert`` takes them."""
     from megadistill.data.convert import ConvertOptions
     from megadistill.data.dataset import FieldNames
 
@@ -125,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
-    """This rank's share, or the error that stopped it: errors go to rank 0 as results do."""
+    """This rank's share, or the error that stopped it, which goes to rank 0 like a result."""
     from megadistill.data.convert import convert_share
     from megadistill.data.tokenize import load_tokenizer
 

@@ -1,6 +1,6 @@
-"""What makes the assets that ``run.prepare`` names.
+"""The preparers: functions that make the assets that ``run.prepare`` names.
 
-Preparers stand above this package: they are named here, in one place, and imported when one is used.
+They are on a higher floor than this package: they are named here, and imported when one is used.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pkgutil import resolve_name
 
 from megadistill.config.schema import RunConfig
 
-# Value of run.prepare -> MODULE:FUNCTION. FUNCTION(config, is_stopping) runs on every rank before there is a process
-# group, and returns False when is_stopping() became true before everything was made.
+# Value of run.prepare -> MODULE:FUNCTION. FUNCTION(config, is_stopping) runs on every rank before the process group
+# exists, and returns False when is_stopping() became true before everything was made.
 PREPARERS = {
     "demo": "megadistill.demo.assets:ensure_assets",
     "smoke": "megadistill.demo.assets:ensure_assets",
@@ -19,10 +19,14 @@ PREPARERS = {
 
 
 def prepare(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:
-    """Makes what ``run.prepare`` names, where that is still missing.
+    """Makes what ``run.prepare`` names, where it is still missing.
+
+    Args:
+        config: The configuration of the run.
+        is_stopping: Whether this process was asked to stop.
 
     Returns:
-        True when everything is there, False when the process was asked to stop before.
+        True when everything exists, False when the process was asked to stop before.
     """
     if config.run.prepare == "none":
         return True

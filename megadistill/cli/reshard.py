@@ -13,7 +13,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "reshard",
         "Writes a checkpoint as a run of tp-size x dp-size processes (ZeRO-3) would have written it. A run reads any\n"
-        "layout; its own is faster, because each process reads only its part.",
+        "layout; its own layout is faster, because each process reads only its part.",
         "example:\n"
         "  megadistill reshard runs/mine resharded/step_1000 --tp-size 4 --dp-size 8\n"
         "  deepspeed launchers/run.sh --config FILE run.dir=runs/more train.resume=resharded/step_1000",

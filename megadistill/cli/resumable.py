@@ -1,4 +1,4 @@
-"""A file of rows that is written block by block, and that the command of an interrupted run resumes.
+"""A file of rows that is written block by block; after an interruption, the same command resumes it.
 
 Rows go to ``OUTPUT.partial``, which becomes OUTPUT after the last one: OUTPUT is always complete. Meanwhile
 ``OUTPUT.progress.json`` records the settings of the rows, so that no file mixes rows of different settings.
@@ -31,7 +31,14 @@ class RowWriter(Protocol):
     """Where rank 0 writes rows."""
 
     def open(self, settings: Mapping[str, Any]) -> int:
-        """Number of rows that exist already; ``settings`` determine the rows, by the names that users know."""
+        """Opens the destination.
+
+        Args:
+            settings: What determines the rows, by the names that users know.
+
+        Returns:
+            Number of rows that exist already.
+        """
         ...
 
     def write(self, lines: Sequence[str]) -> None:
@@ -43,7 +50,7 @@ class RowWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Called in any case."""
+        """Called at the end, also after an error."""
         ...
 
 
@@ -54,28 +61,42 @@ class StandardOutput:
         self._stream = stream
 
     def open(self, settings: Mapping[str, Any]) -> int:
+        """Always 0: a stream has no rows yet."""
         return 0
 
     def write(self, lines: Sequence[str]) -> None:
+        """Writes rows.
+
+        Raises:
+            DataError: The stream was closed.
+        """
         try:
             self._stream.write("".join(line + "\n" for line in lines))
             self._stream.flush()
         except BrokenPipeError:
-            # The interpreter flushes once more when it ends, and would complain once more.
+            # The interpreter flushes again when it ends, and would complain again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             raise DataError("standard output was closed before the last row") from None
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Nothing to do."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class ResumableFile:
-    """Rows to a file. Existing files stay as they are until the first new row is written: a run that ends earlier, for
-    any reason, has changed nothing."""
+    """Rows to a file.
+
+    Existing files stay as they are until the first new row is written: a run that ends earlier has changed nothing.
+
+    Args:
+        output: The file.
+        ids: Ids of all rows, in the order in which they will be written.
+        overwrite: Start over, and replace the file.
+    """
 
     def __init__(self, output: Path, ids: Sequence[int], *, overwrite: bool) -> None:
-        """``ids`` are those of all rows, in the order in which they will be written."""
         self._output, self._ids, self._overwrite = output, ids, overwrite
         self._partial = output.with_name(output.name + ".partial")
         self._progress = output.with_name(output.name + ".progress.json")
@@ -85,7 +106,13 @@ class ResumableFile:
         self._has_begun = False
 
     def open(self, settings: Mapping[str, Any]) -> int:
-        """Number of rows that an interrupted run with these settings has written.
+        """Opens and locks ``OUTPUT.partial``.
+
+        Args:
+            settings: What determines the rows, by the names that users know.
+
+        Returns:
+            Number of rows that an interrupted run with these settings has written.
 
         Raises:
             ConfigError: OUTPUT exists, the rows have other settings, or another process writes the file.
@@ -128,6 +155,7 @@ class ResumableFile:
         print(f"{len(self._ids)} responses written to {self._output}", file=sys.stderr)
 
     def close(self) -> None:
+        """Closes the file, and removes it where it is new and empty."""
         if self._file is None:
             return
         if not self._has_begun and os.fstat(self._file.fileno()).st_size == 0:
@@ -136,7 +164,7 @@ class ResumableFile:
         self._file = None
 
     def _lock(self) -> None:
-        """Two processes that append to one file would write every row twice."""
+        """Refuses a second process, which would write every row twice."""
         assert self._file is not None
         if not try_lock(self._file):
             self._file.close()
@@ -144,13 +172,15 @@ class ResumableFile:
             raise ConfigError(f"another process is writing {self._partial}; wait for it, or choose another file")
 
     def _has_lines(self) -> bool:
-        """Whether there is a whole line: less than one is no loss."""
+        """Whether there is a whole line; less than one can be overwritten."""
         with self._partial.open("rb") as file:
             return file.readline().endswith(b"\n")
 
     def _rows_that_are_there(self) -> tuple[int, int]:
-        """Numbers of rows and bytes before the first line that is incomplete or not the expected row (as the last lines
-        may be after a power failure)."""
+        """Numbers of rows and bytes before the first line that is not the expected row.
+
+        After a power failure the last lines may be incomplete.
+        """
         count = size = 0
         with self._partial.open("rb") as file:
             for line, expected in zip(file, self._ids, strict=False):
@@ -185,7 +215,7 @@ class ResumableFile:
             return
         assert self._file is not None
         self._file.truncate(self._kept[1])
-        # In this order: at no moment are there rows with the settings of others, or old rows with new ones.
+        # In this order: at no moment do old rows stand beside new settings.
         write_atomically(self._progress, json.dumps({"version": VERSION, "settings": self._settings}, indent=1))
         if self._overwrite:
             self._output.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""How the user of a verb sets what an error is about.
+"""What the user of a verb calls the setting that an error is about.
 
-Errors of lower floors carry dotted configuration keys (`MegadistillError.setting`). Verbs with ``--config`` have these
-keys; the others have options, or no such setting at all.
+Errors of lower floors carry dotted configuration keys (``MegadistillError.setting``). Verbs with ``--config`` have
+these keys; the others have options, or no such setting at all.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Runs the verb; returns its exit code."""
     parser = Parser(
         "train",
         "Distills model.teacher into model.student, in all processes of a launcher; without one, in one process.",
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.launch.stopping import stop_requests
 
     # Before anything is loaded: a signal meanwhile stops the run after its first step, and a launcher that dies
-    # meanwhile leaves nobody behind.
+    # meanwhile leaves no process behind.
     with stop_requests() as request:
         config = config_of(parsed)
         request.grace_s = config.train.stop_grace_s
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 def _train(config: RunConfig, request: StopRequest) -> int:
     from megadistill.launch.ranks import set_rank_variables
 
-    num_ranks = set_rank_variables()  # first of all: what follows asks for the rank
+    num_ranks = set_rank_variables()  # first: what follows asks for the rank
     refuse_unwritable(config.run.dir, is_file=False)
     if config.generation.teacher_cache is not None:
         refuse_unwritable(config.generation.teacher_cache, is_file=True)
@@ -59,7 +60,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     if not prepare(config, lambda: bool(request.signal)):
         return ExitCode.STOPPED
     ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
-    # Before processes wait for one another: mistakes in the user's files are found here.
+    # Mistakes in the user's files are found here, before processes wait for one another.
     start = plan_start(config)
     tp_size = check_models(config, num_ranks)
     tokenizer = run_tokenizer(config)

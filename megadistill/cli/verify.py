@@ -21,7 +21,7 @@ DIFFERENT = 1
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the verb; returns 0 for the same within the tolerance, 1 for different."""
+    """Runs the verb; returns 0 where the models are the same within the tolerance, 1 where they differ."""
     parsed = _parser().parse(arguments)
     from megadistill.evaluation.compare import TOLERANCES
 
@@ -49,7 +49,7 @@ def _parser() -> Parser:
         "  megadistill verify runs/demo exported/student\n"
         "  python tools/verify_checkpoint.py BASE MERGED --text rows.jsonl --tolerance 1e-3 --json result.json\n\n"
         "One process; both models are in memory at once in --dtype, on the GPU if there is one (CUDA_VISIBLE_DEVICES=\n"
-        "keeps them on the CPU). Greedy texts that differ at a token where the KL is within the tolerance (the two\n"
+        "keeps them on the CPU). Greedy texts that differ at a token where the KL is within the tolerance (both\n"
         "tokens are practically equally likely) are shown, but do not count as different.",
     )
     for name in ("a", "b"):

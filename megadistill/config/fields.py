@@ -10,7 +10,7 @@ from megadistill.files import nearest
 
 
 def walk(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key with its field, sections before what is in them."""
+    """Every dotted key with its field, sections before their keys."""
     for name, field in section.model_fields.items():
         key = prefix + name
         yield key, field
@@ -20,7 +20,10 @@ def walk(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple
 
 
 def nearest_key(unknown: str) -> str | None:
-    """The valid key that `unknown` most likely means: the same name in another section, else the closest spelling."""
+    """The valid key that ``unknown`` most likely means; None where none is near.
+
+    First a near spelling in the same section, then the same name in another section, then the nearest spelling.
+    """
     keys = [key for key, _ in walk()]
     section, _, name = unknown.lstrip("-").rpartition(".")
     siblings = [key for key in keys if key.rpartition(".")[0] == section]

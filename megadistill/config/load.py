@@ -25,11 +25,17 @@ _RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, the files its `base:` chain names, and `section.field=value` overrides; the later one wins.
+    """Reads a configuration file, the files of its ``base:`` chain, and overrides; the later one wins.
 
-    `base:` is relative to the file it stands in; every other relative path is relative to the working directory.
-    `${section.field}` refers to another key. Raises ConfigError with one line: file (or "command line"), key, what is
-    allowed, nearest valid key.
+    ``base:`` is relative to the file it stands in; every other relative path is relative to the working directory.
+    ``${section.field}`` refers to another key.
+
+    Args:
+        path: The YAML file.
+        overrides: ``section.field=value`` settings.
+
+    Raises:
+        ConfigError: In one line: file (or "command line"), key, what is allowed, nearest valid key.
     """
     layers = [*_read_chain(Path(path), ()), *(_read_override(text) for text in overrides)]
     sources = {key: source for source, layer in layers for key, _ in _nodes(layer)}
@@ -45,7 +51,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def dump_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write the whole tree, defaults included, atomically; `load_config(path)` gives an equal tree."""
+    """Writes the whole tree, defaults included, atomically; ``load_config(path)`` gives an equal tree."""
     path = Path(path)
     text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
     header = f"# Every setting of this run, defaults included. Repeat it with --config {path.name}\n"
@@ -53,7 +59,16 @@ def dump_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
 
 
 def require(config: RunConfig, key: str, reason: str) -> str:
-    """The text under an optional `key`; ConfigError when it is null. `reason` completes "KEY is missing: "."""
+    """The text under an optional key.
+
+    Args:
+        config: The configuration.
+        key: The dotted key.
+        reason: Completes the message "KEY is missing: ".
+
+    Raises:
+        ConfigError: The key is null.
+    """
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
@@ -74,7 +89,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _defaults(section: type[Section]) -> Tree:
-    """Every section with the defaults of its keys: `${...}` finds them, and a missing value has its own name."""
+    """Every section with the defaults of its keys: ``${...}`` finds them, and a missing value has its own name."""
     tree: Tree = {}
     for name, field in section.model_fields.items():
         inner = section_type(field)
@@ -86,7 +101,7 @@ def _defaults(section: type[Section]) -> Tree:
 
 
 def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
-    """The layers of `path`, its base first."""
+    """The layers of ``path``, its base first."""
     if path.resolve() in above:
         raise ConfigError(f"{above[-1]}: base: {path} is circular: that file is being read already")
     try:
@@ -127,7 +142,7 @@ def _read_override(text: str) -> tuple[str, Tree]:
 
 
 def _checked(source: str, layer: dict[Any, Any]) -> Tree:
-    """`layer` without empty sections; refuses what the merge would hide: unknown keys, values in place of sections."""
+    """Drops empty sections, and refuses what the merge would hide: unknown keys, values in place of sections."""
     fields = dict(walk())
     for key, value in list(_nodes(layer)):
         field = fields.get(key)
@@ -146,7 +161,7 @@ def _checked(source: str, layer: dict[Any, Any]) -> Tree:
 
 
 def _without_empty(tree: dict[Any, Any], section: type[Section]) -> Tree:
-    """Drop `loss:` with every key under it commented out: its null would wipe out the section of the base."""
+    """Drops ``loss:`` with every key under it commented out: its null would replace the section of the base."""
     kept: Tree = {}
     for name, value in tree.items():
         inner = section_type(section.model_fields[name])
@@ -174,7 +189,7 @@ def _explain(error: ValidationError, tree: Any, sources: Mapping[str, str], path
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, CombinationError):
-            # Whoever overrides one of several keys that must agree is told that it was the command line.
+            # Where an override is among the keys that must agree, the command line is to blame.
             involved = {sources.get(key) for key in cause.keys}
             lines.append(f"{COMMAND_LINE if COMMAND_LINE in involved else path}: {cause}")
             continue

@@ -22,7 +22,7 @@ Clip = Literal["gate", "fixed", "off"]
 Remainder = Literal["bucket", "renormalize"]
 Quantile = Literal["mass", "rank"]
 GateObjective = Literal["minimize", "maximize", "frozen"]
-# `dac_kl`, and the names in `megadistill.losses.divergences`, which cannot be imported from here.
+# ``dac_kl``, and the names in ``megadistill.losses.divergences``, which cannot be imported from here.
 TokenLoss = Literal[
     "dac_kl",
     "forward_kl",
@@ -34,18 +34,18 @@ TokenLoss = Literal[
 ]
 Backend = Literal["auto", "torch", "compile", "triton"]
 
-# Spellings of former releases; a value that is not here is itself.
+# Spellings of former releases -> the present ones.
 _RESPELLED = {"renormalise": "renormalize", "minimise": "minimize", "maximise": "maximize"}
 
 
 class LossConfig(Section):
-    """The three terms and their options; docs/method.md gives the mathematics and says which choices are ours.
+    """The three terms and their options; docs/method.md has the mathematics and marks the choices that are ours.
 
     From Python, every field is a keyword with the default of the configuration: ``LossConfig(clip="fixed", span=0)``.
 
     Raises:
         ConfigError: A value that is not allowed, in one line with its key, the value and what is allowed. (As a part
-            of a whole configuration the error is pydantic's, to which `load_config` adds the file.)
+            of a whole configuration the error is pydantic's, to which ``load_config`` adds the file.)
     """
 
     sft: NonNegativeFloat = Field(1.0, description="Weight of the cross-entropy on the references.")
@@ -114,14 +114,14 @@ class LossConfig(Section):
         """A copy with some settings changed, checked like a new one.
 
         Raises:
-            ConfigError: As for `LossConfig` itself.
+            ConfigError: As for ``LossConfig`` itself.
         """
         return type(self)(**(dict(self) | changes))
 
     @field_validator("clip", mode="before")
     @classmethod
     def _yaml_off(cls, value: Any) -> Any:
-        # YAML reads a bare `off` as false.
+        # YAML reads a bare ``off`` as false.
         return "off" if value is False else value
 
     @field_validator("remainder", "gate_objective", mode="before")

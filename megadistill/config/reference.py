@@ -19,7 +19,7 @@ MARK = "<!-- From here on: written by python -m megadistill.config.reference -->
 BASE_HEADER = """\
 # Every key with its default and what it means: a reference, and the `base:` of the other files here.
 # Written by python -m megadistill.config.reference; docs/configuration.md has the allowed values.
-# Hardware: any. Not to be launched by itself; a run adds at least run.dir and model.student.path:
+# Hardware: any. It is a base, not a run: a run adds at least run.dir and model.student.path:
 #   base: base.yaml
 #   run: {dir: runs/mine}
 #   model: {student: {path: FOLDER}, teacher: {path: FOLDER}}
@@ -74,7 +74,7 @@ def _yaml(value: Any) -> str:
 
 
 def main(root: Path = Path()) -> None:
-    """Rewrite both files under `root`."""
+    """Rewrites both files below the repository root ``root``."""
     page = root / "docs/configuration.md"
     head = page.read_text(encoding="utf-8").partition(MARK)[0]
     page.write_text(head + MARK + "\n" + reference_markdown(), encoding="utf-8")

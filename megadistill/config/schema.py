@@ -24,6 +24,8 @@ DType = Literal["fp32", "bf16"]
 
 
 class RunSection(Section):
+    """Section ``run``."""
+
     dir: NonEmptyStr = Field(description="Folder of this run: resolved.yaml, metrics, samples, checkpoints.")
     seed: Annotated[int, Field(ge=0, le=2**40)] = Field(
         0, description="Seed of everything random: data order, sampling, gate, random weights."
@@ -34,6 +36,8 @@ class RunSection(Section):
 
 
 class TeacherSection(Section):
+    """Section ``model.teacher``."""
+
     path: NonEmptyStr | None = Field(
         None,
         description="Model folder, hub name, or a configuration file (random weights); null only for plain SFT.",
@@ -42,6 +46,8 @@ class TeacherSection(Section):
 
 
 class StudentSection(Section):
+    """Section ``model.student``."""
+
     path: NonEmptyStr = Field(description="Model folder, hub name, or a configuration file (random weights).")
     dtype: DType = Field(
         "fp32", description="Type of weights and activations; with bf16, the optimizer keeps float32 master weights."
@@ -49,6 +55,8 @@ class StudentSection(Section):
 
 
 class ModelSection(Section):
+    """Section ``model``."""
+
     teacher: TeacherSection = Field(default_factory=TeacherSection, description="The model to learn from; frozen.")
     student: StudentSection = Field(description="The model that is trained.")
     tokenizer: NonEmptyStr | None = Field(
@@ -61,6 +69,8 @@ class ModelSection(Section):
 
 
 class ParallelSection(Section):
+    """Section ``parallel``."""
+
     tp_size: Literal["auto"] | PositiveInt = Field(
         "auto",
         description="Tensor-parallel ranks; auto: the largest number that divides the processes and all head counts.",
@@ -72,6 +82,8 @@ class ParallelSection(Section):
 
 
 class DataSection(Section):
+    """Section ``data``."""
+
     train_path: NonEmptyStr | None = Field(
         None, description="Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub data set."
     )
@@ -103,6 +115,8 @@ class DataSection(Section):
 
 
 class ScrgSection(Section):
+    """Section ``generation.scrg``."""
+
     enabled: bool = Field(True, description="Correct the student's text before training on it (paper, Eq. 3-4).")
     rounds: PositiveInt = Field(1, description="Corrections per response, each to the right of the one before.")
     teacher_token: Literal["sample", "greedy"] = Field(
@@ -112,6 +126,8 @@ class ScrgSection(Section):
 
 
 class OffPolicySection(Section):
+    """Section ``generation.off_policy``."""
+
     initial_phi: UnitInterval = Field(0.0, description="First value of phi: probability of student text at a step.")
     eps: NonNegativeFloat = Field(
         0.1, description="phi rises by 0.1 when the validation loss has risen by more than this, in nats."
@@ -120,6 +136,8 @@ class OffPolicySection(Section):
 
 
 class GenerationSection(SamplingOptions):
+    """Section ``generation``."""
+
     mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
         "on_policy",
         description="Source of the responses for the token and span losses. on_policy: the student generates them; "
@@ -134,7 +152,7 @@ class GenerationSection(SamplingOptions):
     )
     teacher_cache: NonEmptyStr | None = Field(
         None,
-        description="For mode teacher: file of its responses, written once; null: run.dir/teacher_text.jsonl.",
+        description="For mode teacher: file of the teacher's responses, written once; null: RUN/teacher_text.jsonl.",
     )
     max_new_tokens: PositiveInt = Field(
         256, description="Longest generated response, in tokens; data.max_tokens limits prompt and response together."
@@ -148,6 +166,8 @@ class GenerationSection(SamplingOptions):
 
 
 class OptimSection(Section):
+    """Section ``optim``."""
+
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
     min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
@@ -161,10 +181,12 @@ class OptimSection(Section):
 
 
 class TrainSection(Section):
+    """Section ``train``."""
+
     max_steps: PositiveInt = Field(1000, description="Optimizer updates.")
-    global_batch_size: PositiveInt = Field(16, description="Rows per step, over all processes.")
+    global_batch_size: PositiveInt = Field(16, description="Examples per step, over all processes.")
     micro_batch_size: PositiveInt = Field(
-        4, description="Rows per forward and backward pass on one data-parallel rank."
+        4, description="Examples per forward and backward pass on one data-parallel rank."
     )
     save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
     eval_every: NonNegativeInt = Field(0, description="Steps between validations on data.valid_path; 0: never.")
@@ -180,7 +202,7 @@ class TrainSection(Section):
     samples_every: NonNegativeInt = Field(
         10, description="Steps between entries in samples.jsonl, made in steps with student text; 0: none."
     )
-    samples_rows: PositiveInt = Field(4, description="Rows per entry in samples.jsonl.")
+    samples_rows: PositiveInt = Field(4, description="Examples per entry in samples.jsonl.")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="After a step with a non-finite loss or gradient: stop the run, or skip the step. The step changes "
@@ -200,6 +222,8 @@ class TrainSection(Section):
 
 
 class EvalSection(SamplingOptions):
+    """Section ``eval``."""
+
     path: NonEmptyStr | None = Field(None, description="Evaluation rows, in the formats of data.train_path.")
     seeds: tuple[NonNegativeInt, ...] = Field(
         (10, 20, 30, 40, 50),
@@ -209,11 +233,13 @@ class EvalSection(SamplingOptions):
     max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
     temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature of the sampled evaluations.")
     greedy: bool = Field(True, description="Also evaluate greedy answers.")
-    batch_size: PositiveInt = Field(16, description="Rows generated at a time on one data-parallel rank.")
+    batch_size: PositiveInt = Field(16, description="Answers generated at a time on one data-parallel rank.")
     max_rows: PositiveInt | None = Field(None, description="Evaluate only the first rows; null: all rows.")
 
 
 class CheckpointSection(Section):
+    """Section ``checkpoint``."""
+
     keep_last: PositiveInt = Field(2, description="Number of checkpoints to keep; older ones are removed.")
     keep_every: NonNegativeInt = Field(0, description="Also keep the checkpoints of every so many steps; 0: none.")
     asynchronous: bool = Field(
@@ -223,7 +249,7 @@ class CheckpointSection(Section):
 
 
 class RunConfig(Section):
-    """Everything that defines a run. Build it with `load_config`."""
+    """Everything that defines a run. Build it with ``load_config``."""
 
     run: RunSection = Field(description="Folder and seed of the run.")
     model: ModelSection = Field(description="Teacher, student and tokenizer.")
@@ -245,7 +271,7 @@ class RunConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """False for plain SFT: no loss compares with a teacher."""
+        """Whether a loss compares with the teacher; False for plain SFT."""
         return self.loss.dac_kl > 0 or self.loss.span > 0
 
     @model_validator(mode="after")

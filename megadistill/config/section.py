@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of, and the words for what a key may hold."""
+"""The base class of all sections of the configuration, its types, and the words for what a key may hold."""
 
 import types
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def require_combination(is_fine: bool, message: str, keys: tuple[str, ...]) -> N
 
 
 class Section(BaseModel):
-    """Frozen; an unknown key, a number written as text, or a value out of range is an error."""
+    """A frozen section; an unknown key, a number written as text, or a value out of range is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

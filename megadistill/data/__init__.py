@@ -1,4 +1,4 @@
-"""Instruction data: reading, prompting, tokenising, sampling, batching, and the spans of responses."""
+"""Instruction data: reading, prompting, tokenizing, sampling, batching, and the spans of responses."""
 
 from megadistill.data.collate import IGNORE_INDEX, PromptBatch, SequenceBatch, left_padded, right_padded
 from megadistill.data.dataset import Example, FieldNames, LoadedExamples, load_examples

@@ -1,6 +1,6 @@
 """Token ids to padded tensors: B examples, S columns.
 
-`labels[b, i]` belongs to the prediction made at column i, which is the token in column i + 1: labels are shifted.
+Labels are shifted: ``labels[b, i]`` is what column i predicts, the token in column i + 1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megadistill import IGNORE_INDEX
 class SequenceBatch:
     """Prompts with their responses, padded on the right. All [B, S] int64.
 
-    `labels[b, i]` is the response token that column i predicts, IGNORE_INDEX for prompt, padding and the last column
-    of each sequence.
+    ``labels[b, i]`` is the response token that column i predicts; IGNORE_INDEX in the prompt, the padding and the last
+    column of each sequence.
     """
 
     input_ids: Tensor
@@ -34,7 +34,7 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts padded on the left, for decoding: [B, S] int64 each, and `lengths` [B] int64."""
+    """Prompts padded on the left, for decoding: [B, S] int64 each, and ``lengths`` [B] int64."""
 
     input_ids: Tensor
     attention_mask: Tensor

@@ -1,7 +1,7 @@
 """Data preparation: any readable source to checked, length-filtered JSONL files for training and validation.
 
-`convert_share` does the work of one of `num_shares` workers, `write_converted` puts all shares together. The files do
-not depend on the number of workers. Nothing here communicates: the command line gathers over MPI.
+``convert_share`` does the work of one of several workers, ``write_converted`` joins their shares. The files do not
+depend on the number of workers. Nothing here communicates: the command line gathers over MPI.
 """
 
 from __future__ import annotations
@@ -31,9 +31,21 @@ REPORT_NAME = "report.json"
 class ConvertOptions:
     """What to read and keep.
 
-    Limits are in tokens, with special tokens and EOS. `max_rows` counts the rows that are kept. `num_valid` of them,
-    drawn by `seed`, become the validation file. `min_reference_words` is about the first reference; above 0 it also
-    leaves out rows without references.
+    Attributes:
+        path: A file, a folder or a hub name.
+        fields: Names of the columns.
+        split: Split of a folder or a hub data set.
+        config_name: Configuration (subset) of a hub data set.
+        skip_bad_rows: Count malformed rows instead of stopping at the first.
+        template: Name of the prompt template.
+        max_prompt_tokens: Longest prompt, special tokens included.
+        max_tokens: Longest prompt and response together, EOS included.
+        drop_long_responses: Leave out rows over ``max_tokens``; else they are kept, and truncated in training.
+        min_reference_words: Shortest first reference; above 0, rows without references are left out, too.
+        drop_duplicates: Leave out rows whose prompt was read before.
+        max_rows: Keep the first rows that pass; None: all.
+        num_valid: Number of kept rows that become the validation file.
+        seed: Draws the validation rows.
     """
 
     path: str
@@ -54,7 +66,14 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class CheckedRow:
-    """One row and its lengths in tokens; `response_tokens` is 0 without a reference. `reason`: why it is left out."""
+    """One row and its lengths in tokens.
+
+    Attributes:
+        example: The row.
+        prompt_tokens: Tokens of the prompt, special tokens included.
+        response_tokens: Tokens of the first reference, EOS included; 0 without a reference.
+        reason: Why the row is left out; None where it is kept.
+    """
 
     example: Example
     prompt_tokens: int
@@ -78,14 +97,20 @@ def convert_share(
     num_shares: int = 1,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> ConvertedShare:
-    """Reads the source and checks rows share, share + num_shares, ... of it: renders, tokenizes, compares lengths.
+    """Reads the source and checks the rows share, share + num_shares, ... of it.
 
     Every worker parses the whole source (cheap) and tokenizes its own rows (expensive), so a bad row raises on all.
-    `progress` wraps the iterable of batches.
+
+    Args:
+        options: What to read and keep.
+        tokenizer: Limits are in its tokens.
+        share: Number of this worker.
+        num_shares: Number of workers.
+        progress: Wraps the iterable of batches.
 
     Raises:
-        ConfigError: Limits that leave no token for a response, or as `render_prompt`.
-        DataError: As `load_examples`.
+        ConfigError: Limits that leave no token for a response, or as ``render_prompt``.
+        DataError: As ``load_examples``.
     """
     check_limits(options.max_prompt_tokens, options.max_tokens)
     loaded = load_examples(
@@ -128,10 +153,13 @@ def _check(
 def write_converted(
     shares: Iterable[ConvertedShare], options: ConvertOptions, folder: str | Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Writes train.jsonl, valid.jsonl (where `num_valid` > 0) and report.json; returns the report.
+    """Writes train.jsonl, valid.jsonl (where ``options.num_valid`` > 0) and report.json.
+
+    Returns:
+        The report.
 
     Raises:
-        DataError: The folder has them already and `overwrite` is false, too few rows are left, or a file cannot be
+        DataError: The folder has them already and ``overwrite`` is false, too few rows are left, or a file cannot be
             written.
     """
     target = Path(folder)

@@ -1,4 +1,4 @@
-"""Reads instruction rows from JSONL, JSON, CSV, TSV, Parquet, a `datasets` folder or a hub name.
+"""Reads instruction rows from JSONL, JSON, CSV, TSV, Parquet, a ``datasets`` folder or a hub name.
 
 Every error about a row names its file and line.
 """
@@ -32,7 +32,15 @@ class FieldNames:
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction row. `references` is empty for a row with a prompt only; `where` is FILE:LINE, for messages."""
+    """One instruction row.
+
+    Attributes:
+        id: Number of the row, from 0.
+        instruction: The instruction.
+        input: Its input; empty for none.
+        references: The reference answers; empty for a row with a prompt only.
+        where: FILE:LINE, for messages.
+    """
 
     id: int
     instruction: str
@@ -45,7 +53,7 @@ class Example:
 class LoadedExamples:
     """Usable rows in file order, and one message per skipped row.
 
-    `Example.id` counts bad rows, too: a row has the same id whether or not others are skipped.
+    ``Example.id`` counts bad rows, too: a row has the same id whether or not others are skipped.
     """
 
     examples: list[Example]
@@ -53,7 +61,7 @@ class LoadedExamples:
 
 
 class _BadRow(Exception):
-    """What is wrong with one row; the caller adds where. `setting`: what else than skipping may be the remedy."""
+    """What is wrong with one row; the caller adds its place. ``setting``: the key that may fix it."""
 
     def __init__(self, message: str, setting: str | None = None) -> None:
         super().__init__(message)
@@ -68,7 +76,7 @@ def load_examples(
     config_name: str | None = None,
     skip_bad_rows: bool = False,
 ) -> LoadedExamples:
-    """Reads every row of a local file (by suffix), a local `datasets` folder, or a hub data set.
+    """Reads every row of a local file (by suffix), a local ``datasets`` folder, or a hub data set.
 
     Args:
         path: A file, a folder or a hub name.
@@ -79,7 +87,7 @@ def load_examples(
 
     Raises:
         DataError: The file is missing, unreadable or has no usable row; or a row is malformed, empty or of wrong types
-            and `skip_bad_rows` is false.
+            and ``skip_bad_rows`` is false.
     """
     fields = fields or FieldNames()
     rows = _open_rows(str(path), fields, split, config_name)
@@ -100,7 +108,7 @@ def load_examples(
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
         raise DataError(f"{path}: no usable row: {reason}")
     if absent:
-        # A column that was named on purpose must exist: without this, references would silently be missing.
+        # A column that the user named must exist: without this check, references would silently be missing.
         name = sorted(absent)[0]
         setting = "data.input_field" if name == fields.input else "data.output_field"
         raise DataError(f"{path}: no row has a field {name!r}", setting=setting)
@@ -148,7 +156,7 @@ def _type_name(value: Any) -> str:
 def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
     local = Path(path)
     if local.is_dir():
-        # A file named after the split is read here, so that messages name its lines; `datasets` reads other folders.
+        # A file named after the split is read here, so that messages name its lines; ``datasets`` reads other folders.
         inside = [file for suffix in SUFFIXES if (file := local / f"{split}{suffix}").is_file()]
         if not inside:
             return _dataset_rows(path, fields, split, config_name)
@@ -197,7 +205,7 @@ def _jsonl_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
-    """A list of rows with the line where each starts; a file that does not start with `[` is read line by line."""
+    """A list of rows with the line where each starts; a file that does not start with ``[`` is read line by line."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -233,7 +241,7 @@ def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
-    # surrogateescape keeps a broken byte in its own row, where `_text` reports it.
+    # surrogateescape keeps a broken byte in its own row, where ``_text`` reports it.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         header: list[str] | None = None
@@ -284,7 +292,7 @@ def _require_column(names: list[str], fields: FieldNames, where: str) -> None:
 
 
 def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
-    """Rows through `datasets`: a folder written by `save_to_disk`, a folder of data files, or a name on the hub."""
+    """Rows through ``datasets``: a folder written by ``save_to_disk``, a folder of data files, or a hub name."""
     import datasets
 
     is_folder = Path(path).is_dir()
@@ -295,7 +303,7 @@ def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | 
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             table = datasets.load_dataset(path, name=config_name, split=split)
-    # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that there is no data.
+    # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that nothing can be read.
     except Exception as error:
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {_one_line(error)}"
         what = f"the folder cannot be read: {_one_line(error)}" if is_folder else f"no such file or folder, and {hub}"

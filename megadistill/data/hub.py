@@ -1,4 +1,4 @@
-"""Names of models, tokenizers and data sets: what is a local path, what is a name on the hub, and is the hub there."""
+"""Names of models, tokenizers and data sets: local paths or hub names; and whether the hub can be reached."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _FILE_SUFFIXES = frozenset(
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model, tokenizer or data set is one of the hub.
+    """Whether the name of a model, tokenizer or data set is a hub name.
 
     One rule for all of them: what exists is local; what is spelled as a path is local, too (it starts with ``.``, ``/``
     or ``~``, has more than one slash or a trailing one, or ends in a file suffix such as ``.json``); every other
-    name, NAME or OWNER/NAME, is one of the hub.
+    name, NAME or OWNER/NAME, is a hub name.
     """
     return not Path(name).exists() and not _is_spelled_as_path(name)
 
@@ -40,11 +40,11 @@ def _is_spelled_as_path(name: str) -> bool:
 def check_name(
     name: str, where: str = "", error: type[MegadistillError] = ConfigError, setting: str | None = None
 ) -> None:
-    """Raises ``error`` for a path that does not exist; a name of the hub passes unasked.
+    """Raises ``error`` for a path that does not exist; a hub name passes, without asking the hub.
 
     Args:
         name: A model, tokenizer or data set.
-        where: What it was given as, which the message begins with.
+        where: What it was given as; begins the message.
         error: The error to raise.
         setting: The setting that the error is about.
     """
@@ -54,11 +54,13 @@ def check_name(
 
 
 def offline_if_unreachable() -> bool:
-    """Switches `huggingface_hub` to its offline mode (cached files only) where its host has no address; returns the
-    mode.
+    """Switches ``huggingface_hub`` to its offline mode (cached files only) where its host has no address.
 
     Without this, a mistyped name costs half a minute of retries on a machine without network. Where a proxy is
-    configured, names may resolve there only, and nothing is switched.
+    configured, names may resolve only there, and nothing is switched.
+
+    Returns:
+        Whether it is in its offline mode.
     """
     from huggingface_hub import constants
 
@@ -71,6 +73,6 @@ def offline_if_unreachable() -> bool:
 
 
 def offline_if_needed(names: Iterable[str | None]) -> None:
-    """`offline_if_unreachable`, asked only where one of the names is not a local path."""
+    """Calls ``offline_if_unreachable`` where one of the names is not a local path."""
     if any(name is not None and not Path(name).exists() for name in names):
         offline_if_unreachable()

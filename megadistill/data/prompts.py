@@ -1,4 +1,4 @@
-"""Prompt templates: `alpaca` is MiniLLM's, word for word; `plain` is the text alone."""
+"""Prompt templates: ``alpaca`` is MiniLLM's, word for word; ``plain`` is the text alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def render_prompt(example: Example, template: str = "alpaca") -> str:
     """The text that the model reads before its response. It ends in a line break in every template.
 
     Raises:
-        ConfigError: Unknown `template`.
+        ConfigError: Unknown ``template``.
     """
     if template not in TEMPLATES:
         hint = did_you_mean(template, TEMPLATES)

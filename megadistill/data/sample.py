@@ -13,8 +13,9 @@ TokenIds = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt of this data-parallel rank, and what a step makes of it. Frozen: each stage returns a copy with more
-    fields filled in.
+    """A prompt of this data-parallel rank, and what a step makes of it.
+
+    Each stage of a step returns a copy with more fields filled in.
 
     Attributes:
         sequence_id: Global number that never repeats within a run (except for replayed samples, which keep theirs). It

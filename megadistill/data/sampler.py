@@ -1,4 +1,4 @@
-"""The rows of a step's global batch: a pure function of the step, so that resuming needs only its number."""
+"""The rows of a step's global batch: a pure function of the step, so that resuming needs only the step's number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH, _RATIO = "train.global_batch_size", "data.prompts_ratio"
 
 
 class SampledRow(NamedTuple):
-    """A row of a batch. `sequence_id` is unique over the run and keys all random numbers that concern this row."""
+    """A row of a batch. ``sequence_id`` is unique in the run and keys all random numbers that belong to this row."""
 
     sequence_id: int
     stream: Stream
@@ -25,12 +25,20 @@ class SampledRow(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Global batches of `global_batch_size` rows: round(global_batch_size * (1 - prompts_ratio)) from `train`, then the
-    rest from `prompts`.
+    """Global batches: round(global_batch_size * (1 - prompts_ratio)) rows of ``train``, then the rest of ``prompts``.
 
     Each stream goes through its rows in a new permutation per epoch, keyed by (seed, stream, epoch); a batch may span
     two epochs. Row i of the global batch goes to data-parallel rank i % dp_size: every rank has its share of both
     streams, and the union over ranks does not depend on dp_size.
+
+    Attributes:
+        num_rows: Rows of ``train``.
+        num_prompt_rows: Rows of ``prompts``.
+        prompts_ratio: Share of ``prompts`` in a global batch, 0 to 1.
+        global_batch_size: Rows of a step, over all ranks.
+        seed: Seed of the permutations.
+        dp_rank: This data-parallel rank.
+        dp_size: Number of data-parallel ranks.
 
     Raises:
         ConfigError: A stream that a batch needs has no rows, or a size or ratio is out of range.
@@ -78,16 +86,16 @@ class BatchSampler:
 
     @property
     def num_train_per_step(self) -> int:
-        """Rows of a batch that come from `train`."""
+        """Rows of a batch that come from ``train``."""
         return round(self.global_batch_size * (1.0 - self.prompts_ratio))
 
     @property
     def num_prompts_per_step(self) -> int:
-        """Rows of a batch that come from `prompts`."""
+        """Rows of a batch that come from ``prompts``."""
         return self.global_batch_size - self.num_train_per_step
 
     def global_rows(self, step: int) -> list[SampledRow]:
-        """The whole global batch of `step` (counted from 0), in the order of sequence ids."""
+        """The whole global batch of ``step`` (counted from 0), in the order of sequence ids."""
         first = step * self.global_batch_size
         drawn: list[tuple[Stream, int]] = [
             *(("train", row) for row in self._draw("train", self.num_rows, self.num_train_per_step, step)),
@@ -96,7 +104,7 @@ class BatchSampler:
         return [SampledRow(first + i, stream, row) for i, (stream, row) in enumerate(drawn)]
 
     def rows(self, step: int) -> list[SampledRow]:
-        """This data-parallel rank's rows of `step`: (sequence_id, stream, row_index)."""
+        """This data-parallel rank's rows of ``step``."""
         return self.global_rows(step)[self.dp_rank :: self.dp_size]
 
     def _draw(self, stream: Stream, size: int, count: int, step: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Span priors: which neighbouring response tokens belong to one phrase (method.md section 7).
+"""Span priors: which neighboring response tokens belong to one phrase (docs/method.md, section 7).
 
-A prior divides text into character spans; `token_span_ids` carries them over to the tokens of any response, dataset
-text or sampled. A token belongs to the span in which its first character that is not white space lies.
+A prior divides text into character spans; ``token_span_ids`` carries them over to the tokens of any response, a
+reference or a sampled one. A token belongs to the span in which its first character that is not white space lies.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ class SpanPrior(Protocol):
     """Divides a text into phrases."""
 
     def spans(self, text: str) -> list[Span]:
-        """Character spans (start, end) of `text`: increasing, not overlapping, none empty."""
+        """Character spans (start, end) of ``text``: increasing, not overlapping, none empty."""
         ...
 
 
 class PhrasePrior:
-    """English noun, verb and prepositional phrases by TextBlob's shallow parser, whose tagger and chunker ship inside
-    its wheel.
+    """English noun, verb and prepositional phrases by TextBlob's shallow parser, which its wheel contains.
 
     Words are split here, in Penn Treebank style and with their positions, before the parser gets them: its own
     splitting loses the positions, divides "didn't" into four words and joins emoticons. A phrase never crosses the end
@@ -77,6 +76,7 @@ class PhrasePrior:
         self._parse: Callable[..., list[list[list[str]]]] = parse
 
     def spans(self, text: str) -> list[Span]:
+        """See ``SpanPrior.spans``."""
         sentences = list(self._sentences(text))
         # The parser's lexicon does not have the typographic apostrophe; replaced one for one, so positions stay.
         words_only = "\n".join(" ".join(text[a:b].replace("’", "'") for a, b in words) for words in sentences)
@@ -108,8 +108,10 @@ class PhrasePrior:
 
 
 class SpacyPrior:
-    """Noun chunks, verb groups and prepositions from a spaCy pipeline with a tagger and a parser that the user has
-    installed.
+    """Noun chunks, verb groups and prepositions by a spaCy pipeline with a tagger and a parser.
+
+    Args:
+        pipeline: The pipeline, or the name of an installed one.
     """
 
     def __init__(self, pipeline: str | Any = "en_core_web_sm") -> None:
@@ -127,6 +129,7 @@ class SpacyPrior:
         self._pipeline = pipeline
 
     def spans(self, text: str) -> list[Span]:
+        """See ``SpanPrior.spans``."""
         document = self._pipeline(text)
         spans = [(chunk.start_char, chunk.end_char) for chunk in document.noun_chunks]
         taken = {token.i for chunk in document.noun_chunks for token in chunk}
@@ -144,15 +147,16 @@ class SpacyPrior:
 
 
 class PunctuationPrior:
-    """Chunks of any language: punctuation and line breaks end one; a function word opens one ("chinks and chunks",
-    Liberman and Church, 1992).
+    """Chunks of any language: punctuation and line breaks end one, a function word opens one.
 
-    Text without spaces between words (Chinese, Japanese, Thai) is divided by its punctuation alone.
+    These are the "chinks and chunks" of Liberman and Church (1992). Text without spaces between words (Chinese,
+    Japanese, Thai) is divided by its punctuation alone.
     """
 
     _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:['’_-][\p{L}\p{M}\p{N}]+)*")
 
     def spans(self, text: str) -> list[Span]:
+        """See ``SpanPrior.spans``."""
         spans: list[Span] = []
         has_content, previous_end = False, -1
         for match in self._WORD.finditer(text):
@@ -170,7 +174,7 @@ class PunctuationPrior:
 
 
 class WindowPrior:
-    """Fixed windows of `window` words. A character of a script without spaces between words counts as a word."""
+    """Fixed windows of ``window`` words. A character of a script without spaces between words counts as a word."""
 
     _WORD = regex.compile(
         r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
@@ -183,6 +187,7 @@ class WindowPrior:
         self._window = window
 
     def spans(self, text: str) -> list[Span]:
+        """See ``SpanPrior.spans``."""
         words = [match.span() for match in self._WORD.finditer(text)]
         groups = (words[at : at + self._window] for at in range(0, len(words), self._window))
         return [(group[0][0], group[-1][1]) for group in groups]
@@ -192,6 +197,7 @@ class NoPrior:
     """No spans: the span loss is zero."""
 
     def spans(self, text: str) -> list[Span]:
+        """See ``SpanPrior.spans``."""
         return []
 
 
@@ -199,7 +205,11 @@ SPAN_PRIORS = ("phrases", "spacy", "punctuation", "window", "none")
 
 
 def make_span_prior(name: str, window: int = 4) -> SpanPrior:
-    """The prior called `name`, one of SPAN_PRIORS; only `window` uses the argument `window`.
+    """The prior called ``name``.
+
+    Args:
+        name: One of SPAN_PRIORS.
+        window: Words per span, for the prior ``window``.
 
     Raises:
         ConfigError: Unknown name, spaCy or its model missing, or a window below 1.
@@ -220,7 +230,7 @@ def make_span_prior(name: str, window: int = 4) -> SpanPrior:
 
 
 def token_span_ids(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prior: SpanPrior) -> list[int]:
-    """One span number per token of a response, increasing along it; -1 for a token in no span and for special tokens.
+    """The number of each response token's span, increasing along the response; -1 outside spans and for special tokens.
 
     Works for any ids, canonical or sampled: a token's position is that of its first byte in the decoded text.
     """
@@ -237,6 +247,6 @@ def token_span_ids(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBa
 
 
 def pair_mask_from_span_ids(ids: Sequence[int]) -> list[bool]:
-    """True at i where tokens i and i + 1 lie in one span. As long as `ids`; the last is False."""
+    """True at i where tokens i and i + 1 lie in one span. As long as ``ids``; the last is False."""
     pairs = [a == b and a >= 0 for a, b in zip(ids, ids[1:], strict=False)]
     return [*pairs, False] if ids else []

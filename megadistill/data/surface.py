@@ -15,7 +15,7 @@ REPLACEMENT = "\ufffd"
 
 
 def token_char_starts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int | None]]:
-    """The text of `ids` without special tokens, and for each token the index of the character at which it starts.
+    """The text of ``ids`` without special tokens, and for each token the index of the character at which it starts.
 
     Leading white space of a piece is skipped (" dog" starts at "d") unless the piece is all white space. A piece that
     starts within a character starts at that character; a broken byte is one U+FFFD. Special tokens and pieces without
@@ -55,7 +55,7 @@ def _skip_space(text: str, bounds: Iterable[tuple[int, int]]) -> list[int | None
 
 @lru_cache(maxsize=4)
 def _piece_table(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes] | None:
-    """id -> the bytes that the token adds to the text; None for decoders whose pieces depend on their neighbors."""
+    """The function id -> bytes that the token adds to the text; None for decoders whose pieces depend on neighbors."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

@@ -4,7 +4,7 @@ Every answer is a function of its prompt, so exact match is a fair score. What a
 lexicon: past tenses, participles, plurals, opposites, and who does what where. A few rows with references cannot show
 all of it; a teacher's judgment on many prompts can. That gap is what the demo measures.
 
-Randomness is `random.Random(seed)` over ordered tables only: the same seed gives the same corpus in every process.
+Randomness is ``random.Random(seed)`` over ordered tables only: the same seed gives the same corpus in every process.
 """
 
 import json
@@ -18,6 +18,8 @@ from megadistill.errors import DataError
 
 
 class Verb(NamedTuple):
+    """Four forms of a verb."""
+
     base: str
     third: str
     past: str
@@ -25,6 +27,8 @@ class Verb(NamedTuple):
 
 
 class Trade(NamedTuple):
+    """Who does what where."""
+
     person: str
     people: str
     verb: Verb
@@ -127,7 +131,7 @@ TIMES = _list(
 
 
 class Clause(NamedTuple):
-    """One sentence before it is put into words; `tail` says where or when."""
+    """One sentence before it is put into words; ``tail`` is its place or time."""
 
     adjective: str
     trade: Trade
@@ -138,14 +142,17 @@ class Clause(NamedTuple):
 
     @property
     def subject(self) -> str:
+        """The singular subject with its article."""
         return _join("the", self.adjective, self.trade.person)
 
     @property
     def subjects(self) -> str:
+        """The plural subject with its article."""
         return _join("the", self.adjective, self.trade.people)
 
     @property
     def object(self) -> str:
+        """The object with its article."""
         return _join("the", self.color, self.thing)
 
 
@@ -239,7 +246,7 @@ MAX_MISSES = 1000  # consecutive draws of known prompts after which a kind count
 
 @dataclass(frozen=True)
 class CorpusSizes:
-    """Rows of each split: `teacher` and `references` carry outputs, `prompts` none; `valid` and `test` are held out."""
+    """Rows of each split: all have outputs but ``prompts``; ``valid`` and ``test`` are held out."""
 
     teacher: int = 8000
     references: int = 128
@@ -298,7 +305,7 @@ def _split(rng: Random, key: str, count: int, seen: set[tuple[str, str]]) -> lis
 
 
 def write_corpus(folder: str | Path, corpus: dict[str, list[dict[str, str]]]) -> None:
-    """Writes `<folder>/<key>.jsonl`, one row a line."""
+    """Writes ``FOLDER/KEY.jsonl`` for each split, one row a line."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for key, rows in corpus.items():

@@ -1,7 +1,7 @@
 """Text to token ids, the same way for training and evaluation.
 
 A prompt is the tokenizer's leading special tokens (BOS, or none) followed by the ids of the rendered text. A response
-is the ids of its text *as it continues a line break*, followed by EOS. Every template ends in a line break, so prompt
+is the ids of its text *as the continuation of a line break*, and EOS. Every template ends in a line break, so prompt
 ids + response ids are the ids of the joined text wherever the tokenizer allows a boundary there, and a SentencePiece
 tokenizer puts no artificial space before the response.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONG_PROMPT_POLICIES = ("drop", "truncate", "error")
-# What a folder with a tokenizer may hold. Any of the first ones is a tokenizer; the others go along with them.
+# Files of a folder with a tokenizer: one of the first is enough for a tokenizer; the others belong to them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 _MAX_PROMPT, _MAX_TOKENS = "data.max_prompt_tokens", "data.max_tokens"
@@ -37,8 +37,13 @@ _BATCH_ROWS = 512
 class TokenizedExample:
     """One row as token ids.
 
-    `response_ids` is the first reference followed by EOS, or its beginning without EOS where it was truncated; None
-    for a row without references.
+    Attributes:
+        id: Number of the row.
+        prompt_ids: Tokens of the prompt, special tokens included.
+        response_ids: The first reference followed by EOS, or its beginning without EOS where it was truncated; None for
+            a row without references.
+        references: Texts of all references.
+        prompt: Text of the prompt.
     """
 
     id: int
@@ -73,7 +78,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     is_offline = not is_local and offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(text)
-    # transformers raises errors of many libraries here; all mean that there is no tokenizer.
+    # transformers raises errors of many libraries here; all mean that the tokenizer cannot be loaded.
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {reason}"
@@ -172,7 +177,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Iterable[Sequence[int]]) -> list[str]:
-    """`decode_response` of each; the inverse of `encode_responses`."""
+    """``decode_response`` of each; the inverse of ``encode_responses``."""
     return [decode_response(tokenizer, ids) for ids in responses]
 
 
@@ -199,7 +204,7 @@ def tokenize_examples(
 
     Args:
         examples: The rows.
-        tokenizer: One from `load_tokenizer`.
+        tokenizer: One from ``load_tokenizer``.
         template: Name of a prompt template.
         max_prompt_tokens: Longest prompt, special tokens included.
         max_tokens: Longest prompt and response together. A longer response is truncated and has no EOS.

@@ -1,4 +1,4 @@
-"""``megadistill`` in a process that belongs to no launcher: the nested runs of the demo and of the study."""
+"""``megadistill`` in a process without a launcher: the nested runs of the demo and of the study."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from megadistill.launch.launchers import without_ranks
 
 def run_alone(arguments: Sequence[str], is_stopping: Callable[[], bool] = never) -> None:
     """Runs ``megadistill ARGUMENTS`` as one process on all cores.
+
+    Args:
+        arguments: The verb and its arguments.
+        is_stopping: Whether this process was asked to stop.
 
     Raises:
         Stopped: ``is_stopping()`` became true. The process was sent SIGTERM and has ended.

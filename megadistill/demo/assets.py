@@ -1,7 +1,7 @@
 """Built-in assets (``run.prepare``): a seeded corpus, a tokenizer trained on it, and the models of a recipe.
 
-They live below ``runs/assets/NAME_SEED`` and are made once, by rank 0, before there is a process group. A finished part
-is never made again; an interrupted one starts again, a fine-tuning run from its last checkpoint.
+They are below ``runs/assets/NAME_SEED`` and made once, by rank 0, before the process group exists. A finished part is
+never made again; an interrupted one starts again, a fine-tuning run from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROOT = Path("runs/assets")
 
 
 def assets_folder(name: str, seed: int) -> Path:
-    """Where the assets of a recipe live, relative to the working directory."""
+    """The folder with the assets of a recipe, relative to the working directory."""
     return _ROOT / f"{name}_{seed}"
 
 
@@ -32,10 +32,11 @@ def ensure_assets(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:
     """Makes what ``run.prepare`` names and is missing; other ranks wait until it is complete.
 
     Args:
+        config: The configuration of the run.
         is_stopping: Whether this process was asked to stop.
 
     Returns:
-        True when everything is there, False when the job was asked to stop before.
+        True when everything exists, False when the job was asked to stop before.
 
     Raises:
         DataError: A part could not be made, or rank 0 does not report progress any more.
@@ -67,7 +68,10 @@ def make_assets(
     """Makes the missing parts of a recipe. One process at a time; others wait for the lock.
 
     Args:
+        name: A key of RECIPES.
+        seed: Seed of the corpus and the models.
         say: Prints a line about each part that takes a while.
+        is_stopping: Whether this process was asked to stop.
 
     Raises:
         Stopped: ``is_stopping()`` became true.
@@ -124,7 +128,7 @@ def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None])
         say(f"{folder}: training the tokenizer")
         beside = folder / "tokenizer.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        with (folder / "data" / "teacher_train.jsonl").open() as lines:
+        with (folder / "data" / "teacher_train.jsonl").open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
         texts = (f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows)
         train_tokenizer(texts, beside, vocab_size=recipe.vocab_size, seed=seed)
@@ -139,12 +143,11 @@ def _write_config(folder: Path, config: dict[str, object], tokenizer: Path) -> N
     folder.mkdir(exist_ok=True)
     tokens = {name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = json.dumps({**config, "vocab_size": len(loaded), **tokens}, indent=2) + "\n"
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...], is_stopping: Callable[[], bool]) -> None:
-    """Plain SFT by ``megadistill train`` in a separate process (all cores, one rank); the result becomes
-    ``folder/model``."""
+    """Plain SFT by ``megadistill train`` in a separate process (one rank, all cores); exports to ``folder/model``."""
     from megadistill.checkpoint.hf_export import export_checkpoint
 
     run_dir = folder / "runs" / f"{model}_sft"
@@ -165,4 +168,4 @@ def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...], i
 def _write_yaml(path: Path, header: str, tree: dict[str, object]) -> None:
     import yaml
 
-    path.write_text(f"# {header}\n{yaml.safe_dump(tree, sort_keys=False)}")
+    path.write_text(f"# {header}\n{yaml.safe_dump(tree, sort_keys=False)}", encoding="utf-8")

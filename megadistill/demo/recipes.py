@@ -1,5 +1,4 @@
-"""What ``run.prepare`` makes: corpus sizes, tokenizer, model configurations, and how the built-in models are
-fine-tuned."""
+"""What ``run.prepare`` makes: corpus sizes, tokenizer, model configurations, settings of the fine-tuning runs."""
 
 from __future__ import annotations
 
@@ -9,8 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """A model by its configuration. ``sft`` are settings of its fine-tuning run (train file included); None: random
-    weights."""
+    """A model of a recipe.
+
+    Attributes:
+        config: Its transformers configuration.
+        sft: Settings of its fine-tuning run, training file included; None: random weights.
+    """
 
     config: dict[str, Any]
     sft: tuple[str, ...] | None = None
@@ -18,8 +21,15 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything below ``runs/assets/NAME_SEED``. ``sizes`` are the arguments of CorpusSizes, without importing it: a
-    rank that only looks whether everything is there starts sooner. ``common`` are settings of all fine-tuning runs."""
+    """Everything below ``runs/assets/NAME_SEED``.
+
+    Attributes:
+        sizes: The arguments of CorpusSizes, without importing it: a rank that only looks whether everything exists
+            starts sooner.
+        vocab_size: Largest size of the tokenizer.
+        models: Name of a model -> its recipe.
+        common: Settings of all fine-tuning runs.
+    """
 
     sizes: dict[str, int]
     vocab_size: int

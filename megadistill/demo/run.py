@@ -1,5 +1,4 @@
-"""``megadistill demo``: the whole job on the built-in corpus, and a table of its results. Finished stages are not
-repeated."""
+"""``megadistill demo``: the whole job on the built-in corpus, and a table. Finished stages are not repeated."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         "overrides",
         nargs="*",
         metavar="section.field=value",
-        help="settings of the distillation that win over the file",
+        help="settings of the distillation that win over configs/demo.yaml",
     )
     parsed = parser.parse(arguments)
     started = time.perf_counter()
@@ -64,7 +63,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def run_demo(overrides: Sequence[str], *, again: str | None = None) -> dict[str, Any]:
-    """All stages; returns the content of the run's summary.json with the scores of the three models under ``demo``."""
+    """Runs all stages, and adds the scores of the three models to the run's summary.json, under ``demo``.
+
+    Args:
+        overrides: ``section.field=value`` settings of the distillation.
+        again: Delete earlier results first: "distillation" or "everything".
+
+    Returns:
+        ``summary``, ``run_dir``, ``config`` and ``evaluation``, for ``show``.
+    """
     from megadistill.config.load import load_config
     from megadistill.config.shipped import find_config
     from megadistill.demo.assets import assets_folder, make_assets
@@ -88,7 +95,7 @@ def run_demo(overrides: Sequence[str], *, again: str | None = None) -> dict[str,
     export_once(run_dir, run_dir / "student")
     _say(5, "loss curves", run_dir / "curves.png")
     loss_curves(run_dir, run_dir / "curves.png", baseline_nll=scores_of(evaluation, "sft")["nll"])
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     summary["demo"] = {name: scores_of(evaluation, name) for name in models}
     write_json(run_dir / "summary.json", summary)
     return {"summary": summary, "run_dir": run_dir, "config": config, "evaluation": evaluation}
@@ -123,7 +130,7 @@ def show(result: dict[str, Any], seconds: float) -> None:
 
 def _test_rows(config: RunConfig) -> list[dict[str, str]]:
     assert config.eval.path is not None
-    with Path(config.eval.path).open() as lines:
+    with Path(config.eval.path).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 

@@ -1,4 +1,4 @@
-"""The stages that the demo and the study share. Each is skipped where its result is there and still of these models."""
+"""The stages that the demo and the study share. A stage is skipped where its result exists and is up to date."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ _SOURCE = "source.json"
 
 
 def enter_repository() -> None:
-    """In a clone, paths are relative to its root, as in the configuration files there; elsewhere to the working
-    directory."""
+    """Changes to the root of the clone, to which the paths in its configuration files are relative; not elsewhere."""
     root = clone_root()
     if root is not None:
         os.chdir(root)
@@ -44,12 +43,22 @@ def check_packages() -> None:
 def launch_training(overrides: Sequence[str], run_dir: Path, max_steps: int) -> None:
     """The distillation: ``bash launchers/run.sh`` with two processes, unless the run is finished already.
 
-    Raises ConfigError when it fails.
+    Args:
+        overrides: ``section.field=value`` settings.
+        run_dir: The run directory.
+        max_steps: The run's last step.
+
+    Raises:
+        ConfigError: The run failed.
     """
     from megadistill.checkpoint.manifest import LATEST
 
     latest = run_dir / "checkpoints" / LATEST
-    if latest.is_file() and latest.read_text().strip() == f"step_{max_steps}" and (run_dir / "summary.json").is_file():
+    if (
+        latest.is_file()
+        and latest.read_text(encoding="utf-8").strip() == f"step_{max_steps}"
+        and (run_dir / "summary.json").is_file()
+    ):
         return
     command = ["bash", str(shipped_root() / "launchers/run.sh"), "--config", str(find_config(CONFIG)), *overrides]
     environment = {**os.environ, "NPROC": str(_num_processes())}
@@ -67,10 +76,12 @@ def _num_processes() -> int:
 
 
 def evaluate_once(config: RunConfig, models: dict[str, str], output: Path) -> dict[str, Any]:
-    """The content of ``output``, an evaluation of ``models`` (name -> path) on ``eval.path``.
+    """Evaluates ``models`` (name -> path) on ``eval.path`` in this process, on all cores.
 
-    It is written by this process, on all cores, unless an earlier evaluation of the same weights with the same settings
-    is there.
+    An earlier evaluation of the same weights with the same settings is not repeated.
+
+    Returns:
+        The content of ``output``.
     """
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.cli.evaluate import evaluate_models
@@ -82,7 +93,7 @@ def evaluate_once(config: RunConfig, models: dict[str, str], output: Path) -> di
         "settings": config.model_dump(mode="json", include={"eval", "data"}),
     }
     if output.is_file():
-        known: dict[str, Any] = json.loads(output.read_text())
+        known: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
         if known.get("made_from") == made_from:
             return known
     import torch
@@ -91,7 +102,7 @@ def evaluate_once(config: RunConfig, models: dict[str, str], output: Path) -> di
     evaluation = evaluate_models(config, models, {"test": (require(config, "eval.path", "the test rows"), None)})
     assert evaluation is not None, "this process is rank 0"
     write_json(output, {**evaluation["json"], "made_from": made_from})
-    return dict(json.loads(output.read_text()))
+    return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
 def scores_of(evaluation: dict[str, Any], name: str) -> dict[str, float]:
@@ -107,7 +118,7 @@ def scores_of(evaluation: dict[str, Any], name: str) -> dict[str, float]:
 
 
 def export_once(run_dir: Path, folder: Path) -> None:
-    """Exports the run's latest checkpoint to ``folder``, and checks the folder by loading it with plain transformers.
+    """Exports the run's latest checkpoint to ``folder``, and checks the export by loading it with plain transformers.
 
     ``folder/source.json`` records the checkpoint: its step and the checksum of its manifest. An export of another
     checkpoint, or without a record, is replaced.
@@ -118,7 +129,7 @@ def export_once(run_dir: Path, folder: Path) -> None:
     checkpoint = find_checkpoint(run_dir)
     source = {"step": read_manifest(checkpoint)["step"], "manifest": digest(checkpoint / MANIFEST)["blake2b"]}
     record = folder / _SOURCE
-    if not record.is_file() or json.loads(record.read_text()) != source:
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != source:
         shutil.rmtree(folder, ignore_errors=True)
         export_checkpoint(checkpoint, folder)
         write_json(record, source)

@@ -64,14 +64,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str, float]]:
-    """Scores of every arm for one seed; finished parts are read, not repeated."""
+    """Scores of every arm for one seed; finished parts are not repeated."""
     from megadistill.config.load import load_config
     from megadistill.config.shipped import find_config
     from megadistill.demo.assets import assets_folder, make_assets
 
     done = folder / "scores.json"
     if done.is_file():
-        finished: dict[str, dict[str, float]] = json.loads(done.read_text())
+        finished: dict[str, dict[str, float]] = json.loads(done.read_text(encoding="utf-8"))
         return finished
     make_assets("demo", seed)
     distilled, updates, timed = (folder / name for name in ("distilled", "sft_updates", "sft_time"))
@@ -98,7 +98,7 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
     scores["distilled"]["kept_mass_max"] = max(_series(distilled, "kept_mass"))
     scores["distilled"]["seconds"], scores["sft_updates"]["seconds"] = seconds, _seconds(updates)
     scores["sft_time"]["seconds"], scores["sft_time"]["updates"] = _seconds(timed), float(steps)
-    done.write_text(json.dumps(scores, indent=1) + "\n")
+    done.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     if not keep_models:
         for run_dir in (distilled, updates, timed):
             shutil.rmtree(run_dir / "checkpoints")
@@ -113,12 +113,12 @@ def _train_control(common: list[str], run_dir: Path, steps: int) -> None:
 
 
 def _seconds(run_dir: Path) -> float:
-    """Time of the steps alone, without validation and checkpoints."""
+    """Seconds of the steps alone, without validation and checkpoints."""
     return sum(_series(run_dir, "time/step_s"))
 
 
 def _series(run_dir: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:

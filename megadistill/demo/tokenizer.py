@@ -16,15 +16,20 @@ SPECIAL_TOKENS = (PAD, UNK, BOS, EOS)
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int, seed: int = 0) -> None:
-    """Writes a folder that `AutoTokenizer.from_pretrained` loads as a fast tokenizer of at most `vocab_size` tokens.
+    """Writes a folder that ``AutoTokenizer.from_pretrained`` loads as a fast tokenizer.
 
     BPE pieces (a frequent word becomes one token) with byte fallback, so every text can be encoded; only U+2581, which
-    SentencePiece itself uses for the space, decodes to a space. The same texts give the same files: nothing is sampled,
-    so `seed` only fixes SentencePiece's own generator. Beside the fast tokenizer the folder holds SentencePiece's
-    `tokenizer.model`; both give the same ids.
+    SentencePiece itself uses for the space, decodes to a space. The same texts give the same files. Beside the fast
+    tokenizer the folder holds SentencePiece's ``tokenizer.model``; both give the same ids.
+
+    Args:
+        texts: What to train on.
+        folder: Where to write.
+        vocab_size: Largest number of tokens.
+        seed: Seed of SentencePiece's generator; nothing is sampled.
 
     Raises:
-        DataError: There is no text, or `vocab_size` is too small for the special tokens, the 256 bytes and the
+        DataError: There is no text, or ``vocab_size`` is too small for the special tokens, the 256 bytes and the
             characters of the texts.
     """
     import sentencepiece

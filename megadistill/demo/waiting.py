@@ -1,9 +1,9 @@
 """How the ranks of a job wait for rank 0 while it makes the assets.
 
-There is no process group yet, so rank 0 reports its progress in a file on the shared file system: a counter that a
-thread increments about once a second. A waiting rank looks for changes, and measures with its own monotonic clock for
-how long there was none. Clocks of two machines and times of files are never compared. A file belongs to one job and
-``attempt`` to one start of rank 0, so that no leftover of another job or an earlier attempt is taken for progress.
+The process group does not exist yet, so rank 0 reports its progress in a file on the shared file system: a counter that
+a thread increments about once a second. A waiting rank looks for changes, and its own monotonic clock measures how long
+there was none. Clocks of two machines and times of files are never compared. A file belongs to one job and ``attempt``
+to one start of rank 0, so that a leftover of another job or of an earlier attempt is not taken for progress.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _JOB_VARIABLES = ("SLURM_JOB_ID", *MEETING_POINT)
 
 
 class Stopped(Exception):
-    """The job was asked to stop before the assets were there."""
+    """The job was asked to stop before the assets were complete."""
 
 
 def never() -> bool:
-    """For callers without signal handling."""
+    """Always False: ``is_stopping`` for callers without signal handling."""
     return False
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What rank 0 reports. ``outcome``: None while it works, else "stopped" or the error's message."""
+    """What rank 0 reports. ``outcome`` is None while it works, else "stopped" or the error's message."""
 
     attempt: str
     count: int
@@ -92,7 +92,13 @@ def wait_for_rank0(
     *,
     patience_s: float = PATIENCE_S,
 ) -> None:
-    """Returns when ``is_ready()``; what to wait for is reported in ``file`` by ``beating``.
+    """Waits until ``is_ready()``.
+
+    Args:
+        is_ready: Whether the assets are complete.
+        file: Where rank 0 reports its progress, by ``beating``.
+        is_stopping: Whether this process was asked to stop.
+        patience_s: Seconds without progress after which waiting ends.
 
     Raises:
         Stopped: This rank or rank 0 was asked to stop.
@@ -105,7 +111,7 @@ def wait_for_rank0(
             raise Stopped
         beat = _read(file)
         if beat != last:
-            # Whoever writes while we wait is rank 0 of this attempt.
+            # What is written while we wait is from rank 0 of this attempt.
             last, is_news, changed_at = beat, True, time.monotonic()
         is_stale = time.monotonic() - changed_at > patience_s
         if beat is not None and beat.outcome is not None and (is_news or is_stale):
@@ -129,6 +135,6 @@ def _write(file: Path, beat: Beat) -> None:
 def _read(file: Path) -> Beat | None:
     """None where there is no file that can be read."""
     try:
-        return Beat(**json.loads(file.read_text()))
+        return Beat(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None

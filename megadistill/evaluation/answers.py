@@ -49,10 +49,21 @@ def write_answers(
     context: ParallelContext,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One text per row, in order, on every rank: sampled with ``seed``, or greedy where it is None.
+    """The model's answers to ``rows``, which data-parallel ranks share.
 
-    A row's answer depends only on (seed, row id). Communicates over the tensor-parallel group while decoding, and
-    gathers texts once over the data-parallel group. ``progress`` is called with numbers of finished rows.
+    An answer depends only on (seed, row id). Communicates over the tensor-parallel group while decoding, and gathers
+    texts once over the data-parallel group.
+
+    Args:
+        model: The model.
+        rows: The prompts.
+        seed: Seed of the sampled answers; None: greedy answers.
+        settings: Limits and sampling.
+        context: Ranks and groups.
+        progress: Called with numbers of finished rows.
+
+    Returns:
+        One text per row, in order, on every rank.
     """
     mine = list(range(context.dp_rank, len(rows), context.dp_size))
     part = [Sample(rows[i].id, rows[i].prompt_ids) for i in mine]
@@ -80,7 +91,13 @@ def reference_likelihood(
 ) -> LikelihoodTotal:
     """Negative log-likelihood, in nats, of the first reference of every row (EOS included), on every rank.
 
-    ``model`` is a Decoder that also has ``read`` and ``head``.
+    Communicates over the tensor-parallel group, and gathers totals once over the data-parallel group.
+
+    Args:
+        model: A Decoder that also has ``read`` and ``head``.
+        rows: The prompts and references.
+        settings: Tokenizer and batch size.
+        context: Ranks and groups.
     """
     mine = [row for row in rows[context.dp_rank :: context.dp_size] if row.response_ids is not None]
     parts = []

@@ -1,8 +1,8 @@
 """Whether two models are the same: the KL between their outputs on text, and the tokens that both generate greedily.
 
 Both models are in memory at once; weights are memory-mapped where the type on disk is that of the comparison. Rows are
-read one at a time, so nothing is padded or masked; the logits of both models for one row ([S, V] each, S tokens) and
-the float64 log-probabilities of a few positions are in memory.
+read one at a time, so nothing is padded or masked; the logits [T, V] of both models for the T tokens of one row and the
+float64 log-probabilities of a few positions are in memory.
 """
 
 from __future__ import annotations
@@ -37,10 +37,16 @@ _MAX_PROMPTS, _MAX_PROMPT_TOKENS = 4, 16
 
 @dataclass(frozen=True)
 class GreedyText:
-    """What both models generate after the first ``prompt_tokens`` tokens of a row; EOS does not end it.
+    """What both models generate after the beginning of a row; EOS does not end it.
 
-    ``first_difference`` is the index of the first token that differs, or None; ``kl`` is KL(A||B) in nats there, where
-    both models have read the same tokens: within the tolerance, the two tokens are practically equally likely.
+    Attributes:
+        row: Index of the row.
+        prompt_tokens: Tokens of the row that both models read first.
+        tokens_a: What A generates.
+        tokens_b: What B generates.
+        first_difference: Index of the first token that differs, or None.
+        kl: KL(A||B) in nats there, where both models have read the same tokens: within the tolerance, the two tokens
+            are practically equally likely.
     """
 
     row: int
@@ -53,10 +59,19 @@ class GreedyText:
 
 @dataclass(frozen=True)
 class Comparison:
-    """KL(A||B) in nats per token over ``num_positions`` positions of ``num_rows`` rows and ``num_classes`` classes.
+    """How much two models A and B differ.
 
-    The largest KL is at ``max_row`` and ``max_position`` (number of tokens read before). ``same_top`` is the share of
-    positions with the same most likely token.
+    Attributes:
+        num_rows: Rows read.
+        num_positions: Token positions read.
+        num_classes: Classes of the logits.
+        mean_kl: KL(A||B) in nats per token.
+        max_kl: The largest KL of a position.
+        max_row: Its row.
+        max_position: Its position in the row: the number of tokens read before.
+        max_logit_difference: The largest difference of two logits.
+        same_top: Share of positions with the same most likely token.
+        greedy: Greedy texts of both models.
     """
 
     num_rows: int
@@ -96,7 +111,7 @@ def text_rows(
     Args:
         path: A .txt file, or a data file of which instructions, inputs and outputs are read; None: a built-in corpus.
         tokenizer: That of both models.
-        max_rows: Most rows.
+        max_rows: Largest number of rows.
         max_tokens: Tokens of a row; the last one may be shorter.
         text_field: Column of a data file with the instruction.
 
@@ -198,8 +213,7 @@ def compare_models(
 
 
 def _differences(logits_a: torch.Tensor, logits_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits [S, V]: KL(A||B) in nats [S] float64, largest |difference| [S], same most likely class [S]; on the
-    CPU."""
+    """KL(A||B) in nats [T] float64, largest |difference| [T], same top class [T] of logits [T, V]; on the CPU."""
     parts = []
     for a, b in zip(logits_a.split(_CHUNK), logits_b.split(_CHUNK), strict=True):
         log_a, log_b = (chunk.double().log_softmax(-1) for chunk in (a, b))

@@ -35,7 +35,7 @@ class LikelihoodTotal:
 
 
 def total_likelihood(parts: Iterable[LikelihoodTotal]) -> LikelihoodTotal:
-    """The sum of parts; exactly rounded (`math.fsum`), so their order does not matter."""
+    """The sum of parts; exactly rounded (``math.fsum``), so their order does not matter."""
     known = list(parts)
     return LikelihoodTotal(
         math.fsum(part.nats for part in known),

@@ -24,8 +24,8 @@ def inference_context(parallel: ParallelSection, models: Mapping[str, str]) -> I
         models: What a model is called in messages -> its path. The size must divide the heads of all of them.
 
     Raises:
-        ConfigError: A model without a readable configuration.
-        TopologyError: A tensor-parallel size that does not fit.
+        ConfigError: A model has no readable configuration.
+        TopologyError: The tensor-parallel size does not fit.
     """
     name_accelerator()
     num_ranks = set_rank_variables()

@@ -15,7 +15,7 @@ METRICS = ("rouge_l", "exact_match", "distinct_1", "distinct_2")
 
 @dataclass(frozen=True)
 class MeanStd:
-    """Mean and sample standard deviation (n - 1) of `num_values` values; one value has no deviation: None."""
+    """Mean and sample standard deviation (n - 1) of ``num_values`` values; one value has no deviation: None."""
 
     mean: float
     std: float | None
@@ -92,10 +92,11 @@ def _cell(value: object) -> str:
 def results_table(
     results: Mapping[str, Mapping[str, Any]], nll: Mapping[str, Mapping[str, float]] | None = None
 ) -> str:
-    """The table of `results[model][suite]`, each a SuiteResult.
+    """The table of an evaluation; sampled columns hold mean ± standard deviation over seeds.
 
-    Sampled columns hold mean ± standard deviation over seeds; rows without references are counted, not scored.
-    `nll[model][suite]` is in nats per reference token.
+    Args:
+        results: Model -> suite -> SuiteResult.
+        nll: Model -> suite -> nats per reference token.
     """
     header = [
         "model",

@@ -14,8 +14,13 @@ from megadistill.errors import DataError, needs_extra
 class RougeScores:
     """Means over the rows that have references, in percent; None where no row has any.
 
-    `distinct_1` and `distinct_2`, distinct word n-grams of all predictions in percent of their number, show repetition,
-    which ROUGE-L does not.
+    Attributes:
+        rouge_l: ROUGE-L.
+        exact_match: Share of exact matches.
+        distinct_1: Distinct words of all predictions in percent of their number: shows repetition, as ROUGE-L does not.
+        distinct_2: The same of pairs of words.
+        num_scored: Rows with references.
+        num_without_references: Rows without.
     """
 
     rouge_l: float | None
@@ -29,8 +34,8 @@ class RougeScores:
 def score_texts(predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> RougeScores:
     """Scores each prediction against the best of its references. Rows without references are counted, not scored.
 
-    ROUGE-L is `rouge_score`'s F-measure with the Porter stemmer, as in MiniLLM. That package sees only words of a-z and
-    0-9: in other scripts ROUGE-L is 0, and exact match is the measure to look at.
+    ROUGE-L is the F-measure of ``rouge_score`` with the Porter stemmer, as in MiniLLM. That package reads only words of
+    a-z and 0-9: in other scripts ROUGE-L is 0, and exact match is the measure to look at.
 
     Raises:
         DataError: There is nothing to score.
@@ -52,7 +57,7 @@ def score_texts(predictions: Sequence[str], references: Sequence[tuple[str, ...]
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """The largest ROUGE-L F-measure over `references`, in percent."""
+    """The largest ROUGE-L F-measure over ``references``, in percent."""
     return 100.0 * max(load_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
 
 
@@ -66,7 +71,7 @@ def load_scorer() -> Any:
 
 
 def is_exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Whether a prediction equals one of `references`, ignoring white space but not case and punctuation."""
+    """Whether a prediction equals one of ``references``, ignoring white space but not case and punctuation."""
     normal = " ".join(prediction.split())
     return any(normal == " ".join(reference.split()) for reference in references)
 

@@ -1,4 +1,4 @@
-"""The evaluation protocol of MiniLLM, which the paper uses (method.md section 8): its sets, and one pass over them."""
+"""MiniLLM's evaluation protocol, which the paper uses (docs/method.md, section 8): its sets, and a pass over them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ Generate = Callable[[Sequence[TokenizedExample], int | None], list[str]]
 
 @dataclass(frozen=True)
 class SuiteSpec:
-    """The rows of a published set that a suite takes: the first `max_rows` (None: all) of those whose first reference
-    has at least `min_reference_words` words."""
+    """The rows of a published set that a suite takes.
+
+    Attributes:
+        min_reference_words: Shortest first reference.
+        max_rows: Number of rows, the first of those; None: all.
+    """
 
     min_reference_words: int = 0
     max_rows: int | None = None
@@ -56,13 +60,13 @@ class EvalSet:
         return sum(not row.references for row in self.rows)
 
     def head(self, max_rows: int | None) -> EvalSet:
-        """The first rows; all of them where `max_rows` is None."""
+        """The first rows; all of them where ``max_rows`` is None."""
         return self if max_rows is None else replace(self, rows=self.rows[:max_rows])
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores of one model on one set. `predictions` are the greedy texts, or those of the first seed without any."""
+    """Scores of one model on one set. ``predictions`` are the greedy texts; without them, those of the first seed."""
 
     name: str
     sampled: Summary | None
@@ -99,7 +103,7 @@ def load_eval_set(
         max_rows: Take the first rows only; None: all.
 
     Raises:
-        ConfigError: Unknown `suite`.
+        ConfigError: Unknown ``suite``.
         DataError: Unreadable data, a bad row, or nothing left to evaluate.
     """
     if suite is not None and suite not in SUITES:
@@ -139,7 +143,11 @@ def load_eval_set(
 def run_suite(eval_set: EvalSet, generate: Generate, *, seeds: Sequence[int], greedy: bool = True) -> SuiteResult:
     """Generates answers with every seed (and once greedily), and scores them.
 
-    `generate` is called in the same order on every rank and must return the texts of all rows on each.
+    Args:
+        eval_set: The rows.
+        generate: Called in the same order on every rank; must return the texts of all rows on each.
+        seeds: Seeds of the sampled answers.
+        greedy: Also evaluate greedy answers.
 
     Raises:
         ConfigError: Neither seeds nor greedy.

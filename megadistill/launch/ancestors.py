@@ -12,7 +12,7 @@ from megadistill.launch.launchers import DEEPSPEED, is_launcher
 
 
 def ancestors(process: psutil.Process | None = None) -> list[psutil.Process]:
-    """From the parent of this process (or from ``process`` itself) upwards, without the first process of the system."""
+    """The parent of this process (or ``process`` itself) and all above it, without the first process of the system."""
     try:
         above = psutil.Process().parents() if process is None else [process, *process.parents()]
     except psutil.Error:
@@ -21,7 +21,7 @@ def ancestors(process: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def command_line(process: psutil.Process) -> list[str]:
-    """The words of its command line; empty where it has ended or is hidden."""
+    """The words of a process's command line; empty where it has ended or is hidden."""
     try:
         return process.cmdline()
     except psutil.Error:
@@ -29,7 +29,7 @@ def command_line(process: psutil.Process) -> list[str]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it has not ended; one that nobody has waited for yet has, and so has one whose number is used again."""
+    """Whether a process still runs; a zombie does not, nor does one whose process id is used again."""
     try:
         return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -37,8 +37,10 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def path_of(process: psutil.Process, name: str) -> Path:
-    """A file that ``process`` names relative to its working directory, or to ours, which is inherited, where its
-    directory is hidden."""
+    """A file that ``process`` names, relative to its working directory.
+
+    Where that is hidden, relative to ours, which we inherited.
+    """
     try:
         return Path(process.cwd()) / name
     except (psutil.Error, OSError):
@@ -59,8 +61,10 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def _over_ssh(launcher: psutil.Process) -> Sequence[psutil.Process]:
-    """The pdsh, and what is above it, that started DeepSpeed's per-node ``launcher`` through ssh from this machine:
-    its command line holds the launcher's machines and port. Nothing on other machines."""
+    """The pdsh that started DeepSpeed's per-node ``launcher`` through ssh, and all above it; nothing on other machines.
+
+    Its command line holds the launcher's machines and port.
+    """
     job = [word for word in command_line(launcher) if word.startswith(("--world_info=", "--master_port="))]
     if len(job) < 2:
         return []

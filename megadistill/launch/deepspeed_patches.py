@@ -1,4 +1,4 @@
-"""What DeepSpeed does at its start and end that a run here does not need, or needs done otherwise."""
+"""Patches of what DeepSpeed does at its start and its end."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from deepspeed.runtime import compiler
 
 
 def disable_shm_op() -> None:
-    """Call before `deepspeed.init_distributed`: no C++ compiler is needed, and nothing is compiled or locked on disk.
+    """Keeps DeepSpeed from compiling its shared-memory operation. Call it before ``deepspeed.init_distributed``.
 
-    The operation is a shared-memory `inference_all_reduce` that ignores its group, so nothing here may use it; without
-    it DeepSpeed takes the process group's all-reduce. The table is the one that DeepSpeed asks whether it can be
-    built; filling it by hand also saves its probe of every compiler, about 5 s a start.
+    The operation is an ``inference_all_reduce`` that ignores its group, so nothing here may use it; without it
+    DeepSpeed takes the process group's all-reduce. DeepSpeed asks this table whether the operation can be built;
+    filling it by hand also saves the probe of every compiler, about 5 s a start.
     """
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
 
 
 def skip_muon_compilation() -> None:
-    """Call before `deepspeed.initialize`, which imports the Muon optimizer under ZeRO for its class alone: decorating
-    three of its functions with `torch.compile` imports all of torch's compiler, a second or two a start."""
+    """Keeps DeepSpeed from compiling the Muon optimizer. Call it before ``deepspeed.initialize``.
+
+    Under ZeRO it imports Muon for its class alone, but decorating three of its functions with ``torch.compile`` imports
+    all of torch's compiler, a second or two a start.
+    """
 
     def compile_nothing() -> Callable[[Any], Any]:
         return lambda function: function
@@ -30,7 +33,9 @@ def skip_muon_compilation() -> None:
 
 
 def destroy_process_groups() -> None:
-    """Destroys every process group, DeepSpeed's own too, and makes it forget them: its module globals would hand the
-    dead ones to the next run of this process."""
+    """Destroys every process group, DeepSpeed's too, and makes DeepSpeed forget them.
+
+    Its module globals would hand the dead groups to the next run of this process.
+    """
     deepspeed.comm.destroy_process_group()
     deepspeed.comm.comm.cdb = None

@@ -1,8 +1,7 @@
-"""Which ranks are alive: every rank writes a beat once a second, so that a rank whose collective fails can name the
-ranks that it waited for.
+"""Heartbeats: every rank writes one a second, so that a rank whose collective fails can name the lost ranks.
 
-Beats go through the store that the ranks met at. A beat is a counter, the step, and the place in the code that the
-rank's main thread is at (sampled, so that nothing else has to report it).
+Beats go through the store of the rendezvous. A beat is a counter, the step, and the place in the code where the rank's
+main thread is (sampled, so that nothing else has to report it).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Heartbeat:
         self.step = 0
         self._rank, self._world_size, self._main = rank, world_size, threading.main_thread().ident
         self._done = threading.Event()
-        # Separate connections: the main thread may block on its own for minutes.
+        # Separate connections: the main thread may block on the original one for minutes.
         self._sending, self._reading = store.clone(), store.clone()
         for connection in (self._sending, self._reading):
             connection.set_timeout(timedelta(seconds=_STORE_S))
@@ -51,7 +50,7 @@ class Heartbeat:
         self._done.set()
 
     def describe_lost_ranks(self) -> str:
-        """Which ranks have no beat, and where they last were; takes `_LISTEN_S` seconds."""
+        """Which ranks have stopped beating, and where they last were; takes ``_LISTEN_S`` seconds."""
         try:
             before = self._beats()
             time.sleep(_LISTEN_S)
@@ -61,7 +60,7 @@ class Heartbeat:
         silent = [r for r in range(self._world_size) if r != self._rank and before[r]["count"] == after[r]["count"]]
         if silent:
             names = ", ".join(_describe(rank, after[rank]) for rank in silent)
-            return f"no sign of life from {names}: dead or stopped"
+            return f"no heartbeat from {names}: dead or stopped"
         behind = min(range(self._world_size), key=lambda rank: after[rank]["step"])
         return (
             f"all ranks are alive, the slowest is {_describe(behind, after[behind])}; "
@@ -92,8 +91,9 @@ class Heartbeat:
 
 @contextmanager
 def lost_ranks_reported(context: ParallelContext) -> Iterator[Heartbeat | None]:
-    """While entered, a collective that fails ends this process with one line, which names the ranks that do not
-    respond, and `ExitCode.LOST_RANKS`.
+    """A failed collective of the block ends this process with ``ExitCode.LOST_RANKS``.
+
+    One line on standard error names the ranks that do not respond.
 
     Yields:
         This rank's heartbeat; None in a world of one.
@@ -124,8 +124,10 @@ def lost_ranks_reported(context: ParallelContext) -> Iterator[Heartbeat | None]:
 
 
 def lost_connection(error: BaseException | None) -> BaseException | None:
-    """The error of a collective that failed because of another rank, among ``error`` and those that led to it (clean-up
-    after it fails, too); None where there is none. The backends raise plain RuntimeErrors."""
+    """The error of a collective that failed because of another rank; None where there is none.
+
+    It is ``error`` or one that led to it: after it, cleaning up fails, too. The backends raise plain RuntimeErrors.
+    """
     while error is not None:
         text = str(error)
         if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or (

@@ -1,6 +1,6 @@
-"""What is known about each launcher, in one table. Imports nothing heavy: it is asked before torch is imported.
+"""What is known about each launcher, in one table. It is used before torch is imported, so it imports nothing heavy.
 
-A new launcher is a new row of ``LAUNCHERS``.
+To add a launcher, add a row to ``LAUNCHERS``.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ LAUNCHERS = (
 
 
 def rank_of(environment: Mapping[str, str]) -> int:
-    """This process's rank, also before `megadistill.launch.world` has set RANK; 0 without a launcher."""
+    """This process's rank, also before ``megadistill.launch.world`` has set RANK; 0 without a launcher."""
     return _first_number(environment, lambda launcher: launcher.rank, 0)
 
 
@@ -121,7 +121,7 @@ def is_mpi_rank(environment: Mapping[str, str]) -> bool:
 
 
 def launcher_of(environment: Mapping[str, str]) -> Launcher | None:
-    """The launcher that started this process as one of several ranks without setting RANK; None for any other one."""
+    """The launcher that started this process as one of several ranks without setting RANK; None for other processes."""
     if DEEPSPEED.rank in environment:
         return None
     for launcher in LAUNCHERS:

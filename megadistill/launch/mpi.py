@@ -1,4 +1,4 @@
-"""The place of a rank that mpirun started itself, asked of MPI."""
+"""The place of a rank that mpirun started, as MPI reports it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from megadistill.errors import TopologyError, needs_extra
 def mpi_variables(size: int, environment: Mapping[str, str], free_port: Callable[[], int]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT of one of ``size`` > 1 ranks.
 
-    Collective over MPI's world. Rank 0's MASTER_ADDR and MASTER_PORT hold for all; where it has none, 127.0.0.1 when
-    all ranks are on its host, else its host name, and a port that is free there. MPI is initialized for this alone and
-    finalized again: a rank that fails must not wait for the others in MPI_Finalize.
+    Collective over MPI's world: one split, one broadcast. All ranks take rank 0's MASTER_ADDR and MASTER_PORT. Where it
+    has none: 127.0.0.1 when all ranks are on one host, else rank 0's host name; and a port that is free there. MPI is
+    initialized for this alone and finalized again: a rank that fails must not wait for the others in MPI_Finalize.
+
+    Args:
+        size: Number of processes that mpirun started.
+        environment: That of this process.
+        free_port: Finds a free port.
 
     Raises:
         ConfigError: mpi4py is missing.

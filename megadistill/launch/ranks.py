@@ -19,14 +19,14 @@ _SLURM_JOB, _SLURM_NODES = "SLURM_JOB_ID", "SLURM_STEP_NODELIST"
 
 
 def set_rank_variables() -> int:
-    """Sets the variables of this module for a rank whose launcher has other names for them.
+    """Sets ``RANK_VARIABLES`` for a rank whose launcher has other names for them.
 
     Returns:
         Number of processes that the launcher started; 1 without a launcher.
 
     Raises:
-        TopologyError: Some variables are set and others are not, or there is no such hostfile (DeepSpeed's runner only
-            warns of that).
+        TopologyError: Some variables are set and others are not, or the hostfile does not exist (DeepSpeed's runner
+            only warns of that).
     """
     _refuse_missing_hostfile()
     os.environ |= launcher_variables(os.environ)
@@ -47,8 +47,8 @@ def launcher_variables(
 
     Args:
         environment: That of this process.
-        first_host: First host of a SLURM node list; `scontrol` is asked by default.
-        free_port: A port that nobody uses; the system is asked by default.
+        first_host: First host of a SLURM node list; default: asks ``scontrol``.
+        free_port: A free port; default: asks the system.
 
     Raises:
         TopologyError: The launcher did not set what it should have.
@@ -94,7 +94,7 @@ def _first_host(node_list: str) -> str:
 
 
 def hostfile_of(words: Sequence[str]) -> str | None:
-    """The hostfile that a command line names to DeepSpeed's runner; None without one and for other programs."""
+    """The hostfile in a command line of DeepSpeed's runner; None without one and for other programs."""
     for place, word in enumerate(words[:4]):
         if Path(word).name in ("deepspeed", "ds") or word == "deepspeed.launcher.runner":
             parser = argparse.ArgumentParser(add_help=False)
@@ -108,11 +108,11 @@ def _refuse_missing_hostfile() -> None:
     for process in ancestors():
         hostfile = hostfile_of(command_line(process))
         if hostfile is not None and not path_of(process, hostfile).is_file():
-            raise TopologyError(f"there is no hostfile {hostfile}; deepspeed would train on this machine alone")
+            raise TopologyError(f"no such hostfile: {hostfile}; deepspeed would train on this machine alone")
 
 
 def unused_port() -> int:
-    """A port of the loopback address that nobody listens on."""
+    """A free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,7 @@
 """Where ranks meet: on the address that MASTER_ADDR names, and on no other.
 
-torch's store listens on all addresses of rank 0's machine, and gloo on the one of the host's name: whoever reaches them
-could take part in a run. Here a run on one machine uses the loopback address, whatever the machine is connected to.
+torch's store listens on all addresses of rank 0's machine, and gloo on the one of the host's name: any process that
+reaches them could take part in a run. Here a run on one machine uses the loopback address.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megadistill.errors import TopologyError
 
 
 def meeting_store(timeout: timedelta) -> torch.distributed.Store | None:
-    """The store of the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, once all ranks have joined.
+    """Waits for all ranks at MASTER_ADDR and MASTER_PORT.
 
     Returns:
         The store; None under torchrun, whose agent has one already.
@@ -38,8 +38,10 @@ def meeting_store(timeout: timedelta) -> torch.distributed.Store | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address of ``host``; on all addresses only where it is not one of this machine's, or
-    is the loopback address to this machine alone (Debian gives a machine's own name 127.0.1.1).
+    """A socket that listens on the address of ``host``.
+
+    It listens on all addresses where that one does not belong to this machine, or is the loopback address only on this
+    machine (Debian gives a machine's own name 127.0.1.1).
 
     Raises:
         TopologyError: The name or the port cannot be used.
@@ -63,7 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address means this machine to everyone: "localhost", 127.0.0.1, ::1."""
+    """Whether a name or address is the loopback address on every machine: "localhost", 127.0.0.1, ::1."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -71,7 +73,7 @@ def is_loopback(host: str) -> bool:
 
 
 def name_interfaces(host: str) -> dict[str, str]:
-    """The variables, of those that are not set, that keep gloo's and NCCL's sockets on the interface towards ``host``.
+    """Variables that keep gloo's and NCCL's sockets on the interface towards ``host``; those that are set are left out.
 
     NCCL chooses better by itself, except that on one machine it should stay on the loopback interface.
     """
@@ -83,8 +85,10 @@ def name_interfaces(host: str) -> dict[str, str]:
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface whose address this machine uses towards ``host``; None where there is none. Sends nothing:
-    connecting a datagram socket only looks up the route."""
+    """The network interface whose address this machine uses towards ``host``; None where there is none.
+
+    Nothing is sent: connecting a datagram socket only looks up the route.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

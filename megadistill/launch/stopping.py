@@ -1,9 +1,8 @@
 """Stopping on a signal: all ranks stop after the same step, with a checkpoint of it.
 
 SIGTERM (a scheduler, a launcher), SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before its limit) request it; so does
-the death of a launcher, because DeepSpeed's leaves its ranks running. A rank that was asked cannot stop alone: the
-others would wait for it in the next collective. So every rank tells the others after every step, and all stop when one
-was asked.
+the death of a launcher, because DeepSpeed's leaves its ranks running. A rank cannot stop alone: the others would wait
+for it in the next collective. So every rank tells the others after every step, and all stop when one was asked.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _POLL_S = 1.0
 
 
 class StopRequest:
-    """What this rank was asked.
+    """Whether this rank was asked to stop.
 
     Attributes:
         signal: The number of the first signal that came, or 0.
@@ -43,10 +42,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turns signals, and the death of a launcher, into a request for as long as it is entered.
+    """Turns signals, and the death of a launcher, into a request while the block runs.
 
-    A rank that has not ended ``request.grace_s`` seconds after its launcher's death is ended with
-    `ExitCode.ORPHANED`, so that no orphan is left behind.
+    A rank that still runs ``request.grace_s`` seconds after its launcher's death exits with ``ExitCode.ORPHANED``, so
+    that no orphan is left behind.
     """
     request = StopRequest()
 
@@ -61,8 +60,7 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         watch.done.set()
         for number, handler in before.items():
-            # Launchers repeat their signal; a repeated one must not kill a process that is already ending because of
-            # the first. Ctrl-C still does.
+            # Launchers repeat their signal; a repeated one must not kill a process that is already ending. Ctrl-C does.
             is_repeated = request.signal and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if is_repeated else handler)
 
@@ -79,7 +77,7 @@ class _LauncherWatch(threading.Thread):
         while not self.done.wait(_POLL_S):
             if not all(map(is_alive, self._launchers)):
                 self._request.ask(signal.SIGTERM)
-                # The step may hang, because other ranks are gone already.
+                # The step may hang, because other ranks may have ended already.
                 if not self.done.wait(self._request.grace_s):
                     os._exit(ExitCode.ORPHANED)
                 return

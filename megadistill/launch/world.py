@@ -1,4 +1,4 @@
-"""torch.distributed for this process, as a launcher, or nobody, started it."""
+"""torch.distributed for this process, with a launcher or without one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
     Without a launcher the process is a world of one on the loopback address.
 
     Args:
-        timeout_s: What every collective of the world may take.
+        timeout_s: Seconds after which a collective of the world fails.
 
     Yields:
         This rank's device.
@@ -58,8 +58,10 @@ def default_device() -> torch.device:
 
 
 def name_accelerator() -> None:
-    """Tells DeepSpeed by DS_ACCELERATOR that there is no GPU, where there is none; it would guess so itself, with a
-    warning. Call it before DeepSpeed, or what imports it (peft), is imported."""
+    """Tells DeepSpeed by DS_ACCELERATOR where there is no GPU, which it would guess itself, with a warning.
+
+    Call it before DeepSpeed, or what imports it (peft), is imported.
+    """
     if default_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -73,7 +75,7 @@ def _initialize(device: torch.device, timeout: timedelta) -> None:
     disable_shm_op()
     skip_muon_compilation()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch 2.13 renames; nothing a user could do about it.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = None if torch.distributed.is_initialized() else meeting_store(timeout)

@@ -1,3 +1,5 @@
+"""The objective: cross-entropy, DAC-KL and its baselines, span term and gate, on vocabulary shards."""
+
 from megadistill.config.loss import LossConfig
 from megadistill.losses.cross_entropy import cross_entropy
 from megadistill.losses.fused import IGNORE_INDEX

@@ -1,8 +1,8 @@
-"""Who runs the work between the matrix products: one interface, three implementations (docs/architecture.md).
+"""The work between the matrix products: one interface, three implementations (docs/architecture.md).
 
-torch     eager; on CPUs a few tokens at a time, so that what happens between two products stays in the cache
-compile   the same functions through torch.compile; on CPUs this needs a C++ compiler
-triton    kernels written for CUDA (`triton_backend.py`); Triton's interpreter runs them in tests
+- ``torch``: eager; on CPUs a few tokens at a time, so that what happens between two products stays in the cache
+- ``compile``: the same functions through torch.compile; on CPUs this needs a C++ compiler
+- ``triton``: kernels written for CUDA (``triton_backend.py``); Triton's interpreter runs them in tests
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from megadistill.errors import ConfigError
 from megadistill.losses.torch_kernels import CompiledKernels, TorchKernels
 from megadistill.parallel.vocab import VocabShard
 
-# Classes a rank from which compiling, which costs seconds once, is worth its while on a CPU.
+# Classes per rank from which compiling, which costs seconds once, pays on a CPU.
 _COMPILE_FROM = 8192
 
 
 def make_kernels(backend: Backend, shard: VocabShard, device: torch.device) -> TorchKernels:
-    """The kernels of a configuration. Raises ConfigError as `check_backend` does."""
+    """The kernels of a configuration. Raises ConfigError as ``check_backend`` does."""
     check_backend(backend, device)
     return _kernels(choose_backend(backend, shard, device), backend == "auto")
 
 
 def choose_backend(backend: Backend, shard: VocabShard, device: torch.device) -> Backend:
-    """What `auto` stands for; any other backend is itself.
+    """The backend that ``auto`` stands for; any other backend is itself.
 
-    Triton on CUDA where it is installed; torch.compile on a CPU with a C++ compiler and at least 8192 classes a rank;
+    Triton on CUDA where it is installed; torch.compile on a CPU with a C++ compiler and at least 8192 classes per rank;
     eager torch otherwise. The same on every rank of a homogeneous job; ranks that differ still agree on every
     collective.
     """
@@ -41,7 +41,7 @@ def choose_backend(backend: Backend, shard: VocabShard, device: torch.device) ->
         return backend
     if device.type == "cuda":
         return "triton" if has_triton() else "torch"
-    # From a group-wide quantity: shards differ by a class.
+    # From a quantity of the whole group: shards differ by a class.
     is_large = shard.total >= _COMPILE_FROM * shard.tp_size
     return "compile" if is_large and has_compiler() else "torch"
 
@@ -58,7 +58,7 @@ def _kernels(backend: Backend, may_fall_back: bool) -> TorchKernels:
 
 
 def check_backend(backend: Backend, device: torch.device) -> None:
-    """Raises ConfigError for a backend that there is not, or that cannot run on this machine and device."""
+    """Raises ConfigError for a backend that does not exist, or that cannot run on this machine and device."""
     if backend not in get_args(Backend):
         raise ConfigError(f"loss.backend={backend!r} must be one of {', '.join(get_args(Backend))}")
     is_cuda = device.type == "cuda"

@@ -1,6 +1,6 @@
 """DAC-KL of a chunk's tokens from the sums of all shards: its value and its derivatives by the mask's thresholds.
 
-Paper: Eq. 6-8; the definitions are those of docs/method.md, "Token level"; the sums are those of `ClippedSum`.
+Paper: Eq. 6-8; the definitions are those of docs/method.md, "Token level"; the sums are those of ``ClippedSum``.
 p, q: teacher and student probabilities; m: mask; P, Q: kept mass; Rp, Rq: clipped mass of teacher and student.
 """
 
@@ -16,10 +16,17 @@ from megadistill.losses.tiles import ClippedSum, TileSpec
 
 @dataclass(frozen=True)
 class ClipTerms:
-    """Per token [C], merged and identical on every rank.
+    """Terms of DAC-KL per token [C], merged and identical on every rank.
 
-    value: the loss L; kept_mass, clipped_mass: P and Rp; log_norm: log Rq (bucket) or log Q (renormalize);
-    d_theta_l, d_theta_u and d_mass_l, d_mass_u: derivatives of L and of Rp by the thresholds, None without edge sums.
+    Attributes:
+        value: The loss L, in nats.
+        kept_mass: P.
+        clipped_mass: Rp.
+        log_norm: log Rq (bucket) or log Q (renormalize).
+        d_theta_l: Derivative of L by the lower threshold; None without edge sums, like the next ones.
+        d_theta_u: Derivative of L by the upper threshold.
+        d_mass_l: Derivative of Rp by the lower threshold.
+        d_mass_u: Derivative of Rp by the upper threshold.
     """
 
     value: Tensor
@@ -33,7 +40,7 @@ class ClipTerms:
 
 
 def merge_clip_sums(spec: TileSpec, sums: Tensor) -> ClipTerms:
-    """[R, C, num_sums] sums of all shards -> loss value and derivatives of each token."""
+    """Loss value and derivatives of each token from the sums [R, C, num_sums] of all shards."""
     kept_gap, kept_p, clipped_p = (
         sums[..., column].sum(0) for column in (ClippedSum.KEPT_GAP, ClippedSum.KEPT_P, ClippedSum.CLIPPED_P)
     )

@@ -42,13 +42,26 @@ def cross_entropy(
     chunk_tokens: int | Literal["auto"] = "auto",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Sum over the tokens of -log q(label), in nats, divided by `num_tokens`: a differentiable scalar.
+    """Sum over the tokens of -log q(label), divided by a global count.
 
-    student: hidden [T, H] and head shard; labels: [T] int64, -100 ignores a token (its contents do not matter);
-    num_tokens: the global count (over data-parallel ranks and micro-batches) that divides the sum. The same value on
-    every tensor-parallel rank; every rank must call backward on it. float32 or better whatever the inputs.
-    Communicates over `shard.group`: 3 floats a token in one all-gather a chunk, and one all-reduce of the hidden
-    gradient. Raises ValueError for shapes and DataError for labels that do not fit.
+    Communicates over ``shard.group``: 3 floats per token in one all-gather per chunk, and one all-reduce of the hidden
+    gradient.
+
+    Args:
+        student: Hidden states [T, H] and head shard.
+        labels: [T] int64; -100 ignores a token, whatever its hidden state contains.
+        shard: This rank's slice of the vocabulary.
+        num_tokens: The global count, over data-parallel ranks and micro-batches.
+        chunk_tokens: As ``loss.chunk_tokens``.
+        backend: As ``loss.backend``.
+
+    Returns:
+        A differentiable scalar in nats, the same on every tensor-parallel rank, in float32 or float64 whatever the
+        inputs. Every rank must call backward on it.
+
+    Raises:
+        ValueError: Shapes do not fit.
+        DataError: A label is not a class.
     """
     check_shard(shard)
     check_labels(labels)

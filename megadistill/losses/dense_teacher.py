@@ -1,4 +1,4 @@
-"""The usual teacher of the objective: hidden states and its shard of a head, so a tile of logits beside the student's.
+"""The usual teacher of the objective: hidden states and a head shard, so a tile of logits beside the student's.
 
 Suffixes: C tokens of one chunk, Vs this rank's classes, R ranks.
 """
@@ -28,7 +28,16 @@ from megadistill.parallel.vocab import VocabShard
 
 
 class DenseTeacher:
-    """Logits of the chunk at hand, and what the kernels make of them together with the student's."""
+    """The teacher's logits of one chunk at a time, and what the kernels compute from them and the student's.
+
+    Args:
+        projector: The teacher's logits.
+        spec: What the kernels are specialized on.
+        kernels: The backend.
+        shard: This rank's slice of the vocabulary.
+        top_k: Number of top log-probabilities to merge; 0: none.
+        max_tokens: Tokens of the longest chunk.
+    """
 
     def __init__(
         self,
@@ -89,7 +98,7 @@ class DenseTeacher:
 def span_sums(
     spec: TileSpec, kernels: TorchKernels, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers
 ) -> Tensor:
-    """[C, 2] local sums of the pair that each position starts; 0 for the last one."""
+    """Local sums [C, 2] of the span pair that each position starts; 0 for the last one."""
     if len(student_CVs) < 2:
         return student_CVs.new_zeros(len(student_CVs), len(SpanSum))
     return F.pad(kernels.span_sums(spec, student_CVs, teacher_CVs, norms), (0, 0, 0, 1))

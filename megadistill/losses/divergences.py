@@ -1,7 +1,7 @@
-"""Token-level divergences beside DAC-KL (``loss.divergence``): one entry each, with every formula of it.
+"""Token-level divergences beside DAC-KL (``loss.divergence``): one entry each, with all of its formulas.
 
-To add one: an entry in `DIVERGENCES`, and its name in `megadistill.config.loss.TokenLoss`. Nothing else asks which one
-it is.
+To add one: an entry in ``DIVERGENCES``, and its name in ``megadistill.config.loss.TokenLoss``. No other code depends on
+which one it is.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Divergence:
     """A divergence sum_c phi(p_c, q_c) of teacher p and student q, in nats.
 
     Attributes:
-        reference: The definition, dense and differentiable: (log p [T, V], log q [T, V], share) -> [T]. Tests hold the
-            formula to it in float64.
+        reference: The definition, dense and differentiable: (log p [T, V], log q [T, V], share) -> [T]. Tests compare
+            the formula with it in float64.
         formula: (log p, log q, p, q, share) -> (value, slope), elementwise: the terms phi, and q dphi/dq up to a
-            multiple of q (which normalization takes out again), so that the derivative by a logit is
-            slope - q * sum(slope). It runs in eager torch, in torch.compile and, from the same source, as a Triton
-            function: write it as a ``def`` with arithmetic and the functions `exp`, `absolute`, `sign` and
-            `log_mixture` of this module only (a further one needs its Triton twin in ``triton_kernels.py``). None for
-            the forward KL, whose sums the kernels form in any case.
+            multiple of q (which normalization removes), so that the derivative by a logit is slope - q * sum(slope).
+            It runs in eager torch, in torch.compile and, from the same source, as a Triton function: write it as a
+            ``def`` with arithmetic and the functions ``exp``, ``absolute``, ``sign`` and ``log_mixture`` of this module
+            only (another function needs its Triton twin in ``triton_kernels.py``). None for the forward KL, whose sums
+            the kernels compute in any case.
         share: The share of the mixture that the formulas get, for divergences that have one.
         needs_support: Whether it is infinite where the teacher excludes a class.
     """
@@ -46,7 +46,7 @@ exp, absolute, sign = torch.exp, torch.abs, torch.sign
 
 
 def log_mixture(gap: Tensor, share: float) -> Tensor:
-    """log((1 - share) + share exp(gap)). Where the gap is too large for exp, the other side is 0 and so is its term.
+    """Computes log((1 - share) + share exp(gap)); where the gap is too large for exp, the other side's term is 0.
 
     With gap = log p - log q this is the log of a mixture over q: near p = q a quotient would lose all digits.
     """
@@ -54,7 +54,7 @@ def log_mixture(gap: Tensor, share: float) -> Tensor:
 
 
 def saturation(values: Tensor) -> float:
-    """A number of nats beyond which exp is 0 or too large to be used, in the dtype of ``values``."""
+    """The number of nats beyond which exp is 0 or too large to be used, in the dtype of ``values``."""
     return 640.0 if values.dtype == torch.float64 else 80.0
 
 
@@ -64,7 +64,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
+    """Computes log(share a + (1 - share) b)."""
     return (share * log_a.exp() + (1 - share) * log_b.exp()).log()
 
 
@@ -100,7 +100,7 @@ def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: 
 
 
 def divergence_of(config: LossConfig) -> Divergence:
-    """The divergence that a configuration asks for; without one, the forward KL, which is always reported."""
+    """The divergence of a configuration; without one, the forward KL, which is always reported."""
     is_asked = config.dac_kl > 0 and config.divergence != "dac_kl"
     return DIVERGENCES[config.divergence if is_asked else "forward_kl"]
 

@@ -1,7 +1,7 @@
-"""What every chunked loss shares: the tokens that count, the chunks, and gradients formed in the forward pass.
+"""What every chunked loss shares: the tokens that count, the chunks, and gradients computed in the forward pass.
 
-Holding a [T, Vs] tensor of logits until the backward pass is what runs a large vocabulary out of memory. A scalar loss
-needs no such tensor: the gradient of its chunk is known as soon as the chunk is, and only has to be scaled later.
+With a large vocabulary, a [T, Vs] tensor of logits that is held until the backward pass exhausts the memory. A scalar
+loss needs no such tensor: the gradient of a chunk is known as soon as the chunk is, and only has to be scaled later.
 Suffixes: T tokens that count, C tokens of one chunk, H hidden size, Vs this rank's classes.
 """
 
@@ -20,8 +20,8 @@ from megadistill.losses.head import Head, LogitsProjector
 from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
-# Elements of one [C, Vs] tile under chunk_tokens="auto", of which three exist at once: enough tokens for products at
-# full speed. Never more of the memory than one part in _MEMORY_PARTS.
+# Elements of one [C, Vs] tile under chunk_tokens="auto": enough tokens for matrix products at full speed. Three tiles
+# exist at once. A tile never takes more than one part in _MEMORY_PARTS of the memory.
 _TILE_ELEMENTS_CPU = 2**23
 _TILE_ELEMENTS_ACCELERATOR = 2**27
 _MEMORY_PARTS = 64
@@ -31,7 +31,7 @@ Normalizer = int | float | Tensor
 
 
 def check_shard(shard: VocabShard) -> None:
-    """Raises ConfigError for a part of a vocabulary without the group that holds the rest."""
+    """Raises ConfigError for a slice of a vocabulary without the process group that holds the rest."""
     if shard.group is None and shard.size != shard.total:
         raise ConfigError(
             f"a vocabulary shard [{shard.start}, {shard.stop}) of {shard.total} classes needs its process group"
@@ -39,13 +39,13 @@ def check_shard(shard: VocabShard) -> None:
 
 
 def check_labels(labels: Tensor) -> None:
-    """Raises ValueError for labels that are not one int64 a token."""
+    """Raises ValueError for labels that are not int64 [T]."""
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape [T], got {labels.dtype} {tuple(labels.shape)}")
 
 
 def valid_positions(labels: Tensor, total: int) -> Tensor:
-    """[T] positions whose label is not ignored. Raises DataError for a label outside the vocabulary."""
+    """Positions whose label is not ignored. Raises DataError for a label outside the vocabulary."""
     positions = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
     if len(positions):
         lowest, highest = (int(label) for label in labels[positions].aminmax())
@@ -56,9 +56,12 @@ def valid_positions(labels: Tensor, total: int) -> Tensor:
 
 
 def chunk_size(chunk_tokens: int | Literal["auto"], shard: VocabShard, device: torch.device) -> int:
-    """Tokens of a chunk, the same on all ranks of `shard.group`, whose collectives have to meet.
+    """Tokens of a chunk, the same on all ranks of ``shard.group``, which call a collective per chunk.
 
-    auto: from the widest shard and the memory; ranks agree on the smallest wish in one all-reduce of one number.
+    "auto" depends on the widest shard and the memory; one all-reduce of one number gives all ranks the smallest value.
+
+    Raises:
+        ConfigError: ``chunk_tokens`` is not a positive integer or "auto".
     """
     if chunk_tokens != "auto":
         if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
@@ -87,10 +90,10 @@ def chunks(num_tokens: int, size: int, halo: int = 0) -> Iterator[tuple[slice, i
 
 
 def inverse_count(count: Normalizer, device: torch.device) -> Tensor:
-    """1 / count as a float64 scalar on the device, 0 where there is nothing to count.
+    """The inverse of a count as a float64 scalar on the device; 0 for a count of 0.
 
     Raises:
-        ValueError: What is not a count.
+        ValueError: ``count`` is not one finite number >= 0.
     """
     is_wrong = not isinstance(count, int | float | Tensor) or (isinstance(count, Tensor) and count.numel() != 1)
     if is_wrong or (not isinstance(count, Tensor) and not 0 <= count < float("inf")):
@@ -100,7 +103,7 @@ def inverse_count(count: Normalizer, device: torch.device) -> Tensor:
 
 
 def bias_shifts(heads: Sequence[Head], group: Group) -> list[Tensor | None]:
-    """The largest bias of each head, None without one: one all-reduce of a number a head where there is a bias."""
+    """The largest bias of each head, None without one. Where there is a bias: one all-reduce of a number per head."""
     if all(head.bias is None for head in heads):
         return [None] * len(heads)
     device = heads[0].hidden.device
@@ -113,7 +116,12 @@ def bias_shifts(heads: Sequence[Head], group: Group) -> list[Tensor | None]:
 
 
 class StudentGradients:
-    """Gradients of one head, in the dtype of the loss; a part that nobody asked for is None and costs nothing."""
+    """Gradients of one head, in the dtype of the loss.
+
+    Args:
+        head: The head.
+        wanted: Which of (hidden, weight, bias) need a gradient; that of the others is None and costs nothing.
+    """
 
     def __init__(self, head: LogitsProjector, wanted: tuple[bool, bool, bool]) -> None:
         self._head = head
@@ -125,10 +133,11 @@ class StudentGradients:
 
     @property
     def is_wanted(self) -> bool:
+        """Whether any part needs a gradient."""
         return any(part is not None for part in (self.hidden_TH, self.weight_VsH, self.bias_Vs))
 
     def add(self, chunk: slice, gradient_CVs: Tensor) -> None:
-        """Adds what the derivative by the chunk's logits contributes."""
+        """Adds a chunk's contribution, given the derivative by its logits."""
         head = self._head
         if self.bias_Vs is not None:
             self.bias_Vs += gradient_CVs.sum(0)
@@ -145,7 +154,7 @@ class StudentGradients:
 
 
 def needs_gradient(head: Head, is_grad_enabled: bool) -> tuple[bool, bool, bool]:
-    """Which of (hidden, weight, bias) take part in the backward pass."""
+    """Which of (hidden, weight, bias) need a gradient."""
     parts = (head.hidden, head.weight, head.bias)
     return tuple(is_grad_enabled and part is not None and part.requires_grad for part in parts)  # type: ignore[return-value]
 
@@ -153,7 +162,7 @@ def needs_gradient(head: Head, is_grad_enabled: bool) -> tuple[bool, bool, bool]
 def keep_for_backward(
     ctx: Any, head: Head, positions: Tensor, gradients: StudentGradients, others: list[Tensor]
 ) -> None:
-    """Leaves the finished gradients for `scaled_gradients`; `others` are those of further inputs."""
+    """Leaves the finished gradients for ``scaled_gradients``; ``others`` are those of further inputs."""
     bias_dtype = None if head.bias is None else head.bias.dtype
     ctx.formed = (gradients, others)
     ctx.positions, ctx.hidden_shape = positions, head.hidden.shape
@@ -161,7 +170,7 @@ def keep_for_backward(
 
 
 def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of (hidden, weight, bias, *others) for the upstream derivative of the loss; once only."""
+    """Gradients of (hidden, weight, bias, *others) for the upstream derivative of the loss; works once."""
     if torch.is_grad_enabled():
         raise RuntimeError("this loss has no second derivative: call backward without create_graph")
     if ctx.formed is None:

@@ -1,4 +1,4 @@
-"""A model seen by the objective: hidden states and this rank's slice of the output head.
+"""A model as the objective sees it: hidden states and this rank's slice of the output head.
 
 Suffixes: T tokens, C tokens of one chunk, H hidden size, Vs this rank's classes.
 """
@@ -55,11 +55,16 @@ def loss_dtype(student: Head, teacher: object = None) -> torch.dtype:
 
 
 class LogitsProjector:
-    """The tokens that count of one head, and its logits chunk by chunk in the dtype of the loss.
+    """Logits of one head chunk by chunk, in the dtype of the loss.
 
     On CUDA bfloat16 inputs stay as they are: the products read them, and accumulate and write float32. Elsewhere, and
-    for float16 (whose range the scaled derivatives leave), inputs are converted once. `bias_shift` is taken off every
-    bias: no loss depends on it, and large logits are coarse.
+    for float16 (whose range the scaled derivatives exceed), inputs are converted once.
+
+    Args:
+        head: The head.
+        positions: Token positions that count; None: all.
+        dtype: That of the loss.
+        bias_shift: Subtracted from every bias: no loss depends on it, and large logits are imprecise.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class LogitsProjector:
         return self.hidden_TH.new_empty((num_tokens, self.weight_VsH.shape[0]), dtype=dtype or self.dtype)
 
     def logits(self, chunk: slice, out: Tensor) -> Tensor:
-        """[C, Vs] logits of the tokens in ``chunk``, written to the start of ``out``."""
+        """Logits [C, Vs] of the tokens in ``chunk``, written to the start of ``out``."""
         hidden_CH = self.hidden_TH[chunk]
         logits_CVs = out[: hidden_CH.shape[0]]
         if self.is_mixed:
@@ -92,7 +97,7 @@ class LogitsProjector:
         return logits_CVs if self.bias_Vs is None else logits_CVs.add_(self.bias_Vs)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """total += left @ right, accumulated in the dtype of the loss."""
+        """Adds left @ right to ``total``, accumulated in the dtype of the loss."""
         if self.is_mixed:
             torch.ops.aten.addmm.dtype_out(total, left, right, self.dtype, out=total)
         else:

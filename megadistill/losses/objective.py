@@ -1,9 +1,9 @@
 """The whole objective in one pass over chunks of tokens: L = w_sft L_SFT + w_dac L_DAC-KL + w_span L_span.
 
-Paper: section 3 and Eq. 6-10; docs/method.md fixes what it leaves open. Three student products and one teacher product
-a chunk, no recomputation, and no tensor as large as the logits of all tokens. What lies between the products is done by
-the kernels of `backends.py`.
-Suffixes: T tokens of the call, C tokens of one chunk (a halo token of the chunk before included), Vs this rank's
+Paper: section 3 and Eq. 6-10; docs/method.md decides what it leaves open. A chunk takes three matrix products of the
+student and one of the teacher: nothing is recomputed, and no tensor is as large as the logits of all tokens. The
+kernels of ``backends.py`` do the work between the products.
+Suffixes: T tokens of the call, C tokens of one chunk (a halo token of the previous chunk included), Vs this rank's
 classes.
 """
 
@@ -63,20 +63,30 @@ def distill_loss(
 ) -> DistillOutput:
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
-    student, teacher: hidden states [T, H] and head shard, or for the teacher its top classes (`TeacherTopK`);
-    labels: [T] int64, -100 = the token is ignored by all terms, whatever it contains; pair_mask: [T] bool, positions t
-    and t+1 are one span pair (counts only when both are valid); gate: needed where `config.uses_gate`, called with
-    (sorted_log_probs [C, K], log_tail [C]);
-    num_tokens, num_pairs: global counts that divide the sums (0 pairs: the term is 0). Data-parallel averaging is the
-    caller's.
-    Gradients are formed here and scaled by `loss.backward()`, which works once. The gate's gradients follow
-    `config.gate_objective` and include the coverage penalty, which is not part of the value; they are the same on
+    Gradients are computed here and scaled by ``loss.backward()``, which works once. The gate's gradients follow
+    ``config.gate_objective`` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
-    Communicates over `shard.group`: two all-gathers a chunk (at most 7 + K and 14 floats a token; with a `TeacherTopK`
-    of L classes 4 + L and, for the span term, 2), one all-reduce of the hidden gradient; one more of a number or two
-    a call with a bias, and with chunk_tokens="auto". How many follows from `labels`, `config` and what has a bias.
-    Raises ConfigError for a missing or unfitting gate or a backend that cannot run here, ValueError for shapes,
-    DataError for labels that do not fit.
+
+    Communicates over ``shard.group``: two all-gathers per chunk (at most 7 + K and 14 floats per token; with a
+    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2) and one all-reduce of the hidden gradient; per call
+    one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows from
+    ``labels``, ``config`` and which heads have a bias.
+
+    Args:
+        student: Hidden states [T, H] and head shard.
+        teacher: The same, or its top classes.
+        labels: [T] int64; all terms ignore a token with label -100, whatever it contains.
+        pair_mask: [T] bool: positions t and t + 1 are one span pair, which counts where neither is ignored.
+        gate: Needed where ``config.uses_gate``; called with (sorted_log_probs [C, K], log_tail [C]).
+        config: The three terms and their options.
+        shard: This rank's slice of the vocabulary.
+        num_tokens: Global count that divides the sums over tokens. Averaging over data-parallel ranks is the caller's.
+        num_pairs: Global count that divides the sum over pairs; for 0 the span term is 0.
+
+    Raises:
+        ConfigError: The gate is missing or does not fit, or the backend cannot run here.
+        ValueError: Shapes do not fit.
+        DataError: A label is not a class.
     """
     check_shard(shard)
     length = len(labels)
@@ -121,7 +131,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _TokenTerms:
-    """Per token [C]: KL(p || q), the token-level loss, the sum of its slopes (divergences) and the mask's terms."""
+    """Per token [C]: KL(p || q), the token loss, the sum of its slopes (divergences) and the mask's terms."""
 
     kl: Tensor
     value: Tensor
@@ -165,7 +175,7 @@ class _FusedPass:
         self.parameters = parameters
         device = self.device = head.hidden.device
         self.dtype = loss_dtype(head, call.teacher)
-        # Ignored tokens go before any product: they cost nothing, and whatever they hold cannot leak.
+        # Ignored tokens are removed before any product: they cost nothing, and what they contain cannot leak.
         self.positions = valid_positions(call.labels, call.shard.total)
         self.labels = call.labels[self.positions]
         follows = torch.zeros_like(call.pair_mask[self.positions])
@@ -207,7 +217,7 @@ class _FusedPass:
         self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
     def chunks(self) -> Iterator[tuple[slice, int]]:
-        # One halo token carries a span pair over the border between two chunks.
+        """The chunks, each with a halo token where span pairs may cross the border between two chunks."""
         return chunks(len(self.positions), self.chunk_size, halo=int(self.config.span > 0))
 
     def step(self, chunk: slice, num_halo: int) -> None:
@@ -243,7 +253,7 @@ class _FusedPass:
         self.gradients.add(chunk, gradient_CVs)
 
     def outputs(self) -> tuple[Tensor, ...]:
-        """loss, kl_map, teacher_top1 and the scalars in the order of `SCALAR_NAMES`."""
+        """The loss, kl_map, teacher_top1 and the scalars in the order of ``SCALAR_NAMES``."""
         config = self.config
         scalars = {
             name: total * (self.inv_num_pairs if name in PER_PAIR else self.inv_num_tokens)
@@ -336,7 +346,7 @@ class _FusedPass:
             self._add("mean_upper", is_own, is_own)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Adds the chunk's pairs; returns (weight over root, merged inner product), both [C]."""
+        """Adds the chunk's span pairs; returns (weight over root, merged inner product), both [C]."""
         weight = self.is_pair[chunk].to(self.dtype)
         weight[-1] = 0.0  # that pair's second token is in the next chunk, which sees it through its halo
         value, root = span_value(sums[:, SpanSum.SQUARE], self.config.span_eps)

@@ -1,4 +1,4 @@
-"""What the objective reports: one table of its scalars, which every user of them reads by name."""
+"""What the objective reports: one table of its scalars, which are read by name everywhere."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _scalar(metric: str, *, per: str = "token") -> Any:
 class DistillScalars:
     """The scalars of a call, each a sum divided by a global count.
 
-    To add one: a field here, and in `objective.py` one line that adds a chunk's share to the total of that name.
+    To add one: a field here, and in ``objective.py`` one line that adds a chunk's share to the total of that name.
 
     Attributes:
-        sft: Cross-entropy, nats a token.
-        dac_kl: Token loss times temperature squared, nats a token; without its weight, like the other terms.
-        span: Span term, a norm a pair.
+        sft: Cross-entropy, in nats per token.
+        dac_kl: Token loss times temperature squared, in nats per token; without its weight, like the other terms.
+        span: Span term, a norm per pair.
         kept_mass: Teacher probability that the mask keeps.
         mean_lower: Quantile l of the mask; 0 without clipping.
         mean_upper: Quantile u of the mask; 1 without clipping.
@@ -43,7 +43,7 @@ PER_PAIR = frozenset(scalar.name for scalar in fields(DistillScalars) if scalar.
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOutput(DistillScalars):
-    """The loss and what to log; everything but `loss` is detached, and all of it is equal on all tensor-parallel ranks.
+    """The loss and what to log. All but ``loss`` is detached; all of it is equal on all tensor-parallel ranks.
 
     Scalars are this call's sum divided by the global count, so that adding them up over data-parallel ranks and
     micro-batches gives the global mean.
@@ -60,6 +60,8 @@ class DistillOutput(DistillScalars):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """The detached scalars (0-dim, dtype of the loss) by their name in metrics.jsonl, always those of
-        `METRIC_NAMES` in this order: stacked and summed over ranks they are the global metrics."""
+        """The detached scalars (0-dim, dtype of the loss) by their name in metrics.jsonl.
+
+        Always those of ``METRIC_NAMES``, in this order: stacked and summed over ranks they are the global metrics.
+        """
         return {metric: getattr(self, name) for name, metric in zip(SCALAR_NAMES, METRIC_NAMES, strict=True)}

@@ -25,11 +25,24 @@ _INPUT_SCALE = 0.1
 class QuantileGate(nn.Module):
     """MLP (two hidden layers of 64) from the teacher's sorted top-K to a lower and an upper quantile, as logits.
 
-    Guarded, the bounds hold by construction: lambda_l = logit(lower_max) - softplus(a) and
+    With guards the bounds hold by construction: lambda_l = logit(lower_max) - softplus(a) and
     lambda_u = logit(upper_min) + softplus(b). Every pair below and above the two bounds can be reached, and
-    lambda_l < lambda_u. Unguarded: lambda_l = a and lambda_u = lambda_l + softplus(b).
+    lambda_l < lambda_u. Without guards: lambda_l = a and lambda_u = lambda_l + softplus(b).
     The weights come from a separate generator, so every rank starts from the same gate; the last layer starts at
     zero, so that every token starts at the quantiles (lower, upper).
+
+    Args:
+        top_k: Number of log-probabilities that it reads.
+        lower: Lower quantile at the start.
+        upper: Upper quantile at the start.
+        lower_max: Largest lower quantile, with guards.
+        upper_min: Smallest upper quantile, with guards.
+        guards: Whether the bounds hold.
+        hidden_size: Size of the hidden layers.
+        seed: Seed of the weights.
+
+    Raises:
+        ConfigError: The quantiles are not in order.
     """
 
     def __init__(
@@ -66,7 +79,7 @@ class QuantileGate(nn.Module):
 
     @classmethod
     def from_config(cls, config: LossConfig, *, seed: int = 0) -> QuantileGate:
-        """The gate that `config` describes."""
+        """The gate that ``config`` describes."""
         return cls(
             config.top_k,
             lower=config.lower,
@@ -80,8 +93,9 @@ class QuantileGate(nn.Module):
     def forward(self, sorted_log_probs: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
         """Quantile logits (lambda_l [C], lambda_u [C]), computed in the dtype of the parameters.
 
-        sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending (fewer columns are filled up);
-        log_tail: [C] log of the sum of all other probabilities, -inf when there is none.
+        Args:
+            sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending; missing columns are filled.
+            log_tail: [C] log of the sum of all other probabilities, -inf when there is none.
         """
         dtype = next(self.parameters()).dtype
         features = torch.cat([F.pad(sorted_log_probs, (0, self.top_k - sorted_log_probs.shape[-1]), value=_FLOOR),
@@ -106,10 +120,16 @@ class QuantileGate(nn.Module):
 
 
 class QuantileFunction:
-    """log-probability at a quantile: piecewise linear on the logit scale through the sorted top-K, slope 1 outside.
+    """Log-probability at a quantile: piecewise linear on the logit scale through the sorted top-K, slope 1 outside.
 
     Slope 1 continues a geometric tail (quantile of mass) or Zipf's law (quantile of classes) exactly. Computed in
-    float64 and in the log domain, because the mass beside a confident teacher's first class is far below round-off.
+    float64 and in the log domain, because the mass beside a confident teacher's top class is far below round-off.
+
+    Args:
+        sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending.
+        log_tail: [C] log of the sum of all other probabilities.
+        kind: Quantiles of mass or of ranks.
+        num_classes: V.
     """
 
     def __init__(self, sorted_log_probs: Tensor, log_tail: Tensor, kind: Quantile, num_classes: int) -> None:
@@ -132,7 +152,7 @@ class QuantileFunction:
         self.values_CK = log_probs_CK.flip(-1)
 
     def __call__(self, quantile_logit: Tensor) -> Tensor:
-        """theta [C] float64 at quantile logits [C] (infinite ones allowed); differentiable in its argument."""
+        """Thresholds theta [C] float64 at quantile logits [C], which may be infinite; differentiable in them."""
         point_C1 = quantile_logit.to(torch.float64).unsqueeze(-1)
         right_C1 = torch.searchsorted(self.knots_CK, point_C1.detach().contiguous())
         last = self.knots_CK.shape[-1] - 1
@@ -146,7 +166,7 @@ class QuantileFunction:
 
 
 def constant_quantiles(lower: float, upper: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantile logits of clip=fixed for tokens [C] like `like`; 0 and 1 are -inf and +inf."""
+    """Quantile logits of clip=fixed for tokens [C] like ``like``; 0 and 1 are -inf and +inf."""
     return torch.full_like(like, _logit(lower)), torch.full_like(like, _logit(upper))
 
 

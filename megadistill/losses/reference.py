@@ -1,8 +1,8 @@
 """The objective written out densely: whole logits of the whole vocabulary, plain autograd, any dtype.
 
-This is what docs/method.md says, in the order in which it says it, and what the fused objective is tested against.
-It shares only the gate's network with it. Use it to read, to check and for small problems; it keeps several
-[T, V] tensors and the gradient of each.
+This is docs/method.md as code, in the same order; the fused objective is tested against it. The two share only the
+gate's network. Use it to read, to check and for small problems; it keeps several [T, V] tensors and the gradient of
+each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megadistill.losses.topk_teacher import TeacherTopK
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOutput(DistillScalars):
-    """As DistillOutput, undetached. gate_objective: what the gate descends (equal to `loss` up to its own terms)."""
+    """As DistillOutput, with graphs. ``gate_objective`` is what the gate minimizes."""
 
     loss: Tensor
     gate_objective: Tensor
@@ -43,7 +43,10 @@ def reference_loss(
     num_tokens: float,
     num_pairs: float,
 ) -> ReferenceOutput:
-    """The whole vocabulary in one process. Back-propagate `loss` for the student, `gate_objective` for the gate."""
+    """As ``distill_loss``, with the whole vocabulary in one process.
+
+    Back-propagate ``loss`` for the student and ``gate_objective`` for the gate.
+    """
     is_valid = labels != IGNORE_INDEX
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
@@ -98,10 +101,15 @@ def reference_loss(
 def quantile_thresholds(
     sorted_log_probs: Tensor, log_tail: Tensor, quantile_logit: Tensor, num_classes: int | None
 ) -> Tensor:
-    """log p at a quantile, token by token: linear between the knots (lambda_j, log p_(j)), slope 1 beyond them.
+    """Log-probability at a quantile, token by token: linear between the knots (lambda_j, log p_(j)), slope 1 outside.
 
-    `num_classes` None counts probability mass, a number counts classes. Knots run from the top class (the largest
-    quantile) down.
+    Knots run from the top class (the largest quantile) down.
+
+    Args:
+        sorted_log_probs: [T, K] the teacher's largest log-probabilities, descending.
+        log_tail: [T] log of the sum of all other probabilities.
+        quantile_logit: [T] logits of the quantiles.
+        num_classes: V for quantiles of ranks; None for quantiles of mass.
     """
     p = sorted_log_probs.exp()
     num_knots = p.shape[-1]
@@ -133,7 +141,7 @@ def _logits(head: Head) -> Tensor:
 
 
 def _listed(teacher: TeacherTopK, positions: Tensor, full_log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p and log q over the listed classes and the rest, and the teacher over all classes (0 where not listed)."""
+    """(log p, log q) over the listed classes and the rest, and p over all classes (0 where not listed)."""
     ids, log_probs, log_tail = teacher.ids[positions], teacher.log_probs[positions], teacher.log_tail[positions]
     full_p = torch.zeros_like(full_log_q).detach().scatter(-1, ids, log_probs.exp())
     if ids.shape[-1] == full_log_q.shape[-1]:  # nothing is left for a rest
@@ -147,8 +155,10 @@ def _listed(teacher: TeacherTopK, positions: Tensor, full_log_q: Tensor) -> tupl
 def _masks(
     log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping. The rest of a TeacherTopK, the last
-    class, is never kept."""
+    """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping.
+
+    The rest of a TeacherTopK, the last class, is never kept.
+    """
     if not config.is_clipped:
         zeros = torch.zeros_like(log_p)
         return zeros[:, 0], zeros[:, 0] + 1, zeros + 1, zeros

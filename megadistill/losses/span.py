@@ -1,4 +1,4 @@
-"""The value of the span term (paper: Eq. 10; docs/method.md, "Span level") from the sums of `SpanSum`."""
+"""The value of the span term (paper: Eq. 10; docs/method.md, "Span level") from the sums of ``SpanSum``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def span_value(square: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """sqrt(square + eps^2) - eps and the root itself; written without the difference, which would cancel."""
+    """The value sqrt(square + eps^2) - eps, computed without the difference, which would cancel; and the root."""
     root = torch.sqrt(square + eps * eps)
     return square / (root + eps), root

@@ -20,7 +20,12 @@ from megadistill.parallel.vocab import VocabShard
 
 @dataclass(frozen=True)
 class StudentStatistics:
-    """Per token [C], merged and identical on every rank: normalizers for the kernels, and -log q(label) untempered."""
+    """Statistics of the student per token [C], merged and identical on every rank.
+
+    Attributes:
+        norms: Normalizers for the kernels.
+        label_nats: -log q(label) at temperature 1.
+    """
 
     norms: LogNormalizers
     label_nats: Tensor
@@ -28,8 +33,13 @@ class StudentStatistics:
 
 @dataclass(frozen=True)
 class TokenStatistics(StudentStatistics):
-    """With the teacher's. top_log_probs: [C, K] its largest log-probabilities, descending; log_tail: [C] log of the
-    sum of all others (a sum, never 1 - sum); teacher_top1: [C] its first class, the lowest when tied."""
+    """With the teacher's.
+
+    Attributes:
+        teacher_top1: [C] its top class, the lowest when tied.
+        top_log_probs: [C, K] its largest log-probabilities, descending.
+        log_tail: [C] log of the sum of all others (a sum, never 1 - sum).
+    """
 
     teacher_top1: Tensor
     top_log_probs: Tensor
@@ -39,19 +49,19 @@ class TokenStatistics(StudentStatistics):
 def merge_student(
     spec: TileSpec, local: LocalStatistics, student_CVs: Tensor, labels: Tensor, shard: VocabShard
 ) -> StudentStatistics:
-    """Statistics of a chunk without a teacher; 3 floats a token in one all-gather over `shard.group`."""
+    """Statistics of a chunk without a teacher; 3 floats per token in one all-gather over ``shard.group``."""
     gathered = all_gather_rows(torch.stack(student_columns(local, student_CVs, labels, shard), -1), shard.group)
     return merged_student(spec, gathered.unbind(-1))
 
 
 def student_columns(local: LocalStatistics, student_CVs: Tensor, labels: Tensor, shard: VocabShard) -> list[Tensor]:
-    """What a shard tells the others about the student."""
+    """What a shard sends to the others about the student, each [C]."""
     columns = [local.student_max, local.student_sum, local_target(student_CVs, labels, shard)]
     return columns if local.untempered_sum is None else [*columns, local.untempered_sum]
 
 
 def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatistics:
-    """`student_columns` of all ranks, each [R, C], merged in float64."""
+    """Merges ``student_columns`` of all ranks, each [R, C], in float64."""
     student_max, total, target = (column.double() for column in columns[:3])
     largest = student_max.amax(0)
     log_sum = log_total(student_max, total, largest, spec.temperature)
@@ -72,7 +82,7 @@ def merge_both(
     shard: VocabShard,
     top_k: int,
 ) -> TokenStatistics:
-    """Statistics of a chunk; 6 + K floats a token (one more when tempered) in one all-gather over `shard.group`."""
+    """Statistics of a chunk; 6 + K floats per token (7 + K when tempered) in one all-gather over ``shard.group``."""
     columns = student_columns(local, student_CVs, labels, shard)
     top_CK, tail, top1 = local_top(spec, local, teacher_CVs, shard, min(top_k, shard.total))
     assert local.teacher_max is not None
@@ -101,15 +111,19 @@ def merge_both(
 
 
 def log_total(maxima: Tensor, totals: Tensor, largest: Tensor, temperature: float) -> Tensor:
-    """[C] log of the sum of all shards' exponentials, relative to the largest logit; maxima and totals are [R, C]."""
+    """Log of the sum of all shards' exponentials [C], relative to the largest logit; maxima and totals are [R, C]."""
     return torch.log((totals * ((maxima - largest) / temperature).exp()).sum(0))
 
 
 def local_top(
     spec: TileSpec, local: LocalStatistics, teacher_CVs: Tensor, shard: VocabShard, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The shard's `top_k` largest teacher logits [C, top_k], filled up with -inf; the tempered log-sum-exp [C] of all
-    others, relative to the maximum; and its first class [C] in the whole vocabulary."""
+    """The shard's largest teacher logits and their rest.
+
+    Returns:
+        The ``top_k`` largest logits [C, top_k], padded with -inf; the tempered log-sum-exp [C] of all others, relative
+        to the maximum; and the top class [C] in the whole vocabulary.
+    """
     num_tokens, width = teacher_CVs.shape
     largest = local.teacher_max
     assert largest is not None
@@ -138,8 +152,10 @@ def local_top(
 
 
 def _candidate_columns(group_max: Tensor, num_classes: int, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Columns [C, .] of the groups that hold the top classes (columns beyond the last are to be ignored), and which
-    groups [C, G] lie outside them."""
+    """Columns [C, .] of the groups that hold the top classes, and a mask [C, G] of all other groups.
+
+    The caller ignores columns beyond the last class.
+    """
     width = group_width(num_classes)
     groups = group_max.topk(min(num_groups, group_max.shape[-1]), -1).indices
     columns = (groups.unsqueeze(-1) * width + torch.arange(width, device=group_max.device)).flatten(1)
@@ -158,14 +174,14 @@ def _first_column(group_max: Tensor | None, largest: Tensor, teacher_CVs: Tensor
 
 
 def merge_argmax(largest: Tensor, classes: Tensor, shard: VocabShard) -> Tensor:
-    """[R, C] local maxima and their classes -> [C] int64 class of the overall maximum; the lowest class when tied."""
+    """Class [C] int64 of the overall maximum, the lowest when tied, from local maxima and their classes [R, C]."""
     is_best = largest == largest.amax(0)
     lowest = torch.where(is_best, classes.to(torch.int64), shard.total).amin(0)
     return lowest.clamp_max(shard.total - 1)  # NaN has no best class
 
 
 def local_target(logits_CVs: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
-    """[C] logit of the label where this shard holds it, else 0: the sum over the shards is the label's logit."""
+    """Logit [C] of the label where this shard holds it, else 0: the sum over the shards is the label's logit."""
     is_here, column = label_columns(labels, shard)
     if shard.size == 0:
         return logits_CVs.new_zeros(labels.shape)

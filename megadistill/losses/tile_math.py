@@ -50,7 +50,7 @@ def statistics(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) 
 def sums(
     spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None
 ) -> Tensor:
-    """[C, num_sums] sums over this shard's classes: the columns of `ClippedSum` or of `DivergenceSum`."""
+    """Sums [C, num_sums] over this shard's classes: the columns of ``ClippedSum`` or of ``DivergenceSum``."""
     lp, lq = log_p(spec, teacher_CVs, norms), log_q(spec, student_CVs, norms)
     p = _exp(lp)
     p_gap = p * (lp - lq)
@@ -95,7 +95,7 @@ def gradient(
     weights: GradientWeights,
     out_CVs: Tensor,
 ) -> None:
-    """Writes the derivative by the student's logits to `out_CVs`, but for its label and span parts."""
+    """Writes the derivative by the student's logits to ``out_CVs``, without its label and span parts."""
     lq = log_q(spec, student_CVs, norms)
     result = weights.student.unsqueeze(-1) * _exp(lq)
     if weights.untempered is not None and norms.untempered_log is not None:
@@ -117,7 +117,7 @@ def gradient(
 
 
 def span_sums(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
-    """[C - 1, 2] sums of each pair of neighboring tokens: the columns of `SpanSum`."""
+    """Sums [C - 1, 2] of each pair of neighboring tokens: the columns of ``SpanSum``."""
     q, p = _span_factors(spec, student_CVs, teacher_CVs, norms)
     student = q[:-1] * q[1:]
     difference = student - p[:-1] * p[1:]
@@ -132,7 +132,7 @@ def span_gradient(
     weights: GradientWeights,
     out_CVs: Tensor,
 ) -> None:
-    """Adds the span part of the derivative to `out_CVs`."""
+    """Adds the span part of the derivative to ``out_CVs``."""
     assert weights.span_pair is not None and weights.span_inner is not None
     q, p = _span_factors(spec, student_CVs, teacher_CVs, norms)
     student = q[:-1] * q[1:]
@@ -147,8 +147,14 @@ def span_gradient(
 
 
 class MaskEdges(NamedTuple):
-    """[C, Vs]: below, above: 1 minus the lower and the upper sigmoid of the mask; factor_l, factor_u: as `factor`, for
-    the parts of q's weight that move with theta_l and theta_u."""
+    """Parts of the mask [C, Vs] for the derivatives by its thresholds.
+
+    Attributes:
+        below: 1 minus the lower sigmoid of the mask.
+        above: 1 minus the upper sigmoid of the mask.
+        factor_l: As ``SoftMask.factor``, for the part of q's weight that moves with theta_l.
+        factor_u: The same for theta_u.
+    """
 
     below: Tensor
     above: Tensor
@@ -157,11 +163,15 @@ class MaskEdges(NamedTuple):
 
 
 class SoftMask(NamedTuple):
-    """[C, Vs] parts of the mask m = sigmoid((log p - theta_l)/s) sigmoid((theta_u - log p)/s), 1 at the top class.
+    """The mask m = sigmoid((log p - theta_l)/s) sigmoid((theta_u - log p)/s), 1 at the top class, in parts [C, Vs].
 
-    kept, clipped: m and 1 - m, each formed directly. The weight of q in the loss's log-domain sum (1 - m with a bucket,
-    m when renormalizing) is exp(log_weight) * factor with a factor between 1/4 and 2, so that it never underflows.
-    edges: only where the thresholds' derivatives are wanted.
+    Attributes:
+        kept: m.
+        clipped: 1 - m, not computed as a difference.
+        log_weight: The weight of q in the loss's log-domain sum (1 - m with a bucket, m when renormalizing) is
+            exp(log_weight) * factor, so that it never underflows.
+        factor: Between 1/4 and 2.
+        edges: Only where the thresholds' derivatives are wanted.
     """
 
     kept: Tensor
@@ -175,7 +185,7 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
     """The mask at teacher log-probabilities [C, Vs].
 
     Of the two edges the nearer one may be on either side of 0, the farther one is not negative. With e = exp(-|near|)
-    all that is needed of the near sigmoid is e and r = 1/(1+e): no overflow, and no difference that could cancel.
+    the near sigmoid needs only e and r = 1/(1+e): nothing overflows, and no difference cancels.
     """
     near, far, is_lower = _edges(spec, lp, bounds)
     log_weight = _log_weight(spec, near)
@@ -224,8 +234,10 @@ def _log_probs(spec: TileSpec, tile_CVs: Tensor, largest: Tensor, log_sum: Tenso
 
 
 def _edges(spec: TileSpec, lp: Tensor, bounds: MaskBounds) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances to the nearer and the farther edge in units of the softness, positive inside; whether the nearer one is
-    the lower."""
+    """Distances to the nearer and the farther edge, and whether the nearer one is the lower.
+
+    Distances are in units of the softness, positive inside.
+    """
     inverse = 1.0 / spec.softness
     lower, upper = (lp - bounds.theta_l.unsqueeze(-1)) * inverse, (bounds.theta_u.unsqueeze(-1) - lp) * inverse
     column = torch.arange(lp.shape[-1], device=lp.device)
@@ -239,25 +251,28 @@ def _edges(spec: TileSpec, lp: Tensor, bounds: MaskBounds) -> tuple[Tensor, Tens
 
 
 def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
-    """log(1 - m) or log m to within a factor of 4, without an exponential."""
+    """Log of 1 - m or of m to within a factor of 4, without an exponential."""
     return (-near if spec.remainder == "bucket" else near).clamp(max=0.0)
 
 
 def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
-    """exp, not below exp(-floor) (float64: its eighth power). The floors are such that what they add is far below
-    round-off, and that no product here is a denormal number: those are computed many times slower."""
+    """Computes exp, not below exp(-floor); in float64 not below its eighth power.
+
+    The floors are such that what they add is far below round-off, and that no product here is a denormal number, with
+    which computing is many times slower.
+    """
     return values.clamp(min=-floor * (8.0 if values.dtype == torch.float64 else 1.0)).exp()
 
 
 def _span_factors(
     spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers
 ) -> tuple[Tensor, Tensor]:
-    """q and p as factors of a span's product."""
+    """Probabilities q and p as factors of a span's product."""
     return _exp(log_q(spec, student_CVs, norms), 20.0), _exp(log_p(spec, teacher_CVs, norms), 20.0)
 
 
 def _groups(teacher_CVs: Tensor, width: int, inverse: float) -> tuple[Tensor, Tensor]:
-    """[C, G] maximum and tempered sum of each group of `width` neighbours; a last, shorter group takes the rest."""
+    """Maximum and tempered sum [C, G] of each group of ``width`` neighbors; a last, shorter group takes the rest."""
     whole = teacher_CVs.shape[-1] // width * width
     largest, total = [], []
     parts = [teacher_CVs[:, :whole].unflatten(1, (whole // width, width))]

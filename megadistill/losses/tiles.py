@@ -69,9 +69,9 @@ class TileSpec:
     """What a kernel is specialized on: one compiled version for each value."""
 
     is_clipped: bool = False
-    """DAC-KL with its mask; `formula` is None then."""
+    """DAC-KL with its mask; ``formula`` is None then."""
     formula: Formula | None = None
-    """The divergence; None without a mask: the forward KL."""
+    """The divergence; where it is None and there is no mask, the forward KL."""
     share: float = 0.0
     """The share that the formula gets."""
     remainder: Remainder = "bucket"
@@ -102,7 +102,7 @@ class TileSpec:
 
     @property
     def num_sums(self) -> int:
-        """Columns of the sums over classes: of `ClippedSum` or of `DivergenceSum`."""
+        """Columns of the sums over classes: of ``ClippedSum`` or of ``DivergenceSum``."""
         if self.is_clipped:
             return len(ClippedSum) if self.has_edges else ClippedSum.TOTAL + 1
         return DivergenceSum.KL + 1 if self.formula is None else len(DivergenceSum)
@@ -116,9 +116,14 @@ def group_width(num_classes: int) -> int:
 class LocalStatistics(NamedTuple):
     """Statistics of one shard, per token [C]; sums of exponentials are tempered and relative to the maximum.
 
-    untempered_sum: student_sum at temperature 1. group_max, group_sum: [C, G] of the teacher's groups, sums relative to
-    the group's own maximum; None where the shard is too small to be grouped. The teacher's entries are None without a
-    teacher.
+    Attributes:
+        student_max: Largest logit of the student.
+        student_sum: Its sum of exponentials.
+        untempered_sum: The same at temperature 1.
+        teacher_max: Largest logit of the teacher; None without a teacher, like the next ones.
+        teacher_sum: Its sum of exponentials.
+        group_max: [C, G] largest logits of groups of classes; None where the shard is too small to be grouped.
+        group_sum: [C, G] sums of exponentials of the groups, relative to the group's maximum.
     """
 
     student_max: Tensor
@@ -131,8 +136,11 @@ class LocalStatistics(NamedTuple):
 
 
 class LogNormalizers(NamedTuple):
-    """What makes log-probabilities of logits, per token [C]: log q = (student - student_max) / tau - student_log, and
-    the same for the teacher. untempered_log is student_log at temperature 1."""
+    """What turns logits into log-probabilities, per token [C].
+
+    For the student log q = (logit - student_max) / tau - student_log; the same for the teacher. ``untempered_log`` is
+    ``student_log`` at temperature 1.
+    """
 
     student_max: Tensor
     student_log: Tensor
@@ -142,8 +150,13 @@ class LogNormalizers(NamedTuple):
 
 
 class MaskBounds(NamedTuple):
-    """Where the mask lies, per token [C]: its two thresholds in nats, and the teacher's top class as a column of this
-    tile, outside it when elsewhere."""
+    """The mask's place, per token [C].
+
+    Attributes:
+        theta_l: Lower threshold of log p, in nats.
+        theta_u: Upper threshold.
+        top_column: The teacher's top class as a column of this tile; outside it where another shard has the class.
+    """
 
     theta_l: Tensor
     theta_u: Tensor
@@ -153,10 +166,16 @@ class MaskBounds(NamedTuple):
 class GradientWeights(NamedTuple):
     """Factors [C] of the parts of the derivative by a token's logits; None: that part is absent.
 
-    student: of q; teacher: of -m p (clipped), -p (forward KL) or the divergence's slope; bucket_coef: of the mask's
-    weight of q over exp(log_norm); untempered: of softmax(student) at temperature 1. label: what the derivative loses
-    at label_column (a column of this tile, outside it when elsewhere). span_pair: weight over root of the span pair
-    that a position starts (the last one starts none), span_inner: its merged <r^S - r^T, r^S>.
+    Attributes:
+        student: Factor of q.
+        teacher: Factor of -m p (clipped), -p (forward KL) or the divergence's slope.
+        bucket_coef: Factor of the mask's weight of q over exp(log_norm).
+        log_norm: See ``bucket_coef``.
+        untempered: Factor of softmax(student) at temperature 1.
+        label: What is subtracted at ``label_column``.
+        label_column: The label as a column of this tile; outside it where another shard has the class.
+        span_pair: Weight over root of the span pair that a position starts (the last one starts none).
+        span_inner: The pair's merged <r^S - r^T, r^S>.
     """
 
     student: Tensor

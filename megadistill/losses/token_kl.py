@@ -1,4 +1,4 @@
-"""The KL map that SCRG reads (paper: Eq. 3): forward KL of every token and the teacher's first class, nothing else."""
+"""The KL map that SCRG reads (paper: Eq. 3): forward KL of every token, and the teacher's top class."""
 
 from __future__ import annotations
 
@@ -29,13 +29,25 @@ def token_kl(
     backend: Backend = "auto",
     visit: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(kl_map [T] in nats, teacher_top1 [T] int64): sum_c p_c (log p_c - log q_c), and argmax p (lowest class if tied).
+    """Forward KL sum_c p_c (log p_c - log q_c) and argmax p of every token, at temperature 1, without gradient.
 
-    At temperature 1, without gradient, float32 or better; every token counts. Where a hidden state is not finite the
-    map is not finite either, and nowhere else. `visit(tokens, logits [C, Vs])` sees the teacher's logits of each
-    chunk, up to a constant (the teacher's own token is drawn from them); it must neither change nor keep them.
-    Communicates 6 floats a token in one all-gather a chunk over `shard.group`. Raises ValueError for shapes that do not
-    fit.
+    Communicates over ``shard.group``: 6 floats per token in one all-gather per chunk.
+
+    Args:
+        student: Hidden states [T, H] and head shard.
+        teacher: The same of the teacher.
+        shard: This rank's slice of the vocabulary.
+        chunk_tokens: As ``loss.chunk_tokens``.
+        backend: As ``loss.backend``.
+        visit: Called with (slice of the chunk, the teacher's logits [C, Vs] up to a constant); it must neither change
+            nor keep them. The teacher's token is drawn from them.
+
+    Returns:
+        The KL map [T] in nats, in float32 or float64, and the top class [T] int64, the lowest when tied. Where a
+        hidden state is not finite the map is not finite either, and nowhere else.
+
+    Raises:
+        ValueError: Shapes do not fit.
     """
     check_shard(shard)
     if not isinstance(teacher, Head):

@@ -1,8 +1,8 @@
-"""A teacher of which only the likeliest classes are known: cached on disk, or asked over a network.
+"""A teacher of which only the top classes are known: cached on disk, or behind a network.
 
-The classes that are not listed form one class, the rest, with the teacher's tail as its probability and the sum of the
-student's as its own. Every formula of the token level is the usual one on these L + 1 classes; the mask never keeps
-the rest. That problem is small and the same on every rank, so it needs no second exchange.
+The classes that are not listed form one class, the rest. Its teacher probability is the teacher's tail, its student
+probability the sum of the student's. Every formula of the token level is the usual one on these L + 1 classes; the mask
+never keeps the rest. That problem is small and the same on every rank, so it needs no second exchange.
 Suffixes: C tokens of one chunk, Vs this rank's classes, L listed classes, M = L + 1, R ranks.
 """
 
@@ -29,16 +29,16 @@ _MAX_EXCESS = 0.02  # half-precision caches are off by less
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """The teacher's likeliest classes at each position, the same on every tensor-parallel rank.
+    """The teacher's top classes at each position, the same on every tensor-parallel rank.
 
     For tokens that count, probabilities and tail add up to one. A tail of 0 with classes that are not listed means that
-    the teacher excludes them, which `reverse_kl` cannot digest.
+    the teacher excludes them, which makes ``reverse_kl`` infinite.
 
     Attributes:
         ids: [T, L] int64 classes, none twice for one token.
         log_probs: [T, L] their log-probabilities, in any order.
         log_tail: [T] log of the probability of all other classes, -inf for none.
-        temperature: The one at which they were taken: tempering later needs all classes.
+        temperature: The temperature at which they were taken: tempering later needs all classes.
     """
 
     ids: Tensor
@@ -48,7 +48,7 @@ class TeacherTopK:
 
     @classmethod
     def from_logits(cls, logits: Tensor, num_listed: int, temperature: float = 1.0) -> TeacherTopK:
-        """The `num_listed` likeliest classes of whole logits [T, V]."""
+        """The ``num_listed`` top classes of whole logits [T, V]."""
         log_probs = (logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
         values, ids = log_probs.topk(num_listed, -1)
         return cls(ids, values, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1), temperature)
@@ -73,7 +73,7 @@ class TeacherTopK:
 
 
 class TopKTeacher:
-    """`DenseTeacher` for a `TeacherTopK`."""
+    """What ``DenseTeacher`` is, for a ``TeacherTopK``."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class TopKTeacher:
         self._small_kernels = TorchKernels()
 
     def statistics(self, chunk: slice, student_CVs: Tensor, labels: Tensor) -> TokenStatistics:
-        """Reads a chunk; one all-gather of 3 + L floats a token (one more when tempered)."""
+        """Reads a chunk; one all-gather of 3 + L floats per token (4 + L when tempered)."""
         self._chunk = self._ids[chunk], self._log_probs[chunk]
         ids_CL = self._chunk[0]
         here = (ids_CL >= self.shard.start) & (ids_CL < self.shard.stop)
@@ -123,8 +123,10 @@ class TopKTeacher:
     def sums(
         self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Sums over classes [1, C, num_sums] and, in one all-gather, merged span sums [C, 2]. In a span's product the
-        teacher's probability of a class that is not listed counts as 0."""
+        """Sums over classes [1, C, num_sums] and, in one all-gather, merged span sums [C, 2].
+
+        In a span's product the teacher's probability of a class that is not listed counts as 0.
+        """
         zeros = torch.zeros_like(norms.student_max)
         self._small_norms = LogNormalizers(zeros, zeros, None, zeros, zeros)
         self._small_bounds = None if bounds is None else bounds._replace(top_column=self._top_place)
@@ -147,8 +149,10 @@ class TopKTeacher:
         weights: GradientWeights,
         out_CVs: Tensor,
     ) -> None:
-        """Writes the derivative by the student's logits: the one by the rest's logit is spread over its classes by
-        their shares of it."""
+        """Writes the derivative by the student's logits.
+
+        The derivative by the rest's logit is spread over its classes by their shares of the rest.
+        """
         small_CM = torch.empty_like(self._log_q_CM)
         of_token = GradientWeights(weights.student, weights.teacher, weights.bucket_coef, weights.log_norm)
         self._small_kernels.gradient(
@@ -181,7 +185,7 @@ class TopKTeacher:
         student_max = torch.maximum(largest, listed_CL.amax(-1))
 
         def log_sums(total: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-            """Of the rest relative to `base`, of everything relative to `student_max`."""
+            """Of the rest relative to ``base``, of everything relative to ``student_max``."""
             log_rest = log_total(rest_max, total, base, tau)
             gaps = (listed_CL - student_max.unsqueeze(-1)) / tau
             return log_rest, torch.logaddexp(log_rest + (base - student_max) / tau, gaps.logsumexp(-1))
@@ -196,7 +200,7 @@ class TopKTeacher:
         log_q = gaps / temperature - student_log.unsqueeze(-1)
         log_q[:, -1] += rest_log
         self._log_q_CM = log_q.to(dtype).clamp_min(_ABSENT)
-        # Where there is no rest its factor is 0 and its base any number.
+        # Without a rest, its factor is 0 and its base any number.
         rest_log = torch.where(has_rest, rest_log, 0.0)
         self._rest = LogNormalizers(
             base.to(dtype), rest_log.to(dtype), (untempered_log + (student_max - base)).to(dtype)
@@ -208,7 +212,7 @@ class TopKTeacher:
         )
 
     def _top(self, ids_CL: Tensor, log_p_CM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First class, top log-probabilities and the log of everything else."""
+        """Top class, top log-probabilities and the log of the probability of all others."""
         log_p_CL = log_p_CM[:, :-1]
         is_best = log_p_CL == log_p_CL.amax(-1, keepdim=True)
         top1 = torch.where(is_best, ids_CL, self.shard.total).amin(-1)

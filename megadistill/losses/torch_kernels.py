@@ -1,4 +1,4 @@
-"""The work between the matrix products in torch: eager, or compiled. `backends.py` chooses; `tile_math.py` computes."""
+"""The work between the matrix products in torch, eager or compiled: ``tile_math.py`` on blocks of tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megadistill.errors import ConfigError
 from megadistill.losses import tile_math
 from megadistill.losses.tiles import GradientWeights, LocalStatistics, LogNormalizers, MaskBounds, TileSpec
 
-# Elements a thread of the pieces that the eager backend cuts a CPU tile into. Temporaries of this size stay in cache
-# and come from the allocator's heap; from 128 KiB on each would be mapped from the system, page by page, and unmapped.
+# Elements per thread of the blocks that the eager backend splits a CPU tile into. Temporaries of this size stay in the
+# cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
 _EAGER_BLOCK = 2**15
-# The same for compiled code: on CPUs the compiler keeps whatever holds an exponential as a tensor of its own.
+# The same for compiled code: on CPUs the compiler keeps every exponential as a separate tensor.
 _COMPILED_BLOCK = 2**19
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
@@ -25,9 +25,10 @@ _MAX_VERSIONS = 256
 
 
 class TorchKernels:
-    """Eager torch; `tile_math` documents what each method computes."""
+    """Eager torch."""
 
     def statistics(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) -> LocalStatistics:
+        """See ``tile_math.statistics``."""
         return self._run(tile_math.statistics, 0, spec, student_CVs, teacher_CVs)
 
     def sums(
@@ -38,9 +39,11 @@ class TorchKernels:
         norms: LogNormalizers,
         bounds: MaskBounds | None,
     ) -> Tensor:
+        """See ``tile_math.sums``."""
         return self._run(tile_math.sums, 0, spec, student_CVs, teacher_CVs, norms, bounds)
 
     def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+        """See ``tile_math.span_sums``."""
         return self._run(tile_math.span_sums, 1, spec, student_CVs, teacher_CVs, norms)
 
     def gradient(
@@ -73,7 +76,7 @@ class TorchKernels:
             self._run(tile_math.span_gradient, 1, spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
 
     def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
-        """dtype in which the derivative is written, for products that read `factor` and accumulate `total`."""
+        """The dtype of the derivative, for products that read ``factor`` and accumulate ``total``."""
         return total
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
@@ -81,9 +84,10 @@ class TorchKernels:
 
 
 class CompiledKernels(TorchKernels):
-    """torch.compile over the functions of `tile_math`. A single token goes the eager way: a 1 would be compiled in.
+    """The functions of ``tile_math`` through torch.compile; eager for a single token, since a 1 would be compiled in.
 
-    Where compiling fails: with `may_fall_back` one warning, and eager torch from then on; else ConfigError.
+    Args:
+        may_fall_back: Where compiling fails: one warning, and eager torch from then on; else ConfigError.
     """
 
     def __init__(self, may_fall_back: bool = False) -> None:
@@ -109,7 +113,7 @@ class CompiledKernels(TorchKernels):
     def _give_up(self, error: Exception) -> None:
         reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
         if not self._may_fall_back:
-            raise ConfigError(f"loss.backend=compile: {reason}; mend it, or set loss.backend to torch") from error
+            raise ConfigError(f"loss.backend=compile: {reason}; fix it, or set loss.backend to torch") from error
         message = f"the losses run in eager torch, which is slower: {reason} (loss.backend=torch silences this)"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         self._is_broken = True
@@ -121,7 +125,7 @@ def _compiled(function: Callable[..., Any], spec: TileSpec) -> Callable[..., Any
 
 
 def add_labels(weights: GradientWeights, out_CVs: Tensor) -> None:
-    """Takes each token's label weight off the derivative at its label, where this tile holds it."""
+    """Subtracts each token's label weight from the derivative at its label, where this tile has that class."""
     if weights.label is None or weights.label_column is None:
         return
     num_classes = out_CVs.shape[1]
@@ -131,8 +135,10 @@ def add_labels(weights: GradientWeights, out_CVs: Tensor) -> None:
 
 
 def _in_blocks(function: Callable[..., Any], overlap: int, elements: int, arguments: tuple[Any, ...]) -> Any:
-    """Calls ``function`` on blocks of tokens of CPU tiles; with overlap 1 a block's last token is the next one's
-    first."""
+    """Calls ``function`` on blocks of tokens of CPU tiles.
+
+    With an overlap of 1 a block's last token is the next block's first.
+    """
     num_tokens, width = arguments[0].shape
     elements *= min(torch.get_num_threads(), _MAX_BLOCK_THREADS)
     size = max(1 + overlap, elements // max(width, 1))
@@ -152,7 +158,7 @@ def _block(argument: Any, start: int, stop: int) -> Any:
 
 
 def _joined(results: list[Any]) -> Any:
-    """Results of blocks, one below the other."""
+    """Results of blocks, concatenated along the tokens."""
     first = results[0]
     if first is None:
         return None

@@ -1,6 +1,6 @@
-"""The Triton kernels behind the interface of `TorchKernels`.
+"""The Triton kernels behind the interface of ``TorchKernels``.
 
-On a machine without CUDA, TRITON_INTERPRET=1 runs them (slowly) on the CPU: that is how they are tested there.
+On a machine without CUDA, TRITON_INTERPRET=1 runs them (slowly) on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _NUM_WARPS = 4
 
 
 class TritonKernels(TorchKernels):
-    """Tiles have unit stride along the classes."""
+    """Triton on tiles with unit stride along the classes."""
 
     def statistics(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) -> LocalStatistics:
+        """See ``tile_math.statistics``."""
         num_tokens, num_classes = student_CVs.shape
         unread = student_CVs.new_empty(num_tokens)
         width = 1 if teacher_CVs is None else group_width(num_classes)
@@ -54,6 +55,7 @@ class TritonKernels(TorchKernels):
         norms: LogNormalizers,
         bounds: MaskBounds | None,
     ) -> Tensor:
+        """See ``tile_math.sums``."""
         num_tokens, num_classes = student_CVs.shape
         out = student_CVs.new_empty(num_tokens, spec.num_sums)
         kernels.sums_kernel[(num_tokens,)](
@@ -66,6 +68,7 @@ class TritonKernels(TorchKernels):
         return out
 
     def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+        """See ``tile_math.span_sums``."""
         num_tokens, num_classes = student_CVs.shape
         out = student_CVs.new_empty(num_tokens - 1, len(SpanSum))
         kernels.span_sums_kernel[(num_tokens - 1,)](
@@ -110,6 +113,7 @@ class TritonKernels(TorchKernels):
         weights: GradientWeights,
         out_CVs: Tensor,
     ) -> None:
+        """Adds the span part of the derivative, where there is one."""
         if weights.span_pair is None:
             return
         only_span = GradientWeights(
@@ -118,6 +122,7 @@ class TritonKernels(TorchKernels):
         self.gradient(spec, student_CVs, teacher_CVs, norms, None, only_span, out_CVs, adds=True)
 
     def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
+        """The dtype that the products read."""
         return factor
 
 
@@ -127,14 +132,14 @@ def _normalizers(norms: LogNormalizers) -> tuple[Tensor, ...]:
 
 
 def _bounds(bounds: MaskBounds | None, norms: LogNormalizers) -> tuple[Tensor, ...]:
-    """theta_l, theta_u, top_column, or anything where the kernel does not read them."""
+    """The mask's thresholds and top column, or anything where the kernel does not read them."""
     if bounds is None:
         return (norms.student_max,) * len(MaskBounds._fields)
     return tuple(part.contiguous() for part in bounds)
 
 
 def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """A pointer is needed even for what is not read; what is read lies without gaps."""
+    """A contiguous tensor; ``unread`` for None, because a kernel needs a pointer even for what it does not read."""
     return unread if tensor is None else tensor.contiguous()
 
 
@@ -143,5 +148,5 @@ def _inverse(softness: float) -> float:
 
 
 def _floors(tile: Tensor) -> float:
-    """Factor of the floors of `tile_math`: float64 has eight times the exponents."""
+    """Factor of the floors of ``tile_math``: float64 has eight times the exponents."""
     return 8.0 if tile.dtype == torch.float64 else 1.0

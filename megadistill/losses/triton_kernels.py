@@ -1,9 +1,12 @@
-"""The kernels in Triton: `tile_math` in three passes over tiles that are too large for any cache.
+"""The kernels in Triton: ``tile_math`` in three passes over tiles that are too large for any cache.
 
-statistics: one program a token; sums: one program a token, with running maxima for the log-domain sums; gradient: one
-program a token and block of classes, span and label included, written once in the dtype that the next product reads.
-The formulas are those of `tile_math`, where they are explained; `triton_backend` launches the kernels. A divergence's
-formula is handed to a kernel as a function, made from the source in `divergences.py`.
+- statistics: one program per token
+- sums: one program per token, with running maxima for the log-domain sums
+- gradient: one program per token and block of classes, span and label included, written once in the dtype that the next
+  product reads
+
+The formulas are those of ``tile_math``, which explains them; ``triton_backend`` launches the kernels. A divergence's
+formula is passed to a kernel as a function, made from the source in ``divergences.py``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -52,6 +55,7 @@ def statistics_kernel(
     inverse: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """See ``tile_math.statistics``."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     top_s = tl.load(student + token * stride)
@@ -104,7 +108,7 @@ def _edges(
 
 @triton.jit
 def _mask(near, far, IS_BUCKET: tl.constexpr, F: tl.constexpr):
-    """kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far."""
+    """Returns kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far."""
     log_weight = tl.minimum(-near if IS_BUCKET else near, 0.0)
     distance = tl.abs(near)
     e = tl.where(distance > 80.0 * F, 0.0, _exp(-distance, 24.0 * F))
@@ -129,7 +133,7 @@ def _mask(near, far, IS_BUCKET: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def _log_mixture(gap, share: tl.constexpr):
-    """log((1 - share) + share exp(gap)); by series where the gap is so small that exp(gap) - 1 would lose digits."""
+    """Log of (1 - share) + share exp(gap); by series where the gap is so small that exp(gap) - 1 would lose digits."""
     gap = tl.minimum(gap, 640.0 if gap.dtype == tl.float64 else 80.0)
     series = gap * (1.0 + gap * (0.5 + gap * (1.0 / 6.0 + gap * (1.0 / 24.0 + gap * (1.0 / 120.0 + gap / 720.0)))))
     x = share * tl.where(tl.abs(gap) < 0.05, series, tl.exp(gap) - 1.0)
@@ -154,7 +158,7 @@ def _sign(x):
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
-# The functions that `divergences.py` lets a formula call, under the names that they have there.
+# The functions that a formula of ``divergences.py`` may call, under their names there.
 _FORMULA_NAMES = {"exp": _plain_exp, "absolute": _absolute, "sign": _sign, "log_mixture": _log_mixture}
 
 
@@ -171,7 +175,7 @@ def triton_formula(formula: Formula | None) -> Any:
 
 @triton.jit
 def _divergence(lp, lq, share: tl.constexpr, FORMULA: tl.constexpr, F: tl.constexpr):
-    """value and slope."""
+    """Returns value and slope."""
     return FORMULA(lp, lq, _exp(lp, 41.0 * F), _exp(lq, 41.0 * F), share)
 
 
@@ -183,6 +187,7 @@ def sums_kernel(
     IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_EDGES: tl.constexpr,
     HAS_BUCKET: tl.constexpr, F: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """See ``tile_math.sums``."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     max_s, log_s = tl.load(student_max + token), tl.load(student_log + token)
@@ -200,7 +205,7 @@ def sums_kernel(
         is_class = at < num_classes
         lq = (tl.load(student + token * stride + at, mask=is_class, other=0.0) - max_s) * inverse - log_s
         lp = (tl.load(teacher + token * stride + at, mask=is_class, other=0.0) - max_t) * inverse - log_t
-        # Beyond the last class anything finite will do.
+        # Beyond the last class any finite number is fine.
         lq, lp = tl.where(is_class, lq, -1.0), tl.where(is_class, lp, -1.0)
         p = tl.where(is_class, _exp(lp, 41.0 * F), 0.0)
         p_gap = p * (lp - lq)
@@ -265,6 +270,7 @@ def span_sums_kernel(
     student, teacher, student_max, student_log, teacher_max, teacher_log, out, num_classes, stride,
     inverse: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """See ``tile_math.span_sums``."""
     token = tl.program_id(0).to(tl.int64)
     square, inner = tl.load(student_log + token) * 0.0, tl.load(student_log + token) * 0.0
     for start in range(0, num_classes, BLOCK):
@@ -291,10 +297,11 @@ def gradient_kernel(
     HAS_TOKEN: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
     ADDS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """See ``tile_math.gradient``; with the label and span parts, and added to ``out`` where ``ADDS``."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_class = at < num_classes
-    # Beyond the last class anything finite will do: nothing is stored there.
+    # Beyond the last class any finite number is fine: nothing is stored there.
     gap = tl.load(student + token * stride + at, mask=is_class, other=0.0) - tl.load(student_max + token)
     gap = tl.where(is_class, gap, 0.0)
     lq = gap * inverse - tl.load(student_log + token)

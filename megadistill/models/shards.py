@@ -45,7 +45,7 @@ def write_layout(folder: Path, specs: Mapping[str, ShardSpec], *, tp_size: int, 
     more |= {"tp_size": tp_size, "dp_size": dp_size}
     parameters = {name: asdict(spec) for name, spec in specs.items()}
     text = json.dumps({"version": VERSION, **more, "parameters": parameters}, indent=1)
-    (folder / LAYOUT).write_text(text + "\n")
+    (folder / LAYOUT).write_text(text + "\n", encoding="utf-8")
 
 
 def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Tensor]]) -> None:
@@ -96,7 +96,7 @@ class ShardReader:
 
         self.folder = folder
         try:
-            self.info: dict[str, Any] = json.loads((folder / LAYOUT).read_text())
+            self.info: dict[str, Any] = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
             if self.info["version"] != VERSION:
                 raise CheckpointError(
                     f"{folder / LAYOUT}: version {self.info['version']} is not supported (this program reads {VERSION})"

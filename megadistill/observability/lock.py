@@ -1,4 +1,4 @@
-"""One writer for each place: a lock that ends with its process, however the process ends."""
+"""One writer per place: a lock that is released when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from megadistill.errors import ConfigError
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Whether this process now holds the open file until it closes it; True too where the file system has no locks."""
+    """Locks an open file for this process until it closes it.
+
+    Returns:
+        Whether the lock is held; also True where the file system has no locks.
+    """
     try:
         return lock_descriptor(file.fileno(), blocking=False)
     except OSError:
@@ -33,7 +37,7 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
         ConfigError: Another process holds it. A file system without locks is not a reason to stop.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         if not try_lock(file):
             file.seek(0)
             holder = file.read().strip() or "unknown"

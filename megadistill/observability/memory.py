@@ -5,7 +5,7 @@ from typing import Any
 
 
 def peak_bytes(device: Any = "cpu") -> int:
-    """Highest memory in bytes: what torch held on a CUDA device since `reset_peak`, else resident since the start."""
+    """Peak memory in bytes: what torch allocated on a CUDA device since ``reset_peak``, else resident memory."""
     if _is_cuda(device):
         import torch
 

@@ -12,10 +12,12 @@ from megadistill.observability.log import get_logger
 
 
 class JsonLines:
-    """Appends objects that have a `step`, one per line; each is in the file when `append` returns.
+    """Appends objects that have a ``step``, one per line; each is in the file when ``append`` returns.
 
-    Opening the file keeps the lines up to `last_step` (default: none) and drops a line that a killed process left
-    unfinished, so that a resumed run writes the same file as an uninterrupted one.
+    Args:
+        path: The file.
+        last_step: Lines up to this step are kept (default: none). Later ones, and a line that a killed process left
+            unfinished, are dropped, so that a resumed run writes the same file as an uninterrupted one.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, last_step: int = -1) -> None:
@@ -32,13 +34,16 @@ class JsonLines:
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and TensorBoard events in a run directory; made on rank 0 only.
+    """``metrics.jsonl`` and TensorBoard events in a run directory, on rank 0 only.
 
-    `last_step` is the step that the run resumes from: whatever was written after it is dropped from both.
+    Args:
+        run_dir: The run directory.
+        last_step: The step that the run resumes from: whatever was written after it is dropped from both.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], *, last_step: int = -1) -> None:
@@ -46,7 +51,7 @@ class MetricsWriter:
         self._events = _open_events(run_dir, last_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records `values` (numbers, 0-dim tensors, None where nothing was measured) under `step`."""
+        """Records ``values`` (numbers, 0-dim tensors, None where nothing was measured) under ``step``."""
         self._lines.append({"step": step, **values})
         if self._events is None:
             return
@@ -56,6 +61,7 @@ class MetricsWriter:
         self._events.flush()
 
     def close(self) -> None:
+        """Closes both."""
         self._lines.close()
         if self._events is not None:
             self._events.close()

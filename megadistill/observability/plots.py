@@ -12,7 +12,7 @@ _TERMS = (("loss", "total"), ("loss/sft", "SFT"), ("loss/dac_kl", "DAC-KL"), ("l
 
 
 def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = None) -> Path:
-    """Draws the losses, the validation likelihood and the gate of a run into a PNG.
+    """Draws the losses, the validation likelihood and the kept mass of a run into a PNG.
 
     Args:
         run_dir: Folder with metrics.jsonl.
@@ -40,7 +40,7 @@ def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = Non
     steps, values = _series(records, "eval/nll")
     middle.plot(steps, values, marker="o", label="student")
     if baseline_nll is not None:
-        middle.axhline(baseline_nll, linestyle="--", color="grey", label="SFT student (test rows)")
+        middle.axhline(baseline_nll, linestyle="--", color="gray", label="SFT student (test rows)")
     middle.set(
         title="references of the validation rows", xlabel="step", ylabel="negative log-likelihood, nats per token"
     )

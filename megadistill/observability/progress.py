@@ -43,14 +43,23 @@ def progress_bar(
     rank: int = 0,
     stream: TextIO | None = None,
 ) -> "tqdm[Any]":
-    """A bar to iterate over, or to move with `update(n)` and `set_postfix(loss=...)`; also a context manager.
+    """A bar to iterate over, or to move with ``update(n)`` and ``set_postfix(loss=...)``; also a context manager.
 
-    Where `stream` (default: standard error) is not a terminal, a line is printed at most every `PLAIN_INTERVAL_S`
-    seconds, and one at the end.
+    Where the stream is not a terminal, a line is printed at most every ``PLAIN_INTERVAL_S`` seconds, and one at the
+    end.
+
+    Args:
+        iterable: What to iterate over.
+        description: What the bar begins with.
+        total: Number of items; default: the length of ``iterable``.
+        initial: Number of items that an earlier run has done.
+        unit: What an item is called.
+        rank: Ranks other than 0 show nothing.
+        stream: Default: standard error.
     """
     stream = sys.stderr if stream is None else stream
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "disable": rank != 0}
-    common["initial"] = initial  # what an earlier run has done
+    common["initial"] = initial
     if stream.isatty() and _columns(stream) > 0:
         return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
     layout = (

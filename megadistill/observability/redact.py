@@ -23,10 +23,10 @@ _URL_USER = re.compile(r"(?<=://)(?:[^\s/?#\"']+|[^\s/@:\"']*:[^\s@\"']*)@")
 
 
 def redact(text: str) -> str:
-    """``text`` with ``***`` in place of secrets: values of environment variables whose names look secret, and the user
-    and password of URLs.
+    """``text`` with ``***`` in place of secrets.
 
-    A value is also found line by line, and as it is spelled inside a quoted string or a URL.
+    Secrets are the values of environment variables with names such as HF_TOKEN, and the user and password of URLs. A
+    value is also found line by line, and as it is spelled inside a quoted string or a URL.
     """
     text = _URL_USER.sub(HIDDEN + "@", text)
     for secret in _secrets():

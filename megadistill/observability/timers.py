@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Seconds of the phases of a step."""
 
 import time
 from collections import defaultdict
@@ -9,12 +9,16 @@ from contextlib import contextmanager
 class Timers:
     """Named phases, in seconds.
 
+    Example::
+
         with timers("rollout"):
             ...
         timers.seconds()  # {"time/rollout_s": 1.25}
 
-    A phase that runs several times adds up. `synchronize` (e.g. `torch.cuda.synchronize`) is called at both ends of a
-    phase, for devices that run queued work.
+    A phase that runs several times adds up.
+
+    Args:
+        synchronize: Called at both ends of a phase, for devices that run queued work: ``torch.cuda.synchronize``.
     """
 
     def __init__(self, synchronize: Callable[[], object] | None = None) -> None:
@@ -23,6 +27,7 @@ class Timers:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Times the block as phase ``name``."""
         start = self._now()
         try:
             yield

@@ -62,10 +62,10 @@ def test_bad_rows_name_file_and_line(refused: Callable[..., str], tmp_path: Path
     file = tmp_path / "rows.jsonl"
     good = json.dumps({"instruction": "Say hello.", "input": "", "output": "Hello."})
     for bad in ("{", '{"instruction": ""}', "[1]", '{"output": "x"}'):
-        file.write_text(f"{good}\n{bad}\n{good}\n")
+        file.write_text(f"{good}\n{bad}\n{good}\n", encoding="utf-8")
         line = refused(f"data.train_path={file}")
         assert f"{file}:2" in line
-    file.write_text("")
+    file.write_text("", encoding="utf-8")
     assert str(file) in refused(f"data.train_path={file}")
 
 
@@ -80,21 +80,23 @@ def test_tokenizers_that_differ(refused: Callable[..., str], assets: Path, tmp_p
 
     other = tmp_path / "other"
     train_tokenizer(["quite another text, with other words in it " * 30], other, vocab_size=300)
-    (other / "config.json").write_text((assets / "llama" / "student" / "config.json").read_text())
+    (other / "config.json").write_text(
+        (assets / "llama" / "student" / "config.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     line = refused(f"model.student.path={other}")
     assert "vocabular" in line and "token" in line
 
 
 def test_too_few_vocabulary_rows(refused: Callable[..., str], assets: Path, tmp_path: Path) -> None:
-    config = json.loads((assets / "llama" / "student" / "config.json").read_text())
+    config = json.loads((assets / "llama" / "student" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    (tmp_path / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}), encoding="utf-8")
     assert "padded rows" in refused(f"model.student.path={tmp_path / 'small'}")
 
 
 def test_unknown_model_types(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
     line = refused(f"model.student.path={tmp_path / 'bert'}")
     assert "bert" in line and "llama" in line
 
@@ -106,7 +108,7 @@ def test_folder_of_another_run(assets: Path, tmp_path: Path, capsys: pytest.Capt
     overrides = settings(assets, "llama", f"run.dir={run_dir}", "train.max_steps=1")
     run_dir.mkdir()
     dump_resolved(load_config(base, overrides), run_dir / "resolved.yaml")
-    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
     before = sorted(run_dir.iterdir())
     for more, words in (
         (["loss.span=0.5"], "holds another run: loss.span=1.0 there, 0.5 here"),
@@ -121,7 +123,7 @@ def test_folder_of_another_run(assets: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_folders_that_cannot_be_used(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     base = str(ROOT / "configs" / "base.yaml")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "below"):
         overrides = settings(assets, "llama", f"run.dir={run_dir}", "train.max_steps=1")
@@ -189,7 +191,7 @@ def test_verbs_and_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 def test_empty_evaluation_set(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
+    empty.write_text("", encoding="utf-8")
     overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", f"eval.path={empty}")
     model = str(assets / "llama" / "student")
     assert main(["evaluate", "--config", str(ROOT / "configs" / "base.yaml"), "--model", model, *overrides]) == 2

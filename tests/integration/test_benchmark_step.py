@@ -23,7 +23,7 @@ def test_step(tmp_path: Path) -> None:
     sizes = ["--vocab", "256", "--rows", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1", "--tiny"]
     result = benchmark(*sizes, "--output", str(tmp_path / "step.json"))
     assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "step.json").read_text())
+    record = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert "tools/benchmark.py step --vocab 256" in record["command"] and record["machine"]["cores"]
     rows = {row["name"]: row for row in record["rows"]}
     assert rows.keys() == OURS | TRL
@@ -41,7 +41,7 @@ def test_step(tmp_path: Path) -> None:
         for text in ("student", "corrected"):
             assert 0.5 < rows[name]["facts"][f"distinct_1_{text}"] <= 1
     assert "| megadistill, SCRG | " in result.stdout
-    assert (tmp_path / "step.md").read_text() in result.stdout + "\n"
+    assert (tmp_path / "step.md").read_text(encoding="utf-8") in result.stdout + "\n"
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Launched:
 
     def __init__(self, command: Sequence[str | Path], log: Path, **variables: str) -> None:
         self.log = log
-        with log.open("w") as out:
+        with log.open("w", encoding="utf-8") as out:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=ROOT, env=environment(**variables), stdout=out, stderr=subprocess.STDOUT,
@@ -58,17 +58,17 @@ class Launched:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        return self.process.returncode, self.log.read_text()
+        return self.process.returncode, self.log.read_text(encoding="utf-8")
 
 
 def is_in_step(run_dir: Path, step: int) -> bool:
     metrics = run_dir / "metrics.jsonl"
-    return metrics.exists() and len(metrics.read_text().splitlines()) >= step
+    return metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) >= step
 
 
 def is_saved(run_dir: Path) -> bool:
     """Whether there is a checkpoint of the last step; what ranks print is lost with their launcher."""
-    return (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{len(losses(run_dir))}"
+    return (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == f"step_{len(losses(run_dir))}"
 
 
 def check(run_dir: Path, expected: list[float], outcome: tuple[int, str]) -> None:
@@ -144,7 +144,7 @@ def test_two_jobs_of_mpirun_at_once(assets: Path, tmp_path: Path, expected: list
 def test_deepspeed_over_openmpi(assets: Path, tmp_path: Path, expected: list[float]) -> None:
     need("mpirun", "ompi_info")
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
-    hostfile.write_text("localhost slots=2\n")
+    hostfile.write_text("localhost slots=2\n", encoding="utf-8")
     # One machine is to deepspeed no case for a launcher, unless forced.
     options = ["--hostfile", hostfile, "--launcher", "openmpi", "--force_multi", "--no_ssh_check"]
     command = ["deepspeed", *options, "--master_addr", "127.0.0.1", SCRIPT, *arguments(assets, run_dir)]
@@ -157,13 +157,13 @@ def test_ranks_end_when_mpirun_is_killed(assets: Path, tmp_path: Path) -> None:
     words = arguments(assets, run_dir, "train.max_steps=100000", "train.stop_grace_s=20")
     launched = Launched(["bash", "launchers/mpirun.sh", *words], tmp_path / "log", NPROC="2")
     try:
-        wait_for(lambda: is_in_step(run_dir, 2), lambda: f"two steps: {launched.log.read_text()}")
+        wait_for(lambda: is_in_step(run_dir, 2), lambda: f"two steps: {launched.log.read_text(encoding='utf-8')}")
         assert addresses_of(ranks_of(run_dir)) == {"127.0.0.1"}
     finally:
         launched.process.kill()
         launched.wait()
         left = survivors(run_dir)
-    assert left == [] and is_saved(run_dir), launched.log.read_text()
+    assert left == [] and is_saved(run_dir), launched.log.read_text(encoding="utf-8")
 
 
 # SLURM
@@ -244,9 +244,9 @@ def test_ranks_end_when_slurmstepd_is_killed(assets: Path, tmp_path: Path, clust
 
 def test_deepspeed_with_a_hostfile_over_pdsh(assets: Path, tmp_path: Path, expected: list[float]) -> None:
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
-    hostfile.write_text("h1 slots=1\nh2 slots=1\n")
+    hostfile.write_text("h1 slots=1\nh2 slots=1\n", encoding="utf-8")
     # pdsh forwards few variables; these are for both hosts.
-    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n", encoding="utf-8")
     with two_hosts() as (first, second):
         command = ["ip", "netns", "exec", first, "deepspeed", "--hostfile", hostfile, SCRIPT]
         launched = Launched([*command, *arguments(assets, run_dir)], tmp_path / "log", HOME=str(tmp_path))
@@ -273,8 +273,8 @@ def test_ranks_of_both_hosts_end_when_what_started_them_over_ssh_is_killed(
     need("deepspeed", "pdsh")
     run_dir = tmp_path / "run"
     hostfile = tmp_path / "hosts"
-    hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
-    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS), encoding="utf-8")
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n", encoding="utf-8")
     with two_hosts() as (first, _):
         command = ["ip", "netns", "exec", first, "deepspeed", "--hostfile", hostfile, SCRIPT]
         endless = arguments(assets, run_dir, "train.max_steps=100000", "parallel.tp_size=1")
@@ -288,4 +288,4 @@ def test_ranks_of_both_hosts_end_when_what_started_them_over_ssh_is_killed(
             left = survivors(run_dir)
             launched.process.kill()
             launched.wait()
-    assert left == [] and is_saved(run_dir), launched.log.read_text()
+    assert left == [] and is_saved(run_dir), launched.log.read_text(encoding="utf-8")

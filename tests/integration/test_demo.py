@@ -47,7 +47,7 @@ def test_the_export_follows_the_run(run: Path, tmp_path: Path) -> None:
     export_once(run_dir, folder)
     assert is_equal(load_file(folder / "model.safetensors"), weights(run / "longer", 4))
     assert not is_equal(weights(run / "run", 2), weights(run / "longer", 4))
-    assert json.loads((folder / "source.json").read_text())["step"] == 4
+    assert json.loads((folder / "source.json").read_text(encoding="utf-8"))["step"] == 4
 
 
 def test_an_export_of_the_same_checkpoint_stays(run: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def leave(tmp_path: Path, outcome: str | None) -> None:
     """What an earlier attempt of the same job left behind."""
     file = beat_file(tmp_path / ASSETS, JOB)
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"attempt": "earlier", "count": 7, "outcome": outcome}))
+    file.write_text(json.dumps({"attempt": "earlier", "count": 7, "outcome": outcome}), encoding="utf-8")
 
 
 @pytest.mark.parametrize("skew_s", [-HOUR_S, HOUR_S])
@@ -159,7 +159,7 @@ def test_a_rank_gives_up_when_rank_0_stands_still(start: Start, tmp_path: Path, 
 
 def test_sigterm_to_rank_0_ends_every_rank_and_what_they_started(start: Start, tmp_path: Path) -> None:
     fine_tuning = tmp_path / "fine_tuning"
-    fine_tuning.write_text("#!/bin/sh\necho $$ >pid\nexec sleep 100\n")
+    fine_tuning.write_text("#!/bin/sh\necho $$ >pid\nexec sleep 100\n", encoding="utf-8")
     fine_tuning.chmod(0o755)
     other = start(1)
     until(other, "started")
@@ -169,7 +169,7 @@ def test_sigterm_to_rank_0_ends_every_rank_and_what_they_started(start: Start, t
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     assert end(first)[0] == end(other)[0] == STOPPED
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text(encoding="utf-8")))
 
 
 def test_sigterm_ends_a_train_verb_that_waits(tmp_path: Path) -> None:

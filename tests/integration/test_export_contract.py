@@ -137,7 +137,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         assert not index.exists()
         return entries, places
     assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     assert content["weight_map"] == places
     total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries.values())
     assert content["metadata"]["total_size"] == total
@@ -155,7 +155,7 @@ def exports(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = []
     for family in FAMILIES:
         student = assets / family / "student"
-        tree = json.loads((student / "config.json").read_text())
+        tree = json.loads((student / "config.json").read_text(encoding="utf-8"))
         if "num_key_value_heads" in tree:
             tree["num_key_value_heads"] = 2  # keys and values narrower than queries
         torch.manual_seed(7)
@@ -184,7 +184,7 @@ def test_names_shapes_and_types(exports: Path, family: str, kind: str) -> None:
     folder = exports / family / kind
     table, architecture = FAMILIES[family]
     dtype, torch_name = NAMES["bf16" if kind == "cast" else kind]
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     entries, _ = _read(folder)
     assert {name: tuple(entry["shape"]) for name, entry in entries.items()} == table(config)
     assert {entry["dtype"] for entry in entries.values()} == {dtype}
@@ -202,16 +202,16 @@ def test_names_shapes_and_types(exports: Path, family: str, kind: str) -> None:
 @pytest.mark.parametrize(("family", "kind"), EXPORTS)
 def test_what_lies_beside_the_weights(exports: Path, assets: Path, family: str, kind: str) -> None:
     folder = exports / family / kind
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    original = json.loads((assets / "tokenizer" / "tokenizer.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    original = json.loads((assets / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     assert tokenizer["model"]["vocab"] == original["model"]["vocab"]
     assert tokenizer["model"]["merges"] == original["model"]["merges"]
-    special = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    special = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     eos = tokenizer["model"]["vocab"][special]
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == eos
-    config = json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == eos
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["eos_token_id"] == eos
-    given = json.loads((assets / family / "student" / "config.json").read_text())
+    given = json.loads((assets / family / "student" / "config.json").read_text(encoding="utf-8"))
     names = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "n_embd",
              "n_layer", "n_head", "vocab_size", "max_position_embeddings", "n_positions", "rope_parameters",
              "rms_norm_eps", "tie_word_embeddings", "intermediate_size", "ffn_dim"}  # fmt: skip

@@ -64,7 +64,7 @@ class Job:
 
     def run(self, then: Callable[[Job], None] | None = None) -> Ended:
         """Starts it, waits for the fault, does ``then``, and waits for the end of every process."""
-        log, script = (self.folder / "log").open("w"), ROOT / "tests" / "support" / "faulty_rank.py"
+        log, script = (self.folder / "log").open("w", encoding="utf-8"), ROOT / "tests" / "support" / "faulty_rank.py"
         fault = {"FAULT": self.fault, "FAULT_DIR": str(self.folder)}
         runner = launch(script, self.run_dir, _settings(self.assets, *self.more), log, **fault)
         deadline, everyone = time.monotonic() + LIMIT_S, {runner.pid: psutil.Process(runner.pid)}
@@ -82,15 +82,15 @@ class Job:
             time.sleep(0.1)
         survivors = [process.pid for process in alive(everyone.values())]
         ended = time.monotonic()
-        assert hit is not None, (self.folder / "log").read_text()
+        assert hit is not None, (self.folder / "log").read_text(encoding="utf-8")
         for process in alive(everyone.values()):
             process.kill()
         code = runner.wait(10)
         log.close()
-        return Ended(code, ended - hit, survivors, (self.folder / "log").read_text())
+        return Ended(code, ended - hit, survivors, (self.folder / "log").read_text(encoding="utf-8"))
 
     def rank(self, number: int) -> int:
-        return int((self.folder / f"rank_{number}").read_text())
+        return int((self.folder / f"rank_{number}").read_text(encoding="utf-8"))
 
 
 def _can_mount() -> bool:
@@ -106,7 +106,7 @@ def _can_mount() -> bool:
 def note(what: str, ended: Ended) -> None:
     """One line of the table of docs/reliability.md, where it is asked for."""
     if "FAULT_TABLE" in os.environ:
-        with Path(os.environ["FAULT_TABLE"]).open("a") as file:
+        with Path(os.environ["FAULT_TABLE"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"fault": what, "seconds": round(ended.seconds, 1), "code": ended.code}) + "\n")
 
 
@@ -114,7 +114,7 @@ def goes_on(assets: Path, undisturbed: Path, run_dir: Path, *more: str) -> None:
     """The same command once more ends with the numbers and the text of a run that nothing happened to."""
     latest = run_dir / "checkpoints" / "latest"
     if latest.exists():
-        assert (run_dir / "checkpoints" / latest.read_text().strip() / "manifest.json").is_file()
+        assert (run_dir / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "manifest.json").is_file()
     run_layout(2, [(str(run_dir), _settings(assets, *more))])
     assert losses(run_dir) == losses(undisturbed)
     assert losses(run_dir, "grad_norm") == losses(undisturbed, "grad_norm")
@@ -184,7 +184,7 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     note(f"no space left for rank {rank} ({place.partition(':')[0]})", ended)
     assert (ended.survivors, ended.code) == ([], 2), ended.text
     assert f"the checkpoint of step 4 could not be written: rank {rank}: No space left on device" in ended.text
-    assert (job.run_dir / "checkpoints" / "latest").read_text() == "step_2\n"
+    assert (job.run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_2\n"
     assert not list((job.run_dir / "checkpoints").glob("*.partial"))
     goes_on(assets, undisturbed, job.run_dir)
 
@@ -210,7 +210,7 @@ def test_a_data_file_that_disappears_costs_nothing_until_the_next_start(
     assert (ended.survivors, ended.code) == ([], 0), ended.text
     assert losses(job.run_dir) == losses(undisturbed)
     again = Job(assets, tmp_path, "rollout:99:0:sleep=0", (f"data.train_path={rows}", "train.max_steps=8"))
-    (tmp_path / "hit").write_text("")
+    (tmp_path / "hit").write_text("", encoding="utf-8")
     ended = again.run()
     note("the same, at the next start", ended)
     assert (ended.survivors, ended.code) == ([], 2), ended.text

@@ -81,7 +81,9 @@ def left(killed: Path, tmp_path: Path) -> Path:
 
 def test_rows_of_the_undisturbed_run(assets: Path, undisturbed: bytes) -> None:
     rows = [json.loads(line) for line in undisturbed.decode().splitlines()]
-    given = [json.loads(line) for line in (assets / "data" / "teacher_train.jsonl").read_text().splitlines()]
+    given = [
+        json.loads(line) for line in (assets / "data" / "teacher_train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert all(list(row) == KEYS for row in rows) and [row["id"] for row in rows] == list(range(150))
     assert all(row["instruction"] == known["instruction"] for row, known in zip(rows, given, strict=True))
     assert len({row["response"] for row in rows}) > 100
@@ -123,9 +125,9 @@ def test_other_settings_are_refused(
     copy = tmp_path / "assets"
     shutil.copytree(assets, copy)
     config = copy / "llama" / "student" / "config.json"
-    config.write_text(config.read_text() + "\n")
+    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     data = copy / "data" / "teacher_train.jsonl"
-    data.write_text(data.read_text() + '{"instruction": "One more."}\n')
+    data.write_text(data.read_text(encoding="utf-8") + '{"instruction": "One more."}\n', encoding="utf-8")
     output = str(left / "out.jsonl")
     for more, words in (
         (["--temperature", "0.5"], "--temperature was 1.0 and is now 0.5;"),
@@ -141,10 +143,10 @@ def test_other_settings_are_refused(
         assert f"{output}.partial has rows with other settings: " in line and words in line
         assert line.endswith("--overwrite starts over")
         assert _state(left) == before
-    (left / "out.jsonl.progress.json").write_text("{")
+    (left / "out.jsonl.progress.json").write_text("{", encoding="utf-8")
     assert main(["generate", *_arguments(assets, left / "out.jsonl")]) == 2
     assert "does not have their settings; --overwrite starts over" in _error(capsys)
-    (left / "foreign.partial").write_text("somebody's own\n")
+    (left / "foreign.partial").write_text("somebody's own\n", encoding="utf-8")
     assert main(["generate", *_arguments(assets, left / "foreign")]) == 2
     assert "foreign.progress.json does not have" in _error(capsys)
     with (left / "out.jsonl.partial").open("ab") as file:
@@ -157,7 +159,7 @@ def test_other_settings_are_refused(
 def test_overwrite(assets: Path, left: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It starts over; existing files stay until the first new row, and without the option for good."""
     other = ["--seed", "1", "--max-new-tokens", "4", "--batch-size", "16"]
-    (left / "out.jsonl").write_text("finished before\n")
+    (left / "out.jsonl").write_text("finished before\n", encoding="utf-8")
     before = _state(left)
     assert main(["generate", *_arguments(assets, left / "out.jsonl")]) == 2
     assert "out.jsonl exists already; --overwrite replaces it" in _error(capsys)
@@ -173,16 +175,19 @@ def test_a_run_that_wrote_nothing_leaves_nothing(
 ) -> None:
     """A mistake (here: too long a prompt) is corrected and tried again without further ado."""
     data = tmp_path / "rows.jsonl"
-    data.write_text('{"instruction": "Yes."}\n{"instruction": ""}\n' + json.dumps({"instruction": "No. " * 60}) + "\n")
+    data.write_text(
+        '{"instruction": "Yes."}\n{"instruction": ""}\n' + json.dumps({"instruction": "No. " * 60}) + "\n",
+        encoding="utf-8",
+    )
     rows, output = ["--input", str(data), "--skip-bad-rows"], tmp_path / "new" / "out.jsonl"
     assert main(["generate", *_arguments(assets, output, *rows)]) == 2
     assert "rows.jsonl:3" in _error(capsys) and not _state(output.parent)
     longer = ["--max-prompt-tokens", "124", "--max-new-tokens", "4"]
-    data.write_text('{"instruction": "Yes."}\n{"instruction": ""}\n{"instruction": "No."}\n')
+    data.write_text('{"instruction": "Yes."}\n{"instruction": ""}\n{"instruction": "No."}\n', encoding="utf-8")
     assert main(["generate", *_arguments(assets, output, *rows, *longer)]) == 0
     # Numbers count the row that was skipped.
-    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [0, 2]
-    text = output.read_text()
+    assert [json.loads(line)["id"] for line in output.read_text(encoding="utf-8").splitlines()] == [0, 2]
+    text = output.read_text(encoding="utf-8")
     capsys.readouterr()
     arguments = _arguments(assets, output, *rows, *longer)
     where = arguments.index("--output")

@@ -47,11 +47,13 @@ def assets(assets: Path) -> Path:
     """With a family that has no decoder of the project's own: its own forward pass writes and reads."""
     folder = assets
     for role, hidden in (("teacher", 48), ("student", 32)):
-        tree = json.loads((assets_of(folder, "gpt2", role) / "config.json").read_text())
+        tree = json.loads((assets_of(folder, "gpt2", role) / "config.json").read_text(encoding="utf-8"))
         model = assets_of(folder, "gpt2_scaled", role)
         model.mkdir(parents=True)
         assert tree["n_embd"] == hidden
-        (model / "config.json").write_text(json.dumps(tree | {"scale_attn_by_inverse_layer_idx": True}))
+        (model / "config.json").write_text(
+            json.dumps(tree | {"scale_attn_by_inverse_layer_idx": True}), encoding="utf-8"
+        )
     return folder
 
 
@@ -81,7 +83,9 @@ def _texts(run_dir: Path) -> list[dict[str, object]]:
 def test_every_mode_on_another_layout(assets: Path, reference: Path, tmp_path: Path) -> None:
     _assert_same(tmp_path, reference, 2, 2, _runs(assets, tmp_path, "parallel.tp_size=2"))
     for mode in ("teacher", "teacher, sampled"):
-        ours, theirs = ((out / mode / "teacher_text.jsonl").read_text() for out in (tmp_path, reference))
+        ours, theirs = (
+            (out / mode / "teacher_text.jsonl").read_text(encoding="utf-8") for out in (tmp_path, reference)
+        )
         assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
 
 
@@ -136,7 +140,7 @@ def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
 
 
 def _every(run_dir: Path, key: str) -> list[float | None]:
-    return [json.loads(line).get(key) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line).get(key) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_teachers_text_is_written_once(assets: Path, tmp_path: Path) -> None:
@@ -144,17 +148,17 @@ def test_the_teachers_text_is_written_once(assets: Path, tmp_path: Path) -> None
     cache = tmp_path / "cache" / "text.jsonl"
     more = ("generation.mode=teacher", "train.max_steps=2", f"generation.teacher_cache={cache}")
     run_layout(1, [(str(tmp_path / "first"), settings(assets, "llama", *more))])
-    whole, wrote = cache.read_text(), cache.stat().st_mtime_ns
+    whole, wrote = cache.read_text(encoding="utf-8"), cache.stat().st_mtime_ns
     run_layout(1, [(str(tmp_path / "second"), settings(assets, "llama", *more))])
     assert cache.stat().st_mtime_ns == wrote and losses(tmp_path / "second") == losses(tmp_path / "first")
     lines = whole.splitlines(keepends=True)
-    cache.write_text("".join(lines[:9]) + lines[9][:20])
+    cache.write_text("".join(lines[:9]) + lines[9][:20], encoding="utf-8")
     run_layout(2, [(str(tmp_path / "third"), settings(assets, "llama", *more, "parallel.tp_size=1"))])
-    assert sorted(cache.read_text().splitlines()) == sorted(whole.splitlines())
+    assert sorted(cache.read_text(encoding="utf-8").splitlines()) == sorted(whole.splitlines())
     with pytest.raises(RankError, match="max_new_tokens=8 there, 6 here; choose another file"):
         other = settings(assets, "llama", *more, "generation.max_new_tokens=6")
         run_layout(2, [(str(tmp_path / "fourth"), other)])
-    cache.write_text(lines[0] + "{}\n")
+    cache.write_text(lines[0] + "{}\n", encoding="utf-8")
     with pytest.raises(RankError, match="is damaged"):
         run_layout(2, [(str(tmp_path / "fifth"), settings(assets, "llama", *more))])
 
@@ -170,10 +174,10 @@ def test_another_teacher_in_the_same_place_is_noticed(assets: Path, tmp_path: Pa
     with pytest.raises(RankError, match="holds the teacher's text of other settings"):
         run_layout(1, [(str(tmp_path / "third"), settings(assets, "llama", *more, trained))])
     for content in ('{"instruction": "x", "output": "y"}', "a\nb", '{"a": 1}\n{"b"'):
-        cache.write_text(content)
+        cache.write_text(content, encoding="utf-8")
         with pytest.raises(RankError, match="is no teacher's text of megadistill; choose another file"):
             run_layout(2, [(str(tmp_path / "fourth"), settings(assets, "llama", *more))])
-        assert cache.read_text() == content
+        assert cache.read_text(encoding="utf-8") == content
 
 
 def test_one_run_a_folder(assets: Path, tmp_path: Path) -> None:
@@ -265,7 +269,7 @@ sys.exit(main(sys.argv[2:]))  # deepspeed puts --local_rank first
 def test_a_rank_that_fails_while_decoding_ends_the_job(assets: Path, tmp_path: Path) -> None:
     """With its error, and long before the run's timeout of half an hour."""
     script = tmp_path / "failing.py"
-    script.write_text(FAILING)
+    script.write_text(FAILING, encoding="utf-8")
     run = [f"run.dir={tmp_path / 'run'}", "parallel.tp_size=2", *settings(assets, "llama", "train.max_steps=4")]
     command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(script), "train"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -23,7 +23,7 @@ def broken(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = load_tokenizer(str(assets / "tokenizer"))
-    rows = [json.loads(line) for line in (assets / "data" / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (assets / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     in_rows = Counter(token for row in rows for token in set(tokenizer.encode(f"{row['instruction']} {row['input']}")))
     token = next(token for token, count in sorted(in_rows.items()) if count == 2)
     torch.manual_seed(0)
@@ -48,11 +48,11 @@ def _settings(assets: Path, student: Path, *more: str) -> list[str]:
 
 
 def _metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _dumped(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    lines = (run_dir / "nonfinite" / f"step_{step}.jsonl").read_text().splitlines()
+    lines = (run_dir / "nonfinite" / f"step_{step}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -99,7 +99,7 @@ def test_a_run_stops_where_it_is_told_to(assets: Path, broken: tuple[Path, int],
     bad = _metrics(tmp_path / "run")[-1]
     assert bad["loss"] is None and _dumped(tmp_path / "run", bad["step"])
     if bad["step"] > 1:
-        assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{bad['step'] - 1}\n"
+        assert (tmp_path / "run" / "checkpoints" / "latest").read_text(encoding="utf-8") == f"step_{bad['step'] - 1}\n"
 
 
 def test_weights_that_are_lost_do_not_skip_for_ever(assets: Path, tmp_path: Path) -> None:

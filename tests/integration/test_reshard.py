@@ -161,23 +161,28 @@ def test_a_sharded_model_reads_and_writes_in_one_process(assets: Path, runs: dic
     )
     assert main(["verify", str(runs["gpt2"]), str(tmp_path / "cut"), "--rows", "4", "--greedy-tokens", "4"]) == 0
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join((assets / "data" / "valid.jsonl").read_text().splitlines(keepends=True)[:3]))
+    prompts.write_text(
+        "".join((assets / "data" / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]),
+        encoding="utf-8",
+    )
     for name, model in (("whole", runs["gpt2"]), ("cut", tmp_path / "cut")):
         words = ["--model", str(model), "--input", str(prompts), "--output", str(tmp_path / f"{name}.jsonl")]
         words += ["--max-new-tokens", "6", "--max-prompt-tokens", "64", "--template", "plain", "--temperature", "0"]
         assert main(["generate", *words]) == 0
-    assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "cut.jsonl").read_text()
+    assert (tmp_path / "whole.jsonl").read_text(encoding="utf-8") == (tmp_path / "cut.jsonl").read_text(
+        encoding="utf-8"
+    )
     assert "shards/tp00_dp00.safetensors" in model_fingerprint(str(tmp_path / "cut"))
 
 
 def test_converters_touch_nothing_of_the_users(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "mine").write_text("x")
+    (tmp_path / "out.partial" / "mine").write_text("x", encoding="utf-8")
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     export_checkpoint(runs["gpt2"], tmp_path / "out")
     export_checkpoint(runs["gpt2"], tmp_path / "link")
-    assert (tmp_path / "out.partial" / "mine").read_text() == "x"
+    assert (tmp_path / "out.partial" / "mine").read_text(encoding="utf-8") == "x"
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
     with pytest.MonkeyPatch.context() as patch:
         (tmp_path / "here").mkdir()
@@ -194,17 +199,21 @@ def test_garbage_is_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pyte
     def spoil(file: str, change: Callable[[Any], Any]) -> Path:
         folder = tmp_path / f"bad{len(list(tmp_path.iterdir()))}" / "step_4"
         shutil.copytree(good, folder)
-        (folder / file).write_text(json.dumps(change(json.loads((folder / file).read_text()))))
+        (folder / file).write_text(
+            json.dumps(change(json.loads((folder / file).read_text(encoding="utf-8")))), encoding="utf-8"
+        )
         if file != "manifest.json":
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             manifest["files"][file] = digest(folder / file)
-            (folder / "manifest.json").write_text(json.dumps(manifest))
+            (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         return folder
 
     def parameter(**change: Any) -> Callable[[Any], Any]:
         return lambda tree: tree | {"parameters": tree["parameters"] | {"lm_head.weight": {**cut, **change}}}
 
-    cut = json.loads((good / "student" / "layout.json").read_text())["parameters"]["transformer.wte.weight"]
+    cut = json.loads((good / "student" / "layout.json").read_text(encoding="utf-8"))["parameters"][
+        "transformer.wte.weight"
+    ]
     bad = [
         spoil("manifest.json", lambda tree: tree | {"files": []}),
         spoil("manifest.json", lambda tree: tree | {"layout": {}}),
@@ -221,8 +230,8 @@ def test_garbage_is_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pyte
             assert main(["export", str(folder), str(tmp_path / "out")]) == 2
             assert main(["reshard", str(folder), str(tmp_path / "out"), "--tp-size", "1", "--dp-size", "1"]) == 2
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").write_text("garbage")
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model" / "model.safetensors").write_text("garbage", encoding="utf-8")
     assert main(["inspect", str(tmp_path / "model")]) == 2
     assert not (tmp_path / "out").exists() and "Traceback" not in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ def _settings(assets: Path, *more: str) -> list[str]:
 
 
 def _numbers(run_dir: Path) -> list[dict[str, float]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)} for line in lines]
 
 
@@ -109,12 +109,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     elif damage == "missing":
         victim.unlink()
     elif damage == "no manifest":
-        (last / "manifest.json").write_text("{")
+        (last / "manifest.json").write_text("{", encoding="utf-8")
     else:
-        (run_dir / "checkpoints" / "latest").write_text("step_")
+        (run_dir / "checkpoints" / "latest").write_text("step_", encoding="utf-8")
     run_layout(1, [(str(run_dir), _small_settings(assets))])
     assert _numbers(run_dir) == _numbers(small)
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_4\n"
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_4\n"
     assert (run_dir / "checkpoints" / "step_4.damaged").exists() is (damage != "no latest")
     if damage in ("flipped", "truncated", "missing"):
         explicit = f"train.resume={run_dir / 'checkpoints' / 'step_4.damaged'}"
@@ -126,10 +126,10 @@ def _died_after_ten(undisturbed: Path, died: Path) -> Path:
     """The run directory of a job that died in step 14; its last checkpoint is of step 10."""
     shutil.copytree(undisturbed, died)
     shutil.rmtree(died / "checkpoints" / "step_20")
-    (died / "checkpoints" / "latest").write_text("step_10\n")
+    (died / "checkpoints" / "latest").write_text("step_10\n", encoding="utf-8")
     (died / "summary.json").unlink()
-    lines = (died / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo')
+    lines = (died / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (died / "metrics.jsonl").write_text("".join(lines[:13]) + '{"step": 14, "lo', encoding="utf-8")
     return died
 
 
@@ -143,7 +143,7 @@ def test_what_is_no_damage_is_left_alone(assets: Path, small: Path, tmp_path: Pa
     for copy in (newer, gone):
         shutil.copytree(small, copy)
     for file in newer.glob("checkpoints/step_*/manifest.json"):
-        file.write_text(file.read_text().replace('"version": 2', '"version": 9'))
+        file.write_text(file.read_text(encoding="utf-8").replace('"version": 2', '"version": 9'), encoding="utf-8")
     with pytest.raises(RankError, match="version 9 is not supported"):
         run_layout(1, [(str(newer), _small_settings(assets))])
     assert _checkpoints(newer) == {"step_2", "step_4"}
@@ -159,9 +159,9 @@ def test_going_back_by_the_same_words_happens_once(assets: Path, small: Path, tm
     words = f"train.resume={run_dir / 'checkpoints' / 'step_2'}"
     with pytest.raises(RankError, match="step_2 is at step 2, after the run.s last step 1"):
         run_layout(1, [(str(run_dir), [*_small_settings(assets), words, "train.max_steps=1"])])
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_4\n"
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_4\n"
     run_layout(1, [(str(run_dir), [*_small_settings(assets), words, "train.max_steps=3"])])
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_3\n"
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_3\n"
     marked = run_dir / "checkpoints" / "step_3" / "manifest.json"
     before = marked.stat().st_mtime_ns
     run_layout(1, [(str(run_dir), [*_small_settings(assets), words])])
@@ -219,9 +219,9 @@ def test_reading_a_hostile_checkpoint_executes_nothing(assets: Path, small: Path
     hostile, trace = tmp_path / "step_2", tmp_path / "executed"
     shutil.copytree(small / "checkpoints" / "step_2", hostile)
     torch.save({"gate": _Program(trace)}, hostile / "trainer.pt")
-    manifest = json.loads((hostile / "manifest.json").read_text())
+    manifest = json.loads((hostile / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"]["trainer.pt"] = digest(hostile / "trainer.pt")
-    (hostile / "manifest.json").write_text(json.dumps(manifest))
+    (hostile / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(RankError, match="trainer.pt cannot be read as plain tensors"):
         run_layout(1, [(str(tmp_path / "run"), [*_small_settings(assets), f"train.resume={hostile}"])])
     model = tmp_path / "model"
@@ -242,7 +242,7 @@ def test_going_back_keeps_what_is_written(assets: Path, undisturbed: Path, tmp_p
     (run_dir / "checkpoints" / "step_mine").mkdir()
     more = (f"train.resume={run_dir / 'checkpoints' / 'step_10'}", "checkpoint.keep_last=1", "train.max_steps=11")
     run_layout(4, [(str(run_dir), _settings(assets, *more))])
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_11\n"
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_11\n"
     assert {p.name for p in (run_dir / "checkpoints").glob("step_*")} == {"step_11", "step_20", "step_mine"}
     export_checkpoint(run_dir, tmp_path / "student")
 
@@ -266,7 +266,7 @@ def test_export_refuses_what_it_cannot_trust(undisturbed: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         export_checkpoint(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "full" / "mine").write_text("x", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not an empty folder"):
         export_checkpoint(undisturbed, tmp_path / "full")
     short = tmp_path / "short"
@@ -275,7 +275,7 @@ def test_export_refuses_what_it_cannot_trust(undisturbed: Path, tmp_path: Path) 
     weights_file.write_bytes(weights_file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="model.safetensors has .* bytes, expected"):
         export_checkpoint(short, tmp_path / "out")
-    (short / "manifest.json").write_text("{")
+    (short / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match="damaged"):
         export_checkpoint(short, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_yaml_says_what_it_is_and_loads(file: Path) -> None:
-    header = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+    header = "\n".join(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     if file.name != "base.yaml":
         assert all(f"#   {word}:" in header for word in ("hardware", "launch", "expect")), file
     for launched in re.findall(r"--config (configs/\S+\.yaml)", header):
@@ -64,7 +64,7 @@ def test_pairs_train_with_small_models_in_their_place(name: str, family: str, tm
 
 def _commands() -> list[str]:
     """The README's command lines (indented blocks), continued lines joined."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith("    ")]
     return [line for line in lines if line.split(" ")[0] in ("megadistill", "deepspeed", "bash", "python", "source")]
 
@@ -102,13 +102,13 @@ def test_a_launched_run_leaves_what_is_promised(smoke: Path) -> None:
     found = {path.name for path in run_dir.iterdir()}
     assert {"resolved.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints"} <= found
     assert any(name.startswith("events.out.tfevents") for name in found)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 21))
     promised = "loss loss/sft loss/dac_kl loss/span grad_norm lr num_tokens kept_mass scrg/corrected_fraction \
         scrg/error_position_mean phi time/step_s memory/peak_bytes"
     assert all(set(promised.split()) <= set(record) for record in records)
     assert records[-1]["loss"] < records[0]["loss"]
-    assert json.loads((run_dir / "summary.json").read_text())["tp_size"] == 2
+    assert json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["tp_size"] == 2
 
 
 def test_generate_evaluate_and_export(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +118,10 @@ def test_generate_evaluate_and_export(smoke: Path, monkeypatch: pytest.MonkeyPat
     for output, width in (("a.jsonl", "3"), ("b.jsonl", "16")):
         arguments = ["--model", "runs/smoke", "--input", data, "--output", output, "--batch-size", width, *common]
         assert main(["generate", *arguments]) == 0
-    assert Path("a.jsonl").read_text() == Path("b.jsonl").read_text()
+    assert Path("a.jsonl").read_text(encoding="utf-8") == Path("b.jsonl").read_text(encoding="utf-8")
     config = ["--config", str(ROOT / "configs" / "smoke.yaml")]
     assert main(["evaluate", *config, "--model", "runs/smoke", "--model", "teacher=runs/assets/smoke_0/teacher"]) == 0
-    alone = json.loads(Path("runs/smoke/evaluation.json").read_text())["results"]
+    alone = json.loads(Path("runs/smoke/evaluation.json").read_text(encoding="utf-8"))["results"]
     assert set(alone) == {"smoke", "teacher"}
     two = ["torchrun", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
     command = [str(Path(sys.executable).parent / two[0]), *two[1:], "-m", "megadistill", "evaluate", *config]
@@ -129,7 +129,7 @@ def test_generate_evaluate_and_export(smoke: Path, monkeypatch: pytest.MonkeyPat
         more = ["--model", "runs/smoke", "--output", f"two_{tp_size}.json", f"parallel.tp_size={tp_size}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, *more], env=environment, check=True, timeout=300, capture_output=True)
-        found = json.loads(Path(f"two_{tp_size}.json").read_text())["results"]["smoke"]["test"]
+        found = json.loads(Path(f"two_{tp_size}.json").read_text(encoding="utf-8"))["results"]["smoke"]["test"]
         expected = dict(alone["smoke"]["test"])
         assert found.pop("nll") == pytest.approx(expected.pop("nll"), rel=1e-5)
         assert found == expected

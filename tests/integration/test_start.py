@@ -37,7 +37,7 @@ def test_generate_in_one_process_starts_without_deepspeed_and_its_warning(assets
     code = "import sys; from megadistill.cli.main import main; assert main(sys.argv[1:]) == 0"
     code += "; assert 'deepspeed' not in sys.modules"
     row = {"instruction": "Name a number.", "output": "One."}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     arguments = ["generate", "--model", str(assets / "llama" / "student"), "--tokenizer", str(assets / "tokenizer")]
     arguments += ["--input", str(tmp_path / "rows.jsonl"), "--max-prompt-tokens", "124", "--max-new-tokens", "4"]
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}

@@ -26,7 +26,7 @@ class Run:
         words = settings(
             assets, "llama", "train.max_steps=100000", "parallel.tp_size=2", "train.stop_grace_s=20", *more
         )
-        self.log = run_dir.with_suffix(".log").open("w")
+        self.log = run_dir.with_suffix(".log").open("w", encoding="utf-8")
         self.runner = launch(ROOT / "launchers" / "run.sh", run_dir, words, self.log)
         self.wait_for_step(2)
         below = psutil.Process(self.runner.pid).children(recursive=True)
@@ -36,12 +36,12 @@ class Run:
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         metrics, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + seconds
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        while not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < step:
             assert time.monotonic() < deadline and self.runner.poll() is None, self.text()
             time.sleep(0.1)
 
     def text(self) -> str:
-        return Path(self.log.name).read_text()
+        return Path(self.log.name).read_text(encoding="utf-8")
 
     def survivors(self, seconds: float = 60) -> list[psutil.Process]:
         """Processes that are there after some time; they are ended."""
@@ -70,11 +70,11 @@ def run(assets: Path, tmp_path: Path) -> Iterator[Run]:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def last_saved(run_dir: Path) -> int:
-    name = (run_dir / "checkpoints" / "latest").read_text().strip()
+    name = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
     assert (run_dir / "checkpoints" / name / "manifest.json").is_file()
     return int(name.removeprefix("step_"))
 

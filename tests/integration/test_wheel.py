@@ -73,7 +73,11 @@ def test_the_demo_runs_in_the_working_directory(site: Path, tmp_path: Path) -> N
     run_dir = tmp_path / "runs" / "demo"
     names = {path.name for path in run_dir.iterdir()}
     assert {"student", "curves.png", "evaluation.json", "summary.json"} <= names
-    assert set(json.loads((run_dir / "summary.json").read_text())["demo"]) == {"teacher", "sft", "distilled"}
+    assert set(json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["demo"]) == {
+        "teacher",
+        "sft",
+        "distilled",
+    }
     assert "student, distilled" in output
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     times = {name: (run_dir / name).stat().st_mtime_ns for name in ("evaluation.json", "student", "metrics.jsonl")}

@@ -130,7 +130,9 @@ class Slurm:
     def text(self, job: str) -> str:
         """What a job or an array has printed."""
         numbers = [re.findall(r"JobId=(\d+)", line)[0] for line in self._show(job)]
-        return "\n".join(f.read_text() for f in (self.folder / f"{n}.out" for n in numbers) if f.exists())
+        return "\n".join(
+            f.read_text(encoding="utf-8") for f in (self.folder / f"{n}.out" for n in numbers) if f.exists()
+        )
 
     def _show(self, job: str) -> list[str]:
         return self.ask("scontrol", "--oneliner", "show", "job", job).splitlines()
@@ -150,10 +152,14 @@ def slurm() -> Iterator[Slurm]:
         munge.chmod(0o711)
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o400)
-        text = SLURM_CONF.read_text().replace("@DIR@", name).replace("@HOST@", socket.gethostname().partition(".")[0])
+        text = (
+            SLURM_CONF.read_text(encoding="utf-8")
+            .replace("@DIR@", name)
+            .replace("@HOST@", socket.gethostname().partition(".")[0])
+        )
         for number in range(3):
             text = text.replace(f"@PORT_{number}@", free_port())
-        (folder / "slurm.conf").write_text(text)
+        (folder / "slurm.conf").write_text(text, encoding="utf-8")
         files = [f"--{kind}={munge / file}" for kind, file in _MUNGE_FILES]
         client = Slurm(folder)
         stack.enter_context(_daemon(["munged", "--foreground", "--force", *files], client.env, folder / "munge.log"))
@@ -164,7 +170,7 @@ def slurm() -> Iterator[Slurm]:
         try:
             wait_for(lambda: client.ask("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", lambda: "two idle nodes", 60)
         except AssertionError:
-            logs = "\n".join(path.read_text()[-1500:] for path in folder.glob("*.log"))
+            logs = "\n".join(path.read_text(encoding="utf-8")[-1500:] for path in folder.glob("*.log"))
             pytest.skip(f"SLURM does not start on this machine: {logs}")
         yield client
         client.ask("scancel", "--state=PENDING")
@@ -218,9 +224,9 @@ def two_hosts() -> Iterator[list[str]]:
             etc = Path("/etc/netns") / name  # `ip netns exec` shows it as /etc
             stack.callback(shutil.rmtree, etc, ignore_errors=True)
             (etc / "ssh").mkdir(parents=True)
-            (etc / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 h1\n10.77.0.2 h2\n")
-            (etc / "ssh" / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder, number=number))
-            (etc / "ssh" / "ssh_config").write_text(SSH_CONFIG.format(folder=folder))
+            (etc / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 h1\n10.77.0.2 h2\n", encoding="utf-8")
+            (etc / "ssh" / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder, number=number), encoding="utf-8")
+            (etc / "ssh" / "ssh_config").write_text(SSH_CONFIG.format(folder=folder), encoding="utf-8")
             ip("netns", "add", name)
             stack.callback(ip, "netns", "delete", name)
         ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])

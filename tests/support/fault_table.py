@@ -23,7 +23,7 @@ MEANINGS = {
 
 
 def main() -> None:
-    lines = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
     print("| fault | until the last process is gone, s | exit code of `deepspeed` | |\n|---|---|---|---|")
     for line in lines:
         meaning = MEANINGS.get(line["code"], "")

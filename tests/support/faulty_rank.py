@@ -32,7 +32,7 @@ PLACES = {
 
 def act(action: str, folder: Path) -> None:
     """Makes the fault."""
-    (folder / "hit").write_text(str(time.time()))
+    (folder / "hit").write_text(str(time.time()), encoding="utf-8")
     name, _, argument = action.partition("=")
     if name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -78,7 +78,7 @@ def main() -> int:
     from megadistill.cli.main import main as command
 
     folder, rank = Path(os.environ["FAULT_DIR"]), os.environ["RANK"]
-    (folder / f"rank_{rank}").write_text(str(os.getpid()))
+    (folder / f"rank_{rank}").write_text(str(os.getpid()), encoding="utf-8")
     place, step, who, action = os.environ["FAULT"].split(":")
     if who in (rank, "all"):
         arm(place, int(step), action, folder)

@@ -51,7 +51,7 @@ def write_assets(folder: Path) -> None:
             model.mkdir(parents=True)
             # Wide initial weights: distributions that are far from uniform, so that wrong tokens would show.
             tree = {**config, **width, "vocab_size": rows, "initializer_range": 0.2, "init_std": 0.2}
-            (model / "config.json").write_text(json.dumps(tree))
+            (model / "config.json").write_text(json.dumps(tree), encoding="utf-8")
 
 
 def settings(assets: Path, family: str, *more: str) -> list[str]:
@@ -149,11 +149,11 @@ def free_port() -> str:
 
 
 def losses(run_dir: Path, key: str = "loss") -> list[float]:
-    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def samples(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

@@ -52,8 +52,10 @@ def sentence_piece(folder: Path) -> Any:
         minloglevel=2,
     )
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True, "legacy": False}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "add_bos_token": True, "legacy": False}), encoding="utf-8"
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -17,7 +17,7 @@ SAMPLES = [
 def write(run: Path, samples: list[Sample]) -> Path:
     run.mkdir(parents=True)
     (run / "samples.jsonl").write_text(
-        "".join(json.dumps({**vars(sample), "prompt": "p"}) + "\n" for sample in samples)
+        "".join(json.dumps({**vars(sample), "prompt": "p"}) + "\n" for sample in samples), encoding="utf-8"
     )
     return run
 
@@ -67,7 +67,7 @@ def test_table_and_files(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert Path("out/found.md").read_text(encoding="utf-8") == printed
     assert "| 1/3 | 1-1 | 1 | 1.00 | 1.00 | 2.0 | 0.57 | 4.0 | 4.0 | 0.500, 0.667, 1.000 |" in printed
-    record = json.loads(Path("out/found.json").read_text())
+    record = json.loads(Path("out/found.json").read_text(encoding="utf-8"))
     assert record["command"] == ("python tools/benchmark.py diversity with without --parts 3 --output out/found.json")
     assert [(row["run"], row["part"]) for row in record["rows"]] == [
         ("with", "1/3"), ("with", "2/3"), ("with", "3/3"), ("with", "all"), ("without", "1/1"),

@@ -117,7 +117,7 @@ def test_a_changed_weight_is_found(base: Path, tmp_path: Path, capsys: pytest.Ca
     result = tmp_path / "out" / "result.json"
     assert _verify(base, b, "--json", str(result)) == 1
     line = capsys.readouterr().out.splitlines()[-1]
-    written = json.loads(result.read_text())
+    written = json.loads(result.read_text(encoding="utf-8"))
     assert line == f"different: {written['difference']}" and written["same"] is False
     assert line.startswith(f"different: row {written['max_row']}, position {written['max_position']}: KL ")
     assert _verify(base, b, "--tolerance", str(written["max_kl"] * 10)) == 0
@@ -178,9 +178,9 @@ def test_rows_that_one_side_lacks(base: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_texts(base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    (tmp_path / "a.txt").write_text("The quick brown fox. " * 50)
-    (tmp_path / "a.jsonl").write_text('{"text": "The quick brown fox."}\n{"text": "jumps"}\n')
-    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "a.txt").write_text("The quick brown fox. " * 50, encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "The quick brown fox."}\n{"text": "jumps"}\n', encoding="utf-8")
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xff")
 
     def read(name: str | None, **more: Any) -> list[list[int]]:

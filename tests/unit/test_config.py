@@ -16,7 +16,7 @@ MINIMAL = "run: {dir: out}\nmodel: {teacher: {path: big}, student: {path: small}
 @pytest.fixture
 def minimal(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(MINIMAL)
+    path.write_text(MINIMAL, encoding="utf-8")
     return path
 
 
@@ -66,25 +66,30 @@ def test_the_tree_is_frozen(minimal: Path) -> None:
 
 def test_bases_are_relative_to_the_file_and_merged_by_key(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep/first.yaml").write_text("optim: {lr: 1.0, eps: 0.5}\neval: {seeds: [1, 2, 3]}\n")
-    (tmp_path / "second.yaml").write_text("base: deep/first.yaml\noptim: {lr: 2.0}\nloss:\n  # sft: 0\n")
+    (tmp_path / "deep/first.yaml").write_text(
+        "optim: {lr: 1.0, eps: 0.5}\neval: {seeds: [1, 2, 3]}\n", encoding="utf-8"
+    )
+    (tmp_path / "second.yaml").write_text(
+        "base: deep/first.yaml\noptim: {lr: 2.0}\nloss:\n  # sft: 0\n", encoding="utf-8"
+    )
     top = tmp_path / "top.yaml"
-    top.write_text("base: second.yaml\neval: {seeds: [7]}\nloss: {sft: 0.5}\n" + MINIMAL)
+    top.write_text("base: second.yaml\neval: {seeds: [7]}\nloss: {sft: 0.5}\n" + MINIMAL, encoding="utf-8")
     config = load_config(top, ["optim.weight_decay=0.1"])
     assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (2.0, 0.5, 0.1)
     assert config.eval.seeds == (7,) and config.loss.sft == 0.5
 
 
 def test_an_empty_section_leaves_the_base_alone(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("loss: {sft: 0.25}\n" + MINIMAL)
-    (tmp_path / "top.yaml").write_text("base: base.yaml\nloss:\n")
+    (tmp_path / "base.yaml").write_text("loss: {sft: 0.25}\n" + MINIMAL, encoding="utf-8")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nloss:\n", encoding="utf-8")
     assert load_config(tmp_path / "top.yaml").loss.sft == 0.25
 
 
 def test_references_between_keys(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        MINIMAL + "data: {train_path: '${run.dir}/train.jsonl'}\neval: {max_new_tokens: '${data.max_tokens}'}\n"
+        MINIMAL + "data: {train_path: '${run.dir}/train.jsonl'}\neval: {max_new_tokens: '${data.max_tokens}'}\n",
+        encoding="utf-8",
     )
     config = load_config(path, ["run.dir=moved"])
     assert config.data.train_path == "moved/train.jsonl" and config.eval.max_new_tokens == 512
@@ -170,7 +175,7 @@ def test_mistakes_on_the_command_line(minimal: Path, override: str, parts: list[
 )
 def test_mistakes_in_the_file(tmp_path: Path, text: str, parts: list[str]) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     message = error_of(path)
     assert message.startswith(str(path))
     for part in parts:
@@ -186,8 +191,8 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_the_error_names_the_file_that_said_it(tmp_path: Path) -> None:
-    (tmp_path / "low.yaml").write_text("optim: {lr: fast}\n")
-    (tmp_path / "top.yaml").write_text("base: low.yaml\n" + MINIMAL)
+    (tmp_path / "low.yaml").write_text("optim: {lr: fast}\n", encoding="utf-8")
+    (tmp_path / "top.yaml").write_text("base: low.yaml\n" + MINIMAL, encoding="utf-8")
     assert error_of(tmp_path / "top.yaml").startswith(str(tmp_path / "low.yaml"))
 
 
@@ -223,5 +228,5 @@ def test_the_page_and_the_base_file_are_up_to_date() -> None:
 
 def test_the_base_file_is_the_defaults(minimal: Path, tmp_path: Path) -> None:
     top = tmp_path / "top.yaml"
-    top.write_text(f"base: {ROOT / 'configs/base.yaml'}\n{MINIMAL}")
+    top.write_text(f"base: {ROOT / 'configs/base.yaml'}\n{MINIMAL}", encoding="utf-8")
     assert load_config(top) == load_config(minimal)

@@ -33,7 +33,7 @@ def source(tmp_path):
     rows = [{"instruction": f"Count to {n} — é", "output": " ".join(map(str, range(n)))} for n in range(40)]
     rows += [dict(rows[3]), {"instruction": "dog " * 300, "output": "x"}, {"instruction": "many", "output": ["a", "b"]}]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "broken\n")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "broken\n", encoding="utf-8")
     return path
 
 
@@ -57,7 +57,9 @@ def test_files_do_not_depend_on_the_number_of_workers(source, tokenizer, tmp_pat
 
 def test_every_row_is_accounted_for(source, tokenizer, tmp_path):
     report = convert(source, tokenizer, tmp_path / "out")
-    assert report == json.loads((tmp_path / "out" / "report.json").read_text()) | {"options": report["options"]}
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) | {
+        "options": report["options"]
+    }
     assert (report["num_rows"], report["num_bad_rows"]) == (44, 1)
     assert report["left_out"] == {"prompt over 60 tokens": 1, "prompt seen before": 1}
     train, valid = (load_examples(tmp_path / "out" / f"{name}.jsonl").examples for name in ("train", "valid"))

@@ -30,7 +30,7 @@ def test_every_format_gives_the_same_examples(tmp_path):
     ]
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(quoted).encode("utf-8"))
     (tmp_path / "a.tsv").write_text(
-        "\n".join(quoted).replace('","', '"\t"').replace("n,i", "n\ti").replace("t,o", "t\to")
+        "\n".join(quoted).replace('","', '"\t"').replace("n,i", "n\ti").replace("t,o", "t\to"), encoding="utf-8"
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     expected = [
@@ -109,7 +109,7 @@ def test_bad_rows_are_named_by_line_or_skipped(tmp_path, kind):
 
 def test_a_bad_row_of_a_json_list_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('[\n {"instruction": "x"},\n\n {"instruction": 3},\n {"instruction": "y"}\n]\n')
+    path.write_text('[\n {"instruction": "x"},\n\n {"instruction": 3},\n {"instruction": "y"}\n]\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.json:4: field 'instruction' must be a string"):
         load_examples(path)
     assert [row.instruction for row in load_examples(path, skip_bad_rows=True).examples] == ["x", "y"]
@@ -127,7 +127,7 @@ def test_a_bad_row_of_a_json_list_is_named_by_its_line(tmp_path):
 )
 def test_a_broken_json_list_is_an_error_even_when_rows_may_be_skipped(tmp_path, text, reason):
     path = tmp_path / "a.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=reason):
         load_examples(path, skip_bad_rows=True)
 
@@ -140,17 +140,17 @@ def test_csv_errors_name_the_line_where_the_record_starts(tmp_path):
     loaded = load_examples(path, skip_bad_rows=True)
     assert [row.instruction for row in loaded.examples] == ["two\nlines", "last"]
     assert [message.split(": ")[0].rsplit(":", 1)[1] for message in loaded.skipped] == ["4", "5", "6", "7"]
-    path.write_text("instructions,output\nx,y\n")
+    path.write_text("instructions,output\nx,y\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"no column 'instruction'.*did you mean instructions\?"):
         load_examples(path, skip_bad_rows=True)
-    path.write_text('instruction\n"never closed\n')
+    path.write_text('instruction\n"never closed\n', encoding="utf-8")
     with pytest.raises(DataError, match="not valid CSV"):
         load_examples(path, skip_bad_rows=True)
 
 
 def test_a_csv_field_longer_than_the_modules_default_limit_is_read(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("instruction\n" + "x" * 200_000 + "\n")
+    path.write_text("instruction\n" + "x" * 200_000 + "\n", encoding="utf-8")
     assert len(load_examples(path).examples[0].instruction) == 200_000
 
 
@@ -179,7 +179,7 @@ def test_missing_and_empty_files(tmp_path):
     write_lines(tmp_path / "blank.jsonl", b"")
     with pytest.raises(DataError, match="all 1 rows are bad"):
         load_examples(tmp_path / "blank.jsonl", skip_bad_rows=True)
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     with pytest.raises(DataError, match="unknown file type '.txt'; allowed: .jsonl"):
         load_examples(tmp_path / "a.txt")
 

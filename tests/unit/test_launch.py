@@ -211,8 +211,8 @@ def test_launchers_above_are_found_by_program_by_module_and_through_pdsh(tmp_pat
     code = "import sys; from megadistill.launch.ancestors import launchers_above"
     code += "; print(*sorted({(p.name(), p.pid) for p in launchers_above()}), sep='\\n')"
     job = ["--world_info=abc", "--master_port=7"]
-    (tmp_path / "sleep.py").write_text("import time; time.sleep(60)")
-    (tmp_path / "deepspeed.py").write_text("import subprocess, sys; subprocess.run(sys.argv[1:])")
+    (tmp_path / "sleep.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    (tmp_path / "deepspeed.py").write_text("import subprocess, sys; subprocess.run(sys.argv[1:])", encoding="utf-8")
     pdsh = tmp_path / "pdsh"
     pdsh.symlink_to(sys.executable)
     with subprocess.Popen([pdsh, tmp_path / "sleep.py", " ".join(job)]) as beside:

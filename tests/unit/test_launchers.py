@@ -44,7 +44,7 @@ def tools(tmp_path: Path) -> Path:
 
 def write_script(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
 
 
@@ -57,12 +57,14 @@ def run(*command: str | Path, path: Path, **variables: str) -> subprocess.Comple
 def test_scripts_are_valid_and_executable(script: Path) -> None:
     assert os.access(script, os.X_OK)
     # launchers/run.sh goes on in Python where its docstring ends.
-    shell_part = script.read_text().partition('\n"""\n')[0]
+    shell_part = script.read_text(encoding="utf-8").partition('\n"""\n')[0]
     subprocess.run(["bash", "-n"], input=shell_part, text=True, check=True)
 
 
 def test_ci_calls_the_test_script() -> None:
-    assert (ROOT / ".ci/run").read_text().splitlines()[1:] == ['exec bash "$(dirname "$0")/../tests/run.sh"']
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[1:] == [
+        'exec bash "$(dirname "$0")/../tests/run.sh"'
+    ]
 
 
 PRINT_ARGUMENTS = '#!/bin/sh\nfor word in "$@"; do echo "[$word]"; done\n'
@@ -103,7 +105,8 @@ def test_run_from_python_is_the_train_verb(clone: Path) -> None:
     (clone / "megadistill/__init__.py").touch()
     shutil.copytree(ROOT / "megadistill/launch", clone / "megadistill/launch")
     command.write_text(
-        "import os\n\n\ndef main(words):\n    print(words, os.environ['OMP_NUM_THREADS'])\n    return len(words)\n"
+        "import os\n\n\ndef main(words):\n    print(words, os.environ['OMP_NUM_THREADS'])\n    return len(words)\n",
+        encoding="utf-8",
     )
     words = [sys.executable, "-S", clone / "launchers/run.sh", "--local_rank=1", "--config", "a b", "x.y=--z"]
     alone = run(*words, path=clone, LOCAL_SIZE="100000")
@@ -140,23 +143,23 @@ def use_fake_python(tools: Path, log: Path, *, is_too_old: int = 0, pip_status: 
 def test_setup_installs_once(clone: Path, tools: Path, pip_log: Path) -> None:
     first = run("bash", clone / "launchers/setup.sh", path=tools)
     assert first.returncode == 0, first.stderr
-    calls = pip_log.read_text().splitlines()
+    calls = pip_log.read_text(encoding="utf-8").splitlines()
     assert len(calls) == 2 and all(f"-c {clone}/launchers/constraints.txt" in call for call in calls)
     assert calls[0].endswith(" torch setuptools") and calls[1].endswith(" -e .[all]")
     again = run("bash", clone / "launchers/setup.sh", path=tools)
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     run("bash", clone / "launchers/setup.sh", "test", path=tools)
-    assert pip_log.read_text().splitlines()[-1].endswith(" -e .[all,test]")
-    assert len(pip_log.read_text().splitlines()) == 4
+    assert pip_log.read_text(encoding="utf-8").splitlines()[-1].endswith(" -e .[all,test]")
+    assert len(pip_log.read_text(encoding="utf-8").splitlines()) == 4
 
 
 def test_setup_installs_again_after_a_change(clone: Path, tools: Path, pip_log: Path) -> None:
     run("bash", clone / "launchers/setup.sh", "test", path=tools)
     assert run("bash", clone / "launchers/setup.sh", path=tools).stdout == "", "test has all that base has"
-    with (clone / "launchers/constraints.txt").open("a") as constraints:
+    with (clone / "launchers/constraints.txt").open("a", encoding="utf-8") as constraints:
         constraints.write("another==1\n")
     run("bash", clone / "launchers/setup.sh", path=tools)
-    assert len(pip_log.read_text().splitlines()) == 4
+    assert len(pip_log.read_text(encoding="utf-8").splitlines()) == 4
 
 
 def test_a_failed_setup_is_not_taken_for_done(clone: Path, tools: Path, pip_log: Path) -> None:
@@ -179,7 +182,7 @@ def test_setup_with_an_unknown_argument(clone: Path, tools: Path) -> None:
 
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "launchers/constraints.txt").read_text().splitlines()
+    lines = (ROOT / "launchers/constraints.txt").read_text(encoding="utf-8").splitlines()
     found = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in found}
 
@@ -251,7 +254,7 @@ def test_slurm_starts_one_deepspeed_a_node_where_a_task_has_several_devices(
 def test_run_in_a_batch_job_goes_on_in_the_script_for_slurm(clone: Path, tools: Path, tmp_path: Path) -> None:
     """From the folder of the job, as slurmd starts a copy of it."""
     copy = tmp_path / "spool" / "job7" / "slurm_script"
-    write_script(copy, (clone / "launchers" / "run.sh").read_text())
+    write_script(copy, (clone / "launchers" / "run.sh").read_text(encoding="utf-8"))
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_ARRAY_TASK_ID": "5"}
     for where in ("SLURM_SUBMIT_DIR", "MEGADISTILL_ROOT"):
         assert dry_run(copy, tools, **job, **{where: str(clone)})[-3] == f"{clone}/launchers/run.sh"
@@ -272,7 +275,11 @@ def test_jobs_of_an_array_read_their_number(clone: Path, tools: Path) -> None:
 
 def test_both_scripts_ask_slurm_for_the_same() -> None:
     asked = [
-        [line for line in (ROOT / "launchers" / name).read_text().splitlines() if line.startswith("#SBATCH")]
+        [
+            line
+            for line in (ROOT / "launchers" / name).read_text(encoding="utf-8").splitlines()
+            if line.startswith("#SBATCH")
+        ]
         for name in ("run.sh", "slurm.sbatch")
     ]
     assert asked[0] == asked[1] and "#SBATCH --signal=B:USR1@300" in asked[0]
@@ -288,7 +295,11 @@ def test_cluster_tools_that_cannot_be_installed_are_named(tools: Path) -> None:
     (tools / "id").unlink()
     write_script(tools / "id", "#!/bin/sh\necho 1000\n")
     # A PATH of its own: the script looks into /usr/sbin as well.
-    text = (ROOT / "tests" / "support" / "install_cluster_tools.sh").read_text().replace(":/usr/sbin:/sbin", "")
+    text = (
+        (ROOT / "tests" / "support" / "install_cluster_tools.sh")
+        .read_text(encoding="utf-8")
+        .replace(":/usr/sbin:/sbin", "")
+    )
     write_script(tools.parent / "install.sh", text)
     done = run("bash", tools.parent / "install.sh", path=tools)
     assert done.returncode == 0

@@ -35,7 +35,7 @@ def test_the_holder_is_named_and_its_lock_ends_with_it(tmp_path: Path) -> None:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     with exclusive_lock(path, "run.dir=x"):
-        assert path.read_text().split()[0] == str(os.getpid())
+        assert path.read_text(encoding="utf-8").split()[0] == str(os.getpid())
     assert path.exists()
 
 

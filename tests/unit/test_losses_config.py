@@ -22,7 +22,7 @@ OLD, NEW = (
 @pytest.fixture
 def run_yaml(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text("run: {dir: out}\nmodel: {teacher: {path: big}, student: {path: small}}\n")
+    path.write_text("run: {dir: out}\nmodel: {teacher: {path: big}, student: {path: small}}\n", encoding="utf-8")
     return path
 
 
@@ -117,11 +117,11 @@ def test_old_spellings_in_files_and_on_the_command_line_give_the_same_run(run_ya
     with pytest.warns(FutureWarning, match="renormalize"):
         assert load_config(run_yaml, [f"loss.{name}={value}" for name, value in OLD.items()]) == new
     dump_resolved(new, tmp_path / "resolved.yaml")
-    text = (tmp_path / "resolved.yaml").read_text()
+    text = (tmp_path / "resolved.yaml").read_text(encoding="utf-8")
     for name, value in OLD.items():
         text = text.replace(f"{name}: {NEW[name]}", f"{name}: {value}")
     assert "renormalise" in text and "maximise" in text
-    (tmp_path / "resolved.yaml").write_text(text)
+    (tmp_path / "resolved.yaml").write_text(text, encoding="utf-8")
     with pytest.warns(FutureWarning, match="maximize"):
         assert load_config(tmp_path / "resolved.yaml") == new
 

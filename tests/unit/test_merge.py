@@ -87,7 +87,7 @@ def test_merged_is_unmerged(tmp_path: Path, case: str, capsys: pytest.CaptureFix
     found, expected, before = _logits(_plain(target)), _unmerged(base, adapter), _logits(_plain(base))
     assert (expected - before).abs().max() > 0.1, "an adapter that changes nothing would prove nothing"
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
-    is_tied = json.loads((target / "config.json").read_text())["tie_word_embeddings"]
+    is_tied = json.loads((target / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
     assert is_tied == (case in ("tied", "gpt2"))
     names = {path.name for path in target.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
@@ -111,7 +111,9 @@ def test_types(tmp_path: Path, dtype: str | None) -> None:
     expected = torch.float32 if dtype == "fp32" else torch.bfloat16
     found = load_file(target / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {expected}
-    assert json.loads((target / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    assert json.loads((target / "config.json").read_text(encoding="utf-8"))["dtype"] == str(expected).removeprefix(
+        "torch."
+    )
     weights, lora = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     name = "model.layers.1.self_attn.v_proj"
     a, b = (lora[f"base_model.model.{name}.lora_{side}.weight"].float() for side in "AB")
@@ -173,18 +175,18 @@ def test_adapters_that_are_refused(pair: tuple[Path, Path], tmp_path: Path, caps
     assert "no such folder" in _refused(base, tmp_path / "nothing", target, capsys)
     adapter = tmp_path / "adapter"
     shutil.copytree(good, adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
 
     def refused_with(**changed: Any) -> str:
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **changed}), encoding="utf-8")
         return _refused(base, adapter, target, capsys)
 
     assert "type IA3; only LORA" in refused_with(peft_type="IA3")
     assert "layer_replication" in refused_with(layer_replication=[[0, 2], [1, 2]])
     assert "does not fit" in refused_with(target_modules=["no_such_module"])
-    (adapter / "adapter_config.json").write_text("{")
+    (adapter / "adapter_config.json").write_text("{", encoding="utf-8")
     assert "adapter_config.json is damaged" in _refused(base, adapter, target, capsys)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = load_file(adapter / "adapter_model.safetensors")
     (adapter / "adapter_model.safetensors").unlink()
     assert "has no adapter_model.safetensors" in _refused(base, adapter, target, capsys)
@@ -224,13 +226,13 @@ def test_targets_and_bases_that_are_refused(
     base, adapter = pair
     used, bare = tmp_path / "used", tmp_path / "bare"
     used.mkdir()
-    (used / "file").write_text("x")
+    (used / "file").write_text("x", encoding="utf-8")
     assert "is not an empty folder" in _refused(base, adapter, used, capsys)
     bare.mkdir()
     shutil.copy(base / "config.json", bare)
     assert "has no weights" in _refused(bare, adapter, tmp_path / "merged", capsys)
-    config = json.loads((base / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     (bare / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}), encoding="utf-8"
     )
     assert "is quantized" in _refused(bare, adapter, tmp_path / "merged", capsys)

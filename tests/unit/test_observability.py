@@ -32,14 +32,16 @@ def test_json_lines_are_readable_at_once_and_strict(tmp_path: Path) -> None:
         {"step": 1, "loss": None, "phi": None, "n": 3, "deep": {"a": [None, 1.5]}},
         {"step": 2, "text": "a\u2028b\x85c é"},
     ]
-    assert "NaN" not in (tmp_path / "new" / "x.jsonl").read_text()
+    assert "NaN" not in (tmp_path / "new" / "x.jsonl").read_text(encoding="utf-8")
     lines.close()
 
 
 def test_resuming_drops_later_steps_and_a_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     whole = [{"step": step, "text": "a\u2028b"} for step in (0, 1, 2, 2, 3)]
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole) + '{"step": 2, "te')
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in whole) + '{"step": 2, "te', encoding="utf-8"
+    )
     lines = JsonLines(path, last_step=2)
     lines.append({"step": 3})
     lines.close()
@@ -48,9 +50,9 @@ def test_resuming_drops_later_steps_and_a_broken_line(tmp_path: Path) -> None:
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n')
+    path.write_text('{"step": 0}\n{"step": 1}\n', encoding="utf-8")
     JsonLines(path).close()
-    assert path.read_text() == ""
+    assert path.read_text(encoding="utf-8") == ""
 
 
 def test_metrics_go_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:

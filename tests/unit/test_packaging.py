@@ -119,7 +119,11 @@ def test_private_parts_of_torch_are_used_so_it_is_capped() -> None:
 
 def test_there_is_one_version() -> None:
     assert setup_arguments()["version"] == megadistill.__version__
-    holders = [file for file in [*MODULES, ROOT / "setup.py"] if f'"{megadistill.__version__}"' in file.read_text()]
+    holders = [
+        file
+        for file in [*MODULES, ROOT / "setup.py"]
+        if f'"{megadistill.__version__}"' in file.read_text(encoding="utf-8")
+    ]
     assert holders == [ROOT / "megadistill" / "__init__.py"]
 
 
@@ -190,7 +194,7 @@ def test_metrics_are_written_without_tensorboard(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 2.0})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1, "loss": 2.0}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert "pip install 'megadistill[tensorboard]'" in capsys.readouterr().out
 
@@ -202,5 +206,5 @@ def test_a_shipped_configuration_is_found_from_anywhere(tmp_path: Path, monkeypa
     for own in ("configs/mine.yaml", "smoke.yaml", "other/configs/smoke.yaml", "configs/../configs/smoke.yaml"):
         assert find_config(own) == Path(own)
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "smoke.yaml").write_text("run: {dir: mine}")
+    (tmp_path / "configs" / "smoke.yaml").write_text("run: {dir: mine}", encoding="utf-8")
     assert find_config("configs/smoke.yaml") == Path("configs/smoke.yaml")

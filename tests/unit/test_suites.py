@@ -22,7 +22,7 @@ def tokenizer(tmp_path_factory):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -52,7 +52,7 @@ def test_loading_counts_what_is_left_out(tmp_path, tokenizer):
     assert [len(each.references[0].split()) for each in load_eval_set(path, tokenizer, PLAIN, suite="sni").rows] == [
         200
     ]
-    path.write_text(path.read_text() + "broken\n")
+    path.write_text(path.read_text(encoding="utf-8") + "broken\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"my_set\.jsonl:5"):
         load_eval_set(path, tokenizer, PLAIN)
     assert load_eval_set(path, tokenizer, DataSection(template="plain", skip_bad_rows=True)).num_skipped == 1
@@ -64,7 +64,7 @@ def test_empty_sets_are_refused(tmp_path, tokenizer):
         load_eval_set(path, tokenizer, PLAIN, suite="sni")
     with pytest.raises(DataError, match="the evaluation set is empty .at most 0 rows"):
         load_eval_set(path, tokenizer, PLAIN, max_rows=0)
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="the file is empty"):
         load_eval_set(path, tokenizer, DataSection())
     with pytest.raises(DataError, match="all 1 prompts are over"):

@@ -183,8 +183,8 @@ def test_tokenizers_that_cannot_be_used(folders, tmp_path, monkeypatch):
 def edited(source, target, **settings):
     shutil.copytree(source, target)
     path = target / "tokenizer_config.json"
-    kept = {**json.loads(path.read_text()), **settings}
-    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not None}))
+    kept = {**json.loads(path.read_text(encoding="utf-8")), **settings}
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not None}), encoding="utf-8")
     (target / "special_tokens_map.json").unlink(missing_ok=True)
     return target
 
@@ -215,8 +215,8 @@ def test_different_tokenizers_are_refused(folders, tmp_path):
 def test_equal_tokens_that_cut_text_differently_are_refused(folders, tmp_path):
     shutil.copytree(folders / "byte_level", tmp_path / "unmerged")
     path = tmp_path / "unmerged" / "tokenizer.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["merges"] = content["model"]["merges"][:1]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ConfigError, match="tokenize the same text differently"):
         assert_same_vocabulary(load_tokenizer(folders / "byte_level"), load_tokenizer(tmp_path / "unmerged"))

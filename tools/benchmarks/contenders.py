@@ -1,8 +1,8 @@
-"""What is measured: the product floor, ours, dense code as a user would write it, and peers where they are installed.
+"""What is measured: the floor (matrix products alone), ours, dense code as a user would write it, and installed peers.
 
-Every contender does forward and backward of one call on the same inputs and leaves gradients in `problem.student`.
-`work` names what it computes: "products", "ce+kl" (cross-entropy and forward KL), "kl" or "full" (with DAC-KL, gate and
-span).
+Every contender does forward and backward of one call on the same inputs and leaves gradients in ``problem.student``.
+``work`` names what it computes: "products", "ce+kl" (cross-entropy and forward KL), "kl" or "full" (with DAC-KL, gate
+and span).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Problem:
     num_pairs: int
 
     @property
-    def num_rows(self) -> int:
+    def num_tokens(self) -> int:
         return len(self.labels)
 
     def clear(self) -> None:
@@ -50,8 +51,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """`scale`: what its gradients must be multiplied by to be those of CE + KL (or KL) with weights 1, mean over rows.
-    `dense_tiles`: how many [T, V] float32 tensors it holds at its peak. `on`: the same on another problem."""
+    """A way to compute the loss.
+
+    Attributes:
+        name: Its name in the table.
+        work: What it computes.
+        run: Forward and backward.
+        scale: Factor that makes its gradients those of CE + KL (or KL) with weights 1, mean over the tokens.
+        dense_tiles: Number of [T, V] float32 tensors that it holds at its peak.
+        on: The same contender on another problem.
+    """
 
     name: str
     work: str
@@ -62,31 +71,31 @@ class Contender:
 
 
 def make_problem(
-    num_rows: int, shard: VocabShard, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+    num_tokens: int, shard: VocabShard, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Problem:
-    """Student logits of standard deviation about 2.3, teacher's about 6.8, half of the rows start a span pair."""
+    """Student logits of standard deviation about 2.3, teacher's about 6.8; half of the tokens start a span pair."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
     spread = (512 / width) ** 0.5
-    hidden = normal(num_rows, width, scale=0.1 * spread), normal(num_rows, width, scale=0.3 * spread)
+    hidden = normal(num_tokens, width, scale=0.1 * spread), normal(num_tokens, width, scale=0.3 * spread)
     weights = normal(shard.size, width), normal(shard.size, width)
-    labels = torch.randint(0, shard.total, (num_rows,), generator=generator).to(device)
-    pairs = (torch.rand(num_rows, generator=generator) < 0.5).to(device)
+    labels = torch.randint(0, shard.total, (num_tokens,), generator=generator).to(device)
+    pairs = (torch.rand(num_tokens, generator=generator) < 0.5).to(device)
     pairs[-1] = False
     student = Head(hidden[0].requires_grad_(), weights[0].requires_grad_())
     gate = QuantileGate().to(device)
     return Problem(student, Head(hidden[1], weights[1]), labels, pairs, gate, shard, int(pairs.sum()))
 
 
-def first_rows(problem: Problem) -> Problem:
-    """Two chunks and a row of it: every kind of chunk that there is."""
-    rows = slice(2 * chunk_size("auto", problem.shard, problem.labels.device) + 1)
-    student, teacher = (replace(head, hidden=head.hidden[rows]) for head in (problem.student, problem.teacher))
-    pairs = problem.pairs[rows]
-    return replace(problem, student=student, teacher=teacher, labels=problem.labels[rows], pairs=pairs)
+def first_tokens(problem: Problem) -> Problem:
+    """The first two chunks and one token more: every kind of chunk."""
+    first = slice(2 * chunk_size("auto", problem.shard, problem.labels.device) + 1)
+    student, teacher = (replace(head, hidden=head.hidden[first]) for head in (problem.student, problem.teacher))
+    pairs = problem.pairs[first]
+    return replace(problem, student=student, teacher=teacher, labels=problem.labels[first], pairs=pairs)
 
 
 def floor(problem: Problem) -> Contender:
@@ -99,19 +108,19 @@ def floor(problem: Problem) -> Contender:
     def run() -> None:
         hidden_grad = torch.zeros_like(student.hidden, dtype=torch.float32)
         weight_grad = torch.zeros_like(student.weight, dtype=torch.float32)
-        for start in range(0, problem.num_rows, size):
-            rows = slice(start, start + size)
-            hidden = student.hidden[rows]
+        for start in range(0, problem.num_tokens, size):
+            chunk = slice(start, start + size)
+            hidden = student.hidden[chunk]
             if is_half:
-                torch.mm(teacher.hidden[rows], teacher.weight.T, out_dtype=torch.float32)
+                torch.mm(teacher.hidden[chunk], teacher.weight.T, out_dtype=torch.float32)
                 tile = torch.mm(hidden, student.weight.T, out_dtype=torch.float32).to(hidden.dtype)
-                hidden_grad[rows] = torch.mm(tile, student.weight, out_dtype=torch.float32)
+                hidden_grad[chunk] = torch.mm(tile, student.weight, out_dtype=torch.float32)
                 torch.ops.aten.addmm.dtype_out(weight_grad, tile.T, hidden, torch.float32, out=weight_grad)
                 continue
             tile = hidden.new_empty(len(hidden), len(student.weight))
-            torch.mm(teacher.hidden[rows], teacher.weight.T, out=tile)
+            torch.mm(teacher.hidden[chunk], teacher.weight.T, out=tile)
             torch.mm(hidden, student.weight.T, out=tile)
-            torch.mm(tile, student.weight, out=hidden_grad[rows])
+            torch.mm(tile, student.weight, out=hidden_grad[chunk])
             weight_grad.addmm_(tile.T, hidden)
 
     return Contender("floor: the four products", "products", run, on=floor)
@@ -121,22 +130,21 @@ def ours(problem: Problem, backends: list[str]) -> Iterator[Contender]:
     """The objective on each backend."""
     for backend in backends:
         for work, config in (("ce+kl", CE_KL), ("full", FULL)):
-            chosen = config.replace(backend=backend)  # type: ignore[arg-type]
-            yield _one_of_ours(backend, work, chosen, problem)
+            yield _one_of_ours(backend, work, config.replace(backend=backend), problem)
 
 
 def _one_of_ours(backend: str, work: str, config: LossConfig, problem: Problem) -> Contender:
     def run() -> None:
         distill_loss(
             problem.student, problem.teacher, problem.labels, problem.pairs, problem.gate, config, problem.shard,
-            num_tokens=problem.num_rows, num_pairs=problem.num_pairs,
+            num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
         ).loss.backward()  # fmt: skip
 
     return Contender(f"megadistill, {backend}", work, run, on=lambda other: _one_of_ours(backend, work, config, other))
 
 
 def usable_backends(device: torch.device) -> list[str]:
-    """The backends of this machine, the fast one first."""
+    """The backends of this machine, the fastest first."""
     found = ["triton"] if device.type == "cuda" and has_triton() else []
     if has_triton() if device.type == "cuda" else has_compiler():
         found.append("compile")
@@ -156,12 +164,11 @@ def dense(problem: Problem) -> Iterator[Contender]:
 
 
 def peers(problem: Problem) -> Iterator[Contender]:
-    """Liger's and TRL's chunked losses, where they are installed; neither knows shards."""
+    """Liger's and TRL's chunked losses, where they are installed; neither supports shards."""
     if problem.shard.tp_size > 1:
         return
     student, teacher = problem.student, problem.teacher
-    rows, size = problem.num_rows, chunk_size("auto", problem.shard, student.hidden.device)
-    tiles = 8 * size / rows
+    size = chunk_size("auto", problem.shard, student.hidden.device)
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError:
@@ -172,11 +179,9 @@ def peers(problem: Problem) -> Iterator[Contender]:
             yield Contender(
                 f"Liger chunked JSD, {'compiled' if is_compiled else 'eager'}",
                 "ce+kl",
-                lambda loss=loss: loss(
-                    student.hidden, student.weight, teacher.hidden, teacher.weight, problem.labels
-                ).backward(),
+                partial(_run_liger, loss, problem),
                 scale=2.0,  # it weighs both terms with a half
-                dense_tiles=tiles,
+                dense_tiles=8 * size / problem.num_tokens,
             )
     try:
         import trl.kernels.chunked_divergence as trl_kernels
@@ -190,8 +195,13 @@ def peers(problem: Problem) -> Iterator[Contender]:
     yield Contender("TRL chunked divergence (KL alone)", "kl", run_trl, dense_tiles=4 * 32768 / len(student.weight))
 
 
+def _run_liger(loss: Any, problem: Problem) -> None:
+    student, teacher = problem.student, problem.teacher
+    loss(student.hidden, student.weight, teacher.hidden, teacher.weight, problem.labels).backward()
+
+
 def versions() -> dict[str, str]:
-    """Of the peers that are there."""
+    """Versions of the peers."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

@@ -1,4 +1,4 @@
-"""`python tools/benchmark.py diversity`: how diverse the text of a run is, before and after SCRG."""
+"""How diverse the text of a run is, before and after SCRG."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tools.benchmarks.measure import at_least, save
 
 _KEYS: dict[str, type] = {"step": int, "student": str, "corrected": str, "error_position": int}
 _LEGEND = """\
-From samples.jsonl. Corrected: share of rows with a correction; changed: share whose text is another one afterwards.
+From samples.jsonl. Corrected: share of rows with a correction; changed: share of rows whose text it changed.
 Position: tokens before the first correction, mean over the corrected rows; relative: share of the characters that the
-student wrote before the first changed one, mean over the changed rows. Words: mean number a row, between white space.
+student wrote before the first changed one, mean over the changed rows. Words: mean number per row, by white space.
 Distinct-1, 2, 3: different n-grams over all n-grams of the rows of the line, as the student wrote them and after SCRG.
 Distinct-n falls with the number of words, so only lines with about as many rows and words compare: quarters with
 quarters, "all" with "all". Misspelt words count as different words: more distinct is not better by itself."""
@@ -152,7 +152,7 @@ def row_of(run: str, part: str, samples: Sequence[Sample]) -> Row:
 
 
 def relative_position(student: str, corrected: str) -> float:
-    """Share of the characters of ``student``, which has some, before the first that ``corrected`` has otherwise."""
+    """Share of the characters of ``student``, which has some, before the first that differs in ``corrected``."""
     return len(os.path.commonprefix([student, corrected])) / len(student)
 
 
@@ -166,7 +166,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def table(rows: Sequence[Row], command: str) -> str:
-    """Markdown, a table a run."""
+    """Markdown, one table per run."""
     header = ["part", "steps", "rows", "corrected", "changed", "position", "relative"]
     header += ["words written", "after SCRG", "distinct-1, 2, 3 written", "after SCRG"]
     lines = [f"`{command}`", "", _LEGEND]

@@ -1,4 +1,4 @@
-"""`python tools/benchmark.py loss`: the objective against its matrix products, dense code and peers."""
+"""The objective against its matrix products, dense code and peers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tools.benchmarks import contenders as field
 from tools.benchmarks.measure import at_least, machine, peak_bytes, save, seconds
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ERROR_ELEMENTS = 2**22  # rows times classes of the problem on which gradients are compared with float64
+_ERROR_ELEMENTS = 2**22  # tokens times classes of the problem on which gradients are compared with float64
 _LEGEND = """\
 Work: the four matrix products; cross-entropy and forward KL; the KL alone; everything (cross-entropy, DAC-KL with its
 gate, span). s: best of the rounds, CPU seconds of one thread (CUDA: between events). Ratio: median over the rounds of
 time over the products' in the same round, the products in chunks of the same size. Peak: GB above the inputs, then the
 same without the gradients. Error: worse of hidden and weight gradient against the dense float64 reference, relative to
-its largest entry, on fewer rows; not measured across shards (tests do)."""
+its largest entry, on fewer tokens; not measured across shards (tests do)."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `ratio`: median over the rounds of its time over the floor's in the same round; `seconds`:
-    the best round; `peak_bytes` includes the gradients, `gradient_bytes` is their share; `error`: of the worse of
-    hidden and weight gradient against float64, relative to the largest entry. `skipped`: why there are no numbers."""
+    """One line of the table.
+
+    Attributes:
+        case: The problem size.
+        name: The contender's.
+        work: The contender's.
+        seconds: Time of the best round.
+        ratio: Median over the rounds of its time over the floor's in the same round.
+        peak_bytes: Peak memory, gradients included.
+        gradient_bytes: Memory of the gradients.
+        error: Error of the worse of hidden and weight gradient against float64, relative to the largest entry.
+        skipped: Why there are no numbers.
+    """
 
     case: Case
     name: str
@@ -97,7 +107,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _write(rows: list[Row], command: str, device: torch.device, output: Path) -> None:
-    record = {"command": command, "machine": machine(device), "peers": field.versions()}
+    record: dict[str, Any] = {"command": command, "machine": machine(device), "peers": field.versions()}
     record["rows"] = [asdict(row) for row in rows]
     save(output, record, table(rows, command, machine(device)))
 
@@ -108,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{__doc__} The default grid takes hours on two CPU cores; name fewer sizes for a look.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[512, 2048, 8192], help="rows, T")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[512, 2048, 8192], help="token positions, T")
     parser.add_argument("--vocab", type=at_least(1), nargs="+", default=[32768, 131072, 262144], help="classes, V")
     parser.add_argument("--hidden", type=at_least(1), nargs="+", default=[512], help="hidden size of both models, H")
     parser.add_argument("--tp", type=at_least(1), nargs="+", default=[1, 2], help="vocabulary shards, one process each")
@@ -131,7 +141,7 @@ def _measure(case: Case, options: Any, device: torch.device) -> list[Row]:
         return _measure_here(case, VocabShard(0, case.num_classes, case.num_classes), options, device)
     if device.type == "cuda" and torch.cuda.device_count() < case.tp_size:
         return [Row(case, "all", "all", skipped=f"{torch.cuda.device_count()} CUDA devices")]
-    # One process a shard, with a file as their meeting point: nothing listens on an outside address.
+    # One process per shard; they meet at a file: nothing listens on an outside address.
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context("spawn")
         results = context.Queue()
@@ -216,9 +226,11 @@ def _measure_here(case: Case, shard: VocabShard, options: Any, device: torch.dev
 def _warm_up(
     problem: field.Problem, kept: list[field.Contender], rows: list[Row], case: Case, device: torch.device
 ) -> None:
-    """Compiles and fills the allocator. A contender that fails leaves `kept` for `rows`. Ours compile for any number of
-    rows, so a few do; the others compile for this one."""
-    few = field.first_rows(problem)
+    """Compiles and fills the allocator. A contender that fails moves from ``kept`` to ``rows``.
+
+    Ours compile for any number of tokens, so a few are enough; the others compile for this number.
+    """
+    few = field.first_tokens(problem)
     for contender in list(kept):
         problem.clear()
         try:
@@ -232,9 +244,9 @@ def _warm_up(
 
 def _errors(case: Case, device: torch.device) -> dict[tuple[str, str], float]:
     """Largest gradient error of each contender on a problem small enough for the dense float64 reference."""
-    num_rows = max(8, min(case.num_rows, _ERROR_ELEMENTS // case.num_classes))
+    num_tokens = max(8, min(case.num_rows, _ERROR_ELEMENTS // case.num_classes))
     shard = VocabShard(0, case.num_classes, case.num_classes)
-    problem = field.make_problem(num_rows, shard, case.width, _DTYPES[case.dtype], device, seed=1)
+    problem = field.make_problem(num_tokens, shard, case.width, _DTYPES[case.dtype], device, seed=1)
     expected = {work: _expected(problem, work) for work in ("ce+kl", "kl", "full")}
     found = {}
     for contender in [
@@ -244,9 +256,10 @@ def _errors(case: Case, device: torch.device) -> dict[tuple[str, str], float]:
         try:
             contender.run()
         except Exception:
-            continue  # the table says why
+            continue  # the table has the reason
         worst = 0.0
         for part, exact in zip((problem.student.hidden, problem.student.weight), expected[contender.work], strict=True):
+            assert part.grad is not None
             gradient = part.grad.double().cpu() * contender.scale
             worst = max(worst, float((gradient - exact).abs().max() / exact.abs().max()))
         found[contender.name, contender.work] = worst
@@ -264,7 +277,7 @@ def _expected(problem: field.Problem, work: str) -> tuple[torch.Tensor, ...]:
     config = field.FULL if work == "full" else field.CE_KL
     output = reference_loss(
         student, teacher, problem.labels.cpu(), problem.pairs.cpu(), problem.gate.cpu(), config,
-        num_tokens=problem.num_rows, num_pairs=problem.num_pairs,
+        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
     )  # fmt: skip
     problem.gate.to(problem.labels.device)
     loss = output.dac_kl if work == "kl" else output.loss
@@ -272,7 +285,7 @@ def _expected(problem: field.Problem, work: str) -> tuple[torch.Tensor, ...]:
 
 
 def table(rows: list[Row], command: str, where: dict[str, Any]) -> str:
-    """Markdown, one block a size."""
+    """Markdown, one block per size."""
     lines = [f"`{command}`", "", ", ".join(f"{key} {value}" for key, value in where.items()), ""]
     lines.append(_LEGEND)
     columns = ["", "work", "s", "ratio", "s over tp 1's", "peak GB", "GB without gradients", "gradient error"]

@@ -1,4 +1,4 @@
-"""What benchmarks share: time and peak memory of one call, what machine that was, sizes read and results written."""
+"""What benchmarks share: time and peak memory of one call, the machine, options, and files of results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most memory held above the start of the call: the allocator's on CUDA, resident memory's high-water mark else."""
+    """Peak memory above that at the start of the call: the allocator's on CUDA, else the resident memory's."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -41,7 +41,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - base
     _trim()
     base = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the high-water mark back
     call()
     return _status("VmHWM") - base
 
@@ -49,7 +49,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on, without names of hosts or paths."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    found = {
+    found: dict[str, Any] = {
         "cpu": cpu or platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -62,7 +62,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number of at least `least`."""
+    """A converter for argparse to a whole number >= ``least``."""
 
     def number(text: str) -> int:
         found = int(text) if text.isdecimal() else least - 1
@@ -81,7 +81,7 @@ def save(output: Path, record: dict[str, Any], table: str) -> None:
 
 
 def _trim() -> None:
-    """Gives freed memory back to the system, so that it is not mistaken for free room."""
+    """Returns freed memory to the system, so that the call cannot use it unnoticed."""
     import ctypes
 
     try:

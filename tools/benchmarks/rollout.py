@@ -1,7 +1,7 @@
-"""`python tools/benchmark.py rollout`: decoding against transformers' generate and the bare products, on CPU.
+"""Decoding against transformers' generate and the bare matrix products, on CPU.
 
-Also the re-generation behind corrections against a rollout, what tensor-parallel decoding exchanges, and ZeRO-3 against
-ZeRO-0.
+Also re-generation after corrections against a rollout, the bytes that tensor-parallel decoding exchanges, and ZeRO-3
+against ZeRO-0.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tools.benchmarks.rollout_parallel import measure_parallel
 from tools.benchmarks.step_workers import Sizes, model_config
 
 _LEGEND = """\
-A student of {parameters:.1f}M parameters, {prompt} + {new} tokens a row, sampled at temperature 1; no row ends early.
-One process, one thread, CPU seconds; in each round everything runs once, after a round that does not count. ms: median.
-Rollout over generate: median over the rounds of generate's time over the row's in the same round (more is faster). Of a
-rollout: the row's time over megadistill's rollout in the same round. Products: those of the decoded tokens alone, by
-torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every row has a correction, at
-places spread evenly over the response. Unequal prompts: {least} to {prompt} tokens. Two processes: bytes that a rank
-receives; CPU seconds of a rank, gathering included."""
+A student of {parameters:.1f}M parameters, {prompt} + {new} tokens per example, sampled at temperature 1; no response
+ends early. One process, one thread, CPU seconds; in each round everything runs once, after a round that does not count.
+ms: median. Rollout over generate: median over the rounds of generate's time over the line's in the same round (more is
+faster). Of a rollout: the line's time over megadistill's rollout in the same round. Products: those of the decoded
+tokens alone, by torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every response has
+a correction, at positions spread evenly over it. Unequal prompts: {least} to {prompt} tokens. Two processes: bytes that
+a rank receives; CPU seconds of a rank, gathering included."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="benchmark.py rollout", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--vocab", type=at_least(1), nargs="+", default=[8192, 32768], help="classes, V")
-    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[8, 32], help="rows decoded together")
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[8, 32], help="examples decoded together")
     parser.add_argument("--prompt-tokens", type=at_least(1), default=64)
     parser.add_argument("--new-tokens", type=at_least(1), default=64)
     parser.add_argument("--rounds", type=at_least(1), default=7)
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(sizes: Sizes) -> list[Row]:
-    """All rows of one size, alternately in one process."""
+    """All lines of one size, in turn in one process."""
     from megadistill.data.sample import Sample
     from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
     from megadistill.decoding.rollout import Correction, RolloutState
@@ -110,24 +110,24 @@ def measure(sizes: Sizes) -> list[Row]:
     prompts = [tuple(chance.randrange(3, sizes.vocab) for _ in range(sizes.prompt_tokens)) for _ in range(sizes.rows)]
     shorter = [prompt[: chance.randint(-(-sizes.prompt_tokens // 2), sizes.prompt_tokens)] for prompt in prompts]
     head = OutputHead(model.lm_head.weight, None, shard)
-    drafts: dict[str, RolloutState] = {}
+    states: dict[str, RolloutState] = {}
 
     def write(name: str, texts: list[tuple[int, ...]], make: Callable[[], Any]) -> None:
         samples = [Sample(i, text) for i, text in enumerate(texts)]
         limits = [sizes.new_tokens] * sizes.rows
-        # Making the model is part of the time: weights are laid out anew after every update.
-        drafts[name] = RolloutState(
+        # Making the decoder is part of the time: it joins weights, again after every update.
+        states[name] = RolloutState(
             make(), samples, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True
         )
-        drafts[name].write(0)
+        states[name].write(0)
 
     def ours() -> Any:
         return make_decoder(model, FAMILIES["llama"].plan(model), shard, device)
 
     def rewrite() -> None:
-        places = [(2 * i + 1) * sizes.new_tokens // (2 * sizes.rows) for i in range(sizes.rows)]
-        chance.shuffle(places)
-        drafts["rollout"].rewrite([Correction(row, place, 5) for row, place in enumerate(places)], 1)
+        positions = [(2 * i + 1) * sizes.new_tokens // (2 * sizes.rows) for i in range(sizes.rows)]
+        chance.shuffle(positions)
+        states["rollout"].rewrite([Correction(i, position, 5) for i, position in enumerate(positions)], 1)
 
     calls: dict[str, Callable[[], Any]] = {
         "transformers generate": lambda: generate(model, prompts, sizes.new_tokens),
@@ -176,7 +176,7 @@ def make_student(sizes: Sizes) -> Any:
 
 
 def generate(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> None:
-    """transformers' own sampling, prompts padded on the left."""
+    """Sampling by transformers, prompts padded on the left."""
     from megadistill.data.collate import left_padded
 
     batch = left_padded(prompts, 0)
@@ -189,7 +189,7 @@ def generate(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> Non
 
 @torch.no_grad()
 def products(model: Any, sizes: Sizes) -> None:
-    """What decoding multiplies, query-key-value and gate-up joined."""
+    """The matrix products of decoding, query-key-value and gate-up joined."""
     joined = [
         (
             torch.cat([layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]),
@@ -209,7 +209,7 @@ def products(model: Any, sizes: Sizes) -> None:
 
 
 def table(record: dict[str, Any], options: Any) -> str:
-    """Markdown: a table a size, and one of what takes two processes."""
+    """Markdown: a table per size, and one for two processes."""
     about = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     sizes = Sizes(
         options.vocab[0], options.rows[0], options.prompt_tokens, options.new_tokens, options.rounds, options.tiny

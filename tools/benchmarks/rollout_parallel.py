@@ -1,4 +1,4 @@
-"""What of `benchmark.py rollout` takes two processes: bytes of tensor-parallel decoding, and ZeRO-3 against ZeRO-0."""
+"""The part of the rollout benchmark for two processes: bytes of tensor-parallel decoding, and ZeRO-3 against ZeRO-0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RANKS = 2
 
 
 def measure_parallel(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Both measurements, each in a pair of processes of its own."""
+    """Both measurements, each in a separate pair of processes."""
     model_config("student", sizes).save_pretrained(folder / "student")
     found: dict[str, Any] = {"vocab": sizes.vocab, "rows": sizes.rows}
     for number, task in enumerate((_bytes, _zero)):
@@ -45,13 +45,13 @@ def measure_parallel(sizes: Sizes, folder: Path) -> dict[str, Any]:
 def _run(rank: int, task: Any, sizes: Sizes, folder: Path, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_RANKS), "LOCAL_SIZE": str(_RANKS)}
-    with (folder / f"{os.getpid()}.log").open("w") as log:
+    with (folder / f"{os.getpid()}.log").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     from megadistill.launch.deepspeed_patches import disable_shm_op
 
     disable_shm_op()
-    # A file is the meeting point: nothing listens on an outside address.
+    # The ranks meet at a file: nothing listens on an outside address.
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, _RANKS), rank=rank, world_size=_RANKS, timeout=timedelta(minutes=10)
     )
@@ -81,53 +81,56 @@ def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
     )  # fmt: skip
 
 
-def _draft(writer: Any, sizes: Sizes, rows: range) -> Any:
+def _rollout_state(decoder: Any, sizes: Sizes, examples: range) -> Any:
     from megadistill.data.sample import Sample
     from megadistill.decoding.rollout import RolloutState
     from megadistill.decoding.sampling import Sampling
 
-    prompts = tuple(tuple(3 + (7 * i + j) % (sizes.vocab - 3) for j in range(sizes.prompt_tokens)) for i in rows)
-    samples = [Sample(i, prompt) for i, prompt in zip(rows, prompts, strict=True)]
-    limits = [sizes.new_tokens] * len(rows)
-    return RolloutState(writer, samples, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
+    prompts = tuple(tuple(3 + (7 * i + j) % (sizes.vocab - 3) for j in range(sizes.prompt_tokens)) for i in examples)
+    samples = [Sample(i, prompt) for i, prompt in zip(examples, prompts, strict=True)]
+    limits = [sizes.new_tokens] * len(samples)
+    return RolloutState(decoder, samples, limits=limits, eos_ids=frozenset(), sampling=Sampling(0), keep_hidden=True)
 
 
 def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
-    """Bytes that each rank receives a row and token while two ranks decode one batch together."""
+    """Bytes that each rank receives per example and token while two ranks decode one batch together."""
     from megadistill.decoding import rollout
 
     counted = {"sampling": 0, "model": 0}
-    place = ["model"]
+    phase = ["model"]
+    distributed: Any = dist  # whose functions are replaced
     draw, all_reduce, all_gather = rollout.draw_tokens, dist.all_reduce, dist.all_gather
 
     def counting_draw(*arguments: Any, **more: Any) -> torch.Tensor:
-        place[0] = "sampling"
+        phase[0] = "sampling"
         try:
             return draw(*arguments, **more)
         finally:
-            place[0] = "model"
+            phase[0] = "model"
 
     def counting_reduce(tensor: torch.Tensor, *arguments: Any, **more: Any) -> Any:
-        counted[place[0]] += tensor.nbytes
+        counted[phase[0]] += tensor.nbytes
         return all_reduce(tensor, *arguments, **more)
 
     def counting_gather(tensors: list[torch.Tensor], *arguments: Any, **more: Any) -> Any:
-        counted[place[0]] += sum(tensor.nbytes for tensor in tensors)
+        counted[phase[0]] += sum(tensor.nbytes for tensor in tensors)
         return all_gather(tensors, *arguments, **more)
 
-    with _student(sizes, folder, _RANKS, 0).decoder() as writer:
-        rollout_state = _draft(writer, sizes, range(sizes.rows))
-        rollout.draw_tokens, dist.all_reduce, dist.all_gather = counting_draw, counting_reduce, counting_gather
+    with _student(sizes, folder, _RANKS, 0).decoder() as decoder:
+        state = _rollout_state(decoder, sizes, range(sizes.rows))
+        rollout.draw_tokens = counting_draw
+        distributed.all_reduce, distributed.all_gather = counting_reduce, counting_gather
         try:
-            rollout_state.write(0)
+            state.write(0)
         finally:
-            rollout.draw_tokens, dist.all_reduce, dist.all_gather = draw, all_reduce, all_gather
+            rollout.draw_tokens = draw
+            distributed.all_reduce, distributed.all_gather = all_reduce, all_gather
     tokens = sizes.rows * sizes.new_tokens
     return {f"{name}_bytes": number / tokens for name, number in counted.items()}
 
 
 def _zero(sizes: Sizes, folder: Path) -> dict[str, float]:
-    """A rollout of all rows on each of two data-parallel ranks, parameters partitioned or whole."""
+    """Rollouts on two data-parallel ranks, parameters partitioned or whole."""
     students = {stage: _student(sizes, folder, 1, stage) for stage in (0, 3)}
     rank = dist.get_rank()
     mine = range(rank * sizes.rows, (rank + 1) * sizes.rows)
@@ -137,9 +140,9 @@ def _zero(sizes: Sizes, folder: Path) -> dict[str, float]:
         for stage, student in students.items():
             dist.barrier()
             begin = time.process_time()
-            with student.decoder() as writer:
+            with student.decoder() as decoder:
                 entered = time.process_time()
-                _draft(writer, sizes, mine).write(0)
+                _rollout_state(decoder, sizes, mine).write(0)
             seconds = time.process_time() - begin
             if number:
                 times[stage].append(seconds)

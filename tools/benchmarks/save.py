@@ -1,7 +1,4 @@
-"""What a checkpoint costs the training: steps beside a writing thread, and steps that wait for it, against neither.
-
-python tools/benchmark.py save --help
-"""
+"""What a checkpoint costs: steps while a thread writes it, and steps that wait for it, against no checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ _KINDS = {"none": None, "asynchronous": True, "waiting": False}
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools/benchmark.py save", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="every kind once a round (default: 5)")
+    parser = argparse.ArgumentParser(prog="benchmark.py save", description=__doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="every kind once per round (default: 5)")
     parser.add_argument("--steps", type=at_least(1), default=3, help="steps after each checkpoint (default: 3)")
     parser.add_argument("--vocab", type=at_least(100), default=8192)
     parser.add_argument("--output", type=Path, help="JSON file; a table goes beside it")
@@ -51,7 +48,7 @@ def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any
         student = _student(folder, sizes, context)
         train_tokenizer(["a few words for a small tokenizer"] * 50, folder / "tokenizer", vocab_size=300)
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
-        numbers = sum(torch.Size(cut.shape).numel() for cut in student.shard_specs.values())
+        numbers = sum(torch.Size(spec.shape).numel() for spec in student.shard_specs.values())
         seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         blocked: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         for round_index in range(rounds + 1):
@@ -96,7 +93,7 @@ def _student(folder: Path, sizes: Sizes, context: Any) -> Any:
 def _steps(
     student: Any, tokenizer: Any, folder: Path, context: Any, steps: int, asynchronous: bool | None
 ) -> tuple[float, float]:
-    """(wall seconds of a checkpoint and some steps behind it, of which the training waited)."""
+    """Wall seconds of a checkpoint and some steps after it, and how many of them training waited."""
     from megadistill.checkpoint.writer import CheckpointWriter
 
     writer = CheckpointWriter(folder, student, tokenizer, context, keep_last=1, asynchronous=bool(asynchronous))
@@ -134,7 +131,7 @@ def _table(found: dict[str, Any]) -> str:
         "",
         f"`{found['command']}`, {found['machine']['cpu']}, {found['machine']['cores']} cores",
         "",
-        "| | training waits, s | of a step | all that it costs the steps behind it, of a step |",
+        "| | training waits, s | of a step | total cost of the steps after it, of a step |",
         "|---|---|---|---|",
     ]
     for kind, row in found["kinds"].items():

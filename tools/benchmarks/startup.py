@@ -1,7 +1,4 @@
-"""What a user waits for before anything happens: --help of every verb, and the way of `train` to its first step.
-
-python tools/benchmark.py startup --help
-"""
+"""How long a user waits: for --help of every verb, and for the first line and the first step of train."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ CPU = "train: whole run of one step, CPU time"
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tools/benchmark.py startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="everything once a round (default: 5)")
+    parser = argparse.ArgumentParser(prog="benchmark.py startup", description=__doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="everything once per round (default: 5)")
     parser.add_argument("--against", type=Path, metavar="CLONE", help="another clone, measured in turn with this one")
     parser.add_argument("--output", type=Path, help="JSON file; a table goes beside it")
     parsed = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""`python tools/benchmark.py step`: a whole distillation step against TRL's DistillationTrainer, on CPU."""
+"""A whole distillation step against TRL's DistillationTrainer, on CPU."""
 
 from __future__ import annotations
 
@@ -23,16 +23,28 @@ from tools.benchmarks.step_workers import WARM_UP, Contender, Failure, Sizes, St
 _LEGEND = """\
 Each contender has a process of one thread, and all take turns, a step at a time, after two steps that do not count. ms:
 CPU time, median over the rounds. Ratios: median over the rounds of its time over TRL's (plain on-policy forward KL,
-float32, no gradient checkpointing, fused AdamW) in the same round. Random weights, the same for all; no row ends before
-the limit. Phases: medians; rest: what no phase covers. References: {new} tokens a row. Corrected: share of rows; place:
-mean index of the correction; distinct-n: share of different n-grams among those of a step's rows, as the student wrote
-them and after SCRG (over random words: that SCRG takes no diversity away, not how diverse a language model is)."""
+float32, no gradient checkpointing, fused AdamW) in the same round. Random weights, the same for all; no response ends
+before the limit. Phases: medians; rest: what no phase covers. References: {new} tokens per example. Corrected: share of
+the responses; position: mean index of the correction; distinct-n: share of different n-grams among those of a step's
+responses, as the student wrote them and after SCRG (random words: this shows that SCRG keeps their diversity, not how
+diverse a language model is)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in CPU milliseconds, medians over the rounds (`rounds_ms`: each of them). `ratio`:
-    to TRL, `ratio_bf16`: to TRL with a bfloat16 teacher. `skipped`: why there are no numbers."""
+    """One line of the table; times in CPU milliseconds, medians over the rounds.
+
+    Attributes:
+        sizes: The problem size.
+        name: The contender's.
+        cpu_ms: Time of a step.
+        ratio: To TRL.
+        ratio_bf16: To TRL with a bfloat16 teacher.
+        phases_ms: Time of each phase.
+        facts: Other numbers of a step.
+        rounds_ms: Time of each round.
+        skipped: Why there are no numbers.
+    """
 
     sizes: Sizes
     name: str
@@ -67,7 +79,7 @@ def main(arguments: list[str]) -> int:
     chosen = [one for one in contenders() if any(part in one.name for part in options.only or [""])]
     if not chosen:
         names = "; ".join(one.name for one in contenders())
-        print(f"benchmark.py step: --only {' '.join(options.only)}: part of no name; there are: {names}")
+        print(f"benchmark.py step: --only {' '.join(options.only)}: not in any name; allowed: {names}")
         return 2
     # For the workers, which inherit it: one thread, no GPU, nothing fetched.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -91,10 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="benchmark.py step", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--vocab", type=at_least(16), nargs="+", default=[8192, 32768], help="classes, V")
-    parser.add_argument("--rows", type=at_least(1), default=8, help="prompts a step, in one micro-batch")
+    parser.add_argument("--rows", type=at_least(1), default=8, help="prompts per step, in one micro-batch")
     parser.add_argument("--prompt-tokens", type=at_least(1), default=64, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=at_least(1), default=64, help="tokens of a response")
-    parser.add_argument("--rounds", type=at_least(1), default=9, help="each contender runs a step in a round")
+    parser.add_argument("--rounds", type=at_least(1), default=9, help="each contender runs one step per round")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="the contenders whose names hold one of these")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # one narrow layer, for tests
@@ -107,7 +119,7 @@ def _versions() -> dict[str, str]:
 
 
 def measure(chosen: list[Contender], sizes: Sizes) -> list[Row]:
-    """All rounds of one size; a contender that fails has a row that says why."""
+    """All rounds of one size; the line of a contender that fails has the reason."""
     skipped: dict[str, str] = {}
     times: dict[str, list[Step]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -176,10 +188,11 @@ class Worker:
 
     def step(self) -> Step | Failure:
         """Lets it run a step and waits for it."""
-        with suppress(OSError):  # it may have ended: what it said last is in the pipe
+        with suppress(OSError):  # it may have ended: its last message is in the pipe
             self._pipe.send(True)
         try:
-            return self._pipe.recv()
+            result: Step | Failure = self._pipe.recv()
+            return result
         except (EOFError, OSError):
             self._process.join(30)
             return Failure(f"its process ended with exit code {self._process.exitcode}")
@@ -193,7 +206,7 @@ class Worker:
 
 
 def table(rows: list[Row], record: dict[str, Any]) -> str:
-    """Markdown, two tables a size."""
+    """Markdown, two tables per size."""
     about = ", ".join(f"{key} {value}" for key, value in (record["machine"] | record["versions"]).items())
     lines = [f"`{record['command']}`", "", about, "", _LEGEND.format(new=rows[0].sizes.new_tokens)]
     for sizes in dict.fromkeys(row.sizes for row in rows):
@@ -203,7 +216,7 @@ def table(rows: list[Row], record: dict[str, Any]) -> str:
         lines += _lines(["", "CPU ms a step", "ratio to TRL", "to TRL, bf16 teacher", "phases, ms"])
         for row in mine:
             lines.append(_line([row.name, row.skipped, "", "", ""] if row.skipped else _cells(row)))
-        lines += ["", *_lines(["", "mean length", "corrected", "place", "distinct-1, 2, 3 written", "after SCRG"])]
+        lines += ["", *_lines(["", "mean length", "corrected", "position", "distinct-1, 2, 3 written", "after SCRG"])]
         lines += [_line([row.name, *_fact_cells(row.facts)]) for row in mine if row.facts]
     return "\n".join(lines)
 

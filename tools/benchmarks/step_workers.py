@@ -1,4 +1,4 @@
-"""The contenders of `benchmark.py step`: what runs in the process of each, and the files that all read."""
+"""The contenders of the step benchmark: what runs in the process of each, and the files that all read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import random
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from megadistill.data.sample import Sample
 
 WARM_UP = 2  # steps that fill caches and compile
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -37,7 +40,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Contender:
-    """What runs. `settings`: of ours, over those that all of ours share."""
+    """A trainer. ``settings``: of ours, over those that all of ours share."""
 
     name: str
     teacher_dtype: str = "fp32"
@@ -64,7 +67,7 @@ class Failure:
 
 
 class Turns:
-    """The worker's side: `wait` for the parent, then `done` with the step."""
+    """The worker's side: ``wait`` for the parent, then ``done`` with the step."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe, self._begin = pipe, 0.0
@@ -85,8 +88,8 @@ class Turns:
 def work(contender: Contender, sizes: Sizes, folder: Path, pipe: Any) -> None:
     """A contender's process from beginning to end."""
     torch.set_num_threads(1)
-    # What libraries print, the loading of DeepSpeed and progress above all, is none of the table's business.
-    with (folder / f"{os.getpid()}.log").open("w") as log:
+    # What libraries print does not belong into the table.
+    with (folder / f"{os.getpid()}.log").open("w", encoding="utf-8") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     try:
@@ -105,9 +108,10 @@ def _run_trl(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> 
     from trl import DistillationConfig, DistillationTrainer
 
     teacher_dtype = torch.bfloat16 if contender.teacher_dtype == "bf16" else torch.float32
-    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=teacher_dtype)
-    prompts = [json.loads(line)["instruction"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    student: Any = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=teacher_dtype)
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["instruction"] for line in lines]
     phases = Phases()
 
     class Wait(TrainerCallback):
@@ -185,7 +189,7 @@ class Phases:
 
 
 def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> None:
-    """What `megadistill train` does on one process, without its checkpoints and files."""
+    """What ``megadistill train`` does on one process, without its checkpoints and files."""
     from megadistill.config.schema import RunConfig
     from megadistill.launch.world import distributed
     from megadistill.observability.timers import Timers
@@ -194,7 +198,7 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     from megadistill.training.setup import build_components, check_models, run_tokenizer
     from megadistill.training.step import distillation_step
 
-    # Phases in the clock of the whole: other programs share the cores.
+    # CPU time of the phases too, because other programs share the cores.
     Timers._now = lambda self: time.process_time()  # type: ignore[method-assign]
     config = RunConfig.model_validate(_settings(contender, sizes, folder))
     tp_size = check_models(config, 1)
@@ -202,16 +206,17 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     data = load_training_data(config, tokenizer)
     sampler = make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
-        parts = build_components(config, ParallelContext.build(tp_size, config.parallel.timeout_s, device), tokenizer)
+        context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
+        components = build_components(config, context, tokenizer)
         number = 0
         while turns.wait():
-            result = distillation_step(number, data.batch(sampler, number), parts)
+            result = distillation_step(number, data.batch(sampler, number), components)
             seconds = turns.seconds()
             metrics = result.metrics
             phases = {name[5:].removesuffix("_s"): metrics[name] for name in metrics if name.startswith("time/")}
             facts = {"length": metrics["num_tokens"] / sizes.rows}
             if config.generation.scrg.enabled:
-                facts |= _scrg_facts(metrics, result.samples)
+                facts |= _scrg_facts(metrics, result.samples, tokenizer)
             turns.done(Step(seconds, phases, facts))
             number += 1
 
@@ -247,16 +252,22 @@ def _settings(contender: Contender, sizes: Sizes, folder: Path) -> dict[str, dic
     return tree
 
 
-def _scrg_facts(metrics: dict[str, float], samples: list[dict[str, Any]]) -> dict[str, float]:
+def _scrg_facts(metrics: Mapping[str, float], samples: Sequence[Sample], tokenizer: Any) -> dict[str, float]:
+    from megadistill.data.tokenize import decode_responses
+
     facts = {"corrected_fraction": metrics["scrg/corrected_fraction"]}
     if metrics["scrg/corrected_fraction"]:
         facts["error_position"] = metrics["scrg/error_position_mean"]
-    for text in ("student", "corrected"):
-        words = [sample[text].split() for sample in samples]
+    written = {
+        "student": [sample.rollout_ids or () for sample in samples],
+        "corrected": [sample.response_ids or () for sample in samples],
+    }
+    for name, responses in written.items():
+        words = [text.split() for text in decode_responses(tokenizer, responses)]
         for length in (1, 2, 3):
-            grams = [tuple(row[i : i + length]) for row in words for i in range(len(row) - length + 1)]
+            grams = [tuple(text[i : i + length]) for text in words for i in range(len(text) - length + 1)]
             if grams:
-                facts[f"distinct_{length}_{text}"] = len(set(grams)) / len(grams)
+                facts[f"distinct_{length}_{name}"] = len(set(grams)) / len(grams)
     return facts
 
 
@@ -306,7 +317,7 @@ def model_config(role: str, sizes: Sizes) -> Any:
 
 
 def _words(count: int, chooser: random.Random) -> list[str]:
-    """English ones, so that the phrases of a text mean work for the chunker; where they end, numbered ones."""
+    """English words, so that texts have phrases for the chunker to find; where there are too few, numbered ones."""
     from textblob.en import parser
 
     known = [word for word in parser.lexicon if word.isascii() and word.isalpha() and word.islower()]
@@ -316,7 +327,7 @@ def _words(count: int, chooser: random.Random) -> list[str]:
 
 @torch.no_grad()
 def _never_ends(model: Any) -> None:
-    """Makes special tokens impossible: the first hidden feature is one positive constant that only they dislike."""
+    """Makes special tokens impossible: the first hidden feature is a constant that lowers only their logits."""
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
         layer.mlp.down_proj.weight[0] = 0.0

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The same as ``megadistill prepare``, for mpirun: the ranks share the tokenising.
+"""The same as ``megadistill prepare``, for mpirun: the ranks share the tokenizing.
 
 mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# One tokenising thread a rank: under mpirun the ranks are the parallelism.
+# One tokenizing thread a rank: under mpirun the ranks are the parallelism.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from megadistill.cli.main import main

@@ -275,8 +275,7 @@ class RunConfig(Section):
         return self.loss.dac_kl > 0 or self.loss.span > 0
 
     @model_validator(mode="after")
-    def _combinations(self) -> "RunConfig":
-        train, data, loss = self.train, self.data, self.loss
+    def _deepspeed_keys(self) -> "RunConfig":
         if (owned := owned_key(self.deepspeed)) is not None:
             require_combination(False, f"deepspeed.{owned[0]} is decided by {owned[1]}", ("deepspeed",))
         if (unknown := unknown_key(self.deepspeed)) is not None:
@@ -284,6 +283,11 @@ class RunConfig(Section):
             require_combination(
                 False, f"deepspeed.{unknown}: not passed on{hint or '; allowed: ' + ', '.join(PASSED)}", ("deepspeed",)
             )
+        return self
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "RunConfig":
+        train, data, loss = self.train, self.data, self.loss
         require_combination(
             train.global_batch_size % train.micro_batch_size == 0,
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "

@@ -215,19 +215,9 @@ def tokenize_examples(
         ConfigError: Unknown policy or template, or limits that leave no token for a response.
         DataError: A prompt is over the limit under "error", or no row is left.
     """
-    if long_prompt not in LONG_PROMPT_POLICIES:
-        raise ConfigError(
-            f"unknown policy {long_prompt!r} for long prompts; allowed: {', '.join(LONG_PROMPT_POLICIES)}",
-            setting="data.long_prompt",
-        )
-    check_limits(max_prompt_tokens, max_tokens)
     prefix = leading_special_ids(tokenizer)
+    _check_settings(long_prompt, max_prompt_tokens, max_tokens, len(prefix))
     max_body = max_prompt_tokens - len(prefix)
-    if max_body < 1:
-        raise ConfigError(
-            f"a limit of {max_prompt_tokens} tokens leaves no token for a prompt after {len(prefix)} special token(s)",
-            setting=_MAX_PROMPT,
-        )
     rows: list[TokenizedExample] = []
     num_dropped = num_truncated = num_truncated_responses = 0
     for example, prompt, body, response in _encoded(examples, tokenizer, template):
@@ -252,6 +242,20 @@ def tokenize_examples(
         )
     num_without_reference = sum(row.response_ids is None for row in rows)
     return Tokenized(rows, num_dropped, num_truncated, num_without_reference, num_truncated_responses)
+
+
+def _check_settings(long_prompt: str, max_prompt_tokens: int, max_tokens: int, num_special: int) -> None:
+    if long_prompt not in LONG_PROMPT_POLICIES:
+        raise ConfigError(
+            f"unknown policy {long_prompt!r} for long prompts; allowed: {', '.join(LONG_PROMPT_POLICIES)}",
+            setting="data.long_prompt",
+        )
+    check_limits(max_prompt_tokens, max_tokens)
+    if num_special >= max_prompt_tokens:
+        raise ConfigError(
+            f"a limit of {max_prompt_tokens} tokens leaves no token for a prompt after {num_special} special token(s)",
+            setting=_MAX_PROMPT,
+        )
 
 
 def _encoded(

@@ -98,14 +98,7 @@ def distill_loss(
     check_labels(labels)
     if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
         raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
-    parameters: list[Tensor] = []
-    if config.clip == "gate":
-        if gate is None and config.uses_gate:
-            raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
-        if getattr(gate, "top_k", config.top_k) != config.top_k:
-            raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
-        if gate is not None and config.gate_objective != "frozen" and torch.is_grad_enabled():
-            parameters = [parameter for parameter in gate.parameters() if parameter.requires_grad]
+    parameters = _learning_parameters(gate, config)
     call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
@@ -113,6 +106,19 @@ def distill_loss(
     )
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
+
+
+def _learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tensor]:
+    """The gate's parameters that get a gradient. Raises ConfigError for a gate that is missing or does not fit."""
+    if config.clip != "gate":
+        return []
+    if gate is None and config.uses_gate:
+        raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
+    if getattr(gate, "top_k", config.top_k) != config.top_k:
+        raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
+    if gate is None or config.gate_objective == "frozen" or not torch.is_grad_enabled():
+        return []
+    return [parameter for parameter in gate.parameters() if parameter.requires_grad]
 
 
 @dataclass(frozen=True)

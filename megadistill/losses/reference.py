@@ -62,17 +62,12 @@ def reference_loss(
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     num_classes = full_log_q.shape[-1]
     lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
-    if config.is_clipped or config.divergence == "dac_kl":
-        token_values = _clipped_kl(log_p, log_q, mask, complement, config.remainder)
-    else:
-        divergence = DIVERGENCES[config.divergence]
-        token_values = divergence.reference(log_p, log_q, divergence.share(config))
+    token_values = _token_values(log_p, log_q, mask, complement, config)
     dac_kl = config.temperature**2 * token_values.sum() / num_tokens
     clipped_mass = (complement * p).sum(-1)
     coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
 
-    starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
-    first = (is_valid.cumsum(0) - 1)[:-1][starts_pair]  # of each pair, counted among the valid tokens
+    first = _first_of_pairs(pair_mask, is_valid)
     difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
     eps = config.span_eps
     span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
@@ -96,6 +91,12 @@ def reference_loss(
         mean_lower=lower.sum() / num_tokens,
         mean_upper=upper.sum() / num_tokens,
     )
+
+
+def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
+    """The first token of each span pair, counted among the valid tokens."""
+    starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
+    return (is_valid.cumsum(0) - 1)[:-1][starts_pair]
 
 
 def quantile_thresholds(
@@ -185,8 +186,16 @@ def _masks(
     return torch.sigmoid(lambda_l), torch.sigmoid(lambda_u), mask, complement
 
 
+def _token_values(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, config: LossConfig) -> Tensor:
+    """The token loss [T], not multiplied by the temperature squared."""
+    if config.is_clipped or config.divergence == "dac_kl":
+        return _clipped_kl(log_p, log_q, mask, complement, config.remainder)
+    divergence = DIVERGENCES[config.divergence]
+    return divergence.reference(log_p, log_q, divergence.share(config))
+
+
 def _clipped_kl(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, remainder: str) -> Tensor:
-    """[T] DAC-KL of each token."""
+    """DAC-KL [T] of each token."""
     p, q = log_p.exp(), log_q.exp()
     kept = (mask * p * (log_p - log_q)).sum(-1)
     if remainder == "renormalize":

@@ -15,6 +15,7 @@ from megadistill.losses.fused import bias_shifts, check_shard, chunk_size, chunk
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.statistics import local_top, merge_argmax
 from megadistill.losses.tiles import DivergenceSum, LogNormalizers, TileSpec
+from megadistill.losses.torch_kernels import TorchKernels
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
 
@@ -67,22 +68,29 @@ def token_kl(
         buffers = [head.new_buffer(min(size, num_tokens)) for head in heads]
         for chunk, _ in chunks(num_tokens, size):
             student_CVs, teacher_CVs = (head.logits(chunk, buffer) for head, buffer in zip(heads, buffers, strict=True))
-            local = local_statistics(spec, kernels, student_CVs, teacher_CVs)
-            assert local.teacher_max is not None and local.teacher_sum is not None
-            logs = local.student_sum.log(), local.teacher_sum.log()
-            local_kl = torch.zeros_like(local.student_max)
-            if shard.size:
-                # Each shard's KL between the distributions within it needs no merged normalizer: one exchange does.
-                norms = LogNormalizers(local.student_max, logs[0], None, local.teacher_max, logs[1])
-                local_kl = kernels.sums(spec, student_CVs, teacher_CVs, norms, None)[:, DivergenceSum.KL]
-            classes = local_top(spec, local, teacher_CVs, shard, 0)[2].to(dtype)
-            columns = [local.student_max, logs[0], local.teacher_max, logs[1], local_kl, classes]
+            columns = _local_columns(spec, kernels, student_CVs, teacher_CVs, shard)
             gathered = all_gather_rows(torch.stack(columns, -1), shard.group)
             kl_map[chunk] = _merge_kl(*gathered[..., :5].double().unbind(-1)).to(dtype)
             top1[chunk] = merge_argmax(gathered[..., 2], gathered[..., 5], shard)
             if visit is not None:
                 visit(chunk, teacher_CVs)
     return kl_map, top1
+
+
+def _local_columns(
+    spec: TileSpec, kernels: TorchKernels, student_CVs: Tensor, teacher_CVs: Tensor, shard: VocabShard
+) -> list[Tensor]:
+    """A shard's student_max, student_log, teacher_max, teacher_log, KL within the shard, and top class, each [C]."""
+    local = local_statistics(spec, kernels, student_CVs, teacher_CVs)
+    assert local.teacher_max is not None and local.teacher_sum is not None
+    logs = local.student_sum.log(), local.teacher_sum.log()
+    local_kl = torch.zeros_like(local.student_max)
+    if shard.size:
+        # The KL between the distributions within a shard needs no merged normalizer: one exchange is enough.
+        norms = LogNormalizers(local.student_max, logs[0], None, local.teacher_max, logs[1])
+        local_kl = kernels.sums(spec, student_CVs, teacher_CVs, norms, None)[:, DivergenceSum.KL]
+    classes = local_top(spec, local, teacher_CVs, shard, 0)[2].to(student_CVs.dtype)
+    return [local.student_max, logs[0], local.teacher_max, logs[1], local_kl, classes]
 
 
 def _merge_kl(

@@ -60,7 +60,7 @@ def sentence_piece(folder: Path) -> Any:
 
 
 def word_piece(folder: Path) -> Any:
-    """BERT's kind of pieces, whose text depends on their neighbours."""
+    """BERT's kind of pieces, whose text depends on their neighbors."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()

@@ -1,4 +1,4 @@
-"""Who this process is: the grid (data-parallel x tensor-parallel) and its process groups, passed as an argument.
+"""The place of this process: the grid (data-parallel x tensor-parallel) and its process groups, passed as an argument.
 
 Tensor-parallel ranks are consecutive (``rank = dp_rank * tp_size + tp_rank``), the order that DeepSpeed's AutoTP uses.
 """
@@ -171,7 +171,7 @@ class ParallelContext:
         return cast(T, result)
 
     def raise_on_all_ranks(self, error: MegadistillError | None) -> None:
-        """Raises the first rank's error on every rank, so that nobody waits for a rank that has left.
+        """Raises the first rank's error on every rank, so that no rank waits for one that has ended.
 
         One object all-gather over the world, of errors only, which are small.
 

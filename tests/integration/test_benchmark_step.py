@@ -49,7 +49,7 @@ def test_step(tmp_path: Path) -> None:
     [
         (["--rounds", "0"], "'0' is not a whole number >= 1"),
         (["--vocab", "2"], "'2' is not a whole number >= 16"),
-        (["--only", "GKD"], "--only GKD: part of no name; there are: TRL DistillationTrainer; "),
+        (["--only", "GKD"], "--only GKD: not in any name; allowed: TRL DistillationTrainer; "),
     ],
 )
 def test_bad_input_exits_2(arguments: list[str], message: str) -> None:

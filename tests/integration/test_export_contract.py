@@ -109,7 +109,7 @@ EXPORTS = [(family, dtype) for family in FAMILIES for dtype in ("fp32", "bf16", 
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked as its format says: whole, without gaps, aligned."""
+    """The header of a safetensors file, checked against its specification: whole, without gaps, aligned."""
     raw = file.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -125,7 +125,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Name -> header entry, and name -> file, as a reader finds them: by the index where there is one."""
+    """Name -> header entry, and name -> file, as other programs find them: by the index where there is one."""
     index = folder / "model.safetensors.index.json"
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     entries, places = {}, {}
@@ -193,7 +193,7 @@ def test_names_shapes_and_types(exports: Path, family: str, kind: str) -> None:
     size = sum(math.prod(shape) * BYTES[dtype] for shape in table(config).values())
     if kind != "cast":  # the cast has as many files as its source
         assert (folder / "model.safetensors").exists() == (size <= LIMIT)
-        assert (kind == "bf16") == (size <= LIMIT), "both kinds of layout are to be seen; change LIMIT"
+        assert (kind == "bf16") == (size <= LIMIT), "both kinds of layout must occur; change LIMIT"
     for file in folder.glob("*.safetensors"):
         data = sum(math.prod(entry["shape"]) * BYTES[dtype] for entry in _header(file).values())
         assert data <= LIMIT or len(_header(file)) == 1

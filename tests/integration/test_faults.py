@@ -1,4 +1,4 @@
-"""The fault matrix: who dies, when; that the job ends, how, that nobody is left, and that it goes on as if nothing had
+"""The fault matrix: which process dies, when; how the job ends, that no process is left, and that it resumes as if nothing had
 been. docs/reliability.md is the table that `FAULT_TABLE=FILE pytest tests/integration/test_faults.py` measures."""
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def note(what: str, ended: Ended) -> None:
 
 
 def goes_on(assets: Path, undisturbed: Path, run_dir: Path, *more: str) -> None:
-    """The same command once more ends with the numbers and the text of a run that nothing happened to."""
+    """The same command again ends with the numbers and the text of an undisturbed run."""
     latest = run_dir / "checkpoints" / "latest"
     if latest.exists():
         assert (run_dir / "checkpoints" / latest.read_text(encoding="utf-8").strip() / "manifest.json").is_file()
@@ -122,27 +122,29 @@ def goes_on(assets: Path, undisturbed: Path, run_dir: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["start:1", "rollout:4", "backward:6", "save:2"])
-@pytest.mark.parametrize("who", ["rank 0", "rank 1", "launcher"])
-def test_a_killed_process_ends_the_job(assets: Path, undisturbed: Path, tmp_path: Path, place: str, who: str) -> None:
-    action = "0:kill_launcher" if who == "launcher" else f"{who[-1]}:kill"
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+def test_a_killed_process_ends_the_job(
+    assets: Path, undisturbed: Path, tmp_path: Path, place: str, victim: str
+) -> None:
+    action = "0:kill_launcher" if victim == "launcher" else f"{victim[-1]}:kill"
     job = Job(assets, tmp_path, f"{place}:{action}")
     ended = job.run()
-    note(f"kill -9 of {who} in {place.partition(':')[0]}", ended)
+    note(f"kill -9 of {victim} in {place.partition(':')[0]}", ended)
     assert ended.survivors == [], ended.text
-    # DeepSpeed's runner says 0 when its per-node launcher was killed.
-    assert ended.code in ({0, STOPPED, LOST} if who == "launcher" else {LOST, 247}), ended.text
-    if who != "launcher" and place != "start:1":
-        assert "rank 0, where the ranks meet" in ended.text or f"rank {who[-1]} on" in ended.text, ended.text
+    # DeepSpeed's runner returns 0 when its per-node launcher was killed.
+    assert ended.code in ({0, STOPPED, LOST} if victim == "launcher" else {LOST, 247}), ended.text
+    if victim != "launcher" and place != "start:1":
+        assert "rank 0, where the ranks meet" in ended.text or f"rank {victim[-1]} on" in ended.text, ended.text
     goes_on(assets, undisturbed, job.run_dir)
 
 
 def test_a_frozen_rank_ends_the_job_after_its_timeout(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
     job = Job(assets, tmp_path, "rollout:4:1:freeze", ("parallel.timeout_s=8",))
     ended = job.run()
-    note("rank 1 stopped for ever (SIGSTOP), parallel.timeout_s=8", ended)
+    note("rank 1 stopped forever (SIGSTOP), parallel.timeout_s=8", ended)
     assert ended.survivors == [], ended.text
     assert ended.code == LOST, ended.text
-    assert "rank 1 on" in ended.text and "no sign of life" in ended.text, ended.text
+    assert "rank 1 on" in ended.text and "no heartbeat" in ended.text, ended.text
     goes_on(assets, undisturbed, job.run_dir)
 
 
@@ -183,7 +185,7 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     ended = job.run()
     note(f"no space left for rank {rank} ({place.partition(':')[0]})", ended)
     assert (ended.survivors, ended.code) == ([], 2), ended.text
-    assert f"the checkpoint of step 4 could not be written: rank {rank}: No space left on device" in ended.text
+    assert f"step 4 could not be written: rank {rank}: No space left on device" in ended.text
     assert (job.run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_2\n"
     assert not list((job.run_dir / "checkpoints").glob("*.partial"))
     goes_on(assets, undisturbed, job.run_dir)
@@ -194,14 +196,14 @@ def test_a_crash_of_one_rank_ends_all(assets: Path, undisturbed: Path, tmp_path:
     ended = job.run()
     note("an exception in rank 1", ended)
     assert ended.survivors == [] and ended.code != 0, ended.text
-    assert "a defect of ours" in ended.text
+    assert "a bug of ours" in ended.text
     goes_on(assets, undisturbed, job.run_dir)
 
 
 def test_a_data_file_that_disappears_costs_nothing_until_the_next_start(
     assets: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Rows are read once, at the start: the run goes on; to go on later the file is needed, and its absence said."""
+    """Rows are read once, at the start: the run continues; to resume it the file is needed, and an error names it."""
     rows = tmp_path / "rows.jsonl"
     shutil.copy(assets / "data" / "train.jsonl", rows)
     job = Job(assets, tmp_path, "rollout:2:0:sleep=0.1", (f"data.train_path={rows}",))
@@ -217,9 +219,9 @@ def test_a_data_file_that_disappears_costs_nothing_until_the_next_start(
     assert f"{rows}" in ended.text
 
 
-@pytest.mark.skipif(not _can_mount(), reason="a file system of its own needs root and mount")
+@pytest.mark.skipif(not _can_mount(), reason="a separate file system needs root and mount")
 def test_a_disk_that_is_really_full(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """run.dir on a file system with room for two checkpoints; a larger one, and the run goes on."""
+    """run.dir on a file system that holds two checkpoints; on a larger one the run resumes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(disk)], check=True)

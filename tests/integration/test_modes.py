@@ -1,4 +1,4 @@
-"""Every way to get the text of a step, on several layouts: the same tokens and losses, and nobody waits for ever."""
+"""Every way to get the text of a step, on several layouts: the same tokens and losses, and no rank waits forever."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "five rounds, greedy teacher": ("generation.scrg.rounds=5", "generation.scrg.teacher_token=greedy"),
     "one token": ("generation.max_new_tokens=1",),
     "nucleus": ("generation.top_k=20", "generation.top_p=0.9", "generation.sampling_temperature=0.8"),
-    # Room for one row of the student and none of the teacher: four waves a rank, whole rows read again.
+    # Cache for one example of the student and none of the teacher: four decode batches per rank, all text read again.
     "narrow": ("generation.max_cache_bytes=40000", "generation.scrg.rounds=3"),
 }
 
@@ -144,7 +144,7 @@ def _every(run_dir: Path, key: str) -> list[float | None]:
 
 
 def test_the_teachers_text_is_written_once(assets: Path, tmp_path: Path) -> None:
-    """A second run reads the file; one that was cut short is completed; other settings are refused."""
+    """A second run reads the file; an incomplete one is completed; other settings are refused."""
     cache = tmp_path / "cache" / "text.jsonl"
     more = ("generation.mode=teacher", "train.max_steps=2", f"generation.teacher_cache={cache}")
     run_layout(1, [(str(tmp_path / "first"), settings(assets, "llama", *more))])
@@ -155,7 +155,7 @@ def test_the_teachers_text_is_written_once(assets: Path, tmp_path: Path) -> None
     cache.write_text("".join(lines[:9]) + lines[9][:20], encoding="utf-8")
     run_layout(2, [(str(tmp_path / "third"), settings(assets, "llama", *more, "parallel.tp_size=1"))])
     assert sorted(cache.read_text(encoding="utf-8").splitlines()) == sorted(whole.splitlines())
-    with pytest.raises(RankError, match="max_new_tokens=8 there, 6 here; choose another file"):
+    with pytest.raises(RankError, match="max_new_tokens=8 there, 6 here"):
         other = settings(assets, "llama", *more, "generation.max_new_tokens=6")
         run_layout(2, [(str(tmp_path / "fourth"), other)])
     cache.write_text(lines[0] + "{}\n", encoding="utf-8")
@@ -168,14 +168,14 @@ def test_another_teacher_in_the_same_place_is_noticed(assets: Path, tmp_path: Pa
     cache = tmp_path / "text.jsonl"
     more = ("generation.mode=teacher", "train.max_steps=1", f"generation.teacher_cache={cache}")
     run_layout(1, [(str(tmp_path / "first"), settings(assets, "llama", *more))])
-    with pytest.raises(RankError, match="seed=0 there, 3 here; choose another file"):
+    with pytest.raises(RankError, match="seed=0 there, 3 here"):
         run_layout(1, [(str(tmp_path / "second"), settings(assets, "llama", *more, "run.seed=3"))])
     trained = f"model.teacher.path={tmp_path / 'first' / 'checkpoints' / 'step_1' / 'hf'}"
-    with pytest.raises(RankError, match="holds the teacher's text of other settings"):
+    with pytest.raises(RankError, match="other settings"):
         run_layout(1, [(str(tmp_path / "third"), settings(assets, "llama", *more, trained))])
     for content in ('{"instruction": "x", "output": "y"}', "a\nb", '{"a": 1}\n{"b"'):
         cache.write_text(content, encoding="utf-8")
-        with pytest.raises(RankError, match="is no teacher's text of megadistill; choose another file"):
+        with pytest.raises(RankError, match="is not a megadistill teacher cache"):
             run_layout(2, [(str(tmp_path / "fourth"), settings(assets, "llama", *more))])
         assert cache.read_text(encoding="utf-8") == content
 
@@ -192,7 +192,7 @@ def test_one_run_a_folder(assets: Path, tmp_path: Path) -> None:
     run_layout(1, run)
 
 
-def test_off_policy_goes_on_from_a_checkpoint_of_another_mode(assets: Path, tmp_path: Path) -> None:
+def test_off_policy_resumes_from_a_checkpoint_of_another_mode(assets: Path, tmp_path: Path) -> None:
     run_layout(1, [(str(tmp_path / "on"), settings(assets, "llama", "train.max_steps=2"))])
     more = (*OFF_POLICY, f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.max_steps=4",
             f"train.resume={tmp_path / 'on' / 'checkpoints' / 'step_2'}")  # fmt: skip
@@ -203,10 +203,10 @@ def test_off_policy_goes_on_from_a_checkpoint_of_another_mode(assets: Path, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("generation.mode=mixed",), "no row has a reference, and generation.mode=mixed"),
+        (("generation.mode=mixed",), "no row has a reference.*generation.mode=mixed"),
         (
             (*OFF_POLICY, "generation.off_policy.initial_phi=0.5"),
-            "no row has a reference, and generation.mode=off_policy",
+            "no row has a reference.*generation.mode=off_policy",
         ),
         (
             ("generation.mode=off_policy", "train.eval_every=1", "data.train_path=REFERENCES"),

@@ -41,7 +41,7 @@ def runs(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {family: out / family for family in more}
 
 
-def _engine_cuts(rank: int, assets: Path, families: list[str], tp_size: int) -> dict[str, Any]:
+def _engine_specs(rank: int, assets: Path, families: list[str], tp_size: int) -> dict[str, Any]:
     from deepspeed.utils import groups
 
     from megadistill.engines.partitioned import frozen_model
@@ -66,16 +66,16 @@ def test_families_know_how_autotp_cuts_them(assets: Path, tp_size: int) -> None:
     import deepspeed  # noqa: F401  once, before the forks
 
     families = list(FAMILY_CONFIGS)
-    for family, (shapes, cuts) in run_ranks(_engine_cuts, tp_size, assets, families, tp_size)[0].items():
+    for family, (shapes, specs) in run_ranks(_engine_specs, tp_size, assets, families, tp_size)[0].items():
         is_tied = FAMILY_CONFIGS[family].get("tie_word_embeddings", True)
-        assert family_shards(shapes, FAMILIES[family], tp_size, is_tied=is_tied) == cuts
+        assert family_shards(shapes, FAMILIES[family], tp_size, is_tied=is_tied) == specs
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_a_resharded_checkpoint_is_that_layouts_own(
     assets: Path, runs: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
-    """Same files as a run of tp 4 x dp 1 writes when it has loaded the same checkpoint; and the run goes on."""
+    """Same files as a run of tp 4 x dp 1 writes when it has loaded the same checkpoint; and the run resumes."""
     source = runs[family] / "checkpoints" / "step_2"
     reshard_checkpoint(source, tmp_path / "re", tp_size=4, dp_size=1)
     dtype = f"model.student.dtype={'bf16' if family == 'qwen2' else 'fp32'}"
@@ -119,7 +119,7 @@ def test_exports_come_from_the_masters(runs: dict[str, Path], tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama"])
 def test_a_sharded_model_trains_like_the_model(assets: Path, tmp_path: Path, family: str) -> None:
-    """Teacher and student from files for each rank, at the layout they were cut for and at others: same losses to the
+    """Teacher and student from files for each rank, at the layout they were sharded for and at others: same losses to the
     bit, and the same export."""
     run_layout(1, [(str(tmp_path / "made"), _settings(assets, family, "train.max_steps=1", "train.save_every=1"))])
     models = {"student": tmp_path / "made" / "checkpoints" / "step_1" / "hf"}
@@ -132,11 +132,16 @@ def test_a_sharded_model_trains_like_the_model(assets: Path, tmp_path: Path, fam
     )
     for role, path in models.items():
         shard_model(
-            str(path), tmp_path / f"{role}_cut", tp_size=2, dp_size=2, dtype="fp32", tokenizer=str(assets / "tokenizer")
+            str(path),
+            tmp_path / f"{role}_sharded",
+            tp_size=2,
+            dp_size=2,
+            dtype="fp32",
+            tokenizer=str(assets / "tokenizer"),
         )
 
     def paths(suffix: str) -> tuple[str, ...]:
-        folders = {role: tmp_path / f"{role}_cut" if suffix else path for role, path in models.items()}
+        folders = {role: tmp_path / f"{role}_sharded" if suffix else path for role, path in models.items()}
         return tuple(f"model.{role}.path={folder}" for role, folder in folders.items())
 
     jobs = [("2", ("parallel.tp_size=2",)), ("1", ("parallel.tp_size=1", "parallel.zero_stage=1"))]
@@ -145,34 +150,34 @@ def test_a_sharded_model_trains_like_the_model(assets: Path, tmp_path: Path, fam
         [
             (str(tmp_path / f"{name}{suffix}"), _settings(assets, family, *more, *paths(suffix)))
             for name, more in jobs
-            for suffix in ("", "cut")
+            for suffix in ("", "sharded")
         ],
     )
     for name, _ in jobs:
-        assert losses(tmp_path / name) == losses(tmp_path / f"{name}cut")
-        ours, theirs = weights(tmp_path / f"{name}cut", 4), weights(tmp_path / name, 4)
+        assert losses(tmp_path / name) == losses(tmp_path / f"{name}sharded")
+        ours, theirs = weights(tmp_path / f"{name}sharded", 4), weights(tmp_path / name, 4)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_sharded_model_reads_and_writes_in_one_process(assets: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     """verify: the same texts and likelihoods, by the plain forward pass and by generate."""
     shard_model(
-        str(runs["gpt2"] / "checkpoints" / "step_4" / "hf"), tmp_path / "cut", tp_size=2, dp_size=1, dtype="fp32"
+        str(runs["gpt2"] / "checkpoints" / "step_4" / "hf"), tmp_path / "sharded", tp_size=2, dp_size=1, dtype="fp32"
     )
-    assert main(["verify", str(runs["gpt2"]), str(tmp_path / "cut"), "--rows", "4", "--greedy-tokens", "4"]) == 0
+    assert main(["verify", str(runs["gpt2"]), str(tmp_path / "sharded"), "--rows", "4", "--greedy-tokens", "4"]) == 0
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join((assets / "data" / "valid.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]),
         encoding="utf-8",
     )
-    for name, model in (("whole", runs["gpt2"]), ("cut", tmp_path / "cut")):
+    for name, model in (("whole", runs["gpt2"]), ("sharded", tmp_path / "sharded")):
         words = ["--model", str(model), "--input", str(prompts), "--output", str(tmp_path / f"{name}.jsonl")]
         words += ["--max-new-tokens", "6", "--max-prompt-tokens", "64", "--template", "plain", "--temperature", "0"]
         assert main(["generate", *words]) == 0
-    assert (tmp_path / "whole.jsonl").read_text(encoding="utf-8") == (tmp_path / "cut.jsonl").read_text(
+    assert (tmp_path / "whole.jsonl").read_text(encoding="utf-8") == (tmp_path / "sharded.jsonl").read_text(
         encoding="utf-8"
     )
-    assert "shards/tp00_dp00.safetensors" in model_fingerprint(str(tmp_path / "cut"))
+    assert "shards/tp00_dp00.safetensors" in model_fingerprint(str(tmp_path / "sharded"))
 
 
 def test_converters_touch_nothing_of_the_users(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -209,9 +214,9 @@ def test_garbage_is_one_line(runs: dict[str, Path], tmp_path: Path, capsys: pyte
         return folder
 
     def parameter(**change: Any) -> Callable[[Any], Any]:
-        return lambda tree: tree | {"parameters": tree["parameters"] | {"lm_head.weight": {**cut, **change}}}
+        return lambda tree: tree | {"parameters": tree["parameters"] | {"lm_head.weight": {**spec, **change}}}
 
-    cut = json.loads((good / "student" / "layout.json").read_text(encoding="utf-8"))["parameters"][
+    spec = json.loads((good / "student" / "layout.json").read_text(encoding="utf-8"))["parameters"][
         "transformer.wte.weight"
     ]
     bad = [

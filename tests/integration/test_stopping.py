@@ -1,4 +1,4 @@
-"""Ways to end a run from outside, on the real launcher: who is asked, what is saved, that nobody is left."""
+"""Ways to end a run from outside, on the real launcher: which processes are asked, what is saved, that none is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STOPPED = ExitCode.STOPPED
 
 
 class Run:
-    """A launched run of two ranks that would take for ever, and all its processes."""
+    """A launched run of two ranks that would take forever, and all its processes."""
 
     def __init__(self, assets: Path, run_dir: Path, *more: str) -> None:
         self.run_dir = run_dir
@@ -80,7 +80,7 @@ def last_saved(run_dir: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("who", "number"),
+    ("target", "number"),
     [
         ("rank 1", signal.SIGTERM),
         ("rank 0", signal.SIGUSR1),
@@ -92,18 +92,18 @@ def last_saved(run_dir: Path) -> int:
         ("runner", signal.SIGKILL),
     ],
 )
-def test_a_run_that_is_asked_to_stop_saves_and_leaves_nobody(run: Run, who: str, number: signal.Signals) -> None:
+def test_a_run_that_is_asked_to_stop_saves_and_leaves_no_process(run: Run, target: str, number: signal.Signals) -> None:
     asked = {
         "rank 0": [run.ranks[0]], "rank 1": [run.ranks[1]], "both": [run.ranks[0], run.ranks[1]],
         "launcher": [run.launcher], "runner": [psutil.Process(run.runner.pid)],
     }  # fmt: skip
-    for process in asked[who]:
+    for process in asked[target]:
         process.send_signal(number)
     assert run.survivors() == [], run.text()
     assert last_saved(run.run_dir) == steps(run.run_dir)[-1] >= 2
-    if who.startswith(("rank", "both")):
+    if target.startswith(("rank", "both")):
         assert run.runner.wait(10) == STOPPED
-        assert f"stopped after step {last_saved(run.run_dir)}, which is saved" in run.text()
+        assert f"checkpoint saved at step {last_saved(run.run_dir)}" in run.text()
 
 
 def test_a_stopped_run_goes_on(assets: Path, run: Run) -> None:

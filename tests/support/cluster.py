@@ -57,7 +57,7 @@ def wait_for(is_true: Callable[[], object], what: Callable[[], str], seconds: fl
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """Everything that runs for the run in ``run_dir``, whoever started it: its command line names the folder."""
+    """Everything that runs for the run in ``run_dir``, however it was started: its command line names the folder."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -45,7 +45,7 @@ def act(action: str, folder: Path) -> None:
     elif name == "full_disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif name == "crash":
-        raise ValueError("a defect of ours")
+        raise ValueError("a bug of ours")
     else:
         raise AssertionError(f"unknown action {action}")
 
@@ -79,8 +79,8 @@ def main() -> int:
 
     folder, rank = Path(os.environ["FAULT_DIR"]), os.environ["RANK"]
     (folder / f"rank_{rank}").write_text(str(os.getpid()), encoding="utf-8")
-    place, step, who, action = os.environ["FAULT"].split(":")
-    if who in (rank, "all"):
+    place, step, victim, action = os.environ["FAULT"].split(":")
+    if victim in (rank, "all"):
         arm(place, int(step), action, folder)
     return command(["train", *sys.argv[1:]])
 

@@ -26,7 +26,7 @@ def launch(
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended; one that nobody has waited for yet has."""
+    """Those that still run; a zombie does not."""
     found = []
     for process in processes:
         try:

@@ -42,7 +42,7 @@ def write_assets(folder: Path) -> None:
     assert size % 2 and size % 3 and size % 4
     for family, config in FAMILY_CONFIGS.items():
         for role, hidden in (("teacher", 48), ("student", 32)):
-            # Padded rows beyond the tokenizer, of different numbers: they are cut on both sides.
+            # Padded rows beyond the tokenizer, of different numbers: they are removed on both sides.
             rows = size + (5 if role == "teacher" else 2)
             width = {"n_embd": hidden} if family == "gpt2" else {"hidden_size": hidden}
             if family == "opt":
@@ -142,7 +142,7 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
 
 
 def free_port() -> str:
-    """A port on the loopback address that nobody listens on."""
+    """A free port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""`tools/benchmark.py diversity`: its numbers by hand, and what it says about files that it cannot read."""
+"""`tools/benchmark.py diversity`: its numbers by hand, and its errors for files that it cannot read."""
 
 import json
 from pathlib import Path

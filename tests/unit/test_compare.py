@@ -58,7 +58,7 @@ def _verify(a: Path, b: Path, *more: str, small: bool = True) -> int:
 
 
 def _value(table: str, measure: str) -> str:
-    """What the printed table says."""
+    """The cells of the printed table."""
     line = next(line for line in table.splitlines() if line.startswith(measure))
     return line.removeprefix(measure).strip()
 
@@ -105,7 +105,7 @@ def test_numbers_against_plain_torch(base: Path, tmp_path: Path) -> None:
         for text in found.greedy:
             prompt = torch.tensor([rows[text.row][: text.prompt_tokens]])
             whole = model.generate(prompt, do_sample=False, min_new_tokens=6, max_new_tokens=6, pad_token_id=0)
-            if 0 not in getattr(text, tokens):  # generate may not write EOS where it must go on
+            if 0 not in getattr(text, tokens):  # generate may not write EOS where it must continue
                 assert tuple(whole[0, prompt.shape[1] :].tolist()) == getattr(text, tokens)
 
 
@@ -125,7 +125,7 @@ def test_a_changed_weight_is_found(base: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_greedy_text_is_compared_beyond_the_rows(base: Path, tmp_path: Path) -> None:
-    """Two models that agree on every row and differ in what they go on to write."""
+    """Two models that agree on every row and differ in what they write after them."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     row = [11, 12, 13, 14]
     written = compare_models(model, model, [row], num_greedy=8).greedy[0]
@@ -169,10 +169,10 @@ def test_tokenizers_that_differ(base: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_rows_that_one_side_lacks(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def cut(model: Any) -> None:
+    def change(model: Any) -> None:
         model.resize_token_embeddings(model.config.vocab_size - 13)
 
-    assert _verify(base, _changed(base, tmp_path / "b", cut)) == 1
+    assert _verify(base, _changed(base, tmp_path / "b", change)) == 1
     assert "vocabulary rows" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -231,7 +231,7 @@ def test_models_that_cannot_be_read(base: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_the_tool(base: Path) -> None:
-    """By default it reads 32 rows of its own text, however short the models' positions are."""
+    """By default it reads 32 rows of the built-in text, however short the models' positions are."""
     command = [sys.executable, str(ROOT / "tools" / "verify_checkpoint.py")]
     done = subprocess.run([*command, str(base), str(base)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "same", done.stderr

@@ -205,7 +205,7 @@ def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:
-        load_examples("nobody-here/no-such-data")
+        load_examples("no-such-owner/no-such-data")
     assert "no such file or folder, and the hub cannot be reached" in str(caught.value)
     assert "\n" not in str(caught.value)
 

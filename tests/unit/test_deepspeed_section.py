@@ -61,7 +61,7 @@ def test_what_the_project_decides_is_refused_with_the_key_to_use(tmp_path: Path,
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("deepspeed.zero_optimization.stage=1", "did you mean zero_optimization?"),
+        ("deepspeed.zero_optimizaton.stage=1", "did you mean zero_optimization?"),
         ("deepspeed.nonsense=1", "allowed: zero_optimization"),
         ("deepspeed=3", "must be a mapping"),
     ],

@@ -1,4 +1,4 @@
-"""Code in the documentation runs as it stands there; what names `path/to` something of the reader's is left out."""
+"""Code in the documentation runs as it is; blocks with a placeholder `path/to` are left out."""
 
 import re
 from pathlib import Path

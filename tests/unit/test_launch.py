@@ -1,4 +1,4 @@
-"""Who started this process, and where its ranks meet."""
+"""Which launcher started this process, and where its ranks meet."""
 
 import errno
 import re
@@ -237,7 +237,7 @@ def test_rank_0_listens_on_all_addresses_only_where_the_master_has_none_here(mon
 
     def listen_on(address: tuple[str, int], **_: object) -> socket.socket:
         asked.append(address)
-        if address[0] == "192.0.2.1":  # nobody's
+        if address[0] == "192.0.2.1":  # an address of no machine
             raise OSError(errno.EADDRNOTAVAIL, "not ours")
         return socket.socket()
 

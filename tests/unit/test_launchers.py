@@ -56,7 +56,7 @@ def run(*command: str | Path, path: Path, **variables: str) -> subprocess.Comple
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_scripts_are_valid_and_executable(script: Path) -> None:
     assert os.access(script, os.X_OK)
-    # launchers/run.sh goes on in Python where its docstring ends.
+    # launchers/run.sh continues in Python where its docstring ends.
     shell_part = script.read_text(encoding="utf-8").partition('\n"""\n')[0]
     subprocess.run(["bash", "-n"], input=shell_part, text=True, check=True)
 
@@ -294,7 +294,7 @@ def test_cluster_tools_that_cannot_be_installed_are_named(tools: Path) -> None:
     write_script(tools / "ssh", "#!/bin/sh\n")
     (tools / "id").unlink()
     write_script(tools / "id", "#!/bin/sh\necho 1000\n")
-    # A PATH of its own: the script looks into /usr/sbin as well.
+    # A separate PATH: the script looks into /usr/sbin as well.
     text = (
         (ROOT / "tests" / "support" / "install_cluster_tools.sh")
         .read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One writer for each place."""
+"""One writer per place."""
 
 import errno
 import os

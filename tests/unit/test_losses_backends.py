@@ -1,4 +1,4 @@
-"""Which backend runs, what is said when it cannot, and what it may cost in memory."""
+"""Which backend runs, the error when it cannot, and what it may cost in memory."""
 
 import importlib
 import subprocess
@@ -73,7 +73,7 @@ def test_what_cannot_run_is_refused(has, backend, device, there, message):
 
 
 def test_a_compiler_that_fails(monkeypatch):
-    """auto goes on in eager torch with one warning; whoever asked for `compile` is told."""
+    """auto continues in eager torch with one warning; `compile` is an error."""
     calls = []
 
     def broken(*arguments):

@@ -25,7 +25,7 @@ def backend(request):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", BASELINES)
 def test_divergences_equal_the_reference(backend, divergence, temperature):
-    """Without a gate, whatever `clip` says."""
+    """Without a gate, whatever `clip` is."""
     config = CONFIG.replace(divergence=divergence, temperature=temperature, backend=backend)
     output, gradients, _ = run_fused(make_problem(), config, None)
     assert_same(output, gradients, run_reference(make_problem(), config, None), 1e-10)

@@ -1,4 +1,4 @@
-"""A divergence that nobody has foreseen: one entry, no other file, every backend."""
+"""A new divergence: one entry, no other file, every backend."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``megadistill merge``: the folder it writes says, by plain transformers, what the unmerged PeftModel says."""
+"""``megadistill merge``: with plain transformers, its folder gives the outputs of the unmerged PeftModel."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_several_files_and_the_adapters_tokenizer(tmp_path: Path, monkeypatch: p
 
 
 def test_the_tools_together(tmp_path: Path) -> None:
-    """The merged model is not the base; merged twice it is the same. ``verify`` says so."""
+    """The merged model is not the base; merged twice it is the same, by ``verify``."""
     base = _base(tmp_path / "base", "llama")
     adapter = _adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
 

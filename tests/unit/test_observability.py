@@ -144,7 +144,7 @@ def test_peak_memory_counts_bytes_and_does_not_fall() -> None:
 
 
 def test_a_terminal_without_a_size_gets_lines() -> None:
-    """A pseudo-terminal of a script: a bar as wide as it is would not be seen."""
+    """A pseudo-terminal of a script: a bar of its width would be invisible."""
     leader, follower = os.openpty()
     with os.fdopen(follower, "w") as stream, progress_bar(description="work", total=2, stream=stream) as bar:
         bar.update(2)

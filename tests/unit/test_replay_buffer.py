@@ -96,7 +96,7 @@ def test_draws_are_a_function_of_seed_step_and_stream():
 
 
 def test_draws_are_pinned():
-    """A run that an earlier version began replays the same rows for ever."""
+    """A run that an earlier version began replays the same rows forever."""
     rows = drawn(filled(range(3)), seed=0, step=10, stream=3_000)
     assert [row.sequence_id // BATCH for row in rows] == [0, 2, 2, 2, 1, 1, 2, 2]
 
@@ -381,17 +381,17 @@ def test_a_loss_that_is_not_finite_is_refused(loss, previous):
 
 
 @settings(deadline=None)
-@given(losses=st.lists(st.floats(0, 20), max_size=30), cut=st.integers(0, 30), eps=st.floats(0, 1))
-def test_a_resumed_schedule_goes_on_as_if_never_stopped(losses, cut, eps):
+@given(losses=st.lists(st.floats(0, 20), max_size=30), stop=st.integers(0, 30), eps=st.floats(0, 1))
+def test_a_resumed_schedule_continues_as_if_never_stopped(losses, stop, eps):
     straight, before, after = (OffPolicySchedule(eps=eps) for _ in range(3))
     phis = [0.0]
     for loss in losses:
         straight.observe(loss)
         phis.append(straight.phi)
-    for loss in losses[:cut]:
+    for loss in losses[:stop]:
         before.observe(loss)
     after.load_state_dict(through_a_file(before.state_dict()))
-    for loss in losses[cut:]:
+    for loss in losses[stop:]:
         after.observe(loss)
     assert after == straight
     assert phis == sorted(phis) and phis[-1] <= 1.0

@@ -76,7 +76,7 @@ def test_the_streams_are_drawn_independently():
 
 
 def test_the_order_is_pinned():
-    """Resuming a run that an earlier version began needs the same permutations for ever."""
+    """Resuming a run that an earlier version began needs the same permutations forever."""
     assert [row.row_index for row in sampler().rows(0)] == [1, 0, 2, 5, 7, 4, 2, 0]
 
 

@@ -96,6 +96,6 @@ def test_what_is_missing_or_foreign_is_named(written: tuple[Path, dict[str, torc
 
 
 def test_whoever_reads_the_layout_reads_the_weights(written: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    """safetensors' own files are for their owner alone, whatever the umask says."""
+    """safetensors' own files are readable by their owner alone, whatever the umask."""
     folder, _ = written
     assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "layout.json").stat().st_mode}

@@ -85,7 +85,7 @@ def test_prompt_and_response_join_to_the_text(tokenizer):
 
 
 def test_a_response_has_the_ids_that_it_has_after_its_prompt(tokenizer):
-    """The joined text cut by the tokenizer itself, wherever it puts a cut at the boundary."""
+    """The joined text as the tokenizer splits it, wherever it splits at the boundary."""
     prompt = "### Response:\n"
     for text in ("The dog sleeps.", "didn't know", "café"):
         joined = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
@@ -114,14 +114,14 @@ def test_long_prompts_are_dropped_truncated_or_refused(tokenizer):
     settings = {"template": "plain", "max_prompt_tokens": limit, "max_tokens": limit + 20}
     dropped = tokenize_examples(examples, tokenizer, long_prompt="drop", **settings)
     assert ([row.id for row in dropped.rows], dropped.num_dropped, dropped.num_truncated) == ([1], 1, 0)
-    cut = tokenize_examples(examples, tokenizer, long_prompt="truncate", **settings)
-    assert (cut.num_dropped, cut.num_truncated) == (0, 1)
+    short = tokenize_examples(examples, tokenizer, long_prompt="truncate", **settings)
+    assert (short.num_dropped, short.num_truncated) == (0, 1)
     whole = tokenize_examples(examples[:1], tokenizer, template="plain", max_prompt_tokens=4000, max_tokens=5000).rows[
         0
     ]
     lead = leading_special_ids(tokenizer)
-    assert len(cut.rows[0].prompt_ids) == limit
-    assert cut.rows[0].prompt_ids == lead + whole.prompt_ids[len(whole.prompt_ids) - (limit - len(lead)) :]
+    assert len(short.rows[0].prompt_ids) == limit
+    assert short.rows[0].prompt_ids == lead + whole.prompt_ids[len(whole.prompt_ids) - (limit - len(lead)) :]
     with pytest.raises(
         DataError, match=rf"rows\.jsonl:7 .*the prompt has {len(whole.prompt_ids)} tokens, over"
     ) as error:
@@ -145,16 +145,16 @@ def test_long_responses_are_cut_and_lose_their_eos(tokenizer):
     limit, fits = len(whole.prompt_ids), len(whole.prompt_ids) + len(whole.response_ids)
     exact = tokenize_examples(examples, tokenizer, max_prompt_tokens=limit, max_tokens=fits)
     assert exact.num_truncated_responses == 0 and exact.rows == [whole]
-    cut = tokenize_examples(examples, tokenizer, max_prompt_tokens=limit, max_tokens=fits - 1)
-    assert cut.num_truncated_responses == 1
-    assert cut.rows[0].response_ids == whole.response_ids[:-1]
-    assert tokenizer.eos_token_id not in cut.rows[0].response_ids
-    assert cut.rows[0].references == whole.references
+    short = tokenize_examples(examples, tokenizer, max_prompt_tokens=limit, max_tokens=fits - 1)
+    assert short.num_truncated_responses == 1
+    assert short.rows[0].response_ids == whole.response_ids[:-1]
+    assert tokenizer.eos_token_id not in short.rows[0].response_ids
+    assert short.rows[0].references == whole.references
 
 
 def test_bad_limits_and_policies(tokenizer):
-    with pytest.raises(ConfigError, match="'cut' for long prompts; allowed: drop, truncate, error"):
-        tokenize_examples([example()], tokenizer, long_prompt="cut")
+    with pytest.raises(ConfigError, match="'shorten'.*allowed: drop, truncate, error"):
+        tokenize_examples([example()], tokenizer, long_prompt="shorten")
     with pytest.raises(ConfigError, match="leave no token for a response"):
         tokenize_examples([example()], tokenizer, max_prompt_tokens=256, max_tokens=256)
     assert tokenize_examples([], tokenizer).rows == []
@@ -170,8 +170,8 @@ def test_tokenizers_that_cannot_be_used(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"no such file or folder: .*byte_levle; did you mean .*byte_level\?"):
         load_tokenizer(folders / "byte_levle")
-    with pytest.raises(ConfigError, match="nobody-here/no-such-model, and the hub cannot be reached"):
-        load_tokenizer("nobody-here/no-such-model")
+    with pytest.raises(ConfigError, match="no-such-owner/no-such-model, and the hub cannot be reached"):
+        load_tokenizer("no-such-owner/no-such-model")
     with pytest.raises(ConfigError, match="has no usable tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)

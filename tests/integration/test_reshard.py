@@ -119,7 +119,7 @@ def test_exports_come_from_the_masters(runs: dict[str, Path], tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "llama"])
 def test_a_sharded_model_trains_like_the_model(assets: Path, tmp_path: Path, family: str) -> None:
-    """Teacher and student from files for each rank, at the layout they were sharded for and at others: same losses to the
+    """Teacher and student from files for each rank, at the layout of the files and at others: the same losses to the
     bit, and the same export."""
     run_layout(1, [(str(tmp_path / "made"), _settings(assets, family, "train.max_steps=1", "train.save_every=1"))])
     models = {"student": tmp_path / "made" / "checkpoints" / "step_1" / "hf"}

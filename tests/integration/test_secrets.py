@@ -17,7 +17,7 @@ PASSWORD = "pass-of-the-proxy"
 
 
 def _run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in a process whose environment holds a token and a password for the hub's address, where no server runs."""
+    """``code`` in a process whose environment holds a token and a password for the hub; no server has its address."""
     folder.mkdir()
     environment = {**os.environ, "HF_TOKEN": SECRET, "HF_ENDPOINT": f"http://me:{PASSWORD}@127.0.0.1:9"}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}

@@ -88,7 +88,7 @@ class Counting:
         return self._prefiller.new_state(offsets, columns)
 
     def read(self, chunks: Sequence[PrefillChunk], state: object = None) -> list[torch.Tensor]:
-        self.calls.append({reading.slot: len(reading.tokens) for chunk in chunks})
+        self.calls.append({chunk.slot: len(chunk.tokens) for chunk in chunks})
         return self._prefiller.read(chunks, state)
 
 

@@ -14,11 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
+from megadistill.engines.decode_graph import ATTENTIONS, DecodeGraph, Place
 from megadistill.engines.kv_cache import KVCache, Reading
 from megadistill.engines.products import Logits, Norm, Product, rotate
 from megadistill.models.decoder_plan import DecoderPlan, LayerPlan
@@ -26,6 +30,8 @@ from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
 Present = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+# Steps that a cache is decoded before one is recorded: short texts do not pay for it.
+_STEPS_BEFORE_GRAPH = 2
 # Tokens whose activations inside a layer exist at once.
 _MAX_TOKENS = 8192
 
@@ -94,14 +100,14 @@ class PlanReader:
         spans = [range(r.column - o, r.column - o + n) for r, o, n in zip(readings, offsets, sizes, strict=True)]
         tokens = torch.tensor([t for reading in readings for t in reading.tokens], dtype=torch.int64).to(self.device)
         positions = torch.tensor([p for span in spans for p in span], dtype=torch.int64).to(self.device)
-        plan = self.plan
+        plan, packing = self.plan, self._packing(readings, offsets)
         with self._present([plan.embedding, *([] if plan.positions is None else [plan.positions])]):
             x = self._embed(tokens, positions)
         turns = self._turns(max((span[-1] for span in spans), default=0), positions)
         for number, layer in enumerate(self._layers()):
             if readings:
                 room = None if state is None else state.layers[number]
-                attend = partial(self._attend_readings, room=room, readings=readings, offsets=offsets)
+                attend = partial(self._attend_readings, room=room, readings=readings, offsets=offsets, packing=packing)
                 x = _joined(list(self._layer_in_parts(layer, x, turns, attend)))
         with self._final_norm() as norm:
             x = x if norm is None else norm(x)
@@ -189,7 +195,13 @@ class PlanReader:
         return total if bias is None else total + bias
 
     def _attend_readings(
-        self, heads: Tensor, *, room: Tensor | None, readings: Sequence[Reading], offsets: Sequence[int]
+        self,
+        heads: Tensor,
+        *,
+        room: Tensor | None,
+        readings: Sequence[Reading],
+        offsets: Sequence[int],
+        packing: _Packing | None,
     ) -> Tensor:
         """Causal attention [n, heads * d] of every reading to its row, whose keys and values are kept in ``room``."""
         sizes, split = [len(reading.tokens) for reading in readings], self.num_heads + self.num_kv_heads
@@ -200,6 +212,8 @@ class PlanReader:
                 columns = slice(reading.column, reading.column + size)
                 room[0, reading.slot, :, columns] = part[:, self.num_heads : split].transpose(0, 1)
                 room[1, reading.slot, :, columns] = part[:, split:].transpose(0, 1)
+        if packing is not None:
+            return self._attend_packed(heads, None if is_fresh else room, readings, offsets, packing)
         if is_fresh and len(set(sizes)) == 1:
             parts = [heads.view(len(readings), sizes[0], *heads.shape[1:])]
         seen = []
@@ -219,6 +233,51 @@ class PlanReader:
             seen.append(out.transpose(1, 2).reshape(-1, self.num_heads * self.plan.head_dim))
         return _joined(seen)
 
+    def _packing(self, readings: Sequence[Reading], offsets: Sequence[int]) -> _Packing | None:
+        """Where the CUDA kernel for texts of any length finds each reading; None where it is not used."""
+        head_dim, is_half = self.plan.head_dim, self.dtype in (torch.bfloat16, torch.float16)
+        if self.device.type != "cuda" or not is_half or head_dim % 8 or head_dim > 256 or len(readings) < 2:
+            return None
+        if torch.cuda.get_device_capability(self.device) < (8, 0):
+            return None
+        sizes = [len(reading.tokens) for reading in readings]
+        seen = [r.column - offset + size for r, offset, size in zip(readings, offsets, sizes, strict=True)]
+        bounds = [torch.tensor([0, *accumulate(part)], dtype=torch.int32).to(self.device) for part in (sizes, seen)]
+        return _Packing(*bounds, max(sizes), max(seen))
+
+    def _attend_packed(
+        self,
+        heads: Tensor,
+        room: Tensor | None,
+        readings: Sequence[Reading],
+        offsets: Sequence[int],
+        packing: _Packing,
+    ) -> Tensor:
+        """All readings in one call; with a ``room`` their keys and values are there."""
+        split = self.num_heads + self.num_kv_heads
+        key, value = heads[:, self.num_heads : split], heads[:, split:]
+        if room is not None:
+            key, value = (
+                torch.cat([
+                    side[r.slot, :, offset : r.column + len(r.tokens)].transpose(0, 1)
+                    for r, offset in zip(readings, offsets, strict=True)
+                ])
+                for side in room
+            )  # fmt: skip
+        seen = torch.ops.aten._flash_attention_forward(
+            heads[:, : self.num_heads], key, value, *packing, 0.0, True, False, scale=self._scale
+        )[0]
+        return seen.reshape(len(heads), self.num_heads * self.plan.head_dim)
+
+
+class _Packing(NamedTuple):
+    """Ends of the readings [n + 1] among all queries and among all keys, and the longest of each."""
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
 
 class PlanWriter(PlanReader):
     """Implements ``generation.protocols.StepModel``: all parameters are present, and laid out once for many small
@@ -237,6 +296,13 @@ class PlanWriter(PlanReader):
     def _layers(self) -> Iterator[_Layer]:
         return iter(self._ready)
 
+    def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
+        """An empty cache for rows whose first columns are ``offsets``."""
+        shape = (self.num_kv_heads, columns, self.plan.head_dim)
+        # What the shards say to each other is not recorded.
+        has_spare = self.device.type == "cuda" and self.shard.group is None
+        return KVCache(len(self.plan.layers), offsets, shape, self.dtype, self.device, has_spare=has_spare)
+
     def prefill(self, state: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads the prompts of slots 0, 1, ... into the cache; returns the hidden state [B, H] of each last token."""
         readings = [Reading(slot, state.offsets[slot], prompt) for slot, prompt in enumerate(prompts)]
@@ -245,6 +311,34 @@ class PlanWriter(PlanReader):
     @torch.inference_mode()
     def decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
         """Reads one token [k] into ``column`` of the first k slots; returns their hidden states [k, H]."""
+        if self.device.type != "cuda":
+            return self._decode(state, tokens, column)
+        state.num_decoded += 1
+        if state.spare is not None and state.num_decoded > _STEPS_BEFORE_GRAPH:
+            if state.recorded is None:
+                self._turns(state.spare, 0)  # the table is long enough from now on
+                state.recorded = DecodeGraph(partial(self._decode_all, state), len(state.offsets), self._table)
+            return state.recorded.replay(tokens, column, state.starts())
+        with sdpa_kernel(ATTENTIONS):
+            return self._decode(state, tokens, column)
+
+    def _decode_all(self, state: KVCache, place: Place) -> Tensor:
+        """``_decode`` of all slots with nothing that depends on what tensors hold, for a DecodeGraph."""
+        rows, columns = len(place.tokens), torch.arange(state.spare, device=self.device)
+        slots = torch.arange(rows, device=self.device)
+        where = torch.where(slots < place.num_active, place.column, state.spare)
+        is_seen = (columns >= place.starts[:, None]) & (columns <= place.column)
+        mask = torch.zeros(rows, 1, 1, len(columns), dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill(~is_seen[:, None, None], -torch.inf)
+        positions = (place.column - place.starts).clamp_min(0)
+        x, turns = self._embed(place.tokens, positions), self._turns(0, positions)
+        for layer, room in zip(self._ready, state.layers, strict=True):
+            heads = self._heads(layer, x, turns)
+            room[:, slots, :, where] = heads[:, self.num_heads :].view(rows, 2, self.num_kv_heads, -1)
+            x = self._after_attention(layer, x, self._attend_grouped(heads, *room[:, :, :, :-1], mask))
+        return x if self._norm is None else self._norm(x)
+
+    def _decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
         k = len(tokens)
         starts = state.starts()
         positions = column if starts is None else column - starts[:k]
@@ -280,9 +374,11 @@ class PlanWriter(PlanReader):
             if padding is not None:
                 scores.view(k, -1, column + 1).masked_fill_(padding.unsqueeze(1), -torch.inf)
             return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(k, num_heads * head_dim)
-        mask = None if padding is None else ~padding[:, None, None]
-        seen = F.scaled_dot_product_attention(
-            heads[:, :num_heads].unsqueeze(2), keys, values, attn_mask=mask, scale=self._scale,
-            enable_gqa=num_heads != num_kv_heads,
-        )  # fmt: skip
-        return seen.reshape(k, num_heads * head_dim)
+        return self._attend_grouped(heads, keys, values, None if padding is None else ~padding[:, None, None])
+
+    def _attend_grouped(self, heads: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """One query a row [k, heads * d]. Heads that share their keys are one text to the kernel, so that it need not
+        know of groups (those that take a mask do not)."""
+        query = heads[:, : self.num_heads].reshape(len(heads), self.num_kv_heads, -1, self.plan.head_dim)
+        seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
+        return seen.reshape(len(heads), -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,8 @@ class KVCache:
 
     A row lives in a slot; ``offsets[slot]`` is its first column, where its position is 0: rows that are decoded
     together end their prompts in one column. Slots can change places, so the rows that are being decoded are always the
-    first. ``shape`` is (heads, columns, head_dim).
+    first. ``shape`` is (heads, columns, head_dim). With ``has_spare`` there is one more, number ``spare``, behind a
+    multiple of eight; ``num_decoded`` and ``recorded`` are for the model that decodes.
     """
 
     def __init__(
@@ -31,11 +32,18 @@ class KVCache:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        has_spare: bool = False,
     ) -> None:
         heads, columns, head_dim = shape
         rows = len(offsets)
+        self.spare = -(-columns // 8) * 8 if has_spare else None  # kernels want masks of such widths
+        self.num_decoded = 0
+        self.recorded: Any = None
+        if self.spare is not None:
+            columns = self.spare + 1
         # Zeros, not empty: a masked column is multiplied by nothing, and nothing times NaN is NaN.
-        make = torch.zeros if any(offsets) else torch.empty
+        make = torch.zeros if any(offsets) or has_spare else torch.empty
         self.layers = [make(2, rows, heads, columns, head_dim, dtype=dtype, device=device) for _ in range(num_layers)]
         self.offsets = list(offsets)
         self._starts: torch.Tensor | None = None
@@ -59,12 +67,17 @@ class KVCache:
             layer[:, b] = kept
 
     def sort(self, order: Sequence[int]) -> None:
-        """Slot i gets the row of slot ``order[i]``. Each layer is copied into the room of the one before."""
+        """Slot i gets the row of slot ``order[i]``. Each layer is copied into the room of the one before; with a spare
+        column every layer keeps its room, whose address may be recorded."""
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]
         self._starts = self._padding = None
         slots = torch.tensor(list(order), device=self.layers[0].device)
+        if self.spare is not None:
+            for layer in self.layers:
+                layer.copy_(layer.index_select(1, slots))
+            return
         spare = torch.empty_like(self.layers[0])
         for number, layer in enumerate(self.layers):
             torch.index_select(layer, 1, slots, out=spare)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megadistill.engines.decode_graph import DecodeGraph, Place
 from megadistill.engines.decoder import PlanReader, PlanWriter
 from megadistill.engines.kv_cache import KVCache, Reading
 from megadistill.engines.step_model import HFStepModel, step_model
@@ -157,3 +162,70 @@ def test_bf16_decoding_stays_close(variant: str) -> None:
         states = model.read([Reading(0, 0, (*PROMPTS[0], *draft.rows.responses[0][:-1]))])[0]
         close = 1e-9 if model is wide else 0.2
         assert torch.allclose(draft.hidden(0).double(), states[len(PROMPTS[0]) - 1 :].double(), atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in WITHOUT_PLAN])
+def test_the_step_that_is_recorded_on_gpus_is_the_step(variant: str) -> None:
+    """All slots take part in it; what is not being decoded keeps all that is ever read of it."""
+    writer = prepared(make_model(variant, torch.float64), variant)
+    assert isinstance(writer, PlanWriter)
+    width = max(map(len, PROMPTS))
+    offsets = [width - len(prompt) for prompt in PROMPTS]
+    shape = (writer.num_kv_heads, width + 3, writer.plan.head_dim)
+    states = [
+        KVCache(len(writer.plan.layers), offsets, shape, writer.dtype, CPU, has_spare=spare) for spare in (False, True)
+    ]
+    for state in states:
+        writer.prefill(state, PROMPTS)
+    plain, spare = states
+    assert spare.spare is not None and spare.layers[0].shape[3] == spare.spare + 1 == 17
+    writer._turns(spare.spare, 0)
+    for step, tokens in enumerate(([20, 21, 22, 23], [30, 31, 32], [40, 41, 42])):
+        if step == 2:
+            for state in states:
+                state.swap(0, 3)
+                state.sort([1, 0, 3, 2])
+        kept = [layer.clone() for layer in spare.layers]
+        column, active = width + step, torch.tensor(tokens)
+        starts = spare.starts()
+        assert starts is not None
+        filled = torch.cat([active, torch.zeros(len(PROMPTS) - len(tokens), dtype=torch.int64)])
+        place = Place(filled, starts, torch.tensor(column), torch.tensor(len(tokens)))
+        hidden = writer._decode_all(spare, place)[: len(tokens)]
+        torch.testing.assert_close(hidden, writer.decode(plain, active, column), rtol=1e-9, atol=1e-9)
+        for layer, before in zip(spare.layers, kept, strict=True):
+            assert torch.equal(layer[:, len(tokens) :, :, :-1], before[:, len(tokens) :, :, :-1])
+
+
+class _ReplayedByHand:
+    """As much of CUDA's graphs and streams as a recording on the CPU needs."""
+
+    def capture_begin(self, **_: Any) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+
+def test_a_recorded_step_does_not_keep_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else caches would wait for the garbage collector: they are most of what a rollout holds."""
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: _ReplayedByHand())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    writer = prepared(make_model("llama", torch.float64), "llama")
+    assert isinstance(writer, PlanWriter)
+    shape = (writer.num_kv_heads, 8, writer.plan.head_dim)
+    state = KVCache(len(writer.plan.layers), [1, 0], shape, writer.dtype, CPU, has_spare=True)
+    writer._turns(8, 0)
+    state.recorded = DecodeGraph(partial(writer._decode_all, state), 2, writer._table)
+    found = state.recorded.replay(torch.tensor([7]), 3, state.starts())
+    assert found.shape == (1, 32) and state.recorded._place.starts.tolist() == [1, 0]
+    kept = weakref.ref(state)
+    gc.disable()
+    try:
+        del state
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megadistill.engines import rendezvous
 from megadistill.engines.ancestors import ancestors
-from megadistill.engines.launch import hostfile_of, srun_variables
+from megadistill.engines.launch import hostfile_of, name_accelerator, srun_variables
 from megadistill.engines.mpi_launch import mpi_variables
 from megadistill.errors import TopologyError
 
@@ -210,3 +211,13 @@ def test_interfaces_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchruns_own_store_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert rendezvous.meeting_store(timedelta(seconds=1)) is None
+
+
+def test_gpus_do_not_use_an_attention_that_plans_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert name_accelerator() and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

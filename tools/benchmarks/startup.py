@@ -114,11 +114,12 @@ def _make_assets(folder: Path) -> list[str]:
     config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     (folder / "model.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "run.yaml").write_text("data: {template: plain}\n", encoding="utf-8")
     model = str(folder / "model.json")
     return [
-        *("--config", str(ROOT / "configs" / "base.yaml")),
+        *("--config", str(folder / "run.yaml")),
         *(f"model.teacher.path={model}", f"model.student.path={model}", f"model.tokenizer={folder / 'tokenizer'}"),
-        *(f"data.train_path={folder / 'rows.jsonl'}", "data.template=plain", "data.max_tokens=128"),
+        *(f"data.train_path={folder / 'rows.jsonl'}", "data.max_tokens=128"),
         *(
             "data.max_prompt_tokens=64",
             "generation.max_new_tokens=4",

@@ -31,10 +31,12 @@ CPU = "train: whole run of one step, CPU time"
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tools/benchmark.py startup", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(1), default=5, help="everything once a round (default: 5)")
-    parser.add_argument("--against", type=Path, metavar="CLONE", help="another clone, measured in turn with this one")
+    parser.add_argument(
+        "--against", type=Path, metavar="CLONE", help="an earlier clone, measured in turn with this one"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; a table goes beside it")
     parsed = parser.parse_args(arguments)
-    clones = {"this clone": ROOT} | ({"the other clone": parsed.against.resolve()} if parsed.against else {})
+    clones = {"now": ROOT} | ({"before": parsed.against.resolve()} if parsed.against else {})
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in clones}
     with tempfile.TemporaryDirectory() as folder:
         settings = _make_assets(Path(folder))

@@ -1,7 +1,9 @@
-"""One decoding step of a whole cache as a CUDA graph: one launch a token in place of some forty a layer.
+"""One decoding step of a whole cache as a CUDA graph: one launch per token instead of some forty per layer.
 
 What is recorded must keep its shapes and addresses. So all slots take part in every step; those that are not being
-decoded write into the spare column of the cache, which is never read. Shapes: B slots, k active ones, H hidden size.
+decoded write into the spare column of the cache, which is never read.
+
+Shapes: B slots, of which the first A are active; H hidden size.
 """
 
 from __future__ import annotations
@@ -14,14 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Not cuDNN's attention, which makes a plan for every shape, 0.1 s and more each: decoding has a new shape with every
-# token.
+# Not cuDNN's attention, which makes a plan for every shape, 0.1 s or more each: every token of decoding is a new shape.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class StepInputs(NamedTuple):
-    """What a step reads: tokens [B] and first columns [B] of all slots, and as scalars the column to write and the
-    number of active slots."""
+    """What a step reads.
+
+    Attributes:
+        tokens: [B] the token of each slot.
+        starts: [B] the first column of each slot.
+        column: Scalar, the column to write.
+        num_active: Scalar, A.
+    """
 
     tokens: Tensor
     starts: Tensor
@@ -35,7 +42,7 @@ class DecodeGraph:
     It does not know the cache, which knows it: a cycle would keep both until the garbage collector runs.
 
     Args:
-        step: Inputs to hidden states [B, H], for one cache. Recording runs it and writes nothing that is read.
+        step: Maps inputs to hidden states [B, H], for one cache. Recording runs it and writes nothing that is read.
         num_slots: B.
         reads: A tensor that the step reads and its owner may replace; it is kept alive.
     """
@@ -60,9 +67,15 @@ class DecodeGraph:
         torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay(self, tokens: Tensor, column: int, starts: Tensor | None) -> Tensor:
-        """Hidden states [k, H] of tokens [k], which are read into ``column`` of the first k slots.
+        """Reads tokens into a column of the active slots.
 
-        ``starts`` are the slots' first columns, a new tensor whenever slots were swapped; None: all 0.
+        Args:
+            tokens: [A].
+            column: The column.
+            starts: [B] first columns of the slots, a new tensor whenever slots were swapped; None where all are 0.
+
+        Returns:
+            Hidden states [A, H].
         """
         inputs = self._inputs
         if starts is not None and starts is not self._starts:

@@ -25,7 +25,7 @@ from torch.nn.attention import sdpa_kernel
 from megadistill.decoding.decode_graph import ATTENTION_KERNELS, DecodeGraph, StepInputs
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import FusedLinear, Logits, Norm, apply_rope
-from megadistill.decoding.packed_attention import Packing, kept_keys_and_values, pack, packed_attention
+from megadistill.decoding.packed_attention import Packing, kept_keys_and_values, pack_chunks, packed_attention
 from megadistill.decoding.plan import DecoderPlan, LayerPlan, bias_of, weight_of
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.output_head import OutputHead
@@ -115,7 +115,7 @@ class PlanPrefiller:
         tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens], dtype=torch.int64).to(self.device)
         positions = torch.tensor([p for span in spans for p in span], dtype=torch.int64).to(self.device)
         plan, device = self.plan, self.device
-        packing = pack(chunks, offsets, head_dim=plan.head_dim, dtype=self.dtype, device=device)
+        packing = pack_chunks(chunks, offsets, head_dim=plan.head_dim, dtype=self.dtype, device=device)
         with self._present([plan.embedding, *([] if plan.positions is None else [plan.positions])]):
             x = self._embed(tokens, positions)
         rope = self._rope(max((span[-1] for span in spans), default=0), positions)
@@ -303,7 +303,7 @@ class PlanDecoder(PlanPrefiller):
         """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H].
 
         On a GPU without tensor parallelism the third step of a cache is recorded as a CUDA graph and replayed from then
-        on: one launch a token in place of some forty a layer.
+        on: one launch per token instead of some forty per layer.
         """
         if self.device.type != "cuda":
             return self._decode(state, tokens, column)
@@ -373,8 +373,11 @@ class PlanDecoder(PlanPrefiller):
         return self._attend_grouped(qkv, keys, values, None if padding is None else ~padding[:, None, None])
 
     def _attend_grouped(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """One query an example [B, heads * D]. Heads that share their keys are one text to the kernel, which then need
-        not know of groups (kernels that take a mask do not)."""
+        """One query per example: attention output [B, heads * D].
+
+        Heads that share their keys are one sequence of queries to the kernel, which then need not know of groups
+        (kernels that take a mask do not).
+        """
         query = qkv[:, : self.num_heads].reshape(len(qkv), self.num_kv_heads, -1, self.plan.head_dim)
         attn_out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
         return attn_out.reshape(len(qkv), -1)

@@ -97,8 +97,11 @@ class KVCache:
             layer[:, b] = kept
 
     def sort(self, order: Sequence[int]) -> None:
-        """Slot i gets the example of slot ``order[i]``. Each layer is copied into the buffer of the one before; with a
-        spare column every layer keeps its buffer, whose address may be recorded."""
+        """Slot i gets the example of slot ``order[i]``.
+
+        Each layer is copied into the buffer of the one before; with a spare column every layer keeps its buffer, whose
+        address may be recorded.
+        """
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]

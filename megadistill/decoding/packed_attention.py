@@ -16,8 +16,14 @@ from megadistill.decoding.kv_cache import PrefillChunk
 
 
 class Packing(NamedTuple):
-    """Where the kernel finds each of n chunks: their ends [n + 1] among all queries and among all keys, and the longest
-    of each."""
+    """Where the kernel finds each of n chunks.
+
+    Attributes:
+        query_ends: [n + 1] ends of the chunks among all queries.
+        key_ends: [n + 1] ends of the chunks among all keys.
+        max_queries: The most queries of a chunk.
+        max_keys: The most keys of a chunk.
+    """
 
     query_ends: Tensor
     key_ends: Tensor
@@ -25,10 +31,21 @@ class Packing(NamedTuple):
     max_keys: int
 
 
-def pack(
+def pack_chunks(
     chunks: Sequence[PrefillChunk], offsets: Sequence[int], *, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Packing | None:
-    """How to pack chunks; None where the kernel does not run (other devices and types, a single chunk)."""
+    """How to pack chunks.
+
+    Args:
+        chunks: The chunks.
+        offsets: First column of each chunk's example.
+        head_dim: D.
+        dtype: Type of queries, keys and values.
+        device: Where they are.
+
+    Returns:
+        The packing; None where the kernel does not run (other devices and types) or does not help (a single chunk).
+    """
     is_half = dtype in (torch.bfloat16, torch.float16)
     if device.type != "cuda" or not is_half or head_dim % 8 or head_dim > 256 or len(chunks) < 2:
         return None
@@ -43,7 +60,18 @@ def pack(
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-    """[T, heads, D] of query [T, heads, D] and the keys and values [sum of keys, key-value heads, D] of all chunks."""
+    """Causal attention of all chunks.
+
+    Args:
+        query: [T, heads, D].
+        key: [keys of all chunks, key-value heads, D].
+        value: As ``key``.
+        packing: Where each chunk is.
+        scale: Factor on the products of queries and keys.
+
+    Returns:
+        [T, heads, D].
+    """
     attn_out: Tensor = torch.ops.aten._flash_attention_forward(
         query, key, value, *packing, 0.0, True, False, scale=scale
     )[0]
@@ -53,8 +81,16 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing
 def kept_keys_and_values(
     layer_cache: Tensor, chunks: Sequence[PrefillChunk], offsets: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [sum of keys, key-value heads, D] that the chunks attend to, from a layer's cache [2, B, heads,
-    S, D] that holds their own."""
+    """What chunks attend to, from a cache that holds their own keys and values already.
+
+    Args:
+        layer_cache: [2 (keys, values), B, key-value heads, S, D].
+        chunks: The chunks.
+        offsets: First column of each chunk's example.
+
+    Returns:
+        Keys and values, each [keys of all chunks, key-value heads, D].
+    """
     key, value = (
         torch.cat(
             [

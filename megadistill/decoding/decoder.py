@@ -20,15 +20,20 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
+from megadistill.decoding.decode_graph import ATTENTION_KERNELS, DecodeGraph, StepInputs
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import FusedLinear, Logits, Norm, apply_rope
+from megadistill.decoding.packed_attention import Packing, kept_keys_and_values, pack_chunks, packed_attention
 from megadistill.decoding.plan import DecoderPlan, LayerPlan, bias_of, weight_of
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 Present = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+# Steps of a cache before one is recorded as a CUDA graph: short responses do not pay for the recording.
+_STEPS_BEFORE_GRAPH = 2
 # Tokens whose activations inside a layer exist at once.
 _MAX_TOKENS = 8192
 
@@ -109,14 +114,17 @@ class PlanPrefiller:
         spans = [range(c.column - o, c.column - o + n) for c, o, n in zip(chunks, offsets, sizes, strict=True)]
         tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens], dtype=torch.int64).to(self.device)
         positions = torch.tensor([p for span in spans for p in span], dtype=torch.int64).to(self.device)
-        plan = self.plan
+        plan, device = self.plan, self.device
+        packing = pack_chunks(chunks, offsets, head_dim=plan.head_dim, dtype=self.dtype, device=device)
         with self._present([plan.embedding, *([] if plan.positions is None else [plan.positions])]):
             x = self._embed(tokens, positions)
         rope = self._rope(max((span[-1] for span in spans), default=0), positions)
         for i, layer in enumerate(self._layers()):
             if chunks:
                 layer_cache = None if state is None else state.layers[i]
-                attend = partial(self._attend_chunks, layer_cache=layer_cache, chunks=chunks, offsets=offsets)
+                attend = partial(
+                    self._attend_chunks, layer_cache=layer_cache, chunks=chunks, offsets=offsets, packing=packing
+                )
                 x = _concatenated(list(self._run_layer(layer, x, rope, attend)))
         with self._final_norm() as norm:
             x = x if norm is None else norm(x)
@@ -210,7 +218,13 @@ class PlanPrefiller:
         return total if bias is None else total + bias
 
     def _attend_chunks(
-        self, qkv: Tensor, *, layer_cache: Tensor | None, chunks: Sequence[PrefillChunk], offsets: Sequence[int]
+        self,
+        qkv: Tensor,
+        *,
+        layer_cache: Tensor | None,
+        chunks: Sequence[PrefillChunk],
+        offsets: Sequence[int],
+        packing: Packing | None,
     ) -> Tensor:
         """Causal attention [T, heads * D] of each chunk to its example; keys and values go into ``layer_cache``."""
         sizes = [len(chunk.tokens) for chunk in chunks]
@@ -220,6 +234,12 @@ class PlanPrefiller:
         if layer_cache is not None:
             for chunk, piece in zip(chunks, pieces, strict=True):
                 self._keep(piece, layer_cache, chunk)
+        if packing is not None:
+            query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
+            if not is_fresh and layer_cache is not None:
+                key, value = kept_keys_and_values(layer_cache, chunks, offsets)
+            packed = packed_attention(query, key, value, packing, self._scale)
+            return packed.reshape(len(qkv), self.num_heads * self.plan.head_dim)
         if is_fresh and len(set(sizes)) == 1:
             pieces = [qkv.view(len(chunks), sizes[0], *qkv.shape[1:])]
         attn_out = []
@@ -266,6 +286,13 @@ class PlanDecoder(PlanPrefiller):
     def _layers(self) -> Iterator[_LayerWeights]:
         return iter(self._layer_weights)
 
+    def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
+        """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``."""
+        shape = (self.num_kv_heads, columns, self.plan.head_dim)
+        # Collectives are not recorded.
+        has_spare = self.device.type == "cuda" and self.shard.group is None
+        return KVCache(len(self.plan.layers), offsets, shape, self.dtype, self.device, has_spare=has_spare)
+
     def prefill(self, state: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads the prompts of slots 0, 1, ... into the cache; returns the hidden state [B, H] of each last token."""
         chunks = [PrefillChunk(slot, state.offsets[slot], prompt) for slot, prompt in enumerate(prompts)]
@@ -273,7 +300,42 @@ class PlanDecoder(PlanPrefiller):
 
     @torch.inference_mode()
     def decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
-        """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H]."""
+        """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H].
+
+        On a GPU without tensor parallelism the third step of a cache is recorded as a CUDA graph and replayed from then
+        on: one launch per token instead of some forty per layer.
+        """
+        if self.device.type != "cuda":
+            return self._decode(state, tokens, column)
+        state.num_decoded += 1
+        if state.spare is not None and state.num_decoded > _STEPS_BEFORE_GRAPH:
+            if state.graph is None:
+                self._rope(state.spare, 0)  # the table is long enough from now on
+                step = partial(self._decode_all, state)
+                state.graph = DecodeGraph(step, len(state.offsets), self._rope_table)
+            return state.graph.replay(tokens, column, state.starts())
+        with sdpa_kernel(ATTENTION_KERNELS):
+            return self._decode(state, tokens, column)
+
+    def _decode_all(self, state: KVCache, inputs: StepInputs) -> Tensor:
+        """``_decode`` of all slots, without anything that depends on what tensors hold, for a DecodeGraph."""
+        assert state.spare is not None
+        num_slots, columns = len(inputs.tokens), torch.arange(state.spare, device=self.device)
+        slots = torch.arange(num_slots, device=self.device)
+        written = torch.where(slots < inputs.num_active, inputs.column, state.spare)
+        is_attended = (columns >= inputs.starts[:, None]) & (columns <= inputs.column)
+        mask = torch.zeros(num_slots, 1, 1, len(columns), dtype=self.dtype, device=self.device)
+        mask = mask.masked_fill(~is_attended[:, None, None], -torch.inf)
+        positions = (inputs.column - inputs.starts).clamp_min(0)
+        x, rope = self._embed(inputs.tokens, positions), self._rope(0, positions)
+        for layer, layer_cache in zip(self._layer_weights, state.layers, strict=True):
+            qkv = self._qkv(layer, x, rope)
+            layer_cache[:, slots, :, written] = qkv[:, self.num_heads :].view(num_slots, 2, self.num_kv_heads, -1)
+            keys, values = layer_cache[:, :, :, :-1]
+            x = self._after_attention(layer, x, self._attend_grouped(qkv, keys, values, mask))
+        return x if self._norm is None else self._norm(x)
+
+    def _decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
         starts = state.starts()
         positions = column if starts is None else column - starts[: len(tokens)]
         x = self._embed(tokens, positions)
@@ -308,9 +370,14 @@ class PlanDecoder(PlanPrefiller):
             if padding is not None:
                 scores.view(num_examples, -1, column + 1).masked_fill_(padding.unsqueeze(1), -torch.inf)
             return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(num_examples, num_heads * head_dim)
-        mask = None if padding is None else ~padding[:, None, None]
-        attn_out = F.scaled_dot_product_attention(
-            qkv[:, :num_heads].unsqueeze(2), keys, values, attn_mask=mask, scale=self._scale,
-            enable_gqa=num_heads != num_kv_heads,
-        )  # fmt: skip
-        return attn_out.reshape(num_examples, num_heads * head_dim)
+        return self._attend_grouped(qkv, keys, values, None if padding is None else ~padding[:, None, None])
+
+    def _attend_grouped(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """One query per example: attention output [B, heads * D].
+
+        Heads that share their keys are one sequence of queries to the kernel, which then need not know of groups
+        (kernels that take a mask do not).
+        """
+        query = qkv[:, : self.num_heads].reshape(len(qkv), self.num_kv_heads, -1, self.plan.head_dim)
+        attn_out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
+        return attn_out.reshape(len(qkv), -1)

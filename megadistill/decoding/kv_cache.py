@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from megadistill.decoding.decode_graph import DecodeGraph
 
 
 class PrefillChunk(NamedTuple):
@@ -35,10 +38,14 @@ class KVCache:
         shape: (key-value heads of this rank, S, D).
         dtype: Type of keys and values.
         device: Where they are kept.
+        has_spare: One more column, behind a multiple of eight, that is written and never read.
 
     Attributes:
         layers: For each layer [2 (keys, values), B, key-value heads, S, D].
         offsets: First column of the example in each slot.
+        spare: Number of the spare column; None without one.
+        num_decoded: Steps that were decoded so far, counted by the decoder on GPUs.
+        graph: The decoder's recorded step, on GPUs.
     """
 
     def __init__(
@@ -48,10 +55,16 @@ class KVCache:
         shape: tuple[int, int, int],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        has_spare: bool = False,
     ) -> None:
         num_heads, columns, head_dim = shape
+        self.spare = -(-columns // 8) * 8 if has_spare else None  # kernels want masks of such widths
+        self.num_decoded = 0
+        self.graph: DecodeGraph | None = None
+        columns = columns if self.spare is None else self.spare + 1
         # Zeros where columns are masked: a masked value is multiplied by zero, and zero times NaN is NaN.
-        make = torch.zeros if any(offsets) else torch.empty
+        make = torch.zeros if any(offsets) or has_spare else torch.empty
         size = (2, len(offsets), num_heads, columns, head_dim)
         self.layers = [make(size, dtype=dtype, device=device) for _ in range(num_layers)]
         self.offsets = list(offsets)
@@ -84,12 +97,20 @@ class KVCache:
             layer[:, b] = kept
 
     def sort(self, order: Sequence[int]) -> None:
-        """Slot i gets the example of slot ``order[i]``; each layer is copied into the buffer of the one before."""
+        """Slot i gets the example of slot ``order[i]``.
+
+        Each layer is copied into the buffer of the one before; with a spare column every layer keeps its buffer, whose
+        address may be recorded.
+        """
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]
         self._starts = self._padding = None
         slots = torch.tensor(list(order), device=self.layers[0].device)
+        if self.spare is not None:
+            for layer in self.layers:
+                layer.copy_(layer.index_select(1, slots))
+            return
         spare = torch.empty_like(self.layers[0])
         for i, layer in enumerate(self.layers):
             torch.index_select(layer, 1, slots, out=spare)

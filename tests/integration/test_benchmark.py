@@ -34,8 +34,8 @@ def test_loss(tmp_path: Path) -> None:
 
 
 def test_rollout(tmp_path: Path) -> None:
-    sizes = ["--vocab", "400", "--rows", "3", "--prompt-tokens", "8", "--new-tokens", "6", "--rounds", "1", "--tiny"]
-    result = benchmark("rollout", *sizes, "--output", str(tmp_path / "rollout.json"))
+    sizes = ["--vocab", "400", "--rows", "3", "--prompt-tokens", "8", "--new-tokens", "6", "--rounds", "1"]
+    result = benchmark("rollout", *sizes, "--models", "tiny", "--output", str(tmp_path / "rollout.json"))
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "rollout.json").read_text(encoding="utf-8"))
     names = [row["name"] for row in record["rows"]]

@@ -20,8 +20,8 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_step(tmp_path: Path) -> None:
-    sizes = ["--vocab", "256", "--rows", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1", "--tiny"]
-    result = benchmark(*sizes, "--output", str(tmp_path / "step.json"))
+    sizes = ["--vocab", "256", "--rows", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1"]
+    result = benchmark(*sizes, "--models", "tiny", "--output", str(tmp_path / "step.json"))
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert "tools/benchmark.py step --vocab 256" in record["command"] and record["machine"]["cores"]

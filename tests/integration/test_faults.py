@@ -1,5 +1,7 @@
-"""The fault matrix: which process dies, when; how the job ends, that no process is left, and that it resumes as if
-undisturbed. docs/reliability.md is the table that `FAULT_TABLE=FILE pytest tests/integration/test_faults.py` measures."""
+"""The fault matrix: which process dies, when; how the job ends, that no process is left, and that it resumes as if undisturbed.
+
+docs/reliability.md has the table that `FAULT_TABLE=FILE pytest tests/integration/test_faults.py` measures.
+"""
 
 from __future__ import annotations
 

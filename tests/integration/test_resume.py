@@ -16,7 +16,7 @@ from megadistill.errors import CheckpointError
 from tests.support.runs import ROOT, run_layout, samples, settings, train_all, weights
 from tests.support.spawn import RankError, run_ranks
 
-TIMES = ("time/", "memory/")
+TIMES = ("time/", "memory/", "throughput/")
 
 
 @pytest.fixture(scope="module")

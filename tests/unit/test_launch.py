@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megadistill.errors import ExitCode, TopologyError
 from megadistill.launch import launchers, rendezvous
@@ -24,6 +25,7 @@ from megadistill.launch.launchers import (
     without_ranks,
 )
 from megadistill.launch.ranks import hostfile_of, launcher_variables
+from megadistill.launch.world import name_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 SRUN = {
@@ -285,3 +287,14 @@ def test_the_documented_exit_codes_are_those_of_the_program() -> None:
     text = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| (\d+) \| (.+?) \|$", text, re.MULTILINE)
     assert documented == [(str(int(code)), code.meaning) for code in ExitCode]
+
+
+def test_gpus_do_not_use_an_attention_that_plans_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        name_accelerator()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -74,16 +74,16 @@ def make_problem(
     num_tokens: int, shard: VocabShard, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Problem:
     """Student logits of standard deviation about 2.3, teacher's about 6.8; half of the tokens start a span pair."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
     spread = (512 / width) ** 0.5
     hidden = normal(num_tokens, width, scale=0.1 * spread), normal(num_tokens, width, scale=0.3 * spread)
     weights = normal(shard.size, width), normal(shard.size, width)
-    labels = torch.randint(0, shard.total, (num_tokens,), generator=generator).to(device)
-    pairs = (torch.rand(num_tokens, generator=generator) < 0.5).to(device)
+    labels = torch.randint(0, shard.total, (num_tokens,), generator=generator, device=device)
+    pairs = torch.rand(num_tokens, generator=generator, device=device) < 0.5
     pairs[-1] = False
     student = Head(hidden[0].requires_grad_(), weights[0].requires_grad_())
     gate = QuantileGate().to(device)

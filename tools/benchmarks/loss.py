@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import os
 import shlex
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from megadistill.losses import Head
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 from tools.benchmarks import contenders as field
-from tools.benchmarks.measure import at_least, machine, peak_bytes, save, seconds
+from tools.benchmarks.measure import at_least, find_device, machine, peak_bytes, save, seconds
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ERROR_ELEMENTS = 2**22  # tokens times classes of the problem on which gradients are compared with float64
@@ -81,13 +83,13 @@ def main(arguments: list[str]) -> int:
     """Runs the grid and prints the table; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        device = torch.device(options.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: this machine has no CUDA device; allowed here: cpu")
-    except (ConfigError, RuntimeError) as error:
+        device = find_device(options.device)
+    except ConfigError as error:
         print(f"benchmark.py loss: {error}")
         return 2
     torch.set_num_threads(1)
+    # What is compiled for one size is compiled anew for the next: beyond torch's limit it would run eagerly, unsaid.
+    torch._dynamo.config.recompile_limit = 256
     grid = itertools.product(options.tokens, options.vocab, options.tp, options.hidden)
     cases = [Case(tokens, vocab, tp, width, options.dtype) for tokens, vocab, tp, width in grid]
     command = "python tools/benchmark.py loss " + shlex.join(arguments)
@@ -244,10 +246,17 @@ def _warm_up(
 
 def _errors(case: Case, device: torch.device) -> dict[tuple[str, str], float]:
     """Largest gradient error of each contender on a problem small enough for the dense float64 reference."""
-    num_tokens = max(8, min(case.num_rows, _ERROR_ELEMENTS // case.num_classes))
+    num_rows = max(8, min(case.num_rows, _ERROR_ELEMENTS // case.num_classes))
+    return _errors_of(replace(case, num_rows=num_rows), device)
+
+
+@functools.cache
+def _errors_of(case: Case, device: torch.device) -> dict[tuple[str, str], float]:
     shard = VocabShard(0, case.num_classes, case.num_classes)
-    problem = field.make_problem(num_tokens, shard, case.width, _DTYPES[case.dtype], device, seed=1)
+    problem = field.make_problem(case.num_rows, shard, case.width, _DTYPES[case.dtype], device, seed=1)
+    torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
     expected = {work: _expected(problem, work) for work in ("ce+kl", "kl", "full")}
+    torch.set_num_threads(1)
     found = {}
     for contender in [
         *field.ours(problem, field.usable_backends(device)), *field.dense(problem), *field.peers(problem)

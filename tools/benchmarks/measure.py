@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megadistill.errors import ConfigError, first_line
+
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """CPU seconds of this process, or seconds between CUDA events."""
@@ -28,6 +30,29 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     begin = time.process_time()
     call()
     return time.process_time() - begin
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds that go on counting: CPU seconds of this process, on CUDA those of the wall once the device is idle."""
+    if device.type != "cuda":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def find_device(name: str) -> torch.device:
+    """Of ``--device``. Raises ConfigError where there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: {first_line(error)}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: this machine has no CUDA device; allowed here: cpu")
+    return device
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

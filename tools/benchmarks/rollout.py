@@ -1,4 +1,4 @@
-"""Decoding against transformers' generate and the bare matrix products, on CPU.
+"""Decoding against transformers' generate and the bare matrix products.
 
 Also re-generation after corrections against a rollout, the bytes that tensor-parallel decoding exchanges, and ZeRO-3
 against ZeRO-0.
@@ -13,7 +13,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,18 +21,19 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.measure import at_least, machine, save
+from megadistill.errors import ConfigError
+from tools.benchmarks.measure import at_least, clock, find_device, machine, save
 from tools.benchmarks.rollout_parallel import measure_parallel
-from tools.benchmarks.step_workers import Sizes, model_config
+from tools.benchmarks.step_workers import MODELS, Sizes, model_config, num_parameters
 
 _LEGEND = """\
-A student of {parameters:.1f}M parameters, {prompt} + {new} tokens per example, sampled at temperature 1; no response
-ends early. One process, one thread, CPU seconds; in each round everything runs once, after a round that does not count.
-ms: median. Rollout over generate: median over the rounds of generate's time over the line's in the same round (more is
-faster). Of a rollout: the line's time over megadistill's rollout in the same round. Products: those of the decoded
-tokens alone, by torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every response has
-a correction, at positions spread evenly over it. Unequal prompts: {least} to {prompt} tokens. Two processes: bytes that
-a rank receives; CPU seconds of a rank, gathering included."""
+A student of {parameters:.1f}M parameters, {dtype}, {prompt} + {new} tokens per example, sampled at temperature 1; no
+response ends early. One process, one thread, {clock}; in each round everything runs once, after one that does not
+count. ms: median. Rollout over generate: median over the rounds of generate's time over the line's in the same round
+(more is faster). Of a rollout: the line's time over megadistill's rollout in the same round. Products: those of the
+decoded tokens alone, by torch's linear calls, without prompts, attention, norms or sampling. Re-generation: every
+response has a correction, at positions spread evenly over it. Unequal prompts: {least} to {prompt} tokens. Two
+processes: bytes that a rank receives; CPU seconds of a rank, gathering included."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,29 @@ class Row:
 def main(arguments: list[str]) -> int:
     """Measures the grid and prints the tables; returns the exit code."""
     options = _parser().parse_args(arguments)
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    try:
+        device = find_device(options.device)
+    except ConfigError as error:
+        print(f"benchmark.py rollout: {error}")
+        return 2
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if device.type == "cpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         "command": "python tools/benchmark.py rollout " + shlex.join(arguments),
-        "machine": machine(torch.device("cpu")) | {name: version(name) for name in ("transformers", "deepspeed")},
+        "machine": machine(device) | {name: version(name) for name in ("transformers", "deepspeed")},
         "rows": [],
         "parallel": [],
     }
     for vocab in options.vocab:
         for rows in options.rows:
             print(f"measuring V={vocab}, {rows} rows", file=sys.stderr, flush=True)
-            sizes = Sizes(vocab, rows, options.prompt_tokens, options.new_tokens, options.rounds, options.tiny)
+            sizes = _sizes(options, vocab, rows)
             record["rows"] += [asdict(row) for row in measure(sizes)]
-        if not options.no_parallel:
+        if not options.no_parallel and device.type == "cpu":
             print(f"measuring V={vocab}, two processes", file=sys.stderr, flush=True)
-            sizes = Sizes(
-                vocab, options.rows[0], options.prompt_tokens, options.new_tokens, options.rounds, options.tiny
-            )
+            sizes = _sizes(options, vocab, options.rows[0])
             with tempfile.TemporaryDirectory() as folder:
                 record["parallel"].append(measure_parallel(sizes, Path(folder)))
         text = table(record, options)
@@ -88,10 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=at_least(1), default=64)
     parser.add_argument("--new-tokens", type=at_least(1), default=64)
     parser.add_argument("--rounds", type=at_least(1), default=7)
-    parser.add_argument("--no-parallel", action="store_true", help="leave out what takes two processes")
+    parser.add_argument("--no-parallel", action="store_true", help="leave out what takes two processes (CPU only)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the student")
+    parser.add_argument("--models", choices=MODELS, default="small", help="shape of the student; tiny is for tests")
     parser.add_argument("--output", type=Path, help="JSON file; the tables go beside it as .md")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # one narrow layer, for tests
     return parser
+
+
+def _sizes(options: argparse.Namespace, vocab: int, rows: int) -> Sizes:
+    return Sizes(
+        vocab, rows, options.prompt_tokens, options.new_tokens, options.rounds, options.models, options.device,
+        options.dtype,
+    )  # fmt: skip
 
 
 def measure(sizes: Sizes) -> list[Row]:
@@ -105,7 +119,8 @@ def measure(sizes: Sizes) -> list[Row]:
     from megadistill.parallel.output_head import OutputHead
 
     model = make_student(sizes)
-    device, shard = torch.device("cpu"), VocabShard(0, sizes.vocab, sizes.vocab)
+    device, shard = torch.device(sizes.device), VocabShard(0, sizes.vocab, sizes.vocab)
+    now = clock(device)
     chance = random.Random(0)
     prompts = [tuple(chance.randrange(3, sizes.vocab) for _ in range(sizes.prompt_tokens)) for _ in range(sizes.rows)]
     shorter = [prompt[: chance.randint(-(-sizes.prompt_tokens // 2), sizes.prompt_tokens)] for prompt in prompts]
@@ -143,10 +158,11 @@ def measure(sizes: Sizes) -> list[Row]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(sizes.rounds + 1):
         for name, call in calls.items():
-            begin = time.process_time()
+            begin = now()
             call()
+            seconds = now() - begin
             if number:
-                times[name].append(time.process_time() - begin)
+                times[name].append(seconds)
     rows = []
     for name, mine in times.items():
         generated = times["transformers generate" + ", unequal prompts" * name.endswith("unequal prompts")]
@@ -172,14 +188,15 @@ def make_student(sizes: Sizes) -> Any:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(model_config("student", sizes)).float().eval()
+    with torch.device(sizes.device):
+        return LlamaForCausalLM(model_config("student", sizes)).to(getattr(torch, sizes.dtype)).eval()
 
 
 def generate(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> None:
     """Sampling by transformers, prompts padded on the left."""
     from megadistill.data.collate import left_padded
 
-    batch = left_padded(prompts, 0)
+    batch = left_padded(prompts, 0).to(model.device)
     found = model.generate(
         batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=new_tokens, do_sample=True, top_k=0,
         top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None,
@@ -199,8 +216,9 @@ def products(model: Any, sizes: Sizes) -> None:
         )
         for layer in model.model.layers
     ]
-    hidden = torch.randn(sizes.rows, model.config.hidden_size)
-    wide = torch.randn(sizes.rows, model.config.intermediate_size)
+    like = {"device": model.device, "dtype": model.dtype}
+    hidden = torch.randn(sizes.rows, model.config.hidden_size, **like)
+    wide = torch.randn(sizes.rows, model.config.intermediate_size, **like)
     for _ in range(sizes.new_tokens):
         for qkv, out, up, down in joined:
             for x, weight in ((hidden, qkv), (hidden, out), (hidden, up), (wide, down)):
@@ -211,18 +229,16 @@ def products(model: Any, sizes: Sizes) -> None:
 def table(record: dict[str, Any], options: Any) -> str:
     """Markdown: a table per size, and one for two processes."""
     about = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    sizes = Sizes(
-        options.vocab[0], options.rows[0], options.prompt_tokens, options.new_tokens, options.rounds, options.tiny
-    )
-    parameters = sum(parameter.numel() for parameter in make_student(sizes).parameters()) / 1e6
+    sizes, is_cpu = _sizes(options, options.vocab[0], options.rows[0]), options.device == "cpu"
     legend = _LEGEND.format(
-        parameters=parameters, prompt=options.prompt_tokens, new=options.new_tokens,
+        parameters=num_parameters("student", sizes) / 1e6, dtype=sizes.dtype,
+        clock="CPU seconds" if is_cpu else "wall time", prompt=options.prompt_tokens, new=options.new_tokens,
         least=-(-options.prompt_tokens // 2),
     )  # fmt: skip
     lines = [f"`{record['command']}`", "", about, "", legend]
     for vocab, rows in dict.fromkeys((row["vocab"], row["rows"]) for row in record["rows"]):
         lines += ["", f"V = {vocab}, {rows} rows, {options.rounds} rounds", ""]
-        lines += ["| | CPU ms | rollout over generate | of a rollout |", "|---|---|---|---|"]
+        lines += [f"| | {'CPU ' * is_cpu}ms | rollout over generate | of a rollout |", "|---|---|---|---|"]
         for row in record["rows"]:
             if (row["vocab"], row["rows"]) == (vocab, rows):
                 over = "" if row["over_generate"] is None else f"{row['over_generate']:.2f}"

@@ -28,10 +28,12 @@ CPU = "train: whole run of one step, CPU time"
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmark.py startup", description=__doc__)
     parser.add_argument("--rounds", type=at_least(1), default=5, help="everything once per round (default: 5)")
-    parser.add_argument("--against", type=Path, metavar="CLONE", help="another clone, measured in turn with this one")
+    parser.add_argument(
+        "--against", type=Path, metavar="CLONE", help="an earlier clone, measured in turn with this one"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; a table goes beside it")
     parsed = parser.parse_args(arguments)
-    clones = {"this clone": ROOT} | ({"the other clone": parsed.against.resolve()} if parsed.against else {})
+    clones = {"now": ROOT} | ({"before": parsed.against.resolve()} if parsed.against else {})
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in clones}
     with tempfile.TemporaryDirectory() as folder:
         settings = _make_assets(Path(folder))
@@ -111,11 +113,12 @@ def _make_assets(folder: Path) -> list[str]:
     config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64}
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     (folder / "model.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "run.yaml").write_text("data: {template: plain}\n", encoding="utf-8")
     model = str(folder / "model.json")
     return [
-        *("--config", str(ROOT / "configs" / "base.yaml")),
+        *("--config", str(folder / "run.yaml")),
         *(f"model.teacher.path={model}", f"model.student.path={model}", f"model.tokenizer={folder / 'tokenizer'}"),
-        *(f"data.train_path={folder / 'rows.jsonl'}", "data.template=plain", "data.max_tokens=128"),
+        *(f"data.train_path={folder / 'rows.jsonl'}", "data.max_tokens=128"),
         *(
             "data.max_prompt_tokens=64",
             "generation.max_new_tokens=4",

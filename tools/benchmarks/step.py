@@ -1,4 +1,4 @@
-"""A whole distillation step against TRL's DistillationTrainer, on CPU."""
+"""A whole distillation step against TRL's DistillationTrainer."""
 
 from __future__ import annotations
 
@@ -17,29 +17,40 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.measure import at_least, machine, save
-from tools.benchmarks.step_workers import WARM_UP, Contender, Failure, Sizes, Step, work, write_assets
+from megadistill.errors import ConfigError
+from tools.benchmarks.measure import at_least, find_device, machine, save
+from tools.benchmarks.step_workers import (
+    MODELS,
+    WARM_UP,
+    Contender,
+    Failure,
+    Sizes,
+    Step,
+    num_parameters,
+    work,
+    write_assets,
+)
 
 _LEGEND = """\
-Each contender has a process of one thread, and all take turns, a step at a time, after two steps that do not count. ms:
-CPU time, median over the rounds. Ratios: median over the rounds of its time over TRL's (plain on-policy forward KL,
-float32, no gradient checkpointing, fused AdamW) in the same round. Random weights, the same for all; no response ends
-before the limit. Phases: medians; rest: what no phase covers. References: {new} tokens per example. Corrected: share of
-the responses; position: mean index of the correction; distinct-n: share of different n-grams among those of a step's
-responses, as the student wrote them and after SCRG (random words: this shows that SCRG keeps their diversity, not how
-diverse a language model is)."""
+Student {student}M, teacher {teacher}M. Each contender has a process of one thread; all take turns, a step at a time,
+after two steps that do not count. ms: {clock}, median over the rounds. Ratios: median over the rounds of its time over
+that of {base} (plain on-policy forward KL, no gradient checkpointing, fused AdamW) in the same round. {about}Random
+weights, the same for all; no response ends before the limit. Phases: medians; rest: what no phase covers. References:
+{new} tokens per example. Corrected: share of the responses; position: mean index of the correction; distinct-n: share
+of different n-grams among those of a step's responses, as the student wrote them and after SCRG (random words: this
+shows that SCRG keeps their diversity, not how diverse a language model is)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in CPU milliseconds, medians over the rounds.
+    """One line of the table; times in milliseconds, of the CPU or of the wall (CUDA), medians over the rounds.
 
     Attributes:
         sizes: The problem size.
         name: The contender's.
         cpu_ms: Time of a step.
-        ratio: To TRL.
-        ratio_bf16: To TRL with a bfloat16 teacher.
+        ratio: To the first of TRL's lines.
+        ratio_bf16: To the second.
         phases_ms: Time of each phase.
         facts: Other numbers of a step.
         rounds_ms: Time of each round.
@@ -57,12 +68,20 @@ class Row:
     skipped: str = ""
 
 
-def contenders() -> list[Contender]:
-    """The lines of the table."""
+def contenders(device: str) -> list[Contender]:
+    """The lines of the table, TRL's two first."""
     plain: dict[str, dict[str, Any]] = {
         "generation": {"scrg": {"enabled": False}},
         "loss": {"clip": "off", "span": 0.0},
     }
+    if device != "cpu":
+        return [
+            Contender("TRL DistillationTrainer, bf16 weights", "bf16", "bf16", is_trl=True),
+            Contender("TRL DistillationTrainer, autocast", "bf16", is_trl=True, has_autocast=True),
+            Contender("megadistill, plain on-policy KL", "bf16", "bf16", settings=plain),
+            Contender("megadistill, SCRG", "bf16", "bf16"),
+            Contender("megadistill, SCRG + SFT on references", "bf16", "bf16", has_references=True),
+        ]
     return [
         Contender("TRL DistillationTrainer", is_trl=True),
         Contender("TRL DistillationTrainer, bf16 teacher", "bf16", is_trl=True),
@@ -76,19 +95,29 @@ def contenders() -> list[Contender]:
 def main(arguments: list[str]) -> int:
     """Measures every vocabulary size and prints the table; returns the exit code."""
     options = _parser().parse_args(arguments)
-    chosen = [one for one in contenders() if any(part in one.name for part in options.only or [""])]
+    try:
+        device = find_device(options.device)
+    except ConfigError as error:
+        print(f"benchmark.py step: {error}")
+        return 2
+    known = contenders(device.type)
+    chosen = [one for one in known if any(part in one.name for part in options.only or [""])]
     if not chosen:
-        names = "; ".join(one.name for one in contenders())
+        names = "; ".join(one.name for one in known)
         print(f"benchmark.py step: --only {' '.join(options.only)}: not in any name; allowed: {names}")
         return 2
-    # For the workers, which inherit it: one thread, no GPU, nothing fetched.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    # For the workers, which inherit it: one thread, nothing fetched, and without --device cuda no GPU.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if device.type == "cpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = "python tools/benchmark.py step " + shlex.join(arguments)
-    record: dict[str, Any] = {"command": command, "machine": machine(torch.device("cpu")), "versions": _versions()}
+    record: dict[str, Any] = {"command": command, "machine": machine(device), "versions": _versions()}
     rows: list[Row] = []
     for vocab in options.vocab:
-        sizes = Sizes(vocab, options.rows, options.prompt_tokens, options.new_tokens, options.rounds, options.tiny)
+        sizes = Sizes(
+            vocab, options.rows, options.prompt_tokens, options.new_tokens, options.rounds, options.models,
+            device.type, "float32" if device.type == "cpu" else "bfloat16",
+        )  # fmt: skip
         print(f"measuring V={vocab}", file=sys.stderr, flush=True)
         rows += measure(chosen, sizes)
         text = table(rows, record)
@@ -109,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=at_least(1), default=9, help="each contender runs one step per round")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="the contenders whose names hold one of these")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # one narrow layer, for tests
+    parser.add_argument("--models", choices=MODELS, default="small", help="shapes of both models; tiny is for tests")
+    parser.add_argument("--device", default="cpu")
     return parser
 
 
@@ -153,6 +183,8 @@ def measure(chosen: list[Contender], sizes: Sizes) -> list[Row]:
 def _row(contender: Contender, sizes: Sizes, times: dict[str, list[Step]]) -> Row:
     mine = times[contender.name]
 
+    trl = [one.name for one in contenders(sizes.device) if one.is_trl]
+
     def ratio(other: str) -> float | None:
         theirs = times.get(other, [])
         if len(theirs) < len(mine):
@@ -166,8 +198,8 @@ def _row(contender: Contender, sizes: Sizes, times: dict[str, list[Step]]) -> Ro
         sizes,
         contender.name,
         cpu_ms=1e3 * statistics.median(step.seconds for step in mine),
-        ratio=ratio("TRL DistillationTrainer"),
-        ratio_bf16=ratio("TRL DistillationTrainer, bf16 teacher"),
+        ratio=ratio(trl[0]),
+        ratio_bf16=ratio(trl[1]),
         phases_ms={name: 1e3 * seconds for name, seconds in phases.items()},
         facts={
             name: statistics.fmean(step.facts[name] for step in mine if name in step.facts) for name in sorted(found)
@@ -208,17 +240,32 @@ class Worker:
 def table(rows: list[Row], record: dict[str, Any]) -> str:
     """Markdown, two tables per size."""
     about = ", ".join(f"{key} {value}" for key, value in (record["machine"] | record["versions"]).items())
-    lines = [f"`{record['command']}`", "", about, "", _LEGEND.format(new=rows[0].sizes.new_tokens)]
+    lines = [f"`{record['command']}`", "", about, "", _legend(rows[0].sizes)]
+    is_cpu, trl = rows[0].sizes.device == "cpu", [one.name for one in contenders(rows[0].sizes.device) if one.is_trl]
     for sizes in dict.fromkeys(row.sizes for row in rows):
         mine = [row for row in rows if row.sizes == sizes]
         size = f"{sizes.rows} rows of {sizes.prompt_tokens} + {sizes.new_tokens} tokens, {sizes.rounds} rounds"
         lines += ["", f"V = {sizes.vocab}, {size}", ""]
-        lines += _lines(["", "CPU ms a step", "ratio to TRL", "to TRL, bf16 teacher", "phases, ms"])
+        second = trl[1].partition(", ")[2]
+        lines += _lines(["", f"{'CPU ' * is_cpu}ms a step", "ratio to TRL", f"to TRL, {second}", "phases, ms"])
         for row in mine:
             lines.append(_line([row.name, row.skipped, "", "", ""] if row.skipped else _cells(row)))
         lines += ["", *_lines(["", "mean length", "corrected", "position", "distinct-1, 2, 3 written", "after SCRG"])]
         lines += [_line([row.name, *_fact_cells(row.facts)]) for row in mine if row.facts]
     return "\n".join(lines)
+
+
+def _legend(sizes: Sizes) -> str:
+    is_cpu = sizes.device == "cpu"
+    about = "Ours: bfloat16 weights, float32 ones in the optimizer. Autocast: float32 weights, bfloat16 teacher. "
+    return _LEGEND.format(
+        student=round(num_parameters("student", sizes) / 1e6),
+        teacher=round(num_parameters("teacher", sizes) / 1e6),
+        clock="CPU time" if is_cpu else "wall time",
+        base="TRL, float32" if is_cpu else "TRL, bfloat16 weights and moments",
+        about="" if is_cpu else about,
+        new=sizes.new_tokens,
+    )
 
 
 def _lines(columns: list[str]) -> list[str]:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from megadistill.data.sample import Sample
+from tools.benchmarks.measure import clock
 
 WARM_UP = 2  # steps that fill caches and compile
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SPECIAL = ("<pad>", "<eos>", "<unk>")
+# Hidden size, width of the MLP, layers, heads and key-value heads of student and teacher. At V = 8192 the small ones
+# have 5M and 21M parameters; the medium and large ones have the shapes of Qwen2.5's 0.5B, 1.5B and 7B.
+_HALF, _ONE_AND_HALF, _SEVEN = (896, 4864, 24, 14, 2), (1536, 8960, 28, 12, 2), (3584, 18944, 28, 28, 4)
+MODELS = {
+    "tiny": ((32, 64, 1, 2, 2), (48, 96, 1, 2, 2)),
+    "small": ((192, 512, 8, 6, 6), (384, 1024, 10, 12, 12)),
+    "medium": (_HALF, _ONE_AND_HALF),
+    "large": (_ONE_AND_HALF, _SEVEN),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,9 @@ class Sizes:
     prompt_tokens: int
     new_tokens: int
     rounds: int
-    is_tiny: bool = False
+    models: str = "small"
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def steps(self) -> int:
@@ -40,18 +50,24 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer. ``settings``: of ours, over those that all of ours share."""
+    """A trainer.
+
+    ``settings``: of ours, over those that all of ours share; ``student_dtype`` bf16: ours also keeps float32 weights,
+    TRL does not.
+    """
 
     name: str
     teacher_dtype: str = "fp32"
+    student_dtype: str = "fp32"
     is_trl: bool = False
+    has_autocast: bool = False
     has_references: bool = False
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a worker: CPU seconds, those of its phases, and other numbers of it."""
+    """One step of a worker: its seconds (``measure.clock``), those of its phases, and other numbers of it."""
 
     seconds: float
     phases: dict[str, float]
@@ -69,17 +85,17 @@ class Failure:
 class Turns:
     """The worker's side: ``wait`` for the parent, then ``done`` with the step."""
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe, self._begin = pipe, 0.0
+    def __init__(self, pipe: Any, now: Callable[[], float]) -> None:
+        self._pipe, self._begin, self.now = pipe, 0.0, now
 
     def wait(self) -> bool:
         """Whether another step is wanted."""
         is_wanted = bool(self._pipe.recv())
-        self._begin = time.process_time()
+        self._begin = self.now()
         return is_wanted
 
     def seconds(self) -> float:
-        return time.process_time() - self._begin
+        return self.now() - self._begin
 
     def done(self, step: Step) -> None:
         self._pipe.send(step)
@@ -93,7 +109,9 @@ def work(contender: Contender, sizes: Sizes, folder: Path, pipe: Any) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     try:
-        (_run_trl if contender.is_trl else _run_ours)(contender, sizes, folder, Turns(pipe))
+        (_run_trl if contender.is_trl else _run_ours)(
+            contender, sizes, folder, Turns(pipe, clock(torch.device(sizes.device)))
+        )
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         pipe.send(Failure(f"{type(error).__name__}: {reason[0]}", traceback.format_exc()))
@@ -107,12 +125,13 @@ def _run_trl(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    teacher_dtype = torch.bfloat16 if contender.teacher_dtype == "bf16" else torch.float32
-    student: Any = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
-    teacher: Any = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=teacher_dtype)
+    def load(role: str, dtype: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder / role, dtype=_DTYPES[dtype])
+
+    student, teacher = load("student", contender.student_dtype), load("teacher", contender.teacher_dtype)
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["instruction"] for line in lines]
-    phases = Phases()
+    phases, is_cpu = Phases(turns.now), sizes.device == "cpu"
 
     class Wait(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -132,10 +151,11 @@ def _run_trl(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> 
                 control.should_training_stop = True
 
     arguments = DistillationConfig(
-        output_dir=str(folder / f"trl_{contender.teacher_dtype}"), per_device_train_batch_size=sizes.rows,
+        output_dir=str(folder / f"trl_{os.getpid()}"), per_device_train_batch_size=sizes.rows,
         max_steps=sizes.steps, learning_rate=1e-5, max_completion_length=sizes.new_tokens, beta=0.0, temperature=1.0,
         generation_kwargs={"eos_token_id": None},
-        optim="adamw_torch_fused", gradient_checkpointing=False, bf16=False, use_cpu=True, dataloader_pin_memory=False,
+        optim="adamw_torch_fused", gradient_checkpointing=False, bf16=contender.has_autocast, use_cpu=is_cpu,
+        dataloader_pin_memory=not is_cpu,
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = DistillationTrainer(
@@ -158,17 +178,17 @@ def _run_trl(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) -> 
 
 
 class Phases:
-    """CPU seconds by name."""
+    """Seconds by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._begin = 0.0
+        self._begin, self._now = 0.0, now
 
     def begin(self) -> None:
-        self._begin = time.process_time()
+        self._begin = self._now()
 
     def end(self, name: str) -> None:
-        self._seconds[name] += time.process_time() - self._begin
+        self._seconds[name] += self._now() - self._begin
 
     def of(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, timed."""
@@ -198,8 +218,8 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     from megadistill.training.setup import build_components, check_models, run_tokenizer
     from megadistill.training.step import distillation_step
 
-    # CPU time of the phases too, because other programs share the cores.
-    Timers._now = lambda self: time.process_time()  # type: ignore[method-assign]
+    # The same clock for the phases: on CPUs other programs share the cores.
+    Timers._now = lambda self: turns.now()  # type: ignore[method-assign]
     config = RunConfig.model_validate(_settings(contender, sizes, folder))
     tp_size = check_models(config, 1)
     tokenizer = run_tokenizer(config)
@@ -216,7 +236,11 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
             phases = {name[5:].removesuffix("_s"): metrics[name] for name in metrics if name.startswith("time/")}
             facts = {"length": metrics["num_tokens"] / sizes.rows}
             if config.generation.scrg.enabled:
-                facts |= _scrg_facts(metrics, result.samples, tokenizer)
+                texts = {
+                    "student": [components.decode(sample.rollout_ids or ()) for sample in result.samples],
+                    "corrected": [components.decode(sample.response_ids or ()) for sample in result.samples],
+                }
+                facts |= _scrg_facts(metrics, texts)
             turns.done(Step(seconds, phases, facts))
             number += 1
 
@@ -227,7 +251,7 @@ def _settings(contender: Contender, sizes: Sizes, folder: Path) -> dict[str, dic
         "run": {"dir": str(folder / "run")},
         "model": {
             "teacher": {"path": str(folder / "teacher"), "dtype": contender.teacher_dtype},
-            "student": {"path": str(folder / "student")},
+            "student": {"path": str(folder / "student"), "dtype": contender.student_dtype},
             "tokenizer": str(folder / "tokenizer"),
         },
         "parallel": {"zero_stage": 0},
@@ -252,18 +276,12 @@ def _settings(contender: Contender, sizes: Sizes, folder: Path) -> dict[str, dic
     return tree
 
 
-def _scrg_facts(metrics: Mapping[str, float], samples: Sequence[Sample], tokenizer: Any) -> dict[str, float]:
-    from megadistill.data.tokenize import decode_responses
-
+def _scrg_facts(metrics: Mapping[str, float], texts: Mapping[str, list[str]]) -> dict[str, float]:
     facts = {"corrected_fraction": metrics["scrg/corrected_fraction"]}
     if metrics["scrg/corrected_fraction"]:
         facts["error_position"] = metrics["scrg/error_position_mean"]
-    written = {
-        "student": [sample.rollout_ids or () for sample in samples],
-        "corrected": [sample.response_ids or () for sample in samples],
-    }
-    for name, responses in written.items():
-        words = [text.split() for text in decode_responses(tokenizer, responses)]
+    for name, written in texts.items():
+        words = [text.split() for text in written]
         for length in (1, 2, 3):
             grams = [tuple(text[i : i + length]) for text in words for i in range(len(text) - length + 1)]
             if grams:
@@ -295,25 +313,31 @@ def write_assets(folder: Path, sizes: Sizes) -> None:
     (folder / "references.jsonl").write_text("\n".join(references) + "\n", encoding="utf-8")
     for seed, role in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(model_config(role, sizes))
+        with torch.device(sizes.device):
+            model = LlamaForCausalLM(model_config(role, sizes)).to(getattr(torch, sizes.dtype))
         _never_ends(model)
         model.save_pretrained(folder / role)
 
 
 def model_config(role: str, sizes: Sizes) -> Any:
-    """Of "student" or "teacher": 5M and 21M parameters at V = 8192."""
+    """Of "student" or "teacher"."""
     from transformers import LlamaConfig
 
-    shapes = {"student": (192, 512, 8, 6), "teacher": (384, 1024, 10, 12)}
-    if sizes.is_tiny:
-        shapes = {"student": (32, 64, 1, 2), "teacher": (48, 96, 1, 2)}
-    hidden, inner, layers, heads = shapes[role]
+    hidden, inner, layers, heads, kv_heads = MODELS[sizes.models][role == "teacher"]
     return LlamaConfig(
         vocab_size=sizes.vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, pad_token_id=0,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True, pad_token_id=0,
         bos_token_id=None, eos_token_id=None,
         max_position_embeddings=max(2048, sizes.prompt_tokens + sizes.new_tokens),
     )  # fmt: skip
+
+
+def num_parameters(role: str, sizes: Sizes) -> int:
+    """Of "student" or "teacher", a tied head counted once."""
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LlamaForCausalLM(model_config(role, sizes)).parameters())
 
 
 def _words(count: int, chooser: random.Random) -> list[str]:

@@ -1,4 +1,4 @@
-"""The fault matrix: which process dies, when; how the job ends, that no process is left, and that it resumes as if undisturbed.
+"""The fault matrix: which process dies, when; how the job ends, that none is left, and that it resumes undisturbed.
 
 docs/reliability.md has the table that `FAULT_TABLE=FILE pytest tests/integration/test_faults.py` measures.
 """

@@ -16,7 +16,7 @@ def run(arguments: Sequence[str]) -> int:
         "  megadistill export runs/demo/checkpoints/step_100 exported/student --dtype bf16 --max-shard-size 2GB",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step_N folder, or a run directory: its latest one")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
+    parser.add_new_folder()
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights; default: as trained")
     parser.add_argument(
         "--max-shard-size", type=size, metavar="SIZE", help="largest file, such as 500MB; default: 4GiB"

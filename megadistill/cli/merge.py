@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("base", metavar="BASE", help="model folder, hub name, checkpoint or run directory")
     parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json, adapter_model.safetensors")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
+    parser.add_new_folder()
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights written; default: the base's")
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
-from megadistill.config.section import Section, describe
+from megadistill.config.section import PositiveInt, Section, describe
 from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
 from megadistill.observability.redact import holds_url_credentials
@@ -51,6 +51,19 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(
                 f"--{name.replace('_', '-')}", type=value_of(kind), default=field.default, metavar="N", help=help_text
             )
+
+    def add_new_folder(self) -> None:
+        """Adds the argument FOLDER, where a verb writes."""
+        self.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
+
+    def add_layout(self, default_dp_size: int | None = None) -> None:
+        """Adds ``--tp-size`` and ``--dp-size``, which is required where it has no default."""
+        number, has_default = value_of(PositiveInt), default_dp_size is not None
+        self.add_argument("--tp-size", type=number, required=True, metavar="N", help="tensor-parallel processes")
+        self.add_argument(
+            "--dp-size", type=number, required=not has_default, default=default_dp_size, metavar="M",
+            help="data-parallel processes" + (f"; default: {default_dp_size}" if has_default else ""),
+        )  # fmt: skip
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parses options and positional arguments in any order."""

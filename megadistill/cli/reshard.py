@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
-from megadistill.config.section import PositiveInt
+from megadistill.cli.parsing import Parser, refuse_unwritable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -19,13 +18,8 @@ def run(arguments: Sequence[str]) -> int:
         "  deepspeed launchers/run.sh --config FILE run.dir=runs/more train.resume=resharded/step_1000",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a step_N folder, or a run directory: its latest one")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
-    parser.add_argument(
-        "--tp-size", type=value_of(PositiveInt), required=True, metavar="N", help="tensor-parallel processes"
-    )
-    parser.add_argument(
-        "--dp-size", type=value_of(PositiveInt), required=True, metavar="M", help="data-parallel processes"
-    )
+    parser.add_new_folder()
+    parser.add_layout()
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
 

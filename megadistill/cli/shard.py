@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
-from megadistill.config.section import PositiveInt
+from megadistill.cli.parsing import Parser, refuse_unwritable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,13 +19,8 @@ def run(arguments: Sequence[str]) -> int:
         "  deepspeed launchers/run.sh --config FILE model.teacher.path=sharded/teacher model.teacher.dtype=bf16",
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, hub name, checkpoint or run directory")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
-    parser.add_argument(
-        "--tp-size", type=value_of(PositiveInt), required=True, metavar="N", help="tensor-parallel processes"
-    )
-    parser.add_argument(
-        "--dp-size", type=value_of(PositiveInt), default=1, metavar="M", help="data-parallel processes; default: 1"
-    )
+    parser.add_new_folder()
+    parser.add_layout(default_dp_size=1)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type of the weights; default: bf16")
     parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer; default: the model's own")
     parsed = parser.parse(arguments)

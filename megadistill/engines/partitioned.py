@@ -211,7 +211,7 @@ def initialize(
     context: ParallelContext,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> deepspeed.DeepSpeedEngine:
-    """``deepspeed.initialize``, and what it leaves out: float32 buffers, timeouts, the head as an external parameter.
+    """``deepspeed.initialize`` with corrections: float32 buffers, timeouts, and the head as an external parameter.
 
     Collective over the world.
 

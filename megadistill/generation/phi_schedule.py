@@ -2,8 +2,8 @@
 
 Defined by docs/method.md as in DistiLLM's code (J. Ko, S. Kim, T. Chen, S.-Y. Yun, "DistiLLM: Towards Streamlined
 Distillation for Large Language Models", ICML 2024). Student text starts rare and becomes more frequent whenever the
-student's validation loss rises, a sign that it trains on too little of its text; as training continues, more of that
-text comes from the replay buffer, which costs no generation.
+student's validation loss rises, a sign that it meets too little of its own text; in the course of training,
+more of that text comes from the replay buffer, which costs no generation.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_shards_may_be_tiny_or_empty(num_classes, tp_size):
 
 
 def test_shards_of_any_size():
-    """Padded rows that are removed leave the last shards short or empty."""
+    """A padded vocabulary that is cut leaves the last shards short or empty."""
 
     def body(rank):
         start, stop = [(0, 20), (20, 40), (40, 53), (53, 53)][rank]

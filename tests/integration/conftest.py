@@ -9,7 +9,7 @@ from tests.support.runs import write_assets
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small corpus, its tokenizer and a configuration of every family, new for each module."""
+    """A small corpus, its tokenizer and a configuration of every family, anew for each module."""
     folder = tmp_path_factory.mktemp("assets")
     write_assets(folder)
     return folder

@@ -37,7 +37,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "five rounds, greedy teacher": ("generation.scrg.rounds=5", "generation.scrg.teacher_token=greedy"),
     "one token": ("generation.max_new_tokens=1",),
     "nucleus": ("generation.top_k=20", "generation.top_p=0.9", "generation.sampling_temperature=0.8"),
-    # Room for one row of the student and none of the teacher: four decode batches per rank, whole rows read again.
+    # Room for one row of the student and none of the teacher: four waves a rank, whole rows read again.
     "narrow": ("generation.max_cache_bytes=40000", "generation.scrg.rounds=3"),
 }
 

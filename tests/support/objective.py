@@ -77,7 +77,7 @@ def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards:
 
 
 def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | None = None, device: str = "cpu") -> Head:
-    """Fresh leaves that want gradients, sharded."""
+    """Fresh leaves that want gradients, cut to a shard."""
     classes = slice(None) if shard is None else slice(shard.start, shard.stop)
 
     def fresh(tensor: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def run_fused(
 def run_reference(
     problem: Problem, config: LossConfig, gate: nn.Module | None, shard: VocabShard | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(values, gradients by name) of the dense reference; class-wise gradients reduced to the shard."""
+    """(values, gradients by name) of the dense reference; class-wise gradients cut to the shard."""
     student = leaf(problem.student)
     output = reference_loss(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,

@@ -1,4 +1,4 @@
-"""How the teacher reads student text: against dense float64 distributions, and what it reads again."""
+"""The teacher's reading of student text: against dense float64 distributions, and what it reads again."""
 
 from __future__ import annotations
 
@@ -79,37 +79,37 @@ def test_the_visitor_sees_the_teachers_logits_up_to_a_constant() -> None:
 
 
 class Counting:
-    """A prefiller that counts what it reads."""
+    """A reader that counts what it reads."""
 
-    def __init__(self, prefiller: object, keeps_cache: bool = True) -> None:
-        self._prefiller, self.keeps_cache, self.calls = prefiller, keeps_cache, []
+    def __init__(self, reader: object, keeps_cache: bool = True) -> None:
+        self._reader, self.keeps_cache, self.calls = reader, keeps_cache, []
 
     def new_state(self, offsets: Sequence[int], columns: int) -> object:
-        return self._prefiller.new_state(offsets, columns)
+        return self._reader.new_state(offsets, columns)
 
-    def read(self, chunks: Sequence[PrefillChunk], state: object = None) -> list[torch.Tensor]:
-        self.calls.append({chunk.slot: len(chunk.tokens) for chunk in chunks})
-        return self._prefiller.read(chunks, state)
+    def read(self, readings: Sequence[PrefillChunk], state: object = None) -> list[torch.Tensor]:
+        self.calls.append({reading.slot: len(reading.tokens) for reading in readings})
+        return self._reader.read(readings, state)
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("keeps_cache", [True, False])
 def test_text_is_read_from_the_correction_on(keep: bool, keeps_cache: bool) -> None:
-    prefiller = Counting(prepared(make_model("qwen3"), "qwen3"), keeps_cache)
-    text = TeacherStates(prefiller, PROMPTS, 20, keep_cache=keep)
+    reader = Counting(prepared(make_model("qwen3"), "qwen3"), keeps_cache)
+    text = TeacherStates(reader, PROMPTS, 20, keep_cache=keep)
     first = ((5, 6, 7, 8), (9, 10), (11, 12, 13), ())
     text.update(first, [0, 0, 0, 0])
     # Row 0 is corrected at 1 and grows, row 1 ends by its correction at 0, row 2 stays, row 3 is empty.
     second = ((5, 50, 51, 52, 53, 54), (3,), (11, 12, 13), ())
     text.update(second, [2, 1, 3, 0])
     if keep and keeps_cache:
-        assert prefiller.calls[1] == {0: 4}
+        assert reader.calls[1] == {0: 4}
     else:
-        assert prefiller.calls[1].keys() == ({0, 1, 2, 3} if not keeps_cache else {0})
+        assert reader.calls[1].keys() == ({0, 1, 2, 3} if not keeps_cache else {0})
     for row, (prompt, response) in enumerate(zip(PROMPTS, second, strict=True)):
         found = text.hidden[row]
         if not response:
             assert found is None or len(found) == 0
             continue
-        whole = prefiller._prefiller.read([PrefillChunk(0, 0, (*prompt, *response[:-1]))])[0][len(prompt) - 1 :]
+        whole = reader._reader.read([PrefillChunk(0, 0, (*prompt, *response[:-1]))])[0][len(prompt) - 1 :]
         assert found is not None and torch.allclose(found, whole, atol=1e-5)

@@ -17,10 +17,10 @@ else
 fi
 if [ -z "${HOSTFILE:-}" ]; then
     NPROC=${NPROC:-$default}
-    # Ranks of one machine need not listen on its addresses while they ask MPI for their place.
+    # Ranks of one machine need no TCP to ask MPI for their place; with it they would listen on all addresses.
     export OMPI_MCA_btl=${OMPI_MCA_btl:-^tcp}
 fi
-# Not one core for each rank, which is mpirun's default.
+# By default, mpirun would bind each rank to one core.
 command=(mpirun ${NPROC:+-n "$NPROC"} ${HOSTFILE:+--hostfile "$HOSTFILE"} --bind-to none ${MPIRUN_ARGS:-}
     python -u "$root/launchers/run.sh" "$@")
 if [ -z "${DRY_RUN:-}" ]; then exec "${command[@]}"; fi

@@ -9,7 +9,7 @@
 #   deepspeed launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   bash launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   sbatch --nodes=2 --gpus-per-node=8 launchers/run.sh --config configs/paper.yaml [section.field=value ...]
-# The second one takes the clone's .venv, and NPROC processes (default: one for each GPU, 2 where there is none); the
+# The second one uses the clone's .venv and starts NPROC processes (default: one per GPU, 2 where there is none); the
 # third one continues in launchers/slurm.sbatch. DRY_RUN=1 prints the command of the last two.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -51,7 +51,7 @@ def main() -> None:
     from megadistill.launch.launchers import local_size_of
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Before torch is imported: ranks that each take all cores slow each other down many times.
+    # Before torch is imported. Ranks that each use all cores would be many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_of(os.environ))))
     from megadistill.cli.main import main as command
 

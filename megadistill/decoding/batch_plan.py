@@ -14,7 +14,7 @@ class DecodeBatchPlan:
     Attributes:
         batch_size: Examples that are written together.
         keeps_teacher_cache: Whether the teacher's cache is kept beside the student's.
-        max_batch_size: Examples that fit where the teacher does not read (validation).
+        max_batch_size: Examples that fit without a teacher's cache (validation).
     """
 
     batch_size: int

@@ -1,13 +1,13 @@
 """The project's own decoder: the weights of a plan, run over a preallocated cache.
 
-``PlanPrefiller`` reads given text, layer by layer and all examples at once: under ZeRO-3 each layer is gathered once a
-call, however many examples there are. ``PlanDecoder`` also decodes, with all weights present and laid out for small
+``PlanPrefiller`` reads given text, layer by layer and all examples at once: under ZeRO-3 each layer is gathered once
+per call, however many examples there are. ``PlanDecoder`` also decodes, with all weights present and laid out for small
 products.
 
 Shapes: T tokens of all examples, one example after the other; B examples, in ``decode`` those still being written;
 S columns of the cache; H hidden size, D head size, Vs this rank's slice of the vocabulary. "heads" counts this rank's.
 A layer's cache is [2 (keys, values), B, key-value heads, S, D]. The only communication besides gathering are the
-model's own reductions over the tensor-parallel group: two all-reduces a layer, and one of the embedding where it is
+model's own reductions over the tensor-parallel group: two all-reduces per layer, and one of the embedding where it is
 sharded.
 """
 
@@ -97,8 +97,8 @@ class PlanPrefiller:
     def read(self, chunks: Sequence[PrefillChunk], state: KVCache | None = None) -> list[Tensor]:
         """Reads chunks of text.
 
-        Gathers every part of the model once, even when there is nothing to read: all ranks of the data-parallel group
-        must call it equally often.
+        Gathers every layer, embeddings and final norm once, even when there is nothing to read: all ranks of the
+        data-parallel group must call it equally often.
 
         Args:
             chunks: What to read. None of them may be empty.

@@ -26,7 +26,7 @@ class PrefillChunk(NamedTuple):
 
 
 class KVCache:
-    """One buffer a layer for B examples and S columns.
+    """One buffer per layer for B examples and S columns.
 
     An example lives in a slot and begins at the column ``offsets[slot]``, where its position is 0: examples that are
     decoded together end their prompts in one column. Slots can swap their examples, so that those being decoded are
@@ -38,13 +38,13 @@ class KVCache:
         shape: (key-value heads of this rank, S, D).
         dtype: Type of keys and values.
         device: Where they are kept.
-        has_spare: One more column, behind a multiple of eight, that is written and never read.
+        has_spare: One more column, after a multiple of eight, that is written and never read.
 
     Attributes:
         layers: For each layer [2 (keys, values), B, key-value heads, S, D].
         offsets: First column of the example in each slot.
         spare: Number of the spare column; None without one.
-        num_decoded: Steps that were decoded so far, counted by the decoder on GPUs.
+        num_decoded: Decoding steps so far, counted by the decoder on GPUs.
         graph: The decoder's recorded step, on GPUs.
     """
 

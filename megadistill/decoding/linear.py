@@ -24,7 +24,7 @@ class FusedLinear:
     """Several linear layers of one input as one: x [T, inputs] -> x W^T + b [T, outputs].
 
     Args:
-        modules: Their weights and biases stand one below the other in W and b, in this order.
+        modules: The linear layers, whose weights and biases are stacked in W and b in this order.
         has_bias: Whether b is added.
     """
 
@@ -110,8 +110,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
         rope: [..., D / 2] complex rotations.
 
     Returns:
-        [..., D] with the parts side by side (r0, i0, r1, ...). Queries and keys are permuted alike, so no attention
-        score changes, and this is one product instead of five operations.
+        [..., D] with the parts side by side (r0, i0, r1, ...). Queries and keys are permuted in the same way, so no
+        attention score changes, and this is one product instead of five operations.
     """
     half = x.shape[-1] // 2
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()

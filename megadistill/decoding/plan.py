@@ -1,8 +1,8 @@
-"""What a decoder is made of, read off a transformers model: which modules hold the weights of each part.
+"""What a decoder is made of, taken from a transformers model: which modules hold the weights of each component.
 
-All supported families are the same machine (norm, attention, norm, two or three linear layers) with different names. A
-plan maps the names once; ``decoding/decoder.py`` runs it. A model with a part that plans do not know has none, and is
-run by its own forward pass.
+All supported families are the same computation (norm, attention, norm, two or three linear layers) with different
+names. A plan maps the names once; ``decoding/decoder.py`` runs it. A model with a component that plans do not cover has
+none, and is run by its own forward pass.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LayerPlan:
         module: Owns all parameters of the layer.
         attention_norm: The norm before attention.
         qkv: Queries, keys and values: three modules, or one with all of them, in this order.
-        out: The linear layer behind attention.
+        out: The linear layer after attention.
         mlp_norm: The norm before the MLP.
         up: The first linear layer of the MLP; where the MLP is gated, gate and up.
         down: The last linear layer of the MLP.
@@ -86,8 +86,8 @@ class DecoderPlan:
 
     Attributes:
         embedding: Embedding of the tokens.
-        layers: The layers, the first one first.
-        final_norm: The norm behind the last layer.
+        layers: The layers, in order.
+        final_norm: The norm after the last layer.
         activation: Between the linear layers of the MLP.
         num_heads: Attention heads of the whole model.
         num_kv_heads: Key-value heads of the whole model.
@@ -117,7 +117,7 @@ class DecoderPlan:
 
 
 def _function(activation: Activation) -> Activation:
-    """An activation without the hooks that an engine may have hung on its module."""
+    """An activation without the hooks that an engine may have registered on its module."""
     return activation.forward if isinstance(activation, nn.Module) else activation
 
 
@@ -134,7 +134,7 @@ def kv_bytes_per_token(config: PreTrainedConfig, tp_size: int, dtype: torch.dtyp
 
 
 def _body(model: PreTrainedModel, name: str) -> Any:
-    """The module below the head; what it holds is the family's affair, and has no types."""
+    """The module below the head. What it holds depends on the family, so it has no types."""
     return model.get_submodule(name)
 
 

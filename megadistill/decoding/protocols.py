@@ -1,4 +1,4 @@
-"""What writing and reading text needs of a model. Text sources and decoding use nothing else, so fakes can stand in.
+"""What a model must offer to write and read text. Text sources and decoding use nothing else, so fakes can stand in.
 
 Shapes: B examples, in ``decode`` those still being written; H hidden size, Vs this rank's slice of the vocabulary.
 """
@@ -55,7 +55,7 @@ class Decoder(Protocol):
 
 
 class Prefiller(Protocol):
-    """Reads given text, or continues to read where it stopped. Every call communicates alike, whatever is read."""
+    """Reads given text, or continues where it stopped. Every call communicates in the same way, whatever it reads."""
 
     @property
     def keeps_cache(self) -> bool:

@@ -1,10 +1,10 @@
 """Decoding: prompts in, responses out, the same tokens on every layout; and continuing after a correction.
 
 All examples of a decode batch end their prompts in one column, so response position p is column ``width + p`` for all
-of them. Examples that are being written occupy the first slots of the cache: one that ends swaps places with the last
-of them, one that joins with the first of the others. So nothing is scattered, no example needs a separate position, and
-the cache of finished examples stays for the correction (SCRG): sorted by error position, examples join the decoding
-when it reaches theirs.
+of them. Active examples, those that are being written, occupy the first slots of the cache: one that ends swaps places
+with the last active one, one that joins with the first inactive one. So nothing is scattered, no example needs a
+separate position, and the cache of finished examples stays for the correction (SCRG): sorted by error position,
+examples join the decoding when it reaches theirs.
 
 A random number depends on (seed, sequence id, response position, stream) only, never on the batch that an example
 happens to be in.
@@ -85,7 +85,7 @@ class RolloutState:
         num_active = len(self._prompts)
         if self._keep_hidden:
             self._hidden = hidden.new_zeros(num_active, self._longest, hidden.shape[1])
-        for slot in reversed(range(num_active)):
+        for slot in reversed(range(num_active)):  # from the end: a swap moves no slot that is still to be looked at
             if self._limits[self._example_of[slot]] < 1:
                 num_active = self._leave(slot, num_active)
         numbers = self._numbers(stream)
@@ -122,14 +122,14 @@ class RolloutState:
     ) -> None:
         """Decodes until every response has ended, from ``position`` on, whose tokens are known.
 
-        ``waiting``: (position, example) of those that join later, sorted; they wait in this order. Slots at any time:
+        ``waiting``: (position, example) of those that join later, sorted, as their slots are. Slots at any time:
 
             0 ...  active  ... | num_active ... ended ... | next_slot ...  waiting, by position  ... | ... the others
                                ^ one that ends moves here; one that joins moves here from next_slot
 
         num_active <= next_slot: a joining example swaps places with an ended one, or is in its place already.
         """
-        next_slot, waiting = num_active, waiting[::-1]
+        next_slot, waiting = num_active, waiting[::-1]  # reversed: the next one to join is popped
         active: torch.Tensor | None = None
         while num_active or waiting:
             if not num_active:
@@ -144,9 +144,9 @@ class RolloutState:
             column = self._width + position
             hidden = self._model.decode(self._cache, self._tokens[active, position], column)
             position += 1
-            still = self._append(hidden, active, num_active, position, numbers)
-            if still != num_active:
-                num_active, active = still, None
+            num_left = self._append(hidden, active, num_active, position, numbers)
+            if num_left != num_active:
+                num_active, active = num_left, None
 
     def _append(
         self, hidden: torch.Tensor, active: torch.Tensor, num_active: int, position: int, numbers: torch.Tensor | None
@@ -227,13 +227,13 @@ def rollout(
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids))
     responses: list[TokenIds] = [()] * len(samples)
     for start in range(0, len(order), max_examples):
-        part = order[start : start + max_examples]
+        batch = order[start : start + max_examples]
         state = RolloutState(
-            model, [samples[i] for i in part], limits=[limits[i] for i in part], eos_ids=eos_ids, sampling=sampling
+            model, [samples[i] for i in batch], limits=[limits[i] for i in batch], eos_ids=eos_ids, sampling=sampling
         )
         state.write(stream)
-        for i, response in zip(part, state.responses(), strict=True):
+        for i, response in zip(batch, state.responses(), strict=True):
             responses[i] = response
         if progress is not None:
-            progress(len(part))
+            progress(len(batch))
     return responses

@@ -77,7 +77,7 @@ def sample_tokens(
     """Draws a class per example from softmax(logits / temperature).
 
     Communicates over ``shard.group``, per example: 2 floats and 1 integer; top_k adds k floats, top_p 8 exchanges of 15
-    floats (16 exchanges for float64 logits). Logits are never gathered.
+    floats (16 for float64 logits) and 3 exchanges of 5 floats in all. Logits are never gathered.
 
     Args:
         logits_shard: [B, Vs] this rank's logits; -inf excludes a class.

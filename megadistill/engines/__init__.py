@@ -1,1 +1,1 @@
-"""DeepSpeed: partitioned models, the trained one and the frozen one, and what their parts hold."""
+"""DeepSpeed: partitioned models, the trained one and the frozen one, and what each rank holds of them."""

@@ -1,7 +1,7 @@
 """Parameters of a ZeRO-3 engine held whole (this rank's tensor-parallel shard of them) for a while.
 
 Decoding token by token through ZeRO-3 gathers every parameter for every token. Gathering once around the whole
-rollout and taking ZeRO's module hooks off meanwhile was five times faster on two CPU cores (docs/log.md).
+rollout and removing ZeRO's module hooks meanwhile was five times faster on two CPU cores (docs/log.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gathered_module(engine: deepspeed.DeepSpeedEngine, *, runs_forward: bool) ->
     Args:
         engine: The engine.
         runs_forward: The model's forward passes will run. ZeRO-3's hooks, which would gather and release parameters,
-            are taken off meanwhile (and DeepSpeed forgets in which order it gathers).
+            are removed meanwhile (and DeepSpeed forgets in which order it gathers).
     """
     if engine.zero_optimization_stage() != 3:
         yield engine.module

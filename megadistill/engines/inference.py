@@ -36,7 +36,7 @@ def open_model(
         zero_stage: How several ranks partition the model.
         attention: Attention implementation of transformers.
         seed: Of random weights.
-        where: What the model was given as, which errors begin with.
+        where: The key or option that names the model; errors begin with it.
 
     Raises:
         ConfigError: The model cannot be loaded.

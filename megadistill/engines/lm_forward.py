@@ -2,7 +2,7 @@
 
 DeepSpeed calls the model's ``forward``; ZeRO-3 gathers a parameter while the forward of its module runs. A ``HeadFn``
 needs the head's weight outside the head's own forward, so it is called inside the model's forward, where the weight
-(registered as an external parameter) is present, once a batch. The model object itself is passed to DeepSpeed: its
+(registered as an external parameter) is present, once per batch. The model object itself is passed to DeepSpeed: its
 names, configuration and tensor-parallel plan stay what AutoTP expects.
 """
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class PartitionedModel:
     """A DeepSpeed engine around a sharded model, and this rank's slice of its head.
 
-    Implements ``decoding.protocols.TextModel``. Made on all ranks at once: how parameters are sharded is learnt by one
+    Implements ``decoding.protocols.TextModel``. Made on all ranks at once: how parameters are sharded is learned by one
     object all-gather over the tensor-parallel group.
 
     Args:
@@ -66,7 +66,7 @@ class PartitionedModel:
             self.fill(ShardReader(loaded.shards), WEIGHT)
 
     def fill(self, shards: ShardReader, kind: str) -> None:
-        """Takes all weights from files of any layout. No communication.
+        """Loads all weights from files of any layout. No communication.
 
         Args:
             shards: The files.
@@ -112,8 +112,8 @@ class PartitionedModel:
     def prefiller(self, examples_per_pass: int) -> PlanPrefiller | EnginePrefiller:
         """Reads given text.
 
-        Layer by layer, each part of the model gathered once a call over the data-parallel group; a model without a plan
-        reads ``examples_per_pass`` examples at a time by its own forward pass.
+        It reads layer by layer, each gathered once per call over the data-parallel group; a model without a plan reads
+        ``examples_per_pass`` examples at a time by its own forward pass.
         """
         if self._plan is None:
             return EnginePrefiller(self.engine, self.context.device, examples_per_pass)
@@ -200,7 +200,7 @@ def frozen_model(
         passed=deepspeed_settings,
     )
     engine = initialize(model, config, context)
-    # Not before: AutoTP hangs gradient hooks on Qwen3's norms, which a frozen parameter refuses.
+    # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
     return PartitionedModel(engine, loaded, context)
 
@@ -224,7 +224,7 @@ def initialize(
     Raises:
         ConfigError: DeepSpeed refuses its settings.
     """
-    # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 are off by a per cent of every angle.
+    # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 put every angle off by one percent.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     try:
         engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)

@@ -51,7 +51,7 @@ class Student(PartitionedModel):
         super().__init__(engine, loaded, context)
 
     def fill(self, shards: ShardReader, kind: str) -> None:
-        """Takes the weights, the optimizer's float32 ones too, and its moments where the files have them.
+        """Loads the weights, the optimizer's float32 copies included, and its moments where the files have them.
 
         Args:
             shards: Files of any layout.

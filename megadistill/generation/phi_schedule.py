@@ -1,4 +1,4 @@
-"""When a step writes new text, when it trains on earlier text: DistiLLM's adaptive off-policy scheduler.
+"""When a step writes new text and when it trains on earlier text: DistiLLM's adaptive off-policy scheduler.
 
 Defined by docs/method.md as in DistiLLM's code (J. Ko, S. Kim, T. Chen, S.-Y. Yun, "DistiLLM: Towards Streamlined
 Distillation for Large Language Models", ICML 2024). Student text starts rare and becomes more frequent whenever the
@@ -19,11 +19,11 @@ Choice = Literal["generate", "replay", "dataset"]
 
 @dataclass
 class OffPolicySchedule:
-    """DistiLLM's schedule. It changes only with what every rank knows alike, so ranks agree without communication.
+    """DistiLLM's schedule. It changes only with what all ranks know, so they agree without communication.
 
     Attributes:
         phi: Probability that a step trains on student text, new or replayed.
-        previous_loss: Validation loss (nats) at the last rise of phi, or the first one; None before any.
+        previous_loss: The mark: validation loss (nats) at the last rise of phi, or the first one; None before any.
         eps: Phi rises where the loss has risen by this much (nats).
         step_size: What phi rises by.
         max_phi: Where it ends.

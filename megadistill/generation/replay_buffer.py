@@ -149,7 +149,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Becomes the buffer that ``state`` was taken from.
+        """Restores the buffer that ``state`` was taken from.
 
         Raises:
             CheckpointError: That had another capacity, batch size or shard (see ``merge`` and ``split``), or is

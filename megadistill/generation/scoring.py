@@ -1,6 +1,6 @@
 """Where student and teacher disagree in student text, and what the teacher would have written.
 
-Shapes: B examples, N response positions, T response tokens of all examples, H hidden size.
+Shapes: B examples, N response positions, T scored response tokens of all examples, H hidden size, H_T the teacher's.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def score_responses(
 ) -> TeacherScores:
     """KL map and teacher tokens of every response position from ``starts[i]`` on (method.md section 1).
 
-    Communicates over the tensor-parallel group as ``token_kl`` does, and for sampled teacher tokens as ``draw_tokens``
-    does.
+    Gathers the teacher's head once over the data-parallel group. Communicates over the tensor-parallel group as
+    ``token_kl`` does, and for sampled teacher tokens as ``draw_tokens`` does.
 
     Args:
         lengths: Response lengths.
         starts: First position of each response that is scored.
         sequence_ids: Key the random numbers of the teacher's tokens.
-        student_hidden: [length - start, H of the student] of each example.
+        student_hidden: [length - start, H] of each example.
         student_head: The student's head.
-        teacher_hidden: [length - start, H of the teacher] of each example.
-        teacher: Its head is gathered once.
+        teacher_hidden: [length - start, H_T] of each example.
+        teacher: The model whose head is used.
         seed: Keys the random numbers, with ``round_index``.
         round_index: Round of SCRG.
-        sample_teacher: Sample the teacher's tokens, from the logits of which the KL is computed; else its most likely
-            ones.
+        sample_teacher: Sample the teacher's tokens from the logits that the KL is computed from; otherwise take its
+            most likely ones.
         backend: What runs the losses.
     """
     shard, device = student_head.shard, student_head.weight.device
@@ -79,18 +79,21 @@ def score_responses(
         drawn[chunk] = draw_tokens(logits, shard, numbers[chunk])
 
     with teacher.head() as teacher_head:
-        student, teacher_states = (
-            Head.of(_concatenated(hidden, head.weight), head)
-            for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
+        kl, top1 = token_kl(
+            Head.of(_concatenated(student_hidden, student_head.weight), student_head),
+            Head.of(_concatenated(teacher_hidden, teacher_head.weight), teacher_head),
+            shard,
+            backend=backend,
+            visit=draw if sample_teacher else None,
         )
-        kl, top1 = token_kl(student, teacher_states, shard, backend=backend, visit=draw if sample_teacher else None)
     kl_map = torch.zeros(mask.shape, dtype=kl.dtype, device=device)
     token_map = torch.zeros(mask.shape, dtype=torch.int64, device=device)
-    kl_map[mask], token_map[mask] = kl, drawn if sample_teacher else top1
+    kl_map[mask] = kl
+    token_map[mask] = drawn if sample_teacher else top1
     return TeacherScores(kl_map, token_map, mask)
 
 
 def _concatenated(hidden: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """[T, H], also where there are no tokens."""
+    """[T, H] of all examples; [0, H] where there are no tokens."""
     present = [states for states in hidden if len(states)]
     return torch.cat(present) if present else weight.new_zeros(0, weight.shape[1])

@@ -29,15 +29,14 @@ def find_error_positions(
         mask: [B, N] bool, positions to look at.
 
     Returns:
-        [B] int64; ties go to the earliest position, -1 where there is no disagreement.
+        [B] int64; ties go to the earliest position; ``NO_ERROR`` where there is no disagreement.
     """
     candidates = mask.bool() & (student_tokens != teacher_tokens)
     if kl_map.shape[1] == 0:
         return torch.full(kl_map.shape[:1], NO_ERROR, dtype=torch.int64, device=kl_map.device)
     kl = torch.where(candidates, kl_map, torch.full_like(kl_map, -torch.inf))
     is_largest = candidates & (kl == kl.amax(dim=1, keepdim=True))
-    # argmax of an integer ramp: torch promises no order among equal maxima, so the ramp makes the first one the
-    # largest.
+    # torch promises no order among equal maxima; on a descending ramp the first of them is the largest.
     ramp = torch.arange(kl_map.shape[1], 0, -1, device=kl_map.device)
     return torch.where(is_largest.any(dim=1), (is_largest * ramp).argmax(dim=1), NO_ERROR)
 

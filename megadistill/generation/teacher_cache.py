@@ -1,7 +1,7 @@
 """The teacher's own text for mode ``teacher`` (SeqKD): written once before training, kept in a file, then only read.
 
 The file is JSON lines: the settings that decide the text, then a prompt (checksum of its tokens) and a response on each
-line. A run that is stopped while the teacher writes continues behind the last whole line.
+line. A run that is stopped while the teacher writes continues after the last whole line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def teacher_responses(
     eos_ids: frozenset[int],
     batch_size: int,
 ) -> dict[TokenIds, TokenIds]:
-    """Prompt -> the teacher's response: from the file, and written to it where it is missing.
+    """Prompt -> the teacher's response, from the file; missing ones are written and added to it.
 
     Collective over the world. The teacher's parameters are gathered once. Rank 0 alone touches the file and broadcasts
     what is in it.
@@ -98,7 +98,7 @@ def _write_missing(
     ):
         for start in range(0, len(prompts), block):
             part = prompts[start : start + block]
-            # The number of a prompt is its checksum: the text does not depend on what else is written.
+            # A prompt's checksum is its sequence id, so its text does not depend on what else is written.
             mine = [Sample(int(_key(prompt), 16) >> 65, prompt) for prompt in part[context.dp_rank :: context.dp_size]]
             limits = [min(generation.max_new_tokens, config.data.max_tokens - len(s.prompt_ids)) for s in mine]
             responses = rollout(

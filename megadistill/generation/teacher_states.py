@@ -15,8 +15,8 @@ from megadistill.decoding.protocols import Prefiller, TextModel
 class TeacherStates:
     """Hidden states of a decode batch.
 
-    A correction changes the end of a response only, so its beginning is read once: with a prefiller that keeps its
-    cache nothing is read twice, another one reads changed responses again from the start.
+    A correction changes the end of a response only. With a prefiller that keeps its cache nothing is read twice;
+    otherwise changed responses are read again from the start (all of them, by a prefiller that cannot keep a cache).
 
     Args:
         prefiller: Reads the text.
@@ -25,7 +25,7 @@ class TeacherStates:
         keep_cache: Keep keys and values between updates, where the prefiller can.
 
     Attributes:
-        hidden: For each example [length of its response, H], which predict its tokens; None before it is read.
+        hidden: For each example [length of its response, H_T], which predict its tokens; None before it is read.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TeacherStates:
         self.hidden: list[torch.Tensor | None] = [None] * len(prompts)
 
     def hidden_from(self, example: int, start: int) -> torch.Tensor:
-        """Hidden states [length - start, H] of a response that has been read, from position ``start`` on."""
+        """Hidden states [length - start, H_T] of a response that has been read, from position ``start`` on."""
         states = self.hidden[example]
         assert states is not None, "the response has not been read"
         return states[start:]
@@ -52,8 +52,8 @@ class TeacherStates:
         chunks, places = [], []
         for i, (prompt, response, start) in enumerate(zip(self._prompts, responses, starts, strict=True)):
             if not self._prefiller.keeps_cache:
-                # Such a prefiller makes a call for every few examples: all of them, or ranks would differ in the number
-                # of calls.
+                # Such a prefiller makes one forward pass for every few examples, so all examples are read;
+                # otherwise ranks would differ in the number of passes.
                 start = 0
             elif start >= len(response):
                 kept = self.hidden[i]
@@ -75,7 +75,7 @@ class TeacherStates:
 def with_teacher_states(samples: Sequence[Sample], teacher: TextModel | None, examples_per_pass: int) -> list[Sample]:
     """The samples with the teacher's hidden states of their responses; unchanged without a teacher.
 
-    One call of the prefiller, which communicates alike on all ranks, whatever has a response.
+    One call of the prefiller, which communicates in the same way on all ranks, whatever has a response.
 
     Args:
         samples: The samples.

@@ -146,7 +146,7 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
 
     Args:
         config: The configuration.
-        where: What the model was given as, which the error begins with.
+        where: The key or option that names the model; the error begins with it.
 
     Raises:
         ConfigError: The family is not supported.
@@ -163,7 +163,7 @@ def head_counts(config: PreTrainedConfig, where: str) -> list[int]:
 
     Args:
         config: A transformers configuration.
-        where: What the model was given as, which the error begins with.
+        where: The key or option that names the model; the error begins with it.
 
     Raises:
         ConfigError: The family is not supported.

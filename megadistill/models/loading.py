@@ -73,7 +73,7 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
 
     Args:
         path: A model folder, a configuration file (.json), or a hub name.
-        where: What the model was given as (a configuration key, an option), which errors begin with.
+        where: The configuration key or option that names the model; errors begin with it.
 
     Raises:
         ConfigError: There is no configuration, or no supported one.
@@ -105,7 +105,7 @@ def check_positions(config: PreTrainedConfig, max_tokens: int, what: str, where:
         config: The model's configuration.
         max_tokens: The length.
         what: The setting that asks for it.
-        where: What the model was given as.
+        where: The key or option that names the model.
 
     Raises:
         ConfigError: The model has fewer positions.
@@ -131,7 +131,7 @@ def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
 
     Args:
         path: A model folder or a hub name.
-        where: What the model was given as, which errors begin with.
+        where: The key or option that names the model; errors begin with it.
         options: Those of ``from_pretrained``.
 
     Raises:
@@ -165,7 +165,7 @@ def load_model(
         vocab_size: V: the head (and a tied embedding) keeps its first V rows.
         seed: Determines random weights, which are therefore the same on every rank.
         attention: Attention implementation of transformers.
-        where: What the model was given as, which errors begin with.
+        where: The key or option that names the model; errors begin with it.
         rank: Rank 0 logs that weights are random.
 
     Raises:

@@ -133,7 +133,7 @@ class ShardReader:
             spec: How it is sharded where the run is needed.
             tp_rank: The shard.
             start: First element of the run in the flat shard.
-            end: Element behind the last one.
+            end: One past the last element.
 
         Raises:
             CheckpointError: The folder does not have it.

@@ -18,7 +18,7 @@ class VocabShard:
 
     Attributes:
         start: First class.
-        stop: Class behind the last one; a shard has Vs = ``stop - start`` classes.
+        stop: One past the last class; a shard has Vs = ``stop - start`` classes.
         total: V, the classes of the whole vocabulary.
         group: The ranks that together hold the whole vocabulary, in class order; None means one process and no
             communication.

@@ -55,7 +55,7 @@ class Components:
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:
-        """Both models' heads, gathered for as long as this is used (once over the data-parallel group).
+        """Both models' heads, each gathered once over the data-parallel group, for as long as the context lasts.
 
         Yields:
             The teacher's head; None without a teacher.

@@ -1,4 +1,4 @@
-"""The gate outside the engines: 13 thousand parameters, whole on every rank, with a separate AdamW."""
+"""The gate, outside the engines: 6,466 parameters by default, whole on every rank, with a separate AdamW."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GateTrainer:
         """Sums the gradient (one all-reduce over the data-parallel group).
 
         Args:
-            loss_scale: The factor on the loss that was back-propagated.
+            loss_scale: The factor by which the back-propagated loss was multiplied; the gradient is divided by it.
 
         Returns:
             Whether all of the gradient is finite, the same on every rank.

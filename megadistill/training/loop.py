@@ -46,13 +46,13 @@ def train(
     Args:
         components: What the run is made of.
         data: What it trains on.
-        start: Where it starts; looked at again once its folder is locked.
+        start: Where it starts; planned again once its folder is locked.
         request: Asks the run to stop: it saves after its step.
         heartbeat: Is told which step the run is in.
 
     Returns:
-        What summary.json holds; ``{"stopped": signal name, "step": number}`` for a run that was asked to stop; nothing
-        where all steps were done before.
+        What summary.json holds; ``{"stopped": signal name, "step": number}`` for a run that was asked to stop; an empty
+        dictionary where all steps had already been done.
 
     Raises:
         ConfigError: On every rank, when another run writes the same folder.
@@ -61,7 +61,7 @@ def train(
 
         def lock() -> Start:
             held.enter_context(exclusive_lock(start.run_dir / ".lock", f"run.dir={start.run_dir}"))
-            return plan_start(components.config)  # again: the one that held it may have saved since
+            return plan_start(components.config)  # again: the run that held the lock may have saved
 
         start = components.context.run_on_rank0(lock)
         return _train(components, data, start, request or StopRequest(), heartbeat)
@@ -124,7 +124,7 @@ def _train(
 
 
 def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Record) -> HookList:
-    """The hooks of a run. Each may add to a step's metrics, so those that do stand before the record."""
+    """The hooks of a run, in order: those that add to a step's metrics come before the record."""
     hooks, profile_steps = HookList(), components.config.train.profile_steps
     hooks.add(
         Throughput(components),
@@ -166,7 +166,7 @@ def _restore(components: Components, hooks: Hook, start: Start) -> int:
 
 
 def _trainer_state(components: Components, hooks: Hook) -> dict[str, Any]:
-    """What a checkpoint holds beside the student, the same on every rank and at every layout."""
+    """What a checkpoint holds besides the student, the same on every rank and layout."""
     gate = {} if components.gate is None else {"gate": components.gate.state_dict()}
     return gate | components.source.state_dict() | hooks.state_dict()
 

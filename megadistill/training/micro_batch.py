@@ -1,6 +1,7 @@
 """One forward pass of the student: references for L_SFT and responses for the teacher's losses, together.
 
-Shapes: B sequences, S columns; T_sft, T_kd positions of the flattened [B * S] hidden states that carry a loss.
+Shapes: B sequences, S columns; T_sft, T_kd positions of the flattened [B * S] hidden states that carry a loss; H
+hidden size, H_T the teacher's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megadistill.parallel.output_head import OutputHead
 
 
 class GlobalCounts(NamedTuple):
-    """Global numbers that divide the sums of one step: over data-parallel ranks and micro-batches.
+    """Counts over all data-parallel ranks and micro-batches of one step, which divide its sums.
 
     Attributes:
         num_sft: Tokens of references.
@@ -43,7 +44,7 @@ class MicroBatch:
         kd_index: [T_kd] positions that predict responses.
         kd_labels: [T_kd] the tokens that they predict.
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
-        teacher_hidden: [T_kd, H of the teacher]; None where nothing has a response.
+        teacher_hidden: [T_kd, H_T]; None where no sample has a response.
     """
 
     batch: SequenceBatch
@@ -56,7 +57,7 @@ class MicroBatch:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the teacher's losses are on the references themselves: one pass over the head serves all three."""
+        """Whether the responses are the references: one pass over the head then computes all three losses."""
         return torch.equal(self.sft_index, self.kd_index)
 
 
@@ -71,7 +72,7 @@ def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.d
         device: Where the tensors go.
     """
     sequences: list[tuple[TokenIds, TokenIds]] = []
-    reference_at: dict[int, int] = {}
+    reference_at: dict[int, int] = {}  # sample -> its place in sequences
     for i, sample in enumerate(samples):
         if sample.reference_ids is not None:
             reference_at[i] = len(sequences)
@@ -104,7 +105,7 @@ def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.d
 
 
 def _predicting(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions of some sequences that predict a token of a response, and these tokens, in order."""
+    """Flat positions that predict the responses (or references) of some sequences, and the predicted tokens."""
     width = batch.labels.shape[1]
     wanted = torch.tensor(sequences, dtype=torch.int64, device=batch.labels.device)
     labels = batch.labels[wanted]

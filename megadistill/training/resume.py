@@ -13,8 +13,8 @@ from megadistill.errors import CheckpointError, ConfigError
 from megadistill.generation.sources import source_class
 
 RESOLVED = "resolved.yaml"
-# What may change when a run is continued: nothing here enters the mathematics of a step but the length of the schedule,
-# which a longer run changes knowingly.
+# What may change when a run is continued: nothing here enters the mathematics of a step, except the length of the
+# schedule, which a longer run changes knowingly.
 _MAY_CHANGE = (
     "run.dir",
     "parallel",
@@ -48,8 +48,8 @@ class Start:
 
     Attributes:
         run_dir: The folder of the run.
-        checkpoints: Checkpoints to resume from, the best first: the next one is for when that is damaged. None for a
-            new run.
+        checkpoints: Checkpoints to resume from, the preferred one first; the next is used where that is damaged. Empty
+            for a new run.
     """
 
     run_dir: Path

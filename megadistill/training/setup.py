@@ -42,7 +42,7 @@ from megadistill.training.gate import GateTrainer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Random weights of teacher and student differ although both come from run.seed.
+# Added to a multiple of run.seed, so that random weights of teacher and student differ.
 _TEACHER_SEED, _STUDENT_SEED = 1, 2
 
 
@@ -80,33 +80,34 @@ def check_models(config: RunConfig, world_size: int) -> int:
 
 
 def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer; every model that has one must have the same.
+    """The run's tokenizer; all models that come with one must have the same vocabulary.
 
     Raises:
         ConfigError: There is none, or teacher and student differ.
     """
-    sources = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
+    # The first one is used: model.tokenizer, else the student's, else the teacher's.
+    paths = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
-        sources = {"model.tokenizer": config.model.tokenizer} | sources
-    if not sources:
+        paths = {"model.tokenizer": config.model.tokenizer} | paths
+    if not paths:
         raise ConfigError(
             f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in model_paths(config).items())} "
             "bring none"
         )
-    loaded = {key: load_tokenizer(path) for key, path in sources.items()}
+    loaded = {key: load_tokenizer(path) for key, path in paths.items()}
     first = next(iter(loaded))
     for key, tokenizer in loaded.items():
         if key != first:
-            assert_same_vocabulary(loaded[first], tokenizer, names=(sources[first], sources[key]))
+            assert_same_vocabulary(loaded[first], tokenizer, names=(paths[first], paths[key]))
     return loaded[first]
 
 
 def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, LoadedModel | None]:
     """Student and teacher on the CPU, with the vocabulary that they share."""
     paths = model_paths(config)
-    rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
+    vocab_rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
     vocab_size = shared_vocab_size(
-        rows.get("model.teacher.path"), rows["model.student.path"], vocabulary_size(tokenizer)
+        vocab_rows.get("model.teacher.path"), vocab_rows["model.student.path"], vocabulary_size(tokenizer)
     )
 
     def load(key: str, dtype: str, seed: int) -> LoadedModel:
@@ -190,7 +191,7 @@ def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeB
     """How many examples this run writes at a time (the same on every rank)."""
 
     def token_bytes(model: str | None) -> int:
-        """Bytes of one token in the cache of "teacher" or "student"."""
+        """Bytes of one token in the cache of "teacher" or "student"; 0 for None."""
         key = f"model.{model}.path"
         path = model_paths(config).get(key)
         if path is None:

@@ -24,12 +24,12 @@ from megadistill.training.schedule import learning_rate
 
 @dataclass
 class StepResult:
-    """What a step leaves behind.
+    """The outcome of a step.
 
     Attributes:
-        metrics: Numbers of metrics.jsonl, the same on every rank.
-        is_updated: False where a number was not finite and student and gate stayed as they were (the same on all
-            ranks).
+        metrics: The step's entries in metrics.jsonl, the same on every rank.
+        is_updated: Whether student and gate were updated, the same on all ranks; False after a number that is not
+            finite.
         samples: What this rank trained on.
         finite: After a step without an update, whether the losses of each sample's micro-batch are finite.
     """
@@ -51,7 +51,7 @@ def distillation_step(step: int, batch: Sequence[Sample], components: Components
     device = components.context.device
     timers = Timers(torch.cuda.synchronize if device.type == "cuda" else None)
 
-    # 1. Sequence level: the text to train on, read by the teacher; spans are found in it.
+    # 1. Sequence level: the responses to train on, the teacher's hidden states of them, and their spans.
     source = components.source.choose(step)
     samples = source.samples(step, batch, timers)
     with timers("spans"):
@@ -134,15 +134,15 @@ def loss_metrics(
     """Global values from every rank's shares (one all-reduce over the data-parallel group).
 
     Args:
-        losses: Those of this rank's micro-batches.
+        losses: The losses of this rank's micro-batches, after their forward passes.
         samples: This rank's samples.
         counts: What the losses were divided by.
         components: What the run is made of.
     """
     shares = dict.fromkeys(METRIC_NAMES, 0.0)
-    for loss in losses:
-        values = loss.metrics
-        if values:  # the device is waited for once a micro-batch
+    for micro_batch_loss in losses:
+        values = micro_batch_loss.metrics
+        if values:  # one wait for the device per micro-batch
             for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
                 shares[name] += value
     shares |= _correction_counts(samples)
@@ -190,10 +190,10 @@ def source_metrics(source: TextSource, components: Components) -> dict[str, floa
 def _correction_counts(samples: Sequence[Sample]) -> dict[str, float]:
     """What SCRG did to the samples that the student wrote in this step."""
     written = [sample for sample in samples if sample.rollout_ids is not None]
-    positions = [sample.error_position for sample in written if sample.error_position != NO_ERROR]
+    error_positions = [sample.error_position for sample in written if sample.error_position != NO_ERROR]
     return {
-        "num_corrected": float(len(positions)),
-        "position_sum": float(sum(positions)),
+        "num_corrected": float(len(error_positions)),
+        "position_sum": float(sum(error_positions)),
         "num_written": float(len(written)),
         "num_corrections": float(sum(sample.num_corrections for sample in written)),
     }

@@ -6,9 +6,10 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -87,7 +88,7 @@ def run_layout(
 ) -> None:
     """Carries out training runs, (run.dir, overrides) each, one after the other on ``world_size`` forked ranks.
 
-    ``more_ends``: every fifth token ends a response, so rows end early, at once, and by the teacher's hand.
+    ``more_ends``: every fifth token ends a response, so rows end early, at once, and by a correction.
     """
     import deepspeed  # noqa: F401  imported once, before the forks
 
@@ -134,10 +135,10 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
     tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-    parts = build_components(config, context, tokenizer, [*data.train, *data.prompts])
-    if more_ends:
-        parts = replace(parts, eos_ids=frozenset(range(0, len(tokenizer), 5)))
-    train(parts, data, start)
+    ends = frozenset(range(0, len(tokenizer), 5))
+    with mock.patch("megadistill.training.setup.eos_ids", lambda _: ends) if more_ends else nullcontext():
+        components = build_components(config, context, tokenizer, [*data.train, *data.prompts])
+    train(components, data, start)
     torch.distributed.barrier()
 
 

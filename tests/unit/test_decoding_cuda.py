@@ -116,12 +116,12 @@ def test_half_precision_reads_on(variant: str) -> None:
     model = make_model(variant)
     prepared(model, variant)
     model.load_state_dict({name: value * 0.1 ** (value.dim() > 1) for name, value in model.state_dict().items()})
-    reader = on_gpu(model.bfloat16(), variant)
-    state = reader.new_state([0] * 4, 8)
+    prefiller = on_gpu(model.bfloat16(), variant)
+    state = prefiller.new_state([0] * 4, 8)
     texts = [prompt for prompt in PROMPTS if len(prompt) > 1]
-    first = reader.read([PrefillChunk(row, 0, text[:1]) for row, text in enumerate(texts)], state)
-    rest = reader.read([PrefillChunk(row, 1, text[1:]) for row, text in enumerate(texts)], state)
+    first = prefiller.read([PrefillChunk(row, 0, text[:1]) for row, text in enumerate(texts)], state)
+    rest = prefiller.read([PrefillChunk(row, 1, text[1:]) for row, text in enumerate(texts)], state)
     for row, text in enumerate(texts):
-        (alone,) = reader.read([PrefillChunk(0, 0, text)])
+        (alone,) = prefiller.read([PrefillChunk(0, 0, text)])
         actual = torch.cat([first[row], rest[row]])
         assert float((actual - alone).float().norm() / alone.float().norm()) < 0.02

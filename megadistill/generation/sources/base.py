@@ -1,4 +1,4 @@
-"""What a text source is. It gives a step's samples, and whatever depends on where text comes from asks it."""
+"""The interface of text sources: they give a step's samples and answer whatever depends on where text comes from."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class SourceInputs:
 class TextSource:
     """A source of training text.
 
-    All decisions are functions of what every rank knows alike (the step, the seed, validations): a decision of one rank
-    alone would deadlock ZeRO-3 and tensor parallelism.
+    All decisions are functions of what all ranks know (the step, the seed, validations): a decision of one rank alone
+    would deadlock ZeRO-3 and tensor parallelism.
     """
 
     kind: ClassVar[str] = ""

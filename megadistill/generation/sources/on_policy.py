@@ -46,28 +46,28 @@ class OnPolicy(TextSource):
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
         """Writes and corrects as many samples at a time as the cache may hold.
 
-        The student's parameters are gathered once for writing, scoring and re-generation. Samples per rank and decode
-        batches are equal in number on every rank, and so are the teacher's calls.
+        The student's parameters are gathered once for writing, scoring and re-generation. Every rank has the same
+        number of samples, hence of decode batches and of calls of the teacher, which gather its parameters.
         """
         size = self._inputs.decode_plan.batch_size
         with self._student.decoder() as decoder:
-            parts = [self._write(batch[i : i + size], decoder, timers) for i in range(0, len(batch), size)]
-        return [sample for part in parts for sample in part]
+            batches = [self._write(batch[i : i + size], decoder, timers) for i in range(0, len(batch), size)]
+        return [sample for decode_batch in batches for sample in decode_batch]
 
-    def _write(self, samples: Sequence[Sample], student: Decoder, timers: Timers) -> list[Sample]:
+    def _write(self, samples: Sequence[Sample], decoder: Decoder, timers: Timers) -> list[Sample]:
         """One decode batch. Every rank runs all rounds, whatever its samples look like, because scoring communicates.
 
-        Each later round looks only to the right of the last correction (ours: so rounds end).
+        Each later round looks only to the right of the last correction (ours), so that rounds cannot undo each other.
         """
         config, generation = self._inputs.config, self._inputs.config.generation
         num_rounds = generation.scrg.rounds if generation.scrg.enabled else 0
         prompts = [sample.prompt_ids for sample in samples]
         limits = [self._inputs.response_limit(len(prompt)) for prompt in prompts]
         rollout = RolloutState(
-            student, samples, limits=limits, eos_ids=self._inputs.eos_ids,
+            decoder, samples, limits=limits, eos_ids=self._inputs.eos_ids,
             sampling=_sampling(generation, config.run.seed), keep_hidden=num_rounds > 0,
         )  # fmt: skip
-        teacher = TeacherStates(
+        teacher_states = TeacherStates(
             self._teacher.prefiller(config.train.micro_batch_size),
             prompts,
             max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
@@ -76,34 +76,36 @@ class OnPolicy(TextSource):
         # The student writes.
         with timers("rollout"):
             rollout.write(Stream.ROLLOUT)
-        written = responses = rollout.responses()
-        starts = [0] * len(samples)  # what lies left of it has been read and scored
+        rollouts = responses = rollout.responses()
+        starts = [0] * len(samples)  # first response position that is not yet read and scored
         error_positions, num_corrections = [NO_ERROR] * len(samples), [0] * len(samples)
         for round_index in range(num_rounds):
             # The teacher reads what is new.
             with timers("teacher"):
-                teacher.update(responses, starts)
+                teacher_states.update(responses, starts)
             # Where do they disagree most, and what would the teacher have written there?
             with timers("score"):
-                scores = self._score(samples, responses, starts, rollout, student.head, teacher, round_index)
+                scores = self._score(samples, responses, starts, rollout, decoder.head, teacher_states, round_index)
                 corrections = find_corrections(responses, scores)
             # Its token goes in, and the student continues from there.
             with timers("regenerate"):
                 rollout.rewrite(corrections, Stream.CONTINUATION + round_index)
                 responses = rollout.responses()
-            # A response without an error is unchanged: it would have none again.
+            # A response without an error is unchanged, and later rounds no longer look at it (ours).
             starts = [len(response) for response in responses]
             for i, position, _ in corrections:
-                error_positions[i] = position if error_positions[i] == NO_ERROR else error_positions[i]
+                if error_positions[i] == NO_ERROR:
+                    error_positions[i] = position
                 starts[i], num_corrections[i] = position + 1, num_corrections[i] + 1
+        # The teacher reads what the last round has changed; without correction, everything.
         with timers("teacher"):
-            teacher.update(responses, starts)
+            teacher_states.update(responses, starts)
         return [
             replace(
                 sample,
-                rollout_ids=written[i],
+                rollout_ids=rollouts[i],
                 response_ids=responses[i],
-                teacher_hidden=teacher.hidden[i],
+                teacher_hidden=teacher_states.hidden[i],
                 error_position=error_positions[i],
                 num_corrections=num_corrections[i],
             )
@@ -117,7 +119,7 @@ class OnPolicy(TextSource):
         starts: Sequence[int],
         rollout: RolloutState,
         student_head: OutputHead,
-        teacher: TeacherStates,
+        teacher_states: TeacherStates,
         round_index: int,
     ) -> TeacherScores:
         """Compares student and teacher from ``starts[i]`` on in each response."""
@@ -128,7 +130,7 @@ class OnPolicy(TextSource):
             [sample.sequence_id for sample in samples],
             student_hidden=[rollout.hidden(i, start) for i, start in enumerate(starts)],
             student_head=student_head,
-            teacher_hidden=[teacher.hidden_from(i, start) for i, start in enumerate(starts)],
+            teacher_hidden=[teacher_states.hidden_from(i, start) for i, start in enumerate(starts)],
             teacher=self._teacher,
             seed=config.run.seed,
             round_index=round_index,

@@ -16,7 +16,7 @@ class StepEvent:
 
     Attributes:
         step: The step, counted from 1.
-        result: What it left behind.
+        result: Its outcome.
     """
 
     step: int
@@ -24,7 +24,7 @@ class StepEvent:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The metrics of the step, to which hooks may add, in their order."""
+        """The metrics of the step, to which hooks may add in their order."""
         return self.result.metrics
 
 
@@ -47,7 +47,7 @@ class Hook:
         """After a validation."""
 
     def saved(self, step: int) -> None:
-        """After a copy of everything was taken for the checkpoint of ``step``."""
+        """After everything was copied for the checkpoint of ``step``; its files may still be being written."""
 
     def stopped(self, step: int, reason: str) -> None:
         """The run ends after ``step``, before its last one, because of a signal (``reason``)."""
@@ -57,7 +57,7 @@ class Hook:
         return {}
 
     def close(self) -> None:
-        """However the run ends, also before ``run_started``."""
+        """However the run ends, even before ``run_started``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Entries of a checkpoint's trainer state, the same on every rank."""
@@ -68,7 +68,7 @@ class Hook:
 
 
 class HookList(Hook):
-    """Calls hooks in order, and closes them when it is left."""
+    """Calls hooks in order; as a context, closes them on exit."""
 
     def __init__(self) -> None:
         self._hooks: list[Hook] = []

@@ -60,7 +60,7 @@ class NonFinite(Hook):
         return {_STATE: self._consecutive} if self._consecutive else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues to count."""
+        """Restores the count."""
         self._consecutive = int(state.get(_STATE, 0))
 
     def _dump(self, file: Path, event: StepEvent, samples: list[dict[str, Any]]) -> None:

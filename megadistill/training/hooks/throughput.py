@@ -34,9 +34,9 @@ class StepTokens:
     """Global numbers of tokens of one step.
 
     Attributes:
-        read: Read by the teacher.
+        read: Prompts and responses that the teacher read, each counted once.
         trained: Trained on by the student.
-        written: Written by the student.
+        written: Written by the student before any correction.
     """
 
     read: float

@@ -68,7 +68,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         tp_size = check_models(config, num_ranks)  # imports transformers
         tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
-    make_sampler(config, data)
+    make_sampler(config, data)  # only to find out now whether the rows can fill a step
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         with lost_ranks_reported(context) as heartbeat:

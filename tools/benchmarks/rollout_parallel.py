@@ -7,12 +7,17 @@ import statistics
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from tools.benchmarks.step_workers import Sizes, model_config
+
+if TYPE_CHECKING:
+    from megadistill.decoding.protocols import Decoder
+    from megadistill.decoding.rollout import RolloutState
+    from megadistill.engines.student import Student
 
 _RANKS = 2
 
@@ -65,7 +70,7 @@ def _run(rank: int, task: Any, sizes: Sizes, folder: Path, store: str, results: 
     dist.destroy_process_group()
 
 
-def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
+def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Student:
     from megadistill.config.schema import OptimSection, TrainSection
     from megadistill.engines.student import trained_model
     from megadistill.models.loading import load_model
@@ -81,7 +86,7 @@ def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Any:
     )  # fmt: skip
 
 
-def _rollout_state(decoder: Any, sizes: Sizes, examples: range) -> Any:
+def _rollout_state(decoder: Decoder, sizes: Sizes, examples: range) -> RolloutState:
     from megadistill.data.sample import Sample
     from megadistill.decoding.rollout import RolloutState
     from megadistill.decoding.sampling import Sampling

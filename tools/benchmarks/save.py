@@ -7,14 +7,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tools.benchmarks.measure import at_least, machine, save
 from tools.benchmarks.step_workers import Sizes, model_config
+
+if TYPE_CHECKING:
+    from megadistill.engines.student import Student
+    from megadistill.parallel.context import ParallelContext
+    from megadistill.parallel.output_head import OutputHead
 
 _KINDS = {"none": None, "asynchronous": True, "waiting": False}
 
@@ -77,7 +82,7 @@ def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any
     }
 
 
-def _student(folder: Path, sizes: Sizes, context: Any) -> Any:
+def _student(folder: Path, sizes: Sizes, context: ParallelContext) -> Student:
     from megadistill.config.schema import OptimSection, TrainSection
     from megadistill.engines.student import trained_model
     from megadistill.models.loading import load_model
@@ -91,7 +96,7 @@ def _student(folder: Path, sizes: Sizes, context: Any) -> Any:
 
 
 def _steps(
-    student: Any, tokenizer: Any, folder: Path, context: Any, steps: int, asynchronous: bool | None
+    student: Student, tokenizer: Any, folder: Path, context: ParallelContext, steps: int, asynchronous: bool | None
 ) -> tuple[float, float]:
     """Wall seconds of a checkpoint and some steps after it, and how many of them training waited."""
     from megadistill.checkpoint.writer import CheckpointWriter
@@ -116,9 +121,9 @@ def _steps(
     return total, waiting
 
 
-def _cross_entropy(tokens: torch.Tensor) -> Any:
-    def objective(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, 1)
+def _cross_entropy(tokens: torch.Tensor) -> Callable[[torch.Tensor, OutputHead], torch.Tensor]:
+    def objective(hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits, tokens.flatten())
 
     return objective

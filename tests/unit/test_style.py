@@ -21,6 +21,7 @@ FILES = sorted(
     if file.suffix in (".py", ".sh", ".sbatch", ".yaml") and "__pycache__" not in file.parts
 )
 PYTHON = [file for file in FILES if file.suffix == ".py"]
+CODE = [file for file in PYTHON if file.relative_to(ROOT).parts[0] in ("megadistill", "tools")]
 # Modules whose errors mypy ignores: a module may leave, none may be added.
 UNCHECKED_MODULES: set[str] = set()
 MAX_TYPE_IGNORES = 6  # in megadistill and tools; may only shrink
@@ -30,6 +31,7 @@ BRITISH = re.compile(
     r"|(?:behavi|col|neighb|fav|hon|lab)our|label(?:led|ling)|(?:model|cancel|travel)l(?:ed|ing)|\bcentre|\bgrey\b|distil\b",
     re.IGNORECASE,
 )
+SINGLE_BACKTICKS = re.compile(r"(?<!`)`[^`\n]+`(?!`)")
 # Former spellings that configurations may still use, and their test; this list.
 MAY_BE_BRITISH = {"megadistill/config/loss.py", "tests/unit/test_losses_config.py", "tests/unit/test_style.py"}
 
@@ -52,33 +54,34 @@ def test_mypy_checks_every_module() -> None:
 def test_fewer_and_fewer_lines_are_hidden_from_mypy() -> None:
     hidden = [
         f"{file.relative_to(ROOT)}:{line}"
-        for file in PYTHON
-        if file.relative_to(ROOT).parts[0] in ("megadistill", "tools")
+        for file in CODE
         for line, comment in comments(file.read_text(encoding="utf-8"))
         if "type: ignore" in comment
     ]
     assert len(hidden) == MAX_TYPE_IGNORES, f"{len(hidden)} lines are hidden from mypy: {hidden}"
 
 
-@pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(ROOT)))
-def test_text_files_are_read_and_written_as_utf_8(file: Path) -> None:
+def test_text_files_are_read_and_written_as_utf_8() -> None:
     """Ruff's PLW1514 misses the calls where it cannot tell that an object is a path."""
     faults = [
-        f"line {node.lineno}: {ast.unparse(node)[:80]}"
+        f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}"
+        for file in PYTHON
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         if node.func.attr in ("read_text", "write_text") and all(word.arg != "encoding" for word in node.keywords)
     ]
-    assert not faults, "; ".join(faults)
+    assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_spelling_is_american(file: Path) -> None:
-    if str(file.relative_to(ROOT)) in MAY_BE_BRITISH:
-        pytest.skip("it is about former spellings")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    faults = [f"line {number}: {found}" for number, line in enumerate(lines, 1) for found in BRITISH.findall(line)]
-    assert not faults, "; ".join(faults)
+def test_spelling_is_american() -> None:
+    faults = [
+        f"{file.relative_to(ROOT)}:{number}: {found}"
+        for file in FILES
+        if str(file.relative_to(ROOT)) not in MAY_BE_BRITISH
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        for found in BRITISH.findall(line)
+    ]
+    assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize(
@@ -95,17 +98,13 @@ def test_american_spelling_is_not(word: str) -> None:
     assert not BRITISH.search(word)
 
 
-@pytest.mark.parametrize(
-    "file",
-    [file for file in PYTHON if file.relative_to(ROOT).parts[0] in ("megadistill", "tools")],
-    ids=lambda file: str(file.relative_to(ROOT)),
-)
-def test_docstrings_and_comments_mark_code_with_double_backticks(file: Path) -> None:
-    source = file.read_text(encoding="utf-8")
-    faults = [
-        line for line, text in [*docstrings(source), *comments(source)] if re.search(r"(?<!`)`[^`\n]+`(?!`)", text)
-    ]
-    assert not faults, f"single backticks in lines {faults}"
+def test_docstrings_and_comments_mark_code_with_double_backticks() -> None:
+    faults = []
+    for file in CODE:
+        source = file.read_text(encoding="utf-8")
+        marked = [line for line, text in [*docstrings(source), *comments(source)] if SINGLE_BACKTICKS.search(text)]
+        faults += [f"{file.relative_to(ROOT)}:{line}" for line in marked]
+    assert not faults, "\n".join(faults)
 
 
 def comments(source: str) -> Iterator[tuple[int, str]]:

@@ -6,20 +6,18 @@ Suffixes: C tokens, K knots. All quantities are in nats or logits of a quantile;
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from megadistill.config.loss import LossConfig, Quantile
 from megadistill.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megadistill.config.loss import LossConfig, Quantile
 
 _FLOOR = -30.0  # nats; what a class below e^-30 weighs does not matter to where the mask should end
 _INPUT_SCALE = 0.1
+_DEFAULTS = LossConfig()
 
 
 class QuantileGate(nn.Module):
@@ -47,13 +45,13 @@ class QuantileGate(nn.Module):
 
     def __init__(
         self,
-        top_k: int = 32,
+        top_k: int = _DEFAULTS.top_k,
         *,
-        lower: float = 0.02,
-        upper: float = 0.98,
-        lower_max: float = 0.1,
-        upper_min: float = 0.9,
-        guards: bool = True,
+        lower: float = _DEFAULTS.lower,
+        upper: float = _DEFAULTS.upper,
+        lower_max: float = _DEFAULTS.lower_max,
+        upper_min: float = _DEFAULTS.upper_min,
+        guards: bool = _DEFAULTS.guards,
         hidden_size: int = 64,
         seed: int = 0,
     ) -> None:

@@ -60,10 +60,14 @@ def test_throughput_counts_the_tokens_of_each_phase(monkeypatch: pytest.MonkeyPa
         "time/step_s": 4.0, "memory/peak_bytes": 123.0, "throughput/tokens_per_s": trained / 4,
         "throughput/examples_per_s": 1.0, "throughput/rollout_tokens_per_s": written / 0.5,
         "throughput/teacher_tokens_per_s": read / 2.0, "throughput/train_tokens_per_s": trained / 1.0,
+        "throughput/rollout_examples_per_s": 8.0, "throughput/teacher_examples_per_s": 2.0,
         "throughput/mfu": flops / (4.0 * 1000.0),
     }  # fmt: skip
     assert {name: event.metrics[name] for name in expected} == pytest.approx(expected)
-    assert hook.summary() == {"tokens_per_s": trained / 4}
+    assert hook.summary() == {
+        "throughput": {"tokens_per_s": trained / 4, "examples_per_s": 1.0, "mfu": expected["throughput/mfu"]},
+        "memory_peak_bytes": 123.0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ _PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
     "A40": 150e12,
-    "V100": 125e12,
 }
 
 
@@ -57,7 +56,7 @@ class Throughput(Hook):
         self._num_student = _num_parameters(components.student)
         self._num_teacher = 0 if components.teacher is None else _num_parameters(components.teacher)
         self._peak = peak_flops(components.context.device)
-        self._tokens = self._seconds = 0.0
+        self._tokens = self._examples = self._seconds = self._flops = self._peak_memory = 0.0
 
     def step_started(self, step: int) -> None:
         """Starts the clock."""
@@ -70,20 +69,29 @@ class Throughput(Hook):
         seconds = time.perf_counter() - self._began
         metrics["time/step_s"] = seconds
         metrics["memory/peak_bytes"] = float(peak_bytes(context.device))
-        tokens = self._count(event)
-        self._tokens, self._seconds = self._tokens + tokens.trained, self._seconds + seconds
+        tokens, num_examples = self._count(event), self._components.config.train.global_batch_size
+        flops = self._num_student * (6 * tokens.trained + 2 * tokens.written) + 2 * self._num_teacher * tokens.read
         metrics["throughput/tokens_per_s"] = tokens.trained / seconds
-        metrics["throughput/examples_per_s"] = self._components.config.train.global_batch_size / seconds
+        metrics["throughput/examples_per_s"] = num_examples / seconds
         for phase, count in (("rollout", tokens.written), ("teacher", tokens.read), ("train", tokens.trained)):
-            if count and metrics.get(f"time/{phase}_s", 0.0) > 0:
-                metrics[f"throughput/{phase}_tokens_per_s"] = count / metrics[f"time/{phase}_s"]
+            phase_s = metrics.get(f"time/{phase}_s", 0.0)
+            if count and phase_s > 0:
+                metrics[f"throughput/{phase}_tokens_per_s"] = count / phase_s
+                metrics[f"throughput/{phase}_examples_per_s"] = num_examples / phase_s
         if self._peak is not None:
-            flops = self._num_student * (6 * tokens.trained + 2 * tokens.written) + 2 * self._num_teacher * tokens.read
             metrics["throughput/mfu"] = flops / (seconds * self._peak * context.world_size)
+        self._tokens, self._examples = self._tokens + tokens.trained, self._examples + num_examples
+        self._seconds, self._flops = self._seconds + seconds, self._flops + flops
+        self._peak_memory = max(self._peak_memory, metrics["memory/peak_bytes"])
 
     def summary(self) -> dict[str, Any]:
         """Mean over the steps of this process; validation and checkpoints are not counted."""
-        return {"tokens_per_s": self._tokens / self._seconds} if self._seconds else {}
+        if not self._seconds:
+            return {}
+        throughput = {"tokens_per_s": self._tokens / self._seconds, "examples_per_s": self._examples / self._seconds}
+        if self._peak is not None:
+            throughput["mfu"] = self._flops / (self._seconds * self._peak * self._components.context.world_size)
+        return {"throughput": throughput, "memory_peak_bytes": self._peak_memory}
 
     def _count(self, event: StepEvent) -> StepTokens:
         """One all-reduce of three numbers over the data-parallel group."""

@@ -73,6 +73,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_atomically(path, text + "\n")
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """The values of a file of ours with one JSON value on each line, such as metrics.jsonl."""
+    with Path(path).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def reason_of(error: OSError) -> str:
     """Why a file could not be used, without its name: "No space left on device"."""
     return error.strerror or str(error) or type(error).__name__

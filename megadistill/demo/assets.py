@@ -17,6 +17,7 @@ from megadistill.config.schema import RunConfig
 from megadistill.demo.alone import run_alone
 from megadistill.demo.recipes import RECIPES
 from megadistill.demo.waiting import POLL_S, Stopped, beat_file, beating, never, wait_for_rank0
+from megadistill.files import read_json_lines
 from megadistill.launch.launchers import rank_of
 from megadistill.observability.log import get_logger
 
@@ -128,8 +129,7 @@ def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None])
         say(f"{folder}: training the tokenizer")
         beside = folder / "tokenizer.partial"
         shutil.rmtree(beside, ignore_errors=True)
-        with (folder / "data" / "teacher_train.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
+        rows = read_json_lines(folder / "data" / "teacher_train.jsonl")
         texts = (f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows)
         train_tokenizer(texts, beside, vocab_size=recipe.vocab_size, seed=seed)
         beside.rename(folder / "tokenizer")

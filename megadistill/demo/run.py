@@ -19,6 +19,7 @@ from megadistill.demo.stages import (
     launch_training,
     scores_of,
 )
+from megadistill.files import read_json_lines
 
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
@@ -130,8 +131,7 @@ def show(result: dict[str, Any], seconds: float) -> None:
 
 def _test_rows(config: RunConfig) -> list[dict[str, str]]:
     assert config.eval.path is not None
-    with Path(config.eval.path).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return read_json_lines(config.eval.path)
 
 
 def _telling_examples(results: dict[str, Any], references: Sequence[str]) -> list[int]:

@@ -16,6 +16,7 @@ from megadistill.demo.stages import (
     launch_training,
     scores_of,
 )
+from megadistill.files import read_json_lines
 
 CONTROL = "configs/demo_sft.yaml"
 _ARMS = {
@@ -118,7 +119,7 @@ def _seconds(run_dir: Path) -> float:
 
 
 def _series(run_dir: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [record[key] for record in read_json_lines(run_dir / "metrics.jsonl")]
 
 
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:

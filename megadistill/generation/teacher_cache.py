@@ -16,6 +16,7 @@ from typing import Any
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.sample import Sample, TokenIds
+from megadistill.data.tokenize import response_limit
 from megadistill.decoding.protocols import TextModel
 from megadistill.decoding.rollout import rollout
 from megadistill.decoding.sampling import Sampling
@@ -100,7 +101,12 @@ def _write_missing(
             part = prompts[start : start + block]
             # A prompt's checksum is its sequence id, so its text does not depend on what else is written.
             mine = [Sample(int(_key(prompt), 16) >> 65, prompt) for prompt in part[context.dp_rank :: context.dp_size]]
-            limits = [min(generation.max_new_tokens, config.data.max_tokens - len(s.prompt_ids)) for s in mine]
+            limits = [
+                response_limit(
+                    len(sample.prompt_ids), max_new_tokens=generation.max_new_tokens, max_tokens=config.data.max_tokens
+                )
+                for sample in mine
+            ]
             responses = rollout(
                 decoder, mine, limits=limits, eos_ids=eos_ids, sampling=sampling, stream=Stream.TEACHER_TEXT,
                 max_examples=batch_size,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megadistill.errors import needs_extra
+from megadistill.files import read_json_lines
 
 _TERMS = (("loss", "total"), ("loss/sft", "SFT"), ("loss/dac_kl", "DAC-KL"), ("loss/span", "span"))
 
@@ -28,7 +28,7 @@ def loss_curves(run_dir: Path, target: Path, *, baseline_nll: float | None = Non
         matplotlib.use("Agg")  # clusters have no display
         from matplotlib import pyplot
 
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_json_lines(run_dir / "metrics.jsonl")
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for key, label in _TERMS:
         steps, values = _series(records, key)

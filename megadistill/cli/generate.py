@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
+from megadistill.cli.generate_options import check_standard_input, fill_in, generate_parser
+from megadistill.cli.parsing import refuse_unwritable
 from megadistill.config.sampling import SamplingOptions
-from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megadistill.cli.resumable import RowWriter
-    from megadistill.data.dataset import Example
-    from megadistill.data.tokenize import TokenizedExample
+    from megadistill.data.dataset import Example, LoadedExamples
+    from megadistill.data.encode import TokenizedExample
+    from megadistill.data.prompts import PromptSettings
     from megadistill.parallel.context import ParallelContext
 
 # Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks rarely wait.
@@ -29,7 +33,7 @@ _BATCHES_PER_BLOCK = 8
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit code."""
-    parsed = _parser().parse(arguments)
+    parsed = generate_parser().parse(arguments)
     if parsed.output is not None:
         _generate(parsed, None)
         return 0
@@ -43,10 +47,9 @@ def run(arguments: Sequence[str]) -> int:
 def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     """Writes to ``parsed.output``, or to ``stream`` where there is one."""
     from megadistill.checkpoint.model_folder import model_folder
-    from megadistill.cli.resumable import ResumableFile, StandardOutput
     from megadistill.config.schema import ParallelSection
-    from megadistill.data.dataset import load_examples
-    from megadistill.data.tokenize import load_tokenizer, tokenize_examples, vocabulary_size
+    from megadistill.data.encode import tokenize_examples
+    from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, write_answers
     from megadistill.evaluation.processes import inference_context
@@ -54,103 +57,126 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
 
     if stream is None:
         refuse_unwritable(parsed.output, is_file=True)
+    writer_of = _writer_of(parsed, stream)
+    limit = fill_in(parsed)
     folder = model_folder(parsed.model)
-    limit = parsed.max_prompt_tokens + parsed.max_new_tokens
-    asked = "--max-prompt-tokens + --max-new-tokens"
     config = load_model_config(folder, "--model")
-    check_positions(config, limit, asked, f"--model ({folder})")
+    check_positions(config, limit, "--max-prompt-tokens + --max-new-tokens", f"--model ({folder})")
     tokenizer = load_tokenizer(parsed.tokenizer or folder)
-    examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows).examples
+    loaded = _read(parsed)
+    prompts = _prompt_settings(parsed, limit, loaded, tokenizer)
     settings = AnswerSettings(
         tokenizer, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed), parsed.batch_size
     )
-    writer: RowWriter
-    if stream is not None:
-        writer = StandardOutput(stream)
-    else:
-        writer = ResumableFile(Path(parsed.output), [row.id for row in examples], overwrite=parsed.overwrite)
     commit = getattr(config, "_commit_hash", None)
+    deciding = partial(_deciding, parsed, prompts, folder, commit, tokenizer, loaded.examples)
     with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
+        check_standard_input(parsed, context.world_size)
+        done = tokenize_examples(loaded.examples, tokenizer, prompts)
+        lines = _Lines(loaded.examples, done.rows)
+        writer = writer_of(lines.ids)
         try:
             # Before the model is loaded, so that errors come early.
-            num_done = context.run_on_rank0(lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
-            rows = tokenize_examples(
-                examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
-                max_tokens=limit, long_prompt=parsed.long_prompt,
-            ).rows  # fmt: skip
-            if num_done < len(rows):
+            num_done = context.run_on_rank0(lambda: writer.open(deciding()))
+            if context.is_rank0:
+                _say(loaded, done.num_truncated, len(done.rows), parsed, lines)
+            if num_done < len(done.rows):
                 with open_model(
                     folder, context, vocab_size=vocabulary_size(tokenizer), dtype=parsed.dtype, where="--model"
                 ) as model:
                     answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
-                    _write_blocks(writer, examples, rows, num_done, answer, parsed.batch_size, context)
+                    _write_blocks(writer, lines, num_done, answer, parsed.batch_size, context)
             context.run_on_rank0(writer.finish)
         finally:
             writer.close()
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        "generate",
-        "Writes one JSON line (id, instruction, input, prompt, response) per row of a file of instructions, in the\n"
-        "order of the file; id is the number of the row there, from 0.",
-        "example:\n"
-        "  megadistill generate --model runs/demo --template plain --max-prompt-tokens 64 --max-new-tokens 32 \\\n"
-        "      --input prompts.jsonl --output out.jsonl --temperature 0\n\n"
-        "It reads no configuration file: template, limits and type are those of the command line.\n\n"
-        "Finished rows go to FILE.partial, which becomes FILE after the last one. After an interruption, rerun the\n"
-        "same command to resume; the result has the same bytes. Until then FILE.progress.json records the settings:\n"
-        "other settings are refused. Processes, --tp-size and --batch-size may change; round-off may then choose\n"
-        "other tokens: with fp32 in one row of thousands, with bf16 in many rows.\n\n"
-        "Under a launcher give --output (launchers print to standard output, too), and --tp-size 1 where it fits.",
-    )
-    parser.add_argument(
-        "--model", required=True, metavar="PATH", help="model folder, hub name, checkpoint or run directory"
-    )
-    parser.add_argument("--input", required=True, metavar="FILE", help="rows with an instruction and perhaps an input")
-    parser.add_argument(
-        "--output", metavar="FILE",
-        help="where to write; default: standard output, row by row, which cannot be resumed",
+def _writer_of(parsed: Namespace, stream: TextIO | None) -> Callable[[Sequence[Any]], RowWriter]:
+    """Makes the writer of the rows, once their ids are known."""
+    from megadistill.cli.resumable import ResumableFile, StandardOutput
+    from megadistill.data.writers import output_format
+
+    if stream is not None:
+        return lambda ids: StandardOutput(stream)
+    output = Path(parsed.output)
+    kind = output_format(output, "--output")
+    return lambda ids: ResumableFile(output, ids, overwrite=parsed.overwrite, kind=kind)
+
+
+def _read(parsed: Namespace) -> LoadedExamples:
+    """The rows of ``--input``, standard input, or ``--prompt``."""
+    from megadistill.data.columns import FieldNames
+    from megadistill.data.dataset import Example, LoadedExamples, load_examples
+
+    if parsed.prompt is not None:
+        rows = [{"instruction": text} for text in parsed.prompt]
+        return LoadedExamples(
+            [Example(i, row["instruction"], "", (), "--prompt", None, row) for i, row in enumerate(rows)], []
+        )
+    load = partial(
+        load_examples, fields=FieldNames(parsed.instruction_field, parsed.input_field),
+        skip_bad_rows=parsed.skip_bad_rows, prompts_only=True, keep_rows=True,
     )  # fmt: skip
-    parser.add_argument(
-        "--overwrite", action="store_true",
-        help="start over, and replace FILE and the rows of an interrupted run",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
-    parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca", help="default: alpaca")
-    parser.add_argument(
-        "--max-prompt-tokens", type=value_of(PositiveInt), default=256, metavar="N", help="default: 256"
+    if parsed.input != "-":
+        return load(parsed.input)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "standard_input.jsonl"
+        with file.open("wb") as target:
+            shutil.copyfileobj(sys.stdin.buffer, target)
+        return load(file)
+
+
+def _prompt_settings(
+    parsed: Namespace, limit: int, loaded: LoadedExamples, tokenizer: PreTrainedTokenizerBase
+) -> PromptSettings:
+    from megadistill.data.prompts import PromptSettings, choose_template
+
+    settings = PromptSettings(
+        template=parsed.template,
+        chat_template=parsed.chat_template,
+        chat_template_kwargs=parsed.chat_template_kwargs,
+        max_prompt_tokens=parsed.max_prompt_tokens,
+        max_tokens=limit,
+        long_prompt=parsed.long_prompt,
+        skip_bad_rows=parsed.skip_bad_rows,
     )
-    parser.add_argument("--max-new-tokens", type=value_of(PositiveInt), default=256, metavar="N", help="default: 256")
-    parser.add_argument(
-        "--long-prompt", choices=("error", "truncate"), default="error", help="prompts over the limit; default: error"
-    )
-    parser.add_argument(
-        "--temperature", type=value_of(NonNegativeFloat), default=1.0, metavar="T", help="0: greedy; default: 1"
-    )
-    parser.add_section(SamplingOptions)
-    parser.add_argument("--seed", type=value_of(NonNegativeInt), default=0, metavar="N", help="default: 0")
-    parser.add_argument(
-        "--batch-size",
-        type=value_of(PositiveInt),
-        default=16,
-        metavar="N",
-        help="rows decoded at a time on a data-parallel rank; default: 16",
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
-    parser.add_argument("--tp-size", type=value_of(PositiveInt), metavar="N", help="default: the largest that fits")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="skip malformed rows; others keep their numbers")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    return parser
+    parsed.template = choose_template(settings, tokenizer, loaded.are_chats)
+    return replace(settings, template=parsed.template)
+
+
+def _say(loaded: LoadedExamples, num_truncated: int, num_rows: int, parsed: Namespace, lines: _Lines) -> None:
+    """What the user should know about the rows, on standard error."""
+    if loaded.description:
+        print(f"{loaded.description}; template {parsed.template}", file=sys.stderr)
+    if num_truncated:
+        print(
+            f"{num_truncated} of {num_rows} prompts were over {parsed.max_prompt_tokens} tokens and were truncated; "
+            f"column {lines.prompt_name!r} holds what the model read",
+            file=sys.stderr,
+        )
+    if (lines.prompt_name, lines.response_name) != ("prompt", "response"):
+        print(
+            f"the rows have columns with the same names: the prompt goes to {lines.prompt_name!r}, the answer to "
+            f"{lines.response_name!r}",
+            file=sys.stderr,
+        )
 
 
 def _deciding(
-    parsed: Namespace, folder: str, commit: str | None, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    parsed: Namespace,
+    prompts: PromptSettings,
+    folder: str,
+    commit: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
 ) -> dict[str, Any]:
     """The settings that determine the rows, by the names that users know; not how they are computed."""
     from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
+    from megadistill.data.prompts import read_chat_template
 
-    content = checksum([[example.id, example.instruction, example.input] for example in examples])
+    content = checksum(
+        [[example.id, example.instruction, example.input, example.chat, example.row] for example in examples]
+    )
     names = (
         "template",
         "max_prompt_tokens",
@@ -161,18 +187,51 @@ def _deciding(
         "seed",
         "dtype",
     )
+    text = tokenizer.chat_template if prompts.chat_template is None else read_chat_template(prompts.chat_template)
+    chat = {"the chat template": f"checksum {checksum([text, prompts.chat_template_kwargs])}"}
     return {
         **{f"--{name.replace('_', '-')}": getattr(parsed, name) for name in names},
         "the content of --input": f"{len(examples)} rows, checksum {content}",
         "the tokenizer": f"{parsed.tokenizer or 'of --model'}, checksum {describe_tokenizer(tokenizer)}",
+        **(chat if prompts.template == "chat" else {}),
         **describe_model(folder, commit),
     }
 
 
+class _Lines:
+    """The lines that are written: the columns of the input, then prompt and response.
+
+    Attributes:
+        rows: The prompts.
+        ids: What each line has as its id.
+        prompt_name: Column of the prompt.
+        response_name: Column of the response.
+    """
+
+    def __init__(self, examples: Sequence[Example], rows: Sequence[TokenizedExample]) -> None:
+        known = {example.id: example for example in examples}
+        self.rows, self._given = rows, [_jsonable(known[row.id].row) for row in rows]
+        columns = {name for given in self._given for name in given}
+        self.prompt_name, self.response_name = (
+            name if name not in columns else f"model_{name}" for name in ("prompt", "response")
+        )
+        self.ids = [given.get("id", row.id) for given, row in zip(self._given, rows, strict=True)]
+
+    def line(self, index: int, response: str) -> str:
+        """The line of a row."""
+        row = {"id": self.ids[index], **self._given[index]}
+        row |= {self.prompt_name: self.rows[index].prompt, self.response_name: response}
+        return json.dumps(row, ensure_ascii=False)
+
+
+def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON holds it: tables have dates and bytes, too."""
+    return dict(json.loads(json.dumps(row, default=str)))
+
+
 def _write_blocks(
     writer: RowWriter,
-    examples: Sequence[Example],
-    rows: Sequence[TokenizedExample],
+    lines: _Lines,
     num_done: int,
     answer: Callable[..., list[str]],
     batch_size: int,
@@ -181,13 +240,14 @@ def _write_blocks(
     """Answers rows in blocks, each written before the next one starts (collective: every rank calls it)."""
     from megadistill.observability.progress import progress_bar
 
+    rows = lines.rows
     size = batch_size * context.dp_size * _BATCHES_PER_BLOCK
     with progress_bar(description="generate", total=len(rows), initial=num_done, unit="row", rank=context.rank) as bar:
 
-        def write(lines: Sequence[str]) -> None:
+        def write(block: Sequence[str]) -> None:
             # A terminal that shows both gets the rows above the bar.
             with bar.external_write_mode():
-                writer.write(lines)
+                writer.write(block)
 
         # A block that was written in part is computed as a whole: other batches could round to other tokens.
         for start in range(num_done - num_done % size, len(rows), size):
@@ -195,8 +255,8 @@ def _write_blocks(
             # Within a block, the progress of rank 0 stands for that of all ranks.
             count = _Count(bar, start, block.stop, context.dp_size)
             answers = answer(rows=[rows[i] for i in block], progress=count)
-            lines = [_line(examples[i], rows[i], text) for i, text in zip(block, answers, strict=True)]
-            context.run_on_rank0(partial(write, lines[max(0, num_done - start) :]))
+            texts = [lines.line(i, text) for i, text in zip(block, answers, strict=True)]
+            context.run_on_rank0(partial(write, texts[max(0, num_done - start) :]))
             bar.update(block.stop - bar.n)
 
 
@@ -209,16 +269,3 @@ class _Count:
     def __call__(self, num_rows: int) -> None:
         self._finished += num_rows * self._dp_size
         self._bar.update(max(0, min(self._finished, self._stop) - self._bar.n))
-
-
-def _line(example: Example, row: TokenizedExample, response: str) -> str:
-    return json.dumps(
-        {
-            "id": row.id,
-            "instruction": example.instruction,
-            "input": example.input,
-            "prompt": row.prompt,
-            "response": response,
-        },
-        ensure_ascii=False,
-    )

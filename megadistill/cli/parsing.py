@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megadistill.config.load import flatten, load_config
-from megadistill.config.schema import RunConfig
+from megadistill.config.schema import DataSection, RunConfig
 from megadistill.config.section import PositiveInt, Section, describe
 from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
@@ -52,6 +53,27 @@ class Parser(argparse.ArgumentParser):
                 f"--{name.replace('_', '-')}", type=value_of(kind), default=field.default, metavar="N", help=help_text
             )
 
+    def add_template(self) -> None:
+        """Adds ``--template``, ``--chat-template`` and ``--chat-template-kwargs``."""
+        templates = get_args(DataSection.model_fields["template"].annotation)
+        self.add_argument(
+            "--template", choices=templates, default="auto",
+            help="how a row becomes a prompt; chat: the tokenizer's own chat template; default: auto, which is chat "
+            "for chats, else alpaca",
+        )  # fmt: skip
+        self.add_argument("--chat-template", metavar="FILE", help="chat template in place of the tokenizer's own")
+        self.add_argument(
+            "--chat-template-kwargs", type=json_object, default={}, metavar="JSON",
+            help="variables for the chat template, such as '{\"enable_thinking\": false}'",
+        )  # fmt: skip
+
+    def add_fields(self, parts: Sequence[str] = ("instruction", "input", "output")) -> None:
+        """Adds the names of the columns."""
+        for part in parts:
+            self.add_argument(
+                f"--{part}-field", default=part, metavar="NAME", help=f"column with the {part}; default: {part}"
+            )
+
     def add_new_folder(self) -> None:
         """Adds the argument FOLDER, where a verb writes."""
         self.add_argument("folder", metavar="FOLDER", help="where to write; must not exist or be empty")
@@ -81,6 +103,17 @@ def value_of(kind: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} is not {describe(kind)}") from None
 
     return convert
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Converts a JSON object, for argparse."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object")
+    return value
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -8,13 +8,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.parsing import Parser, value_of
 from megadistill.cli.settings import line_of
-from megadistill.config.schema import DataSection
 from megadistill.config.section import NonNegativeInt, PositiveInt
-from megadistill.errors import MegadistillError, needs_extra
+from megadistill.errors import DataError, MegadistillError, needs_extra
 from megadistill.launch.launchers import is_mpi_rank
 from megadistill.observability.progress import progress_bar
 from megadistill.observability.redact import redact
@@ -26,11 +25,12 @@ if TYPE_CHECKING:
 def parser_of() -> Parser:
     """All arguments of the verb."""
     positive, natural = value_of(PositiveInt), value_of(NonNegativeInt)
-    templates = get_args(DataSection.model_fields["template"].annotation)
     parser = Parser(
         "prepare",
-        "Checks, filters and splits an instruction data set into JSONL files that megadistill train reads, with a\n"
-        "report. SOURCE is a JSONL, JSON, CSV, TSV or Parquet file, a folder of the library datasets or a hub name.\n"
+        "Checks, filters and splits instructions or chats into JSONL files that megadistill train reads, with a\n"
+        "report. SOURCE is a JSONL, JSON, CSV, TSV (text also as .gz) or Parquet file, a folder of the library\n"
+        "datasets or a hub name. Rows are recognized by their columns: instruction + input (or context) + output (or\n"
+        "response), prompt + completion, messages, conversations, chosen.\n"
         "Under mpirun (with mpi4py) the ranks share the tokenization; the files are the same for any number of ranks.",
         "examples:\n"
         "  megadistill prepare SOURCE FOLDER --tokenizer MODEL_FOLDER --valid 400\n"
@@ -42,12 +42,7 @@ def parser_of() -> Parser:
     parser.add_argument(
         "--valid", type=natural, default=0, metavar="N", help="rows set aside for validation; default: 0"
     )
-    parser.add_argument(
-        "--template",
-        default="alpaca",
-        choices=templates,
-        help="prompt template; default: alpaca",
-    )
+    parser.add_template()
     parser.add_argument(
         "--max-prompt-tokens", type=positive, default=256, metavar="N", help="leave out longer prompts; default: 256"
     )
@@ -63,9 +58,7 @@ def parser_of() -> Parser:
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="count and skip malformed rows instead of stopping"
     )
-    parser.add_argument("--instruction-field", default="instruction", metavar="NAME")
-    parser.add_argument("--input-field", default="input", metavar="NAME")
-    parser.add_argument("--output-field", default="output", metavar="NAME")
+    parser.add_fields()
     parser.add_argument("--split", default="train", help="split of a folder or hub data set; default: train")
     parser.add_argument("--config-name", help="configuration of a hub data set")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="draws the validation rows; default: 0")
@@ -75,8 +68,9 @@ def parser_of() -> Parser:
 
 def options_of(arguments: argparse.Namespace) -> ConvertOptions:
     """The arguments as ``megadistill.data.convert`` takes them."""
+    from megadistill.data.columns import FieldNames
     from megadistill.data.convert import ConvertOptions
-    from megadistill.data.dataset import FieldNames
+    from megadistill.data.prompts import PromptSettings
 
     return ConvertOptions(
         path=arguments.source,
@@ -84,9 +78,13 @@ def options_of(arguments: argparse.Namespace) -> ConvertOptions:
         split=arguments.split,
         config_name=arguments.config_name,
         skip_bad_rows=arguments.skip_bad_rows,
-        template=arguments.template,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-        max_tokens=arguments.max_tokens,
+        prompts=PromptSettings(
+            template=arguments.template,
+            chat_template=arguments.chat_template,
+            chat_template_kwargs=arguments.chat_template_kwargs,
+            max_prompt_tokens=arguments.max_prompt_tokens,
+            max_tokens=arguments.max_tokens,
+        ),
         drop_long_responses=arguments.drop_long_responses,
         min_reference_words=arguments.min_reference_words,
         drop_duplicates=not arguments.keep_duplicates,
@@ -108,7 +106,7 @@ def communicator() -> Any | None:
 def run(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit code."""
     parsed = parser_of().parse(arguments)
-    from megadistill.data.tokenize import check_limits
+    from megadistill.data.encode import check_limits
 
     check_limits(parsed.max_prompt_tokens, parsed.max_tokens)  # before the tokenizer is loaded
     world = communicator()
@@ -127,12 +125,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
     """This rank's share, or the error that stopped it, which goes to rank 0 like a result."""
-    from megadistill.data.convert import convert_share
+    from megadistill.data.convert import convert_share, taken_files
     from megadistill.data.tokenize import load_tokenizer
 
     try:
+        if (taken := taken_files(parsed.folder)) and not parsed.overwrite:
+            raise DataError(f"{parsed.folder} already has {', '.join(taken)}; choose another folder, or --overwrite")
         tokenizer = load_tokenizer(parsed.tokenizer)
-        bar = partial(progress_bar, description="checking rows", unit="batch", rank=rank)
+        bar = partial(progress_bar, description="checking rows", unit="row", rank=rank)
         return convert_share(options_of(parsed), tokenizer, share=rank, num_shares=size, progress=bar)
     except MegadistillError as error:
         return error
@@ -140,14 +140,17 @@ def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | 
 
 def finish(outcomes: Sequence[ConvertedShare | MegadistillError], parsed: argparse.Namespace) -> int:
     """Writes the files and prints the report; raises the first rank's error."""
-    from megadistill.data.convert import report_text, write_converted
+    from megadistill.data.convert import long_response_warnings, report_text, write_converted
 
     shares = []
     for outcome in outcomes:
         if isinstance(outcome, MegadistillError):
             raise outcome
         shares.append(outcome)
-    print(report_text(write_converted(shares, options_of(parsed), parsed.folder, overwrite=parsed.overwrite)))
+    report = write_converted(shares, options_of(parsed), parsed.folder, overwrite=parsed.overwrite)
+    print(report_text(report))
+    for warning in long_response_warnings(report):
+        print(f"WARNING: {warning} (--max-tokens; --drop-long-responses leaves them out)")
     return 0
 
 

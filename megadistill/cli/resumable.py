@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from megadistill.cli.parsing import refuse_unwritable
+from megadistill.data.readers import GZIP
+from megadistill.data.writers import convert_json_lines
 from megadistill.errors import ConfigError, DataError
 from megadistill.files import os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
@@ -94,10 +96,11 @@ class ResumableFile:
         output: The file.
         ids: Ids of all rows, in the order in which they will be written.
         overwrite: Start over, and replace the file.
+        kind: Format of the file, one of ``data.writers.OUTPUT_FORMATS``.
     """
 
-    def __init__(self, output: Path, ids: Sequence[int], *, overwrite: bool) -> None:
-        self._output, self._ids, self._overwrite = output, ids, overwrite
+    def __init__(self, output: Path, ids: Sequence[Any], *, overwrite: bool, kind: str = ".jsonl") -> None:
+        self._output, self._ids, self._overwrite, self._kind = output, ids, overwrite, kind
         self._partial = output.with_name(output.name + ".partial")
         self._progress = output.with_name(output.name + ".progress.json")
         self._file: FileIO | None = None
@@ -147,10 +150,14 @@ class ResumableFile:
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Renames the file to OUTPUT."""
+        """Makes the file OUTPUT: renames it, or converts it to the format that the name asks for."""
         with os_errors_as(DataError, self._output):
             self._begin()
-            self._partial.replace(self._output)
+            if self._kind == ".jsonl" and self._output.suffix.lower() != GZIP:
+                self._partial.replace(self._output)
+            else:
+                convert_json_lines(self._partial, self._output, self._kind)
+                self._partial.unlink()
             self._progress.unlink(missing_ok=True)
         print(f"{len(self._ids)} responses written to {self._output}", file=sys.stderr)
 

@@ -13,6 +13,8 @@ from megadistill.errors import MegadistillError
 _VERBS_WITH_KEYS = frozenset({"train", "evaluate", "demo"})
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "prepare": {
+        "data.chat_template": "--chat-template",
+        "data.chat_template_kwargs": "--chat-template-kwargs",
         "data.hub_config": "--config-name",
         "data.hub_split": "--split",
         "data.input_field": "--input-field",
@@ -25,6 +27,10 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         "model.tokenizer": "--tokenizer",
     },
     "generate": {
+        "data.chat_template": "--chat-template",
+        "data.chat_template_kwargs": "--chat-template-kwargs",
+        "data.input_field": "--input-field",
+        "data.instruction_field": "--instruction-field",
         "data.long_prompt": "--long-prompt",
         "data.max_prompt_tokens": "--max-prompt-tokens",
         "data.skip_bad_rows": "--skip-bad-rows",

@@ -99,7 +99,22 @@ class DataSection(Section):
         "drop",
         description="What happens to prompts longer than data.max_prompt_tokens; truncate removes their beginning.",
     )
-    template: Literal["alpaca", "plain"] = Field("alpaca", description="How instruction and input become a prompt.")
+    template: Literal["auto", "alpaca", "plain", "chat"] = Field(
+        "auto",
+        description="How a row becomes a prompt. chat: the tokenizer's own chat template; auto: chat where rows are "
+        "chats, else alpaca.",
+    )
+    chat_template: NonEmptyStr | None = Field(
+        None, description="File of a chat template (Jinja) to use in place of the tokenizer's own."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="Variables for the chat template, such as {enable_thinking: false}."
+    )
+    train_on: Literal["last", "all"] = Field(
+        "last",
+        description="Turns of a chat that are references: the assistant's last one, or all of them. The student writes "
+        "the last one.",
+    )
     span_prior: Literal["phrases", "spacy", "punctuation", "window", "none"] = Field(
         "phrases",
         description="How a response is divided into spans; phrases: English noun, verb and prepositional phrases.",
@@ -286,6 +301,33 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _data_combinations(self) -> "RunConfig":
+        data = self.data
+        require_combination(
+            data.max_tokens > data.max_prompt_tokens,
+            f"data.max_tokens={data.max_tokens} must be more than data.max_prompt_tokens={data.max_prompt_tokens}: "
+            "otherwise no token is left for a response",
+            ("data.max_tokens", "data.max_prompt_tokens"),
+        )
+        require_combination(
+            data.prompts_path is not None or data.prompts_ratio == 0,
+            f"data.prompts_ratio={data.prompts_ratio:g} needs data.prompts_path",
+            ("data.prompts_ratio", "data.prompts_path"),
+        )
+        require_combination(
+            data.prompts_path is None or data.prompts_ratio > 0,
+            f"data.prompts_path is set, but data.prompts_ratio={data.prompts_ratio:g}: none of its rows would be used",
+            ("data.prompts_ratio", "data.prompts_path"),
+        )
+        require_combination(
+            data.train_on == "last" or self.generation.mode != "off_policy",
+            "data.train_on=all: replayed student text (generation.mode=off_policy) does not keep the earlier turns of "
+            "its chat",
+            ("data.train_on", "generation.mode"),
+        )
+        return self
+
+    @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
         train, data, loss = self.train, self.data, self.loss
         require_combination(
@@ -293,12 +335,6 @@ class RunConfig(Section):
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={train.micro_batch_size}",
             ("train.global_batch_size", "train.micro_batch_size"),
-        )
-        require_combination(
-            data.max_tokens > data.max_prompt_tokens,
-            f"data.max_tokens={data.max_tokens} must be more than data.max_prompt_tokens={data.max_prompt_tokens}: "
-            "otherwise no token is left for a response",
-            ("data.max_tokens", "data.max_prompt_tokens"),
         )
         require_combination(
             loss.sft > 0 or loss.dac_kl > 0 or loss.span > 0,
@@ -316,16 +352,6 @@ class RunConfig(Section):
             f"loss.lower={loss.lower:g} loss.upper={loss.upper:g}: the gate starts there, strictly between 0 and 1; "
             "loss.clip=fixed takes 0 and 1 too",
             ("loss.lower", "loss.upper"),
-        )
-        require_combination(
-            data.prompts_path is not None or data.prompts_ratio == 0,
-            f"data.prompts_ratio={data.prompts_ratio:g} needs data.prompts_path",
-            ("data.prompts_ratio", "data.prompts_path"),
-        )
-        require_combination(
-            data.prompts_path is None or data.prompts_ratio > 0,
-            f"data.prompts_path is set, but data.prompts_ratio={data.prompts_ratio:g}: none of its rows would be used",
-            ("data.prompts_ratio", "data.prompts_path"),
         )
         require_combination(
             data.valid_path is not None or train.eval_every == 0,

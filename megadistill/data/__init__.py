@@ -1,19 +1,13 @@
 """Instruction data: reading, prompting, tokenizing, sampling, batching, and the spans of responses."""
 
 from megadistill.data.collate import IGNORE_INDEX, PromptBatch, SequenceBatch, left_padded, right_padded
-from megadistill.data.dataset import Example, FieldNames, LoadedExamples, load_examples
-from megadistill.data.prompts import TEMPLATES, render_prompt
+from megadistill.data.columns import FieldNames
+from megadistill.data.dataset import Example, LoadedExamples, load_examples
+from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples
+from megadistill.data.prompts import TEMPLATES, PromptSettings, render_prompt
 from megadistill.data.sampler import BatchSampler, SampledRow
 from megadistill.data.spans import SPAN_PRIORS, SpanPrior, make_span_prior, pair_mask_from_span_ids, token_span_ids
-from megadistill.data.tokenize import (
-    Tokenized,
-    TokenizedExample,
-    assert_same_vocabulary,
-    decode_responses,
-    encode_responses,
-    load_tokenizer,
-    tokenize_examples,
-)
+from megadistill.data.tokenize import assert_same_vocabulary, decode_responses, encode_responses, load_tokenizer
 
 __all__ = [
     "IGNORE_INDEX",
@@ -24,6 +18,7 @@ __all__ = [
     "FieldNames",
     "LoadedExamples",
     "PromptBatch",
+    "PromptSettings",
     "SampledRow",
     "SequenceBatch",
     "SpanPrior",

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megadistill.data.dataset import Example, FieldNames, load_examples
-from megadistill.data.prompts import render_prompt
-from megadistill.data.tokenize import check_limits, encode_responses, encode_texts, leading_special_ids
+from megadistill.data.columns import FieldNames
+from megadistill.data.dataset import Example, load_examples
+from megadistill.data.encode import check_limits, open_template, refused
+from megadistill.data.prompts import PromptSettings, Template
+from megadistill.data.readers import BadRow
 from megadistill.errors import DataError
 from megadistill.files import os_errors_as, write_atomically, write_json
 
@@ -37,10 +40,8 @@ class ConvertOptions:
         split: Split of a folder or a hub data set.
         config_name: Configuration (subset) of a hub data set.
         skip_bad_rows: Count malformed rows instead of stopping at the first.
-        template: Name of the prompt template.
-        max_prompt_tokens: Longest prompt, special tokens included.
-        max_tokens: Longest prompt and response together, EOS included.
-        drop_long_responses: Leave out rows over ``max_tokens``; else they are kept, and truncated in training.
+        prompts: Template and limits, in tokens.
+        drop_long_responses: Leave out rows over ``prompts.max_tokens``; else they are kept, and truncated in training.
         min_reference_words: Shortest first reference; above 0, rows without references are left out, too.
         drop_duplicates: Leave out rows whose prompt was read before.
         max_rows: Keep the first rows that pass; None: all.
@@ -53,9 +54,7 @@ class ConvertOptions:
     split: str = "train"
     config_name: str | None = None
     skip_bad_rows: bool = False
-    template: str = "alpaca"
-    max_prompt_tokens: int = 256
-    max_tokens: int = 512
+    prompts: PromptSettings = field(default_factory=PromptSettings)
     drop_long_responses: bool = False
     min_reference_words: int = 0
     drop_duplicates: bool = True
@@ -71,7 +70,7 @@ class CheckedRow:
     Attributes:
         example: The row.
         prompt_tokens: Tokens of the prompt, special tokens included.
-        response_tokens: Tokens of the first reference, EOS included; 0 without a reference.
+        response_tokens: Tokens of the first reference, its end token included; 0 without a reference.
         reason: Why the row is left out; None where it is kept.
     """
 
@@ -83,10 +82,19 @@ class CheckedRow:
 
 @dataclass(frozen=True)
 class ConvertedShare:
-    """The rows of one worker; share 0 also has a message for each bad row of the source."""
+    """The rows of one worker.
+
+    Attributes:
+        rows: The rows.
+        skipped: A message for each bad row; share 0 has those of the whole source.
+        description: What was read, in one line.
+        template: The template that was used.
+    """
 
     rows: list[CheckedRow]
     skipped: list[str]
+    description: str = ""
+    template: str = ""
 
 
 def convert_share(
@@ -95,7 +103,7 @@ def convert_share(
     *,
     share: int = 0,
     num_shares: int = 1,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Callable[..., Any] | None = None,
 ) -> ConvertedShare:
     """Reads the source and checks the rows share, share + num_shares, ... of it.
 
@@ -106,13 +114,13 @@ def convert_share(
         tokenizer: Limits are in its tokens.
         share: Number of this worker.
         num_shares: Number of workers.
-        progress: Wraps the iterable of batches.
+        progress: ``progress(total=N)`` opens a bar over N rows, a context with ``update``.
 
     Raises:
-        ConfigError: Limits that leave no token for a response, or as ``render_prompt``.
-        DataError: As ``load_examples``.
+        ConfigError: Limits that leave no token for a response, or a template that cannot be used.
+        DataError: As ``load_examples``, or the template cannot hold a row.
     """
-    check_limits(options.max_prompt_tokens, options.max_tokens)
+    check_limits(options.prompts.max_prompt_tokens, options.prompts.max_tokens)
     loaded = load_examples(
         options.path,
         fields=options.fields,
@@ -120,34 +128,40 @@ def convert_share(
         config_name=options.config_name,
         skip_bad_rows=options.skip_bad_rows,
     )
+    template = open_template(options.prompts, tokenizer, loaded.are_chats)
     mine = loaded.examples[share::num_shares]
-    rows: list[CheckedRow] = []
-    starts: Iterable[int] = range(0, len(mine), _BATCH_ROWS)
-    for start in progress(starts) if progress else starts:
-        rows.extend(_check(mine[start : start + _BATCH_ROWS], options, tokenizer))
-    return ConvertedShare(rows, loaded.skipped if share == 0 else [])
+    result = ConvertedShare([], loaded.skipped if share == 0 else [], loaded.description, template.name)
+    with progress(total=len(mine)) if progress else nullcontext() as bar:
+        for start in range(0, len(mine), _BATCH_ROWS):
+            batch = mine[start : start + _BATCH_ROWS]
+            _check(batch, template, options, result)
+            if bar is not None:
+                bar.update(len(batch))
+    return result
 
 
-def _check(
-    examples: Sequence[Example], options: ConvertOptions, tokenizer: PreTrainedTokenizerBase
-) -> list[CheckedRow]:
-    num_leading = len(leading_special_ids(tokenizer))
-    prompts = encode_texts(tokenizer, [render_prompt(example, options.template) for example in examples])
-    responses = iter(encode_responses(tokenizer, [row.references[0] for row in examples if row.references]))
-    rows = []
-    for example, prompt in zip(examples, prompts, strict=True):
-        prompt_tokens = num_leading + len(prompt)
-        response_tokens = len(next(responses)) + 1 if example.references else 0
+def _check(examples: Sequence[Example], template: Template, options: ConvertOptions, result: ConvertedShare) -> None:
+    """Adds the rows, and what is wrong with those that the template cannot hold, to ``result``."""
+    limits = options.prompts
+    for example, encoded in zip(examples, template.encode(examples), strict=True):
+        if isinstance(encoded, BadRow):
+            result.skipped.append(refused(example, encoded, options.skip_bad_rows))
+            continue
+        prompt_tokens, response_tokens = len(encoded.prompt_ids), len(encoded.response_ids or ())
         words = len(example.references[0].split()) if example.references else 0
         reason = None
-        if prompt_tokens > options.max_prompt_tokens:
-            reason = f"prompt over {options.max_prompt_tokens} tokens"
+        if prompt_tokens > limits.max_prompt_tokens:
+            reason = f"prompt over {limits.max_prompt_tokens} tokens"
         elif words < options.min_reference_words:
             reason = f"reference under {options.min_reference_words} words"
-        elif options.drop_long_responses and prompt_tokens + response_tokens > options.max_tokens:
-            reason = f"prompt and response over {options.max_tokens} tokens"
-        rows.append(CheckedRow(example, prompt_tokens, response_tokens, reason))
-    return rows
+        elif options.drop_long_responses and prompt_tokens + response_tokens > limits.max_tokens:
+            reason = f"prompt and response over {limits.max_tokens} tokens"
+        result.rows.append(CheckedRow(example, prompt_tokens, response_tokens, reason))
+
+
+def taken_files(folder: str | Path) -> list[str]:
+    """The files in a folder that ``write_converted`` would replace."""
+    return [name for name in ("train.jsonl", "valid.jsonl", REPORT_NAME) if (Path(folder) / name).exists()]
 
 
 def write_converted(
@@ -163,7 +177,7 @@ def write_converted(
             written.
     """
     target = Path(folder)
-    taken = [name for name in ("train.jsonl", "valid.jsonl", REPORT_NAME) if (target / name).exists()]
+    taken = taken_files(target)
     if taken and not overwrite:
         raise DataError(f"{target} already has {', '.join(taken)}; choose another folder, or overwrite them")
     known = list(shares)
@@ -182,6 +196,8 @@ def write_converted(
         splits["valid"] = [kept[at] for at in sorted(valid_rows)]
     report = {
         "source": options.path,
+        "rows": known[0].description if known else "",
+        "template": known[0].template if known else options.prompts.template,
         "options": asdict(options),
         "num_rows": len(checked) + len(skipped),
         "num_bad_rows": len(skipped),
@@ -200,9 +216,9 @@ def write_converted(
 def _select(checked: Sequence[CheckedRow], options: ConvertOptions) -> tuple[list[CheckedRow], dict[str, int]]:
     kept: list[CheckedRow] = []
     left_out: dict[str, int] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for row in checked:
-        prompt = (row.example.instruction, row.example.input)
+        prompt = _prompt_of(row.example)
         reason = row.reason
         if reason is None and options.drop_duplicates and prompt in seen:
             reason = "prompt seen before"
@@ -218,11 +234,12 @@ def _select(checked: Sequence[CheckedRow], options: ConvertOptions) -> tuple[lis
 
 def _statistics(rows: Sequence[CheckedRow], options: ConvertOptions) -> dict[str, Any]:
     """Counts of one split and lengths in tokens."""
+    limit = options.prompts.max_tokens
     responses = [row.response_tokens for row in rows if row.response_tokens]
     return {
         "num_rows": len(rows),
         "num_without_references": len(rows) - len(responses),
-        "num_over_max_tokens": sum(row.prompt_tokens + row.response_tokens > options.max_tokens for row in rows),
+        "num_over_max_tokens": sum(row.prompt_tokens + row.response_tokens > limit for row in rows),
         "prompt_tokens": _lengths([row.prompt_tokens for row in rows]),
         "response_tokens": _lengths(responses),
     }
@@ -241,16 +258,30 @@ def _lengths(values: Sequence[int]) -> dict[str, float] | None:
     }
 
 
+def _prompt_of(example: Example) -> str:
+    """What tells one prompt from another."""
+    if example.chat is None:
+        return json.dumps([example.instruction, example.input])
+    return json.dumps([example.chat.messages, example.chat.tools], sort_keys=True, default=str)
+
+
 def _to_line(example: Example) -> str:
-    references = list(example.references)
-    output = references if len(references) > 1 else (references or [""])[0]
-    row = {"instruction": example.instruction, "input": example.input, "output": output}
+    if example.chat is not None:
+        chat = example.chat
+        messages = [*chat.messages, *([chat.reply] if chat.reply is not None else [])]
+        row: dict[str, Any] = {"messages": messages} | ({"tools": chat.tools} if chat.tools is not None else {})
+    else:
+        references = list(example.references)
+        output = references if len(references) > 1 else (references or [""])[0]
+        row = {"instruction": example.instruction, "input": example.input, "output": output}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def report_text(report: dict[str, Any]) -> str:
     """The report in a few lines."""
-    lines = [f"{report['source']}: {report['num_rows']} rows, {report['num_bad_rows']} bad ones skipped"]
+    lines = [f"{report['rows']}; template {report['template']}"]
+    if report["num_bad_rows"]:
+        lines.append(f"  bad rows skipped: {report['num_bad_rows']}, the first: {report['first_bad_rows'][0]}")
     lines += [f"  left out, {reason}: {count}" for reason, count in report["left_out"].items()]
     for name, split in report["splits"].items():
         prompt, response = split["prompt_tokens"], split["response_tokens"]
@@ -261,3 +292,14 @@ def report_text(report: dict[str, Any]) -> str:
             f"  {name}: {split['num_rows']} rows, {split['num_without_references']} without references; {lengths}"
         )
     return "\n".join(lines)
+
+
+def long_response_warnings(report: dict[str, Any]) -> list[str]:
+    """A line for each file with answers that training would cut."""
+    limit = report["options"]["prompts"]["max_tokens"]
+    return [
+        f"{split['num_over_max_tokens']} of {split['num_rows']} {name} rows have more than {limit} tokens: training "
+        "cuts the ends of their answers"
+        for name, split in report["splits"].items()
+        if split["num_over_max_tokens"]
+    ]

@@ -1,45 +1,42 @@
-"""Reads instruction rows from JSONL, JSON, CSV, TSV, Parquet, a ``datasets`` folder or a hub name.
+"""Rows of any kind and format as examples: an instruction or a chat, and its references.
 
-Every error about a row names its file and line.
+Every error about a row names its file and line. What was read is said in one line (``LoadedExamples.description``):
+the kind of rows, the columns that are used, those that are not, and those that are absent.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megadistill.data.hub import check_name, offline_if_unreachable
+from megadistill.data.chats import Chat, type_name
+from megadistill.data.columns import (
+    FieldNames,
+    RowKind,
+    expected_columns,
+    name_list,
+    nearest_column,
+    recognize,
+)
+from megadistill.data.readers import BadRow, read_rows
 from megadistill.errors import DataError
-from megadistill.files import did_you_mean, did_you_mean_path, os_errors_as
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_MAX_CSV_FIELD_CHARS = 1 << 30
-
-
-@dataclass(frozen=True)
-class FieldNames:
-    """Which keys (columns) of a row hold the instruction, its optional input and the reference output(s)."""
-
-    instruction: str = "instruction"
-    input: str = "input"
-    output: str = "output"
+from megadistill.files import did_you_mean
 
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction row.
+    """One row.
 
     Attributes:
         id: Number of the row, from 0.
-        instruction: The instruction.
+        instruction: The instruction; of a chat, its last user turn.
         input: Its input; empty for none.
         references: The reference answers; empty for a row with a prompt only.
         where: FILE:LINE, for messages.
+        chat: The chat, where the row is one.
+        row: The row as it was read; empty unless that was asked for.
     """
 
     id: int
@@ -47,6 +44,8 @@ class Example:
     input: str
     references: tuple[str, ...]
     where: str = field(default="", compare=False)
+    chat: Chat | None = None
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,21 @@ class LoadedExamples:
     """Usable rows in file order, and one message per skipped row.
 
     ``Example.id`` counts bad rows, too: a row has the same id whether or not others are skipped.
+
+    Attributes:
+        examples: The usable rows.
+        skipped: What is wrong with each of the others.
+        description: One line: what kind of rows they are, and which columns are used, not used, and absent.
     """
 
     examples: list[Example]
     skipped: list[str]
+    description: str = ""
 
-
-class _BadRow(Exception):
-    """What is wrong with one row; the caller adds its place. ``setting``: the key that may fix it."""
-
-    def __init__(self, message: str, setting: str | None = None) -> None:
-        super().__init__(message)
-        self.setting = setting
+    @property
+    def are_chats(self) -> bool:
+        """Whether one of the rows is a chat."""
+        return any(example.chat is not None for example in self.examples)
 
 
 def load_examples(
@@ -75,245 +77,137 @@ def load_examples(
     split: str = "train",
     config_name: str | None = None,
     skip_bad_rows: bool = False,
+    prompts_only: bool = False,
+    keep_rows: bool = False,
 ) -> LoadedExamples:
     """Reads every row of a local file (by suffix), a local ``datasets`` folder, or a hub data set.
 
     Args:
         path: A file, a folder or a hub name.
-        fields: Names of the columns.
+        fields: Names of the columns; by default rows of several kinds are recognized (``data/columns.py``).
         split: Split of a folder or a hub data set.
         config_name: Configuration (subset) of a hub data set.
         skip_bad_rows: Count malformed rows instead of stopping at the first.
+        prompts_only: References are not needed: a column that seems to hold them may have any name.
+        keep_rows: Keep the rows as they were read, in ``Example.row``.
 
     Raises:
-        DataError: The file is missing, unreadable or has no usable row; or a row is malformed, empty or of wrong types
-            and ``skip_bad_rows`` is false.
+        DataError: The file is missing, unreadable or has no usable row; a row is malformed, empty or of wrong types
+            and ``skip_bad_rows`` is false; or a column seems to have another name than the one that is read.
     """
-    fields = fields or FieldNames()
-    rows = _open_rows(str(path), fields, split, config_name)
+    reader = _Reader(str(path), fields or FieldNames())
     examples: list[Example] = []
     skipped: list[str] = []
-    absent = {name for name in (fields.input, fields.output) if name not in ("input", "output")}
-    for row_id, (where, row) in enumerate(rows):
-        absent -= row.keys() if isinstance(row, dict) else set()
+    for row_id, (where, row) in enumerate(read_rows(str(path), split, config_name)):
         try:
-            examples.append(_to_example(row, row_id, where, fields))
-        except _BadRow as error:
+            examples.append(reader.example(row, row_id, where, keep_rows))
+        except BadRow as error:
             message = f"{where}: {error}"
             if not skip_bad_rows:
-                settings = ", ".join(filter(None, (error.setting, "data.skip_bad_rows")))
-                raise DataError(message, setting=settings) from None
+                # Where no row fits, skipping bad ones would leave nothing.
+                advice = "data.skip_bad_rows" if reader.kind is not None else None
+                raise DataError(message, setting=", ".join(filter(None, (error.setting, advice))) or None) from None
             skipped.append(message)
     if not examples:
+        if skipped and reader.kind is None and reader.has_objects:
+            raise DataError(skipped[0], setting="data.instruction_field")
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
         raise DataError(f"{path}: no usable row: {reason}")
-    if absent:
-        # A column that the user named must exist: without this check, references would silently be missing.
-        name = sorted(absent)[0]
-        setting = "data.input_field" if name == fields.input else "data.output_field"
-        raise DataError(f"{path}: no row has a field {name!r}", setting=setting)
-    return LoadedExamples(examples, skipped)
+    reader.check_columns(prompts_only)
+    return LoadedExamples(examples, skipped, reader.description(len(examples)))
 
 
-def _to_example(row: Any, row_id: int, where: str, fields: FieldNames) -> Example:
-    if isinstance(row, _BadRow):
-        raise row
-    if not isinstance(row, dict):
-        raise _BadRow(f"a row must be an object with the field {fields.instruction!r}, not {_type_name(row)}")
-    if fields.instruction not in row:
-        names = [str(key) for key in row]
-        hint = did_you_mean(fields.instruction, names)
-        raise _BadRow(
-            f"field {fields.instruction!r} is missing (fields: {', '.join(names) or 'none'}){hint}",
-            setting="data.instruction_field",
+class _Reader:
+    """Makes examples of one source, and knows which columns it has seen.
+
+    Attributes:
+        kind: The kind of its rows, that of the first row that has one.
+    """
+
+    def __init__(self, path: str, fields: FieldNames) -> None:
+        self.kind: RowKind | None = None
+        self._path, self._fields = path, fields
+        self._seen: dict[str, None] = {}  # an ordered set
+        self._has_references = False
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether one of the rows was an object with columns."""
+        return bool(self._seen)
+
+    def example(self, row: Any, row_id: int, where: str, keep_row: bool) -> Example:
+        """The example of a row. Raises BadRow."""
+        if isinstance(row, BadRow):
+            raise row
+        if not isinstance(row, dict):
+            raise BadRow(f"a row must be an object with the field {self._fields.instruction!r}, not {type_name(row)}")
+        self._seen |= dict.fromkeys(str(key) for key in row)
+        kind = self.kind or recognize(row, self._fields)
+        if kind is None:
+            raise self._no_prompt(row)
+        if kind.prompt not in row:
+            raise BadRow(
+                f"field {kind.prompt!r} is missing (fields: {name_list(map(str, row)) or 'none'})"
+                f"{did_you_mean(kind.prompt, map(str, row))}",
+                setting=self._setting("instruction"),
+            )
+        self.kind = kind  # before the row is parsed: the next rows have the same columns even where this one is bad
+        content = kind.parse(row, kind)
+        self._has_references |= bool(content.references)
+        return Example(
+            row_id, content.instruction, content.input, content.references, where, content.chat, row if keep_row else {}
         )
-    instruction = _text(row[fields.instruction], fields.instruction)
-    if not instruction.strip():
-        raise _BadRow(f"field {fields.instruction!r} is empty")
-    context = row.get(fields.input)
-    output = row.get(fields.output)
-    outputs = [] if output is None else list(output) if isinstance(output, list | tuple) else [output]
-    texts = [_text(item, fields.output, "a string or a list of strings") for item in outputs]
-    references = tuple(text for text in texts if text.strip())
-    return Example(row_id, instruction, "" if context is None else _text(context, fields.input), references, where)
 
+    def check_columns(self, prompts_only: bool) -> None:
+        """Refuses a source where a part is absent and another column seems to hold it.
 
-def _text(value: Any, name: str, allowed: str = "a string") -> str:
-    if not isinstance(value, str):
-        raise _BadRow(f"field {name!r} must be {allowed}, not {_type_name(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _BadRow(f"field {name!r} has a broken character at position {error.start} (invalid UTF-8)") from None
-    return value
-
-
-def _type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _open_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
-    local = Path(path)
-    if local.is_dir():
-        # A file named after the split is read here, so that messages name its lines; ``datasets`` reads other folders.
-        inside = [file for suffix in SUFFIXES if (file := local / f"{split}{suffix}").is_file()]
-        if not inside:
-            return _dataset_rows(path, fields, split, config_name)
-        local = inside[0]
-    check_name(path, error=DataError)
-    if not local.exists():
-        return _dataset_rows(path, fields, split, config_name)
-    readers = {
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".tsv": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
-    reader = readers.get(local.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path}: unknown file type {local.suffix!r}; allowed: {', '.join(SUFFIXES)}, a folder or a hub name"
-        )
-    if not local.is_file() or local.stat().st_size == 0:
-        raise DataError(f"{local}: the file is empty" if local.is_file() else f"{local}: not a file")
-    with os_errors_as(DataError, local, "cannot be read"):
-        local.open("rb").close()
-    return reader(local, fields)
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return _BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return _BadRow(f"not valid JSON: {error}")
-
-
-def _jsonl_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield where, _BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line")
+        Raises:
+            DataError: So it is, or no row has a column that the user named.
+        """
+        assert self.kind is not None
+        for part, is_needed in (("input", True), ("output", not prompts_only)):
+            name = getattr(self._fields, part)
+            known = self.kind.answer if part == "output" else self.kind.inputs
+            if not self._is_instruction() or self._seen.keys() & set(known):
                 continue
-            yield where, _parse(text) if text.strip() else _BadRow("the line is empty")
+            if name != getattr(FieldNames(), part) and is_needed:
+                raise DataError(f"{self._path}: no row has a field {name!r}", setting=self._setting(part))
+            near = nearest_column(part, self._unused())
+            if near is not None and is_needed:
+                raise DataError(
+                    f"{self._path}: no row has a field {name!r} (fields: {name_list(self._seen)}); "
+                    f"did you mean {near}?",
+                    setting=self._setting(part),
+                )
 
+    def description(self, num_rows: int) -> str:
+        """What was read, in one line."""
+        assert self.kind is not None
+        parts = [f"{self._path}: {num_rows} {self.kind.name} ({', '.join(self.kind.used(self._seen))})"]
+        if unused := self._unused():
+            parts.append(f"not used: {name_list(unused)}")
+        if not self._has_references:
+            parts.append("no references")
+        return "; ".join(parts)
 
-def _json_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
-    """A list of rows with the line where each starts; a file that does not start with ``[`` is read line by line."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: invalid UTF-8; the rows of a JSON list cannot be skipped one by one") from None
-    if not text.lstrip().startswith("["):
-        yield from _jsonl_rows(path, fields)
-        return
-    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    def _is_instruction(self) -> bool:
+        return self.kind is not None and self.kind.prompt == self._fields.instruction
 
-    def skip_blank(position: int) -> int:
-        match = blank.match(text, position)
-        return match.end() if match else position
+    def _unused(self) -> list[str]:
+        assert self.kind is not None
+        used = self.kind.used(self._seen)
+        return [name for name in self._seen if name not in used]
 
-    position, line, counted = skip_blank(text.index("[") + 1), 1, 0
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            row, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{path}:{line}: not valid JSON: {reason}; the rest of the list cannot be read") from None
-        yield f"{path}:{line}", row
-        position = skip_blank(position)
-        if text[position : position + 1] == ",":
-            position = skip_blank(position + 1)
-        elif text[position : position + 1] != "]":
-            line += text.count("\n", counted, position)
-            raise DataError(f"{path}:{line}: not valid JSON: a comma or a closing bracket is missing after a row")
-    if text[position + 1 :].strip():
-        raise DataError(f"{path}: not valid JSON: there is text after the closing bracket")
+    def _setting(self, part: str) -> str:
+        return self._fields.setting_of(part)
 
-
-def _csv_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
-    # surrogateescape keeps a broken byte in its own row, where ``_text`` reports it.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        header: list[str] | None = None
-        while True:
-            where = f"{path}:{reader.line_num + 1}"
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                raise DataError(f"{where}: not valid CSV: {error}") from None
-            if values is None:
-                return
-            if header is None:
-                header = values
-                _require_column(header, fields, f"{where}: the header")
-            elif not values:
-                yield where, _BadRow("the line is empty")
-            elif len(values) != len(header):
-                yield where, _BadRow(f"{len(values)} fields where the header has {len(header)}")
-            else:
-                yield where, dict(zip(header, values, strict=True))
-
-
-def _parquet_rows(path: Path, fields: FieldNames) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        _require_column(names, fields, f"{path}: the table")
-        wanted = [name for name in (fields.instruction, fields.input, fields.output) if name in names]
-        number = 0
-        for batch in table.iter_batches(columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from None
-
-
-def _require_column(names: list[str], fields: FieldNames, where: str) -> None:
-    if fields.instruction not in names:
-        hint = did_you_mean(fields.instruction, names)
-        raise DataError(
-            f"{where} has no column {fields.instruction!r} (columns: {', '.join(names)}){hint}",
-            setting="data.instruction_field",
+    def _no_prompt(self, row: Mapping[Any, Any]) -> BadRow:
+        names = [str(key) for key in row]
+        wanted = self._fields.instruction
+        allowed = "" if self._fields != FieldNames() else f"; rows may have {expected_columns()}"
+        near = nearest_column("instruction", names) or ""
+        hint = f"; did you mean {near}?" if near else did_you_mean(wanted, names)
+        return BadRow(
+            f"field {wanted!r} is missing (fields: {name_list(names) or 'none'}){allowed}{hint}",
+            setting=self._setting("instruction"),
         )
-
-
-def _dataset_rows(path: str, fields: FieldNames, split: str, config_name: str | None) -> Iterator[tuple[str, Any]]:
-    """Rows through ``datasets``: a folder written by ``save_to_disk``, a folder of data files, or a hub name."""
-    import datasets
-
-    is_folder = Path(path).is_dir()
-    is_offline = not is_folder and offline_if_unreachable()
-    try:
-        if is_folder and ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(path)
-            table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            table = datasets.load_dataset(path, name=config_name, split=split)
-    # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that nothing can be read.
-    except Exception as error:
-        hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {_one_line(error)}"
-        what = f"the folder cannot be read: {_one_line(error)}" if is_folder else f"no such file or folder, and {hub}"
-        near = "" if is_folder else did_you_mean_path(path)
-        message = f"{path} (split {split!r}): {what}{near}"
-        raise DataError(message, setting="data.hub_split, data.hub_config") from None
-    _require_column(table.column_names, fields, f"{path} (split {split!r})")
-    for number, row in enumerate(table, start=1):
-        yield f"{path}[{split}]:row {number}", row
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -22,7 +22,9 @@ class Sample:
             keys every random number that belongs to the sample, whatever the layout.
         prompt_ids: Tokens of the prompt.
         prompt: Text of the prompt, for samples.jsonl.
-        reference_ids: Tokens of the reference, EOS included; None where there is none, or where it must not be used.
+        targets: Spans [start, end) of ``prompt_ids`` that get the reference loss, too: earlier turns of the assistant.
+        reference_ids: Tokens of the reference, its end token included; None where there is none, or where it must not
+            be used.
         response_ids: Tokens that the teacher's losses are computed on; None for no such loss. Where they are the
             reference they are the same object.
         rollout_ids: What the student wrote in this step, before any correction; None where it wrote nothing.
@@ -42,3 +44,11 @@ class Sample:
     pair_mask: Sequence[bool] = ()
     error_position: int = NO_ERROR
     num_corrections: int = 0
+    targets: Sequence[tuple[int, int]] = ()
+
+    @property
+    def num_reference_tokens(self) -> int:
+        """Tokens with a reference loss."""
+        if self.reference_ids is None:
+            return 0
+        return len(self.reference_ids) + sum(end - start for start, end in self.targets)

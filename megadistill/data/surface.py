@@ -60,8 +60,9 @@ def _piece_table(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes] |
     if backend is None:
         return None
     kinds = _decoder_kinds(json.loads(backend.to_str()).get("decoder"))
-    special = set(tokenizer.all_special_ids)
-    added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
+    tokens = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(id_ for id_, token in tokens.items() if token.special)}
+    added = {id_: token.content for id_, token in tokens.items()}
     if kinds == {"ByteLevel"}:
         to_byte = _byte_level_alphabet()
     elif kinds and kinds <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:

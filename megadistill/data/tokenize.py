@@ -1,67 +1,24 @@
-"""Text to token ids, the same way for training and evaluation.
-
-A prompt is the tokenizer's leading special tokens (BOS, or none) followed by the ids of the rendered text. A response
-is the ids of its text *as the continuation of a line break*, and EOS. Every template ends in a line break, so prompt
-ids + response ids are the ids of the joined text wherever the tokenizer allows a boundary there, and a SentencePiece
-tokenizer puts no artificial space before the response.
-"""
+"""Tokenizers: loading and comparing them, and text to ids and back."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.data.dataset import Example
 from megadistill.data.hub import check_name, offline_if_unreachable
-from megadistill.data.prompts import render_prompt
-from megadistill.errors import ConfigError, DataError
+from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONG_PROMPT_POLICIES = ("drop", "truncate", "error")
 # Files of a folder with a tokenizer: one of the first is enough for a tokenizer; the others belong to them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
-_MAX_PROMPT, _MAX_TOKENS = "data.max_prompt_tokens", "data.max_tokens"
 _ANCHOR = "\n"
-_BATCH_ROWS = 512
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One row as token ids.
-
-    Attributes:
-        id: Number of the row.
-        prompt_ids: Tokens of the prompt, special tokens included.
-        response_ids: The first reference followed by EOS, or its beginning without EOS where it was truncated; None for
-            a row without references.
-        references: Texts of all references.
-        prompt: Text of the prompt.
-    """
-
-    id: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...] | None
-    references: tuple[str, ...]
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """Rows in the order of the examples, and what happened to them."""
-
-    rows: list[TokenizedExample]
-    num_dropped: int
-    num_truncated: int
-    num_without_reference: int
-    num_truncated_responses: int
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -171,6 +128,11 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return [next(alone) if ids is None else ids for ids in continued]
 
 
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of ids, special tokens included: what a model reads."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of generated ids without special tokens (EOS)."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -179,105 +141,6 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
 def decode_responses(tokenizer: PreTrainedTokenizerBase, responses: Iterable[Sequence[int]]) -> list[str]:
     """``decode_response`` of each; the inverse of ``encode_responses``."""
     return [decode_response(tokenizer, ids) for ids in responses]
-
-
-def check_limits(max_prompt_tokens: int, max_tokens: int) -> None:
-    """Raises ConfigError where prompts within ``max_prompt_tokens`` leave no token of ``max_tokens`` for a response."""
-    if not 0 < max_prompt_tokens < max_tokens:
-        raise ConfigError(
-            f"prompts of up to {max_prompt_tokens} tokens leave no token for a response: prompt and response are "
-            f"limited to {max_tokens} tokens",
-            setting=f"{_MAX_PROMPT}, {_MAX_TOKENS}",
-        )
-
-
-def tokenize_examples(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    template: str = "alpaca",
-    max_prompt_tokens: int = 256,
-    max_tokens: int = 512,
-    long_prompt: str = "drop",
-) -> Tokenized:
-    """Renders and tokenizes rows.
-
-    Args:
-        examples: The rows.
-        tokenizer: One from ``load_tokenizer``.
-        template: Name of a prompt template.
-        max_prompt_tokens: Longest prompt, special tokens included.
-        max_tokens: Longest prompt and response together. A longer response is truncated and has no EOS.
-        long_prompt: What happens to longer prompts: "drop", "error", or "truncate", which keeps the special tokens
-            and removes the beginning of the text, because the end of the template asks for the response.
-
-    Raises:
-        ConfigError: Unknown policy or template, or limits that leave no token for a response.
-        DataError: A prompt is over the limit under "error", or no row is left.
-    """
-    prefix = leading_special_ids(tokenizer)
-    _check_settings(long_prompt, max_prompt_tokens, max_tokens, len(prefix))
-    max_body = max_prompt_tokens - len(prefix)
-    rows: list[TokenizedExample] = []
-    num_dropped = num_truncated = num_truncated_responses = 0
-    for example, prompt, body, response in _encoded(examples, tokenizer, template):
-        if len(body) > max_body:
-            if long_prompt == "error":
-                raise _over_limit(example, len(prefix) + len(body), max_prompt_tokens)
-            if long_prompt == "drop":
-                num_dropped += 1
-                continue
-            num_truncated += 1
-            body = body[-max_body:]
-        prompt_ids = prefix + tuple(body)
-        if response is not None and len(prompt_ids) + len(response) > max_tokens:
-            num_truncated_responses += 1
-            response = response[: max_tokens - len(prompt_ids)]
-        response_ids = None if response is None else tuple(response)
-        rows.append(TokenizedExample(example.id, prompt_ids, response_ids, example.references, prompt))
-    if examples and not rows:
-        raise DataError(
-            f"all {len(examples)} prompts are over the limit of {max_prompt_tokens} tokens: no row is left",
-            setting=_MAX_PROMPT,
-        )
-    num_without_reference = sum(row.response_ids is None for row in rows)
-    return Tokenized(rows, num_dropped, num_truncated, num_without_reference, num_truncated_responses)
-
-
-def _check_settings(long_prompt: str, max_prompt_tokens: int, max_tokens: int, num_special: int) -> None:
-    if long_prompt not in LONG_PROMPT_POLICIES:
-        raise ConfigError(
-            f"unknown policy {long_prompt!r} for long prompts; allowed: {', '.join(LONG_PROMPT_POLICIES)}",
-            setting="data.long_prompt",
-        )
-    check_limits(max_prompt_tokens, max_tokens)
-    if num_special >= max_prompt_tokens:
-        raise ConfigError(
-            f"a limit of {max_prompt_tokens} tokens leaves no token for a prompt after {num_special} special token(s)",
-            setting=_MAX_PROMPT,
-        )
-
-
-def _encoded(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str
-) -> Iterator[tuple[Example, str, list[int], list[int] | None]]:
-    """(example, prompt text, its ids without special tokens, ids of the first reference with EOS), batch by batch."""
-    for start in range(0, len(examples), _BATCH_ROWS):
-        batch = examples[start : start + _BATCH_ROWS]
-        prompts = [render_prompt(example, template) for example in batch]
-        bodies = encode_texts(tokenizer, prompts)
-        responses = iter(encode_responses(tokenizer, [row.references[0] for row in batch if row.references]))
-        for example, prompt, body in zip(batch, prompts, bodies, strict=True):
-            yield example, prompt, body, next(responses) + [tokenizer.eos_token_id] if example.references else None
-
-
-def _over_limit(example: Example, num_tokens: int, limit: int) -> DataError:
-    where = example.where or f"row {example.id}"
-    start = " ".join(example.instruction.split())[:40]
-    return DataError(
-        f"{where} ({start!r}...): the prompt has {num_tokens} tokens, over the limit of {limit}",
-        setting=f"{_MAX_PROMPT}, data.long_prompt",
-    )
 
 
 def assert_same_vocabulary(

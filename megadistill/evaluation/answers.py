@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megadistill.config.sampling import SamplingOptions
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample, decode_responses, eos_ids, response_limit
+from megadistill.data.tokenize import decode_responses, eos_ids, response_limit
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.protocols import Decoder
 from megadistill.decoding.rollout import rollout

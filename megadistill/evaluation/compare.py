@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from megadistill.data.dataset import FieldNames, load_examples
+from megadistill.data.columns import FieldNames
+from megadistill.data.dataset import load_examples
 from megadistill.data.hub import check_name
 from megadistill.data.synthetic import CorpusSizes, generate_corpus
 from megadistill.data.tokenize import encode_texts, leading_special_ids

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.config.schema import DataSection
-from megadistill.data.dataset import Example, FieldNames, load_examples
-from megadistill.data.tokenize import TokenizedExample, tokenize_examples
+from megadistill.data.columns import FieldNames
+from megadistill.data.dataset import Example, load_examples
+from megadistill.data.encode import TokenizedExample, tokenize_examples
+from megadistill.data.prompts import PromptSettings
 from megadistill.errors import ConfigError, DataError
 from megadistill.evaluation.report import Summary, summarize
 from megadistill.evaluation.rouge import RougeScores, score_texts
@@ -120,16 +122,13 @@ def load_eval_set(
     tokenized = tokenize_examples(
         chosen,
         tokenizer,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_tokens=data.max_tokens,
-        long_prompt=data.long_prompt,
+        PromptSettings.of(data),
     )
     limits = [limit for limit in (max_rows, spec.max_rows) if limit is not None]
     eval_set = EvalSet(
         name or suite or Path(path).stem,
         tokenized.rows,
-        num_skipped=len(loaded.skipped),
+        num_skipped=len(loaded.skipped) + len(tokenized.skipped),
         num_dropped=tokenized.num_dropped,
         num_truncated=tokenized.num_truncated,
     ).head(min(limits) if limits else None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megadistill.config.schema import DataSection, RunConfig
-from megadistill.data.dataset import FieldNames, load_examples
+from megadistill.data.columns import FieldNames
+from megadistill.data.dataset import LoadedExamples, load_examples
+from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples
+from megadistill.data.prompts import PromptSettings, choose_template
 from megadistill.data.sample import Sample
 from megadistill.data.sampler import BatchSampler
-from megadistill.data.tokenize import TokenizedExample, tokenize_examples
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.sources import source_class
 
@@ -26,12 +28,18 @@ class TrainingData:
         prompts: Further examples, of which only the prompts are used (``data.prompts_path``).
         valid: Examples to validate on.
         report: Counts of what was left out or shortened while they were read.
+        template: The template that all of them were rendered with.
+        end_id: The token that ends a reference.
+        sources: One line for each file about what was read.
     """
 
     train: list[TokenizedExample]
     prompts: list[TokenizedExample]
     valid: list[TokenizedExample]
     report: dict[str, int]
+    template: str = "alpaca"
+    end_id: int | None = None
+    sources: tuple[str, ...] = ()
 
     def batch(self, sampler: BatchSampler, step: int) -> list[Sample]:
         """This data-parallel rank's share of a step; rows of ``data.prompts_path`` lose their references.
@@ -42,70 +50,81 @@ class TrainingData:
         """
         samples = []
         for sequence_id, stream, index in sampler.rows(step):
-            example = self.train[index] if stream == "train" else self.prompts[index]
-            reference_ids = example.response_ids if stream == "train" else None
-            samples.append(Sample(sequence_id, example.prompt_ids, example.prompt, reference_ids))
+            if stream == "train":
+                row = self.train[index]
+                samples.append(Sample(sequence_id, row.prompt_ids, row.prompt, row.response_ids, targets=row.targets))
+            else:
+                row = self.prompts[index]
+                samples.append(Sample(sequence_id, row.prompt_ids, row.prompt))
         return samples
 
 
-def load_rows(
-    path: str, tokenizer: PreTrainedTokenizerBase, data: DataSection, report: dict[str, int], name: str
-) -> list[TokenizedExample]:
-    """Reads and tokenizes one file.
+def read_examples(path: str, data: DataSection, *, prompts_only: bool = False) -> LoadedExamples:
+    """Reads one file as a run's settings say.
 
     Args:
         path: The file, or a data set of the hub.
-        tokenizer: The tokenizer.
         data: How it is read.
-        report: Counts of what was left out or shortened are added here.
-        name: Prefix of the counts.
+        prompts_only: Its references are not used.
 
     Raises:
         DataError: The file cannot be used.
     """
-    fields = FieldNames(data.instruction_field, data.input_field, data.output_field)
-    examples = load_examples(
-        path, fields=fields, split=data.hub_split, config_name=data.hub_config, skip_bad_rows=data.skip_bad_rows
+    return load_examples(
+        path,
+        fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
+        split=data.hub_split,
+        config_name=data.hub_config,
+        skip_bad_rows=data.skip_bad_rows,
+        prompts_only=prompts_only,
     )
-    tokenized = tokenize_examples(
-        examples.examples,
-        tokenizer,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        max_tokens=data.max_tokens,
-        long_prompt=data.long_prompt,
-    )
-    counts = {
-        "rows": len(tokenized.rows),
-        "skipped": len(examples.skipped),
-        "dropped": tokenized.num_dropped,
-        "truncated_prompts": tokenized.num_truncated,
-        "truncated_responses": tokenized.num_truncated_responses,
-        "without_reference": tokenized.num_without_reference,
-    }
-    report |= {f"{name}/{key}": value for key, value in counts.items() if value}
-    return tokenized.rows
 
 
 def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """All rows of a run.
+    """All rows of a run, rendered with one template.
 
     Raises:
-        ConfigError: There are none to train on.
+        ConfigError: There are none to train on, or the template cannot be used.
         DataError: A file cannot be used.
     """
     data = config.data
-    report: dict[str, int] = {}
     if data.train_path is None:
         raise ConfigError("data.train_path is missing: nothing to train on (its rows need no references)")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
-    rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
+    read = {name: read_examples(path, data, prompts_only=name == "prompts") for name, path in paths.items() if path}
+    settings = PromptSettings.of(data)
+    are_chats = any(source.are_chats for source in read.values())
+    settings = replace(settings, template=choose_template(settings, tokenizer, are_chats))
+    report: dict[str, int] = {}
+    tokenized = {name: tokenize_examples(source.examples, tokenizer, settings) for name, source in read.items()}
+    for name, result in tokenized.items():
+        report |= _counts(name, result, len(read[name].skipped))
+    rows = {name: tokenized[name].rows if name in tokenized else [] for name in paths}
     source_class(config).check_examples(config, rows["train"], rows["valid"])
     if config.train.eval_every and not rows["valid"]:
         raise DataError(
             f"{data.valid_path}: no row is left to validate on (train.eval_every={config.train.eval_every})"
         )
-    return TrainingData(rows["train"], rows["prompts"], rows["valid"], report)
+    return TrainingData(
+        **rows,
+        report=report,
+        template=settings.template,
+        end_id=tokenized["train"].end_id,
+        sources=tuple(source.description for source in read.values()),
+    )
+
+
+def _counts(name: str, result: Tokenized, num_skipped: int) -> dict[str, int]:
+    """What happened to the rows of one file, as summary.json has it."""
+    counts = {
+        "rows": len(result.rows),
+        "skipped": num_skipped + len(result.skipped),
+        "dropped": result.num_dropped,
+        "truncated_prompts": result.num_truncated,
+        "truncated_responses": result.num_truncated_responses,
+        "without_reference": result.num_without_reference,
+    }
+    return {f"{name}/{key}": value for key, value in counts.items() if value}
 
 
 def make_sampler(config: RunConfig, data: TrainingData, dp_rank: int = 0, dp_size: int = 1) -> BatchSampler:

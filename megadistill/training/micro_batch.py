@@ -7,7 +7,7 @@ hidden size, H_T the teacher's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,8 +91,9 @@ def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.d
         pair_mask.extend(sample.pair_mask)
         hidden.append(sample.teacher_hidden)
     batch = right_padded(sequences or [((pad_id,), ())], pad_id).to(device)
-    sft_index, sft_labels = _predicting(batch, list(reference_at.values()))
-    kd_index, kd_labels = _predicting(batch, for_kd)
+    sft_labels_BS = _with_targets(batch, samples, reference_at)
+    sft_index, sft_labels = _predicting(sft_labels_BS, list(reference_at.values()))
+    kd_index, kd_labels = _predicting(batch.labels, for_kd)
     return MicroBatch(
         batch,
         sft_index,
@@ -104,11 +105,22 @@ def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.d
     )
 
 
-def _predicting(batch: SequenceBatch, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions that predict the responses (or references) of some sequences, and the predicted tokens."""
-    width = batch.labels.shape[1]
-    wanted = torch.tensor(sequences, dtype=torch.int64, device=batch.labels.device)
-    labels = batch.labels[wanted]
+def _with_targets(batch: SequenceBatch, samples: Sequence[Sample], reference_at: Mapping[int, int]) -> torch.Tensor:
+    """Labels [B, S] that also have the earlier turns of the assistant, where samples have any (``Sample.targets``)."""
+    if not any(samples[i].targets for i in reference_at):
+        return batch.labels
+    labels = batch.labels.clone()
+    for i, sequence in reference_at.items():
+        for start, end in samples[i].targets:  # column c predicts the token in column c + 1
+            labels[sequence, max(start, 1) - 1 : end - 1] = batch.input_ids[sequence, max(start, 1) : end]
+    return labels
+
+
+def _predicting(labels_BS: torch.Tensor, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions that predict the labels of some sequences, and the predicted tokens."""
+    width = labels_BS.shape[1]
+    wanted = torch.tensor(sequences, dtype=torch.int64, device=labels_BS.device)
+    labels = labels_BS[wanted]
     sequence, column = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
     return wanted[sequence] * width + column, labels[sequence, column]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.checkpoint.manifest import checkpoints_of, find_checkpoint
-from megadistill.config.load import flatten, load_config
+from megadistill.checkpoint.run_settings import RESOLVED, load_resolved
+from megadistill.config.load import flatten
 from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, ConfigError
 from megadistill.generation.sources import source_class
 
-RESOLVED = "resolved.yaml"
 # What may change when a run is continued: nothing here enters the mathematics of a step, except the length of the
 # schedule, which a longer run changes knowingly.
 _MAY_CHANGE = (
@@ -91,23 +90,16 @@ def plan_start(config: RunConfig) -> Start:
 def _same_resume_as_last_start(resume: str, run_dir: Path) -> bool:
     """Whether the run was started with this train.resume the last time."""
     try:
-        return _load_resolved(run_dir).train.resume == resume
+        return load_resolved(run_dir).train.resume == resume
     except ConfigError:
         return False
-
-
-def _load_resolved(run_dir: Path) -> RunConfig:
-    """The settings of the run as it was started last; an old spelling in them is not worth a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return load_config(run_dir / RESOLVED)
 
 
 def _check_same_run(config: RunConfig, run_dir: Path) -> None:
     if not (run_dir / RESOLVED).is_file():
         raise ConfigError(f"run.dir={run_dir} holds another run (it has no {RESOLVED}); choose another folder")
     try:
-        before = _load_resolved(run_dir)
+        before = load_resolved(run_dir)
     except ConfigError as error:
         raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
     old, new = flatten(before.model_dump()), flatten(config.model_dump())

@@ -6,15 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megadistill.config.schema import RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.spans import make_span_prior
-from megadistill.data.tokenize import (
-    TokenizedExample,
-    assert_same_vocabulary,
-    eos_ids,
-    has_tokenizer,
-    load_tokenizer,
-    vocabulary_size,
-)
+from megadistill.data.tokenize import assert_same_vocabulary, eos_ids, has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES

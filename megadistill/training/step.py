@@ -97,7 +97,7 @@ def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCou
     """Tokens and span pairs of the whole step (one all-reduce of three numbers over the data-parallel group)."""
     local = torch.tensor(
         [
-            sum(len(sample.reference_ids) for sample in samples if sample.reference_ids is not None),
+            sum(sample.num_reference_tokens for sample in samples),
             sum(len(sample.response_ids) for sample in samples if sample.response_ids is not None),
             sum(sum(sample.pair_mask) for sample in samples),
         ],

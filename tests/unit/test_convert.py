@@ -9,6 +9,7 @@ import pytest
 
 from megadistill.data.convert import ConvertOptions, convert_share, report_text, write_converted
 from megadistill.data.dataset import load_examples
+from megadistill.data.prompts import PromptSettings
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, DataError
 from tests.support.tokenizers import byte_level
@@ -38,8 +39,9 @@ def source(tmp_path):
 
 
 def options(source, **changes):
-    common = {"skip_bad_rows": True, "template": "plain", "max_prompt_tokens": 60, "max_tokens": 160, "num_valid": 5}
-    return ConvertOptions(str(source), **{**common, **changes})
+    limits = {name: changes.pop(name) for name in ("max_prompt_tokens", "max_tokens") if name in changes}
+    prompts = PromptSettings("plain", **{"max_prompt_tokens": 60, "max_tokens": 160, **limits})
+    return ConvertOptions(str(source), prompts=prompts, **{"skip_bad_rows": True, "num_valid": 5, **changes})
 
 
 def convert(source, tokenizer, target, num_shares=1, **changes):
@@ -71,7 +73,9 @@ def test_every_row_is_accounted_for(source, tokenizer, tmp_path):
     assert merged == kept | {"many": ("a", "b")}
     without = sum(split["num_without_references"] for split in report["splits"].values())
     assert without == 1
-    assert "44 rows, 1 bad ones skipped" in report_text(report)
+    text = report_text(report)
+    assert "rows.jsonl: 43 instruction rows (instruction, output); template plain" in text
+    assert "bad rows skipped: 1, the first: " in text
 
 
 def test_filters(source, tokenizer, tmp_path):

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megadistill.data.dataset import Example, FieldNames, load_examples
+from megadistill.data.columns import FieldNames
+from megadistill.data.dataset import Example, load_examples
 from megadistill.errors import DataError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -82,10 +83,10 @@ BAD_ROWS = {
     "null": (None, "not null"),
     "a typo": ({"instructoin": "x"}, "did you mean instructoin?"),
     "an empty instruction": ({"instruction": " "}, "'instruction' is empty"),
-    "a number": ({"instruction": 3}, "'instruction' must be a string, not a number"),
+    "a boolean": ({"instruction": True}, "'instruction' must be a string, not a boolean"),
     "an object as input": ({"instruction": "x", "input": {}}, "'input' must be a string, not an object"),
-    "a number as output": ({"instruction": "x", "output": 3}, "'output' must be a string or a list of strings"),
-    "a number among outputs": ({"instruction": "x", "output": ["a", 3]}, "'output' must be a string or a list"),
+    "an object as output": ({"instruction": "x", "output": {}}, "'output' must be a string or a list of strings"),
+    "a list among outputs": ({"instruction": "x", "output": ["a", []]}, "'output' must be a string or a list"),
     "invalid UTF-8": (b'{"instruction": "\xff"}', "invalid UTF-8"),
     "half a surrogate": (b'{"instruction": "\\ud800"}', "invalid UTF-8"),
     "endless nesting": (b"[" * 100_000, "not valid JSON"),
@@ -109,7 +110,7 @@ def test_bad_rows_are_named_by_line_or_skipped(tmp_path, kind):
 
 def test_a_bad_row_of_a_json_list_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('[\n {"instruction": "x"},\n\n {"instruction": 3},\n {"instruction": "y"}\n]\n', encoding="utf-8")
+    path.write_text('[\n {"instruction": "x"},\n\n {"instruction": [3]},\n {"instruction": "y"}\n]\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.json:4: field 'instruction' must be a string"):
         load_examples(path)
     assert [row.instruction for row in load_examples(path, skip_bad_rows=True).examples] == ["x", "y"]
@@ -141,7 +142,7 @@ def test_csv_errors_name_the_line_where_the_record_starts(tmp_path):
     assert [row.instruction for row in loaded.examples] == ["two\nlines", "last"]
     assert [message.split(": ")[0].rsplit(":", 1)[1] for message in loaded.skipped] == ["4", "5", "6", "7"]
     path.write_text("instructions,output\nx,y\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"no column 'instruction'.*did you mean instructions\?"):
+    with pytest.raises(DataError, match=r"a\.csv:2: field 'instruction' is missing.*did you mean instructions\?"):
         load_examples(path, skip_bad_rows=True)
     path.write_text('instruction\n"never closed\n', encoding="utf-8")
     with pytest.raises(DataError, match="not valid CSV"):
@@ -163,7 +164,7 @@ def test_parquet_errors(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet:row 2: .*not null"):
         load_examples(path)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), path)
-    with pytest.raises(DataError, match="no column 'instruction'"):
+    with pytest.raises(DataError, match="field 'instruction' is missing .*did you mean text"):
         load_examples(path)
 
 
@@ -179,9 +180,9 @@ def test_missing_and_empty_files(tmp_path):
     write_lines(tmp_path / "blank.jsonl", b"")
     with pytest.raises(DataError, match="all 1 rows are bad"):
         load_examples(tmp_path / "blank.jsonl", skip_bad_rows=True)
-    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(DataError, match="unknown file type '.txt'; allowed: .jsonl"):
-        load_examples(tmp_path / "a.txt")
+    (tmp_path / "a.xlsx").write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match="unknown file type '.xlsx'; allowed: .jsonl"):
+        load_examples(tmp_path / "a.xlsx")
 
 
 def test_folders(tmp_path):

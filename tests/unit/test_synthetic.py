@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.data import load_examples, load_tokenizer, render_prompt, tokenize_examples
+from megadistill.data import PromptSettings, load_examples, load_tokenizer, render_prompt, tokenize_examples
 from megadistill.data.synthetic import KINDS, OPPOSITE, TRADES, VERBS, CorpusSizes, generate_corpus, write_corpus
 from megadistill.demo.tokenizer import train_tokenizer
 from megadistill.errors import DataError
@@ -189,7 +189,7 @@ def test_project_loader_and_tokenisation_accept_it(folder, corpus, tmp_path):
     tokenizer = load_tokenizer(str(folder))
     examples = load_examples(str(tmp_path / "train.jsonl")).examples
     done = tokenize_examples(
-        examples, tokenizer, template="plain", max_prompt_tokens=64, max_tokens=96, long_prompt="error"
+        examples, tokenizer, PromptSettings("plain", max_prompt_tokens=64, max_tokens=96, long_prompt="error")
     )
     assert len(done.rows) == len(examples) and done.num_truncated_responses == 0
     for example, row in zip(examples, done.rows, strict=True):

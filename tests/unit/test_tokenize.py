@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from megadistill.data.dataset import Example
-from megadistill.data.prompts import render_prompt
+from megadistill.data.encode import tokenize_examples
+from megadistill.data.prompts import PromptSettings, render_prompt
 from megadistill.data.tokenize import (
     assert_same_vocabulary,
     decode_responses,
     encode_responses,
     leading_special_ids,
     load_tokenizer,
-    tokenize_examples,
 )
 from megadistill.errors import ConfigError, DataError
 from tests.support.tokenizers import byte_level, sentence_piece
@@ -72,7 +72,7 @@ def test_leading_special_ids(folders):
 
 def test_prompt_and_response_join_to_the_text(tokenizer):
     examples = [example(text, references=(text,), row=row) for row, text in enumerate(TEXTS)]
-    rows = tokenize_examples(examples, tokenizer, max_prompt_tokens=600, max_tokens=900).rows
+    rows = tokenize_examples(examples, tokenizer, PromptSettings(max_prompt_tokens=600, max_tokens=900)).rows
     specials = set(tokenizer.all_special_ids)
     for row, text in zip(rows, TEXTS, strict=True):
         prompt, response = list(row.prompt_ids), list(row.response_ids)
@@ -110,42 +110,47 @@ def test_rows_without_references(tokenizer):
 
 def test_long_prompts_are_dropped_truncated_or_refused(tokenizer):
     examples = [example("dog " * 300, row=0, where="rows.jsonl:7"), example("dog", row=1)]
-    limit = len(tokenize_examples(examples[1:], tokenizer, template="plain").rows[0].prompt_ids) + 5
+    limit = len(tokenize_examples(examples[1:], tokenizer, PromptSettings("plain")).rows[0].prompt_ids) + 5
     settings = {"template": "plain", "max_prompt_tokens": limit, "max_tokens": limit + 20}
-    dropped = tokenize_examples(examples, tokenizer, long_prompt="drop", **settings)
+    dropped = tokenize_examples(examples, tokenizer, PromptSettings(long_prompt="drop", **settings))
     assert ([row.id for row in dropped.rows], dropped.num_dropped, dropped.num_truncated) == ([1], 1, 0)
-    short = tokenize_examples(examples, tokenizer, long_prompt="truncate", **settings)
+    short = tokenize_examples(examples, tokenizer, PromptSettings(long_prompt="truncate", **settings))
     assert (short.num_dropped, short.num_truncated) == (0, 1)
-    whole = tokenize_examples(examples[:1], tokenizer, template="plain", max_prompt_tokens=4000, max_tokens=5000).rows[
-        0
-    ]
+    whole = tokenize_examples(
+        examples[:1], tokenizer, PromptSettings("plain", max_prompt_tokens=4000, max_tokens=5000)
+    ).rows[0]
     lead = leading_special_ids(tokenizer)
     assert len(short.rows[0].prompt_ids) == limit
     assert short.rows[0].prompt_ids == lead + whole.prompt_ids[len(whole.prompt_ids) - (limit - len(lead)) :]
     with pytest.raises(
         DataError, match=rf"rows\.jsonl:7 .*the prompt has {len(whole.prompt_ids)} tokens, over"
     ) as error:
-        tokenize_examples(examples, tokenizer, long_prompt="error", **settings)
+        tokenize_examples(examples, tokenizer, PromptSettings(long_prompt="error", **settings))
     assert f"the limit of {limit}" in str(error.value)
     assert error.value.setting == "data.max_prompt_tokens, data.long_prompt"
     with pytest.raises(DataError, match="all 1 prompts are over"):
-        tokenize_examples(examples[:1], tokenizer, long_prompt="drop", **settings)
+        tokenize_examples(examples[:1], tokenizer, PromptSettings(long_prompt="drop", **settings))
 
 
 def test_a_prompt_of_exactly_the_limit_stays(tokenizer):
     size = len(tokenize_examples([example()], tokenizer).rows[0].prompt_ids)
-    assert tokenize_examples([example()], tokenizer, max_prompt_tokens=size, max_tokens=size + 1).num_dropped == 0
+    assert (
+        tokenize_examples(
+            [example()], tokenizer, PromptSettings(max_prompt_tokens=size, max_tokens=size + 1)
+        ).num_dropped
+        == 0
+    )
     with pytest.raises(DataError):
-        tokenize_examples([example()], tokenizer, max_prompt_tokens=size - 1, max_tokens=size + 1)
+        tokenize_examples([example()], tokenizer, PromptSettings(max_prompt_tokens=size - 1, max_tokens=size + 1))
 
 
 def test_long_responses_are_cut_and_lose_their_eos(tokenizer):
     examples = [example(references=("dog " * 50,))]
     whole = tokenize_examples(examples, tokenizer).rows[0]
     limit, fits = len(whole.prompt_ids), len(whole.prompt_ids) + len(whole.response_ids)
-    exact = tokenize_examples(examples, tokenizer, max_prompt_tokens=limit, max_tokens=fits)
+    exact = tokenize_examples(examples, tokenizer, PromptSettings(max_prompt_tokens=limit, max_tokens=fits))
     assert exact.num_truncated_responses == 0 and exact.rows == [whole]
-    short = tokenize_examples(examples, tokenizer, max_prompt_tokens=limit, max_tokens=fits - 1)
+    short = tokenize_examples(examples, tokenizer, PromptSettings(max_prompt_tokens=limit, max_tokens=fits - 1))
     assert short.num_truncated_responses == 1
     assert short.rows[0].response_ids == whole.response_ids[:-1]
     assert tokenizer.eos_token_id not in short.rows[0].response_ids
@@ -154,9 +159,9 @@ def test_long_responses_are_cut_and_lose_their_eos(tokenizer):
 
 def test_bad_limits_and_policies(tokenizer):
     with pytest.raises(ConfigError, match="'shorten'.*allowed: drop, truncate, error"):
-        tokenize_examples([example()], tokenizer, long_prompt="shorten")
+        tokenize_examples([example()], tokenizer, PromptSettings(long_prompt="shorten"))
     with pytest.raises(ConfigError, match="leave no token for a response"):
-        tokenize_examples([example()], tokenizer, max_prompt_tokens=256, max_tokens=256)
+        tokenize_examples([example()], tokenizer, PromptSettings(max_prompt_tokens=256, max_tokens=256))
     assert tokenize_examples([], tokenizer).rows == []
 
 

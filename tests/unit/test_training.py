@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megadistill.config.schema import GenerationSection, OptimSection, RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.sources import source_class

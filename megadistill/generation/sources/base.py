@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from megadistill.config.schema import RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample, response_limit
+from megadistill.data.tokenize import response_limit
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.protocols import TextModel
 from megadistill.errors import ConfigError

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megadistill.config.schema import RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample
 from megadistill.decoding.protocols import TextModel
 from megadistill.errors import DataError
 from megadistill.generation.sources.base import SourceInputs, TextSource

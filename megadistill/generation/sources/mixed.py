@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megadistill.config.schema import RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
 from megadistill.generation.sources.dataset import Dataset
 from megadistill.generation.sources.on_policy import OnPolicy

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megadistill.config.schema import RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import TokenizedExample
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.phi_schedule import OffPolicySchedule
 from megadistill.generation.replay_buffer import merge, split

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megadistill.data.tokenize import TokenizedExample
+from megadistill.data.encode import TokenizedExample
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.rouge import score_texts
 from megadistill.observability.log import get_logger

@@ -171,7 +171,8 @@ def _deciding(
     examples: Sequence[Example],
 ) -> dict[str, Any]:
     """The settings that determine the rows, by the names that users know; not how they are computed."""
-    from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
+    from megadistill.cli.resumable import describe_model
+    from megadistill.data.fingerprint import checksum, tokenizer_fingerprint
     from megadistill.data.prompts import read_chat_template
 
     content = checksum(
@@ -192,7 +193,7 @@ def _deciding(
     return {
         **{f"--{name.replace('_', '-')}": getattr(parsed, name) for name in names},
         "the content of --input": f"{len(examples)} rows, checksum {content}",
-        "the tokenizer": f"{parsed.tokenizer or 'of --model'}, checksum {describe_tokenizer(tokenizer)}",
+        "the tokenizer": f"{parsed.tokenizer or 'of --model'}, checksum {tokenizer_fingerprint(tokenizer)}",
         **(chat if prompts.template == "chat" else {}),
         **describe_model(folder, commit),
     }

@@ -6,7 +6,6 @@ Rows go to ``OUTPUT.partial``, which becomes OUTPUT after the last one: OUTPUT i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -24,7 +23,7 @@ from megadistill.models.fingerprint import model_fingerprint
 from megadistill.observability.lock import try_lock
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 VERSION = 1
 
@@ -237,20 +236,6 @@ def describe_model(path: str, commit: str | None) -> dict[str, str]:
     with os_errors_as(DataError, local, "cannot be read"):
         files = model_fingerprint(path)
     return {"--model": str(local.resolve()), **{f"{name} of --model": text for name, text in files.items()}}
-
-
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A checksum of everything that a tokenizer does to text."""
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    return checksum([[type(tokenizer).__name__, tokenizer.special_tokens_map, rules]])
-
-
-def checksum(items: Sequence[Any]) -> str:
-    """A checksum of anything that JSON can hold."""
-    total = hashlib.blake2b(digest_size=8)
-    for item in items:
-        total.update(json.dumps(item, sort_keys=True, default=str).encode())
-    return total.hexdigest()
 
 
 def _row_id(line: bytes) -> Any:

@@ -68,6 +68,10 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         tp_size = check_models(config, num_ranks)  # imports transformers
         tokenizer = run_tokenizer(config)
     data = load_training_data(config, tokenizer)
+    log = get_logger(rank_of(os.environ), "data")
+    for line in data.sources:
+        log.info(f"{line}; template {data.template}")
+    config = config.with_template(data.template)  # resolved.yaml has what auto meant
     make_sampler(config, data)  # only to find out now whether the rows can fill a step
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)

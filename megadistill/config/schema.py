@@ -234,6 +234,9 @@ class TrainSection(Section):
         "auto",
         description="auto: from the last checkpoint of run.dir, if any; never: a new run; or a checkpoint's path.",
     )
+    resume_on_other_data: bool = Field(
+        False, description="Resume even where rows, tokenizer, or teacher are not those of the checkpoint."
+    )
 
 
 class EvalSection(SamplingOptions):
@@ -288,6 +291,10 @@ class RunConfig(Section):
     def needs_teacher(self) -> bool:
         """Whether a loss compares with the teacher; False for plain SFT."""
         return self.loss.dac_kl > 0 or self.loss.span > 0
+
+    def with_template(self, name: str) -> "RunConfig":
+        """The same with another ``data.template``."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"template": name})})
 
     @model_validator(mode="after")
     def _deepspeed_keys(self) -> "RunConfig":

@@ -95,7 +95,7 @@ def load_examples(
         DataError: The file is missing, unreadable or has no usable row; a row is malformed, empty or of wrong types
             and ``skip_bad_rows`` is false; or a column seems to have another name than the one that is read.
     """
-    reader = _Reader(str(path), fields or FieldNames())
+    reader = _Reader(str(path), fields or FieldNames(), prompts_only)
     examples: list[Example] = []
     skipped: list[str] = []
     for row_id, (where, row) in enumerate(read_rows(str(path), split, config_name)):
@@ -113,7 +113,7 @@ def load_examples(
             raise DataError(skipped[0], setting="data.instruction_field")
         reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
         raise DataError(f"{path}: no usable row: {reason}")
-    reader.check_columns(prompts_only)
+    reader.check_columns()
     return LoadedExamples(examples, skipped, reader.description(len(examples)))
 
 
@@ -124,9 +124,9 @@ class _Reader:
         kind: The kind of its rows, that of the first row that has one.
     """
 
-    def __init__(self, path: str, fields: FieldNames) -> None:
+    def __init__(self, path: str, fields: FieldNames, prompts_only: bool) -> None:
         self.kind: RowKind | None = None
-        self._path, self._fields = path, fields
+        self._path, self._fields, self._prompts_only = path, fields, prompts_only
         self._seen: dict[str, None] = {}  # an ordered set
         self._has_references = False
 
@@ -158,14 +158,14 @@ class _Reader:
             row_id, content.instruction, content.input, content.references, where, content.chat, row if keep_row else {}
         )
 
-    def check_columns(self, prompts_only: bool) -> None:
+    def check_columns(self) -> None:
         """Refuses a source where a part is absent and another column seems to hold it.
 
         Raises:
             DataError: So it is, or no row has a column that the user named.
         """
         assert self.kind is not None
-        for part, is_needed in (("input", True), ("output", not prompts_only)):
+        for part, is_needed in (("input", True), ("output", not self._prompts_only)):
             name = getattr(self._fields, part)
             known = self.kind.answer if part == "output" else self.kind.inputs
             if not self._is_instruction() or self._seen.keys() & set(known):
@@ -183,19 +183,23 @@ class _Reader:
     def description(self, num_rows: int) -> str:
         """What was read, in one line."""
         assert self.kind is not None
-        parts = [f"{self._path}: {num_rows} {self.kind.name} ({', '.join(self.kind.used(self._seen))})"]
+        parts = [f"{self._path}: {num_rows} {self.kind.name} ({', '.join(self._used())})"]
         if unused := self._unused():
             parts.append(f"not used: {name_list(unused)}")
-        if not self._has_references:
+        if not self._has_references and not self._prompts_only:
             parts.append("no references")
         return "; ".join(parts)
 
     def _is_instruction(self) -> bool:
         return self.kind is not None and self.kind.prompt == self._fields.instruction
 
-    def _unused(self) -> list[str]:
+    def _used(self) -> list[str]:
         assert self.kind is not None
-        used = self.kind.used(self._seen)
+        ignored = self.kind.answer if self._prompts_only else ()
+        return [name for name in self.kind.used(self._seen) if name not in ignored]
+
+    def _unused(self) -> list[str]:
+        used = self._used()
         return [name for name in self._seen if name not in used]
 
     def _setting(self, part: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 import regex
@@ -227,6 +228,12 @@ def make_span_prior(name: str, window: int = 4) -> SpanPrior:
             f"unknown span prior {name!r}; allowed: {', '.join(SPAN_PRIORS)}{hint}", setting="data.span_prior"
         )
     return makers[name]()
+
+
+def span_prior_version(name: str) -> str:
+    """The prior with the version of the package that parses, whose next version may find other phrases."""
+    package = {"phrases": "textblob", "spacy": "spacy"}.get(name)
+    return name if package is None else f"{name} by {package} {version(package)}"
 
 
 def token_span_ids(response_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, prior: SpanPrior) -> list[int]:

@@ -59,7 +59,9 @@ def convert_json_lines(source: Path, target: Path, kind: str) -> None:
         data = source.read_bytes()
     if target.suffix.lower() == GZIP:
         data = gzip.compress(data, mtime=0)
-    write_atomically(target, data)
+    beside = target.with_name(target.name + ".converted")  # the source may have the name of atomic writes
+    write_atomically(beside, data)
+    beside.replace(target)
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -24,6 +24,7 @@ from megadistill.parallel.context import ParallelContext
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData, make_sampler
 from megadistill.training.hooks.base import Hook, HookList, StepEvent
+from megadistill.training.hooks.inputs import Inputs
 from megadistill.training.hooks.nonfinite import NonFinite
 from megadistill.training.hooks.profile import Profile
 from megadistill.training.hooks.progress import Progress
@@ -129,6 +130,7 @@ def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Re
     hooks.add(
         Throughput(components),
         Validation(components, data.valid, notify=hooks.validated),
+        Inputs(components, data),
         record,
         NonFinite(run_dir, components),
         Progress(components),

@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "train.samples_every",
     "train.samples_rows",
     "train.resume",
+    "train.resume_on_other_data",
     "train.stop_grace_s",
     "train.on_nonfinite",
     "train.max_nonfinite",
@@ -104,6 +105,8 @@ def _check_same_run(config: RunConfig, run_dir: Path) -> None:
         raise CheckpointError(f"run.dir={run_dir} holds another run, which cannot be read: {error}") from None
     old, new = flatten(before.model_dump()), flatten(config.model_dump())
     kept = source_class(config).validation_settings()
+    if new["data.template"] == "auto":
+        new["data.template"] = old["data.template"]  # what auto means is known after the rows are read: hooks/inputs.py
     changed = [key for key in new if old.get(key) != new[key] and (key in kept or not key.startswith(_MAY_CHANGE))]
     if changed:
         key = changed[0]

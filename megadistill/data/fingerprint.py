@@ -1,0 +1,41 @@
+"""Checksums of tokenizers and of tokenized rows: to notice that a path holds something else than before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from megadistill.data.encode import TokenizedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DIGEST_BYTES = 8
+
+
+def checksum(items: Iterable[Any]) -> str:
+    """A checksum of anything that JSON can hold."""
+    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for item in items:
+        total.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return total.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A checksum of everything that a tokenizer does to text."""
+    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    return checksum([[type(tokenizer).__name__, tokenizer.special_tokens_map, rules]])
+
+
+def rows_fingerprint(rows: Iterable[TokenizedExample]) -> str:
+    """Number of rows and a checksum of what a run trains on: ids of prompts and references, and targets."""
+    total, count = hashlib.blake2b(digest_size=_DIGEST_BYTES), 0
+    for row in rows:
+        spans = [position for span in row.targets for position in span]
+        lengths = [len(row.prompt_ids), -1 if row.response_ids is None else len(row.response_ids), len(spans)]
+        total.update(array("q", [*lengths, *row.prompt_ids, *(row.response_ids or ()), *spans]).tobytes())
+        count += 1
+    return f"{count} rows, checksum {total.hexdigest()}"

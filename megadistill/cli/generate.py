@@ -59,7 +59,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     asked = "--max-prompt-tokens + --max-new-tokens"
     config = load_model_config(folder, "--model")
     check_positions(config, limit, asked, f"--model ({folder})")
-    tokenizer = load_tokenizer(parsed.tokenizer or folder)
+    tokenizer = load_tokenizer(model_folder(parsed.tokenizer or folder))
     examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows).examples
     settings = AnswerSettings(
         tokenizer, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed), parsed.batch_size

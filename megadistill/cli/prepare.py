@@ -127,11 +127,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
     """This rank's share, or the error that stopped it, which goes to rank 0 like a result."""
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.convert import convert_share
     from megadistill.data.tokenize import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(parsed.tokenizer)
+        tokenizer = load_tokenizer(model_folder(parsed.tokenizer))
         bar = partial(progress_bar, description="checking rows", unit="batch", rank=rank)
         return convert_share(options_of(parsed), tokenizer, share=rank, num_shares=size, progress=bar)
     except MegadistillError as error:

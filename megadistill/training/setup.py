@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
 from megadistill.data.spans import make_span_prior
 from megadistill.data.tokenize import (
@@ -47,11 +48,17 @@ _TEACHER_SEED, _STUDENT_SEED = 1, 2
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:
-    """Configuration key -> path of the models that this run uses."""
+    """Configuration key -> folder, configuration file or hub name of the models that this run uses.
+
+    A run directory is the ``hf/`` of its latest checkpoint, which may be another one the next time.
+
+    Raises:
+        CheckpointError: A run has no checkpoint.
+    """
     paths = {"model.student.path": config.model.student.path}
     if config.needs_teacher and config.model.teacher.path is not None:
         paths = {"model.teacher.path": config.model.teacher.path} | paths
-    return paths
+    return {key: model_folder(path) for key, path in paths.items()}
 
 
 def check_models(config: RunConfig, world_size: int) -> int:
@@ -88,7 +95,7 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     # The first one is used: model.tokenizer, else the student's, else the teacher's.
     paths = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
-        paths = {"model.tokenizer": config.model.tokenizer} | paths
+        paths = {"model.tokenizer": model_folder(config.model.tokenizer)} | paths
     if not paths:
         raise ConfigError(
             f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in model_paths(config).items())} "
@@ -102,9 +109,10 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return loaded[first]
 
 
-def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher on the CPU, with the vocabulary that they share."""
-    paths = model_paths(config)
+def load_models(
+    config: RunConfig, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, rank: int = 0
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and teacher on the CPU, with the vocabulary that they share; ``paths`` are those of ``model_paths``."""
     vocab_rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
     vocab_size = shared_vocab_size(
         vocab_rows.get("model.teacher.path"), vocab_rows["model.student.path"], vocabulary_size(tokenizer)
@@ -118,6 +126,7 @@ def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
             seed=config.run.seed * 1_000 + seed,
             attention=config.model.attention,
             where=key,
+            rank=rank,
         )
 
     student = load("model.student.path", config.model.student.dtype, _STUDENT_SEED)
@@ -143,7 +152,8 @@ def build_components(
     loss = config.loss
     check_backend(loss.backend, context.device)
     decode_plan = _plan_decode_batches(config, context)
-    student_model, teacher_model = load_models(config, tokenizer)
+    paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
+    student_model, teacher_model = load_models(config, paths, tokenizer, context.rank)
     zero_stage = config.parallel.zero_stage
     teacher = None
     if teacher_model is not None:
@@ -170,7 +180,16 @@ def build_components(
             QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
         )
     source = source_class(config).build(
-        SourceInputs(config, context, student, teacher, eos_ids(tokenizer), decode_plan, examples)
+        SourceInputs(
+            config,
+            context,
+            student,
+            teacher,
+            eos_ids(tokenizer),
+            decode_plan,
+            examples,
+            paths.get("model.teacher.path"),
+        )
     )
     return Components(
         config=config,

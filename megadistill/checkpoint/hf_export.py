@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,14 +19,16 @@ from megadistill.checkpoint.manifest import (
     new_folder,
     read_manifest,
 )
+from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
 from megadistill.errors import CheckpointError
-from megadistill.models.families import FAMILIES, Family
-from megadistill.models.loading import DTYPES, LoadedModel, is_sharded
+from megadistill.models.families import FAMILIES, Family, has_own_head
+from megadistill.models.folder_checks import is_sharded
+from megadistill.models.loading import DTYPES, LoadedModel, load_model_config, model_from_shards
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tensors
 from megadistill.observability.progress import progress_bar
 
 if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from megadistill.engines.partitioned import PartitionedModel
 
@@ -50,8 +52,67 @@ def write_student(
     removed = loaded.removed_rows
     weights = _standard_weights(shards, shards.shard_specs, loaded.family, dtype, lambda name, _: removed.get(name))
     write_safetensors(weights, folder)
+    _check_tensors(folder, loaded, dtype)
     _write_configuration(loaded, student, folder, tokenizer)
     tokenizer.save_pretrained(folder)
+
+
+def _check_tensors(folder: Path, loaded: LoadedModel, dtype: torch.dtype) -> None:
+    """Compares names, shapes and types in the written files with the model as it was loaded.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over, or of another shape or type.
+    """
+    export, removed = loaded.family.export, loaded.removed_rows
+    expected: dict[str, tuple[list[int], torch.dtype]] = {}
+    for name, shape in loaded.shapes.items():
+        whole = torch.empty(shape, device="meta")
+        rows, *rest = whole.shape if export is None else export(name, whole).shape
+        expected[name] = ([rows + (len(removed[name]) if name in removed else 0), *rest], dtype)
+    written = HFWeights(folder)
+    found = {name: (written.shape(name), written.read(name).dtype) for name in written.names}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(f"{folder}: {name} is {found.get(name)}, expected {expected.get(name)}")
+
+
+def prove_student(shards: ShardReader, config: PreTrainedConfig, folder: Path, source: object) -> None:
+    """Compares what plain transformers makes of an exported folder with the student's own weights, on a probe text.
+
+    One of the two models is in memory at a time, in the folder's type. Not while another thread makes tensors:
+    transformers changes torch's default type for the process while it loads.
+
+    Args:
+        shards: The student as it was saved.
+        config: Its configuration.
+        folder: The exported folder.
+        source: The student, for the message.
+
+    Raises:
+        CheckpointError: The folder is another model, or cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(folder).dtype
+    own = model_from_shards(config, shards, MASTER, dtype)
+    vocab_size = int(cast(Any, own.get_output_embeddings()).weight.shape[0])
+    expected = probe_logits(own, vocab_size)
+    del own
+    check_same_logits(expected, folder_logits(folder, vocab_size), source, dtype)
+
+
+def set_tied(folder: Path, names: Collection[str]) -> None:
+    """Makes ``tie_word_embeddings`` in a folder's config.json true to its weights.
+
+    Other tools tie by this setting even where there is a head.
+
+    Args:
+        folder: The folder.
+        names: Names of the model's parameters.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": not has_own_head(names)}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_safetensors(
@@ -70,6 +131,7 @@ def write_safetensors(
     def flush() -> None:
         files.append(folder / f"shard-{len(files)}.partial")
         save_tensors(current, files[-1])
+        _check_read_back(current, files[-1])
         current.clear()
 
     for name, tensor in tensors:
@@ -88,6 +150,21 @@ def write_safetensors(
         file.replace(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
     (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_read_back(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Raises CheckpointError where a file does not hold, bit for bit, what was written to it."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as written:
+        for name, tensor in tensors.items():
+            # As bytes: NaN is not equal to itself.
+            if not torch.equal(_bytes(written.get_tensor(name)), _bytes(tensor)):
+                raise CheckpointError(f"{file} does not hold what was written to it ({name}): is the disk sound?")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _standard_weights(
@@ -140,7 +217,8 @@ def export_checkpoint(
         The checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint is damaged or the folder is not empty; nothing is left behind.
+        CheckpointError: The checkpoint is damaged, the folder is not empty, or what was written is another model on the
+            probe text; nothing is left behind.
     """
     if is_sharded(str(checkpoint)):
         raise CheckpointError(f"{checkpoint} is a sharded model, not a checkpoint; use the model that it was made from")
@@ -167,6 +245,8 @@ def export_checkpoint(
             shards, names, FAMILIES[config["model_type"]], getattr(torch, config["dtype"]), removed
         )
         write_safetensors(weights, beside, max_shard_bytes)
+        set_tied(beside, shards.shard_specs)
+        prove_student(shards, load_model_config(str(source / HF_FOLDER), str(source)), beside, source)
     return source
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadistill.checkpoint.hf_export import write_student
+from megadistill.checkpoint.hf_export import prove_student, write_student
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     LATEST,
@@ -93,6 +93,7 @@ class CheckpointWriter:
         self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
         self._job: _Job | None = None
         self._is_committing = False
+        self._is_first = True
         self._is_tokenizer_checked = False
         self._step = 0
         self._layout: dict[str, Any] = {}
@@ -103,7 +104,11 @@ class CheckpointWriter:
         return IDLE if self._job is None else self._job.status
 
     def begin(self, step: int, trainer_state: dict[str, Any]) -> None:
-        """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint."""
+        """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint.
+
+        It also waits for the first one of this process, whose ``hf/`` is compared with the student on a probe text:
+        loading a model changes torch's default type, which no training step may see.
+        """
         self.finish()
         context, beside = self._context, self._folder / f"step_{step}.partial"
         context.run_on_rank0(lambda: self._make_folder(beside))
@@ -113,8 +118,9 @@ class CheckpointWriter:
         if context.is_rank0:
             torch.save(trainer_state, state)  # now: the next step changes the tensors in it
         self._job = _Job(lambda: self._write(beside, runs, steps, state.getvalue()))
-        if not self._asynchronous:
+        if not self._asynchronous or self._is_first:
             self.finish()
+        self._is_first = False
 
     def advance(self, worst: int) -> None:
         """Starts the next phase when all ranks are ready: one gather of objects, where none is busy.
@@ -184,7 +190,10 @@ class CheckpointWriter:
         """On rank 0, when all parts are written: the Hugging Face folder, the manifest, the folder's name."""
         student, target = self._student, self._folder / f"step_{self._step}"
         dtype = next(student.module.parameters()).dtype
-        write_student(ShardReader(beside / STUDENT_FOLDER), student, dtype, beside / HF_FOLDER, self._tokenizer)
+        shards = ShardReader(beside / STUDENT_FOLDER)
+        write_student(shards, student, dtype, beside / HF_FOLDER, self._tokenizer)
+        if self._is_first:  # training waits: see begin
+            prove_student(shards, student.loaded.config, beside / HF_FOLDER, target)
         self._check_tokenizer(beside / HF_FOLDER)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}

@@ -123,13 +123,14 @@ def _evaluate_model(
     context: ParallelContext,
 ) -> tuple[dict[str, SuiteResult], dict[str, float]]:
     """Scores of one model by set, and nats per reference token of the sets that have references."""
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
     from megadistill.evaluation.suites import load_eval_set, run_suite
     from megadistill.observability.progress import progress_bar
 
-    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    tokenizer = load_tokenizer(model_folder(config.model.tokenizer or folder))
     sets = {
         name_: load_eval_set(path, tokenizer, config.data, name=name_, suite=suite, max_rows=config.eval.max_rows)
         for name_, (path, suite) in suites.items()

@@ -62,7 +62,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     folder = model_folder(parsed.model)
     config = load_model_config(folder, "--model")
     check_positions(config, limit, "--max-prompt-tokens + --max-new-tokens", f"--model ({folder})")
-    tokenizer = load_tokenizer(parsed.tokenizer or folder)
+    tokenizer = load_tokenizer(model_folder(parsed.tokenizer or folder))
     loaded = _read(parsed)
     prompts = _prompt_settings(parsed, limit, loaded, tokenizer)
     settings = AnswerSettings(

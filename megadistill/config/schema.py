@@ -40,7 +40,8 @@ class TeacherSection(Section):
 
     path: NonEmptyStr | None = Field(
         None,
-        description="Model folder, hub name, or a configuration file (random weights); null only for plain SFT.",
+        description="Model folder, hub name, checkpoint or run directory, or a configuration file (random weights); "
+        "null only for plain SFT.",
     )
     dtype: DType = Field("fp32", description="Type of the weights and of the forward pass.")
 
@@ -48,7 +49,9 @@ class TeacherSection(Section):
 class StudentSection(Section):
     """Section ``model.student``."""
 
-    path: NonEmptyStr = Field(description="Model folder, hub name, or a configuration file (random weights).")
+    path: NonEmptyStr = Field(
+        description="Model folder, hub name, checkpoint or run directory, or a configuration file (random weights)."
+    )
     dtype: DType = Field(
         "fp32", description="Type of weights and activations; with bf16, the optimizer keeps float32 master weights."
     )

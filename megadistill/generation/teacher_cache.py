@@ -23,7 +23,7 @@ from megadistill.decoding.sampling import Sampling
 from megadistill.errors import ConfigError, DataError
 from megadistill.files import os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
-from megadistill.models.loading import has_weights
+from megadistill.models.folder_checks import has_weights
 from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
@@ -37,6 +37,7 @@ def teacher_responses(
     config: RunConfig,
     prompts: Sequence[TokenIds],
     teacher: TextModel,
+    folder: str,
     context: ParallelContext,
     *,
     eos_ids: frozenset[int],
@@ -51,6 +52,7 @@ def teacher_responses(
         config: Names the file (``generation.teacher_cache``) and what decides the text.
         prompts: All prompts that the run trains on; repeated ones count once.
         teacher: Writes what is missing.
+        folder: Where the teacher was loaded from.
         context: The grid of processes.
         eos_ids: Tokens that end a response.
         batch_size: Examples that a data-parallel rank writes at a time.
@@ -68,7 +70,7 @@ def teacher_responses(
                 held.enter_context(
                     exclusive_lock(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}")
                 )
-                return _open(path, _settings(config, teacher))
+                return _open(path, _settings(config, teacher, folder))
 
         known: dict[str, TokenIds] = context.run_on_rank0(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
@@ -134,14 +136,14 @@ def _key(prompt: TokenIds) -> str:
     return hashlib.blake2b(",".join(map(str, prompt)).encode(), digest_size=16).hexdigest()
 
 
-def _settings(config: RunConfig, teacher: TextModel) -> dict[str, Any]:
+def _settings(config: RunConfig, teacher: TextModel, folder: str) -> dict[str, Any]:
     """The first line of the file: everything that decides the text."""
-    generation, path = config.generation, str(config.model.teacher.path)
-    is_random = not has_weights(path)
+    generation = config.generation
+    is_random = not has_weights(folder)
     return {
         "format": _FORMAT,
-        "teacher": path,
-        "files": model_fingerprint(path),
+        "teacher": config.model.teacher.path,
+        "files": model_fingerprint(folder),
         "dtype": config.model.teacher.dtype,
         "vocabulary": teacher.shard.total,
         "temperature": generation.teacher_temperature,

@@ -39,6 +39,7 @@ class Components:
         gate: The quantile gate and its optimizer; None where the losses do not use it.
         source: Where the text of a step comes from.
         decode_plan: How many examples are written at a time.
+        teacher_folder: Where the teacher was loaded from; None without one.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class Components:
     gate: GateTrainer | None
     source: TextSource
     decode_plan: DecodeBatchPlan
+    teacher_folder: str | None = None
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.spans import make_span_prior
@@ -12,8 +13,8 @@ from megadistill.data.tokenize import assert_same_vocabulary, eos_ids, has_token
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
-from megadistill.engines.partitioned import frozen_model
-from megadistill.engines.student import trained_model
+from megadistill.engines.partitioned import PartitionedModel, frozen_model
+from megadistill.engines.student import Student, trained_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
@@ -41,11 +42,17 @@ _TEACHER_SEED, _STUDENT_SEED = 1, 2
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:
-    """Configuration key -> path of the models that this run uses."""
+    """Configuration key -> folder, configuration file or hub name of the models that this run uses.
+
+    A run directory is the ``hf/`` of its latest checkpoint, which may be another one the next time.
+
+    Raises:
+        CheckpointError: A run has no checkpoint.
+    """
     paths = {"model.student.path": config.model.student.path}
     if config.needs_teacher and config.model.teacher.path is not None:
         paths = {"model.teacher.path": config.model.teacher.path} | paths
-    return paths
+    return {key: model_folder(path) for key, path in paths.items()}
 
 
 def check_models(config: RunConfig, world_size: int) -> int:
@@ -82,7 +89,7 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     # The first one is used: model.tokenizer, else the student's, else the teacher's.
     paths = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
-        paths = {"model.tokenizer": config.model.tokenizer} | paths
+        paths = {"model.tokenizer": model_folder(config.model.tokenizer)} | paths
     if not paths:
         raise ConfigError(
             f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in model_paths(config).items())} "
@@ -96,9 +103,10 @@ def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return loaded[first]
 
 
-def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher on the CPU, with the vocabulary that they share."""
-    paths = model_paths(config)
+def load_models(
+    config: RunConfig, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, rank: int = 0
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and teacher on the CPU, with the vocabulary that they share; ``paths`` are those of ``model_paths``."""
     vocab_rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
     vocab_size = shared_vocab_size(
         vocab_rows.get("model.teacher.path"), vocab_rows["model.student.path"], vocabulary_size(tokenizer)
@@ -112,6 +120,7 @@ def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
             seed=config.run.seed * 1_000 + seed,
             attention=config.model.attention,
             where=key,
+            rank=rank,
         )
 
     student = load("model.student.path", config.model.student.dtype, _STUDENT_SEED)
@@ -137,7 +146,45 @@ def build_components(
     loss = config.loss
     check_backend(loss.backend, context.device)
     decode_plan = _plan_decode_batches(config, context)
-    student_model, teacher_model = load_models(config, tokenizer)
+    paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
+    student, teacher = _partition(config, context, *load_models(config, paths, tokenizer, context.rank))
+    gate = None
+    if teacher is not None and loss.uses_gate:
+        gate = GateTrainer(
+            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
+        )
+    source = source_class(config).build(
+        SourceInputs(
+            config,
+            context,
+            student,
+            teacher,
+            eos_ids(tokenizer),
+            decode_plan,
+            examples,
+            paths.get("model.teacher.path"),
+        )
+    )
+    return Components(
+        config=config,
+        context=context,
+        tokenizer=tokenizer,
+        pad_id=tokenizer.pad_token_id,
+        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
+        loss=loss,
+        student=student,
+        teacher=teacher,
+        gate=gate,
+        source=source,
+        decode_plan=decode_plan,
+        teacher_folder=paths.get("model.teacher.path"),
+    )
+
+
+def _partition(
+    config: RunConfig, context: ParallelContext, student_model: LoadedModel, teacher_model: LoadedModel | None
+) -> tuple[Student, PartitionedModel | None]:
+    """Both models on their engines (collective over the world)."""
     zero_stage = config.parallel.zero_stage
     teacher = None
     if teacher_model is not None:
@@ -158,27 +205,7 @@ def build_components(
         gradient_checkpointing=config.model.gradient_checkpointing,
         deepspeed_settings=config.deepspeed,
     )
-    gate = None
-    if teacher is not None and loss.uses_gate:
-        gate = GateTrainer(
-            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
-        )
-    source = source_class(config).build(
-        SourceInputs(config, context, student, teacher, eos_ids(tokenizer), decode_plan, examples)
-    )
-    return Components(
-        config=config,
-        context=context,
-        tokenizer=tokenizer,
-        pad_id=tokenizer.pad_token_id,
-        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
-        loss=loss,
-        student=student,
-        teacher=teacher,
-        gate=gate,
-        source=source,
-        decode_plan=decode_plan,
-    )
+    return student, teacher
 
 
 def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:

@@ -241,7 +241,7 @@ def test_rotary_frequencies_stay_float32(assets: Path) -> None:
 
         join_deepspeed(rank)
         context = ParallelContext.build(2, 60, torch.device("cpu"))
-        path = str(assets / "llama" / "teacher")
+        path = str(assets / "llama" / "teacher" / "config.json")
         loaded = load_model(path, dtype="bf16", vocab_size=403, seed=1, attention="sdpa", where="x")
         exact = loaded.model.model.rotary_emb.inv_freq.clone()
         model = frozen_model(loaded, context, zero_stage=3, dtype="bf16")

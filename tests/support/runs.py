@@ -58,8 +58,8 @@ def write_assets(folder: Path) -> None:
 def settings(assets: Path, family: str, *more: str) -> list[str]:
     """Overrides that make a short on-policy run with every part switched on."""
     return [
-        f"model.teacher.path={assets / family / 'teacher'}",
-        f"model.student.path={assets / family / 'student'}",
+        f"model.teacher.path={assets / family / 'teacher' / 'config.json'}",
+        f"model.student.path={assets / family / 'student' / 'config.json'}",
         f"model.tokenizer={assets / 'tokenizer'}",
         f"data.train_path={assets / 'data' / 'train.jsonl'}",
         f"data.prompts_path={assets / 'data' / 'prompts.jsonl'}",

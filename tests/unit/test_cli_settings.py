@@ -93,7 +93,7 @@ def test_prepare(refused: Callable[..., str], model: Path, tmp_path: Path) -> No
 def test_verify(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model / "config.json")).save_pretrained(model)
     verify = ["verify", model, model, "--greedy-tokens", 0]
     line = refused(*verify, "--text", rows(tmp_path / "rows.jsonl", GOOD), "--text-field", "nope")
     assert "field 'nope' is missing" in line and line.endswith("(see --text-field)")

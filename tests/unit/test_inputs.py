@@ -29,7 +29,10 @@ def hook(folder: Path, data: TrainingData = DATA, *overrides: str, eos: str = "<
     config = load_config(Path(__file__).parents[2] / "configs" / "base.yaml", [*paths, *overrides])
     context = ParallelContext.single("cpu")
     components: Any = SimpleNamespace(
-        config=config, context=context, tokenizer=chat_tokenizer(folder / "tokenizer", eos=eos), teacher=object()
+        config=config,
+        context=context,
+        tokenizer=chat_tokenizer(folder / "tokenizer", eos=eos),
+        teacher_folder=str(teacher),
     )
     return Inputs(components, data)
 

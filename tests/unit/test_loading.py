@@ -46,10 +46,11 @@ def test_padded_rows_are_removed(tmp_path: Path) -> None:
 
 def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     GPT2Config(**TINY).save_pretrained(tmp_path)
+    file = str(tmp_path / "config.json")
 
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(torch.seed())
-        loaded = load_model(str(tmp_path), dtype="fp32", vocab_size=12, seed=seed, attention="sdpa", where="x")
+        loaded = load_model(file, dtype="fp32", vocab_size=12, seed=seed, attention="sdpa", where="x")
         return torch.cat([parameter.detach().flatten() for parameter in loaded.model.parameters()])
 
     assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))

@@ -89,7 +89,12 @@ def _student(folder: Path, sizes: Sizes, context: ParallelContext) -> Student:
 
     model_config("student", sizes).save_pretrained(folder / "model")
     loaded = load_model(
-        str(folder / "model"), dtype="fp32", vocab_size=sizes.vocab, seed=0, attention="sdpa", where="student"
+        str(folder / "model" / "config.json"),
+        dtype="fp32",
+        vocab_size=sizes.vocab,
+        seed=0,
+        attention="sdpa",
+        where="student",
     )
     train = TrainSection(global_batch_size=16, micro_batch_size=16)
     return trained_model(loaded, context, zero_stage=3, dtype="fp32", optim=OptimSection(), train=train)
@@ -102,6 +107,9 @@ def _steps(
     from megadistill.checkpoint.writer import CheckpointWriter
 
     writer = CheckpointWriter(folder, student, tokenizer, context, keep_last=1, asynchronous=bool(asynchronous))
+    if asynchronous is not None:  # a run waits for its first checkpoint, which is compared with the student
+        writer.begin(0, {})
+        writer.finish()
     tokens = torch.randint(0, 1000, (16, 256), generator=torch.Generator().manual_seed(0))
     everything = torch.ones_like(tokens)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -46,6 +46,7 @@ class SourceInputs:
         eos_ids: Tokens that end a response.
         decode_plan: How many examples are written at a time.
         examples: All that the run trains on.
+        teacher_folder: Where the teacher was loaded from; None without one.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class SourceInputs:
     eos_ids: frozenset[int]
     decode_plan: DecodeBatchPlan
     examples: Sequence[TokenizedExample] = ()
+    teacher_folder: str | None = None
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""

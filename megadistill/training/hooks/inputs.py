@@ -78,9 +78,8 @@ def describe_inputs(components: Components, data: TrainingData) -> dict[str, str
         described["data.prompts_path"] = rows_fingerprint(data.prompts)
     if "data.valid_path" in source_class(config).validation_settings():
         described["data.valid_path"] = rows_fingerprint(data.valid)
-    path = config.model.teacher.path
-    if components.teacher is not None and path is not None:
-        described["model.teacher.path"] = _teacher(path)
+    if components.teacher_folder is not None:
+        described["model.teacher.path"] = _teacher(components.teacher_folder)
         described["the span parser"] = span_prior_version(config.data.span_prior)
     return described
 

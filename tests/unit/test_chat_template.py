@@ -176,7 +176,7 @@ def test_a_template_that_writes_todays_date_needs_one(tmp_path, tokenizers):
     assert caught.value.setting == "data.chat_template_kwargs"
     variables = {"date_string": "26 Jul 2024"}
     row = encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file), chat_template_kwargs=variables).rows[0]
-    assert row.prompt.startswith("26 Jul 2024\n<|im_start|>")
+    assert row.prompt.startswith("26 Jul 2024<|im_start|>")
 
 
 def test_long_chats(tmp_path, tokenizers):

@@ -18,6 +18,7 @@ from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.training.gate import GateTrainer
+from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ class Components:
         gate: The quantile gate and its optimizer; None where the losses do not use it.
         source: Where the text of a step comes from.
         decode_plan: How many examples are written at a time.
+        length: How many steps the run has.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Components:
     gate: GateTrainer | None
     source: TextSource
     decode_plan: DecodeBatchPlan
+    length: RunLength
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:

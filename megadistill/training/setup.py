@@ -18,8 +18,8 @@ from megadistill.data.tokenize import (
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
-from megadistill.engines.partitioned import frozen_model
-from megadistill.engines.student import trained_model
+from megadistill.engines.partitioned import PartitionedModel, frozen_model
+from megadistill.engines.student import Student, trained_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
@@ -38,6 +38,7 @@ from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.components import Components
 from megadistill.training.gate import GateTrainer
+from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,6 +132,8 @@ def build_components(
     context: ParallelContext,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TokenizedExample] = (),
+    *,
+    length: RunLength,
 ) -> Components:
     """Loads and partitions both models, makes the gate and the text source (collective over the world).
 
@@ -139,10 +142,42 @@ def build_components(
         context: The grid of processes.
         tokenizer: The tokenizer of both models.
         examples: All that the run trains on: a source may write their text before the first step.
+        length: How many steps the run has.
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
     decode_plan = _plan_decode_batches(config, context)
+    student, teacher = _engines(config, context, tokenizer)
+    gate = None
+    if teacher is not None and loss.uses_gate:
+        gate = GateTrainer(
+            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
+        )
+    source = source_class(config).build(
+        SourceInputs(
+            config, context, student, teacher, eos_ids(tokenizer), decode_plan, examples, max_steps=length.max_steps
+        )
+    )
+    return Components(
+        config=config,
+        context=context,
+        tokenizer=tokenizer,
+        pad_id=tokenizer.pad_token_id,
+        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
+        loss=loss,
+        student=student,
+        teacher=teacher,
+        gate=gate,
+        source=source,
+        decode_plan=decode_plan,
+        length=length,
+    )
+
+
+def _engines(
+    config: RunConfig, context: ParallelContext, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Student, PartitionedModel | None]:
+    """Both models, loaded and partitioned (collective over the world)."""
     student_model, teacher_model = load_models(config, tokenizer)
     zero_stage = config.parallel.zero_stage
     teacher = None
@@ -164,27 +199,7 @@ def build_components(
         gradient_checkpointing=config.model.gradient_checkpointing,
         deepspeed_settings=config.deepspeed,
     )
-    gate = None
-    if teacher is not None and loss.uses_gate:
-        gate = GateTrainer(
-            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
-        )
-    source = source_class(config).build(
-        SourceInputs(config, context, student, teacher, eos_ids(tokenizer), decode_plan, examples)
-    )
-    return Components(
-        config=config,
-        context=context,
-        tokenizer=tokenizer,
-        pad_id=tokenizer.pad_token_id,
-        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
-        loss=loss,
-        student=student,
-        teacher=teacher,
-        gate=gate,
-        source=source,
-        decode_plan=decode_plan,
-    )
+    return student, teacher
 
 
 def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:

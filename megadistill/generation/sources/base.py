@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from megadistill.config.schema import RunConfig
@@ -45,6 +45,7 @@ class SourceInputs:
         eos_ids: Tokens that end a response.
         decode_plan: How many examples are written at a time.
         examples: All that the run trains on.
+        max_steps: Steps of the run.
     """
 
     config: RunConfig
@@ -54,6 +55,7 @@ class SourceInputs:
     eos_ids: frozenset[int]
     decode_plan: DecodeBatchPlan
     examples: Sequence[TokenizedExample] = ()
+    max_steps: int = field(kw_only=True)
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""

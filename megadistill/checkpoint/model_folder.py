@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megadistill.checkpoint.manifest import HF_FOLDER, LATEST, MANIFEST, find_checkpoint
+from megadistill.checkpoint.manifest import HF_FOLDER, LATEST, MANIFEST, find_checkpoint, is_pointer
 from megadistill.data.hub import offline_if_needed
 from megadistill.errors import CheckpointError
 
@@ -17,10 +17,12 @@ def model_folder(path: str) -> str:
     """
     offline_if_needed([path])
     local = Path(path)
-    if not local.is_dir() or (local / "config.json").exists():
+    if not is_pointer(local) and (not local.is_dir() or (local / "config.json").exists()):
         return path
-    if (local / "checkpoints").is_dir() or any(
-        (folder / name).exists() for folder in (local, local / "checkpoints") for name in (LATEST, MANIFEST)
+    if (
+        is_pointer(local)
+        or (local / "checkpoints").is_dir()
+        or any((folder / name).exists() for folder in (local, local / "checkpoints") for name in (LATEST, MANIFEST))
     ):
         folder = find_checkpoint(local) / HF_FOLDER
         if not folder.is_dir():

@@ -7,7 +7,8 @@ A checkpoint of step N is made in three phases:
 3. When all have (the ranks learn this from the all-reduce that every step makes), rank 0's thread makes ``hf/`` from
    the parts, writes the manifest, renames the folder, and points ``latest`` to it.
 
-So ``latest`` always names a complete checkpoint, and a crash at any moment leaves the one before.
+So ``latest`` always names a complete checkpoint, and a crash at any moment leaves the one before. So does ``best``,
+which names the checkpoint of the best validation where the run asks for it; that one is not removed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megadistill.checkpoint.manifest import (
     STUDENT_FOLDER,
     digest,
     files_below,
+    point_to_best,
     write_manifest,
 )
 from megadistill.data.tokenize import auto_tokenizer_differs
@@ -96,6 +98,7 @@ class CheckpointWriter:
         self._is_first = True
         self._is_tokenizer_checked = False
         self._step = 0
+        self._best_step: int | None = None
         self._layout: dict[str, Any] = {}
 
     @property
@@ -103,16 +106,22 @@ class CheckpointWriter:
         """State of this rank's thread: IDLE, BUSY or FAILED."""
         return IDLE if self._job is None else self._job.status
 
-    def begin(self, step: int, trainer_state: dict[str, Any]) -> None:
+    def begin(self, step: int, trainer_state: dict[str, Any], best_step: int | None = None) -> None:
         """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint.
 
         It also waits for the first one of this process, whose ``hf/`` is compared with the student on a probe text:
         loading a model changes torch's default type, which no training step may see.
+
+        Args:
+            step: Number of updates.
+            trainer_state: What a resumed run needs besides the student.
+            best_step: The checkpoint to keep as the best one: this one or an earlier one; None: none.
         """
         self.finish()
         context, beside = self._context, self._folder / f"step_{step}.partial"
         context.run_on_rank0(lambda: self._make_folder(beside))
-        self._step, self._layout = step, layout_of(self._student, trainer_state, context)
+        self._step, self._best_step = step, best_step
+        self._layout = layout_of(self._student, trainer_state, context)
         runs, steps = self._student.snapshot(), self._student.optimizer_steps
         state = io.BytesIO()
         if context.is_rank0:
@@ -205,8 +214,9 @@ class CheckpointWriter:
         beside.replace(target)
         sync_folder(self._folder)
         write_atomically(self._folder / LATEST, target.name + "\n")
+        point_to_best(self._folder, self._best_step)
         shutil.rmtree(replaced, ignore_errors=True)
-        _remove_old(self._folder, self._step, *self._keep)
+        _remove_old(self._folder, self._step, *self._keep, self._best_step)
 
     def _check_tokenizer(self, folder: Path) -> None:
         """Warns once per run; loading a tokenizer takes seconds, and the next checkpoints have the same one."""
@@ -244,8 +254,8 @@ class _Job:
             self.error = reason_of(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
-def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Removes checkpoints up to ``step`` except the last ones and those of every ``keep_every`` steps.
+def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int, best_step: int | None) -> None:
+    """Removes checkpoints up to ``step`` except the last ones, those of every ``keep_every`` steps, and the best one.
 
     Later ones belong to a branch that an earlier resume left, and folders with other names to the user: both stay.
     """
@@ -253,6 +263,8 @@ def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> Non
     named = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in complete)
     steps = sorted((int(match[1]), path) for match, path in named if match and int(match[1]) <= step)
     for number, old in steps[:-keep_last]:
+        if number == best_step:
+            continue
         if (not keep_every or number % keep_every) and not old.is_symlink():  # a link is the user's
             try:
                 (old / MANIFEST).unlink()  # first: a folder that is half removed is not a checkpoint

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.config.schema import DataSection
+from megadistill.config.data import DataSection
 from megadistill.data.columns import FieldNames
 from megadistill.data.dataset import Example, load_examples
 from megadistill.data.encode import TokenizedExample, tokenize_examples

@@ -18,6 +18,7 @@ from megadistill.losses import LossConfig
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.training.gate import GateTrainer
+from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,7 @@ class Components:
         source: Where the text of a step comes from.
         decode_plan: How many examples are written at a time.
         teacher_folder: Where the teacher was loaded from; None without one.
+        length: How many steps the run has.
     """
 
     config: RunConfig
@@ -53,6 +55,7 @@ class Components:
     gate: GateTrainer | None
     source: TextSource
     decode_plan: DecodeBatchPlan
+    length: RunLength
     teacher_folder: str | None = None
 
     @contextmanager

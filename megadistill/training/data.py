@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megadistill.config.schema import DataSection, RunConfig
+from megadistill.config.data import DataSection
+from megadistill.config.schema import RunConfig
 from megadistill.data.columns import FieldNames
 from megadistill.data.dataset import LoadedExamples, load_examples
 from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples

@@ -33,6 +33,7 @@ from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.components import Components
 from megadistill.training.gate import GateTrainer
+from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,6 +135,8 @@ def build_components(
     context: ParallelContext,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TokenizedExample] = (),
+    *,
+    length: RunLength,
 ) -> Components:
     """Loads and partitions both models, makes the gate and the text source (collective over the world).
 
@@ -142,6 +145,7 @@ def build_components(
         context: The grid of processes.
         tokenizer: The tokenizer of both models.
         examples: All that the run trains on: a source may write their text before the first step.
+        length: How many steps the run has.
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
@@ -163,6 +167,7 @@ def build_components(
             decode_plan,
             examples,
             paths.get("model.teacher.path"),
+            max_steps=length.max_steps,
         )
     )
     return Components(
@@ -178,6 +183,7 @@ def build_components(
         source=source,
         decode_plan=decode_plan,
         teacher_folder=paths.get("model.teacher.path"),
+        length=length,
     )
 
 

@@ -21,6 +21,8 @@ from megadistill.training.components import Components
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.schedule import learning_rate
 
+_OF_THE_MASK = ("kept_mass", "gate/lower", "gate/upper")
+
 
 @dataclass
 class StepResult:
@@ -155,7 +157,10 @@ def loss_metrics(
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
     }
-    return {"loss": loss} | {name: total[name] for name in METRIC_NAMES} | metrics | _correction_metrics(total)
+    # Without a mask they would be constants that look like measurements.
+    has_mask = components.teacher is not None and config.is_clipped
+    names = [name for name in METRIC_NAMES if has_mask or name not in _OF_THE_MASK]
+    return {"loss": loss} | {name: total[name] for name in names} | metrics | _correction_metrics(total)
 
 
 def update(step: int, metrics: dict[str, float], components: Components) -> bool:
@@ -163,21 +168,21 @@ def update(step: int, metrics: dict[str, float], components: Components) -> bool
 
     Args:
         step: The update, 0-based.
-        metrics: ``lr`` and ``grad_norm`` are added.
+        metrics: ``lr``, ``grad_norm`` and ``epoch`` are added.
         components: What the run is made of.
 
     Returns:
         Whether there was an update, the same on all ranks.
     """
     student, gate, config = components.student, components.gate, components.config
-    lr = learning_rate(config.optim, step, config.train.max_steps)
+    lr = learning_rate(config.optim, step, components.length.max_steps)
     is_finite = math.isfinite(metrics["loss"])
     if gate is not None:
         is_finite &= gate.reduce(loss_scale=components.context.dp_size)
     is_updated = student.step(lr, skip=not is_finite)
     if gate is not None:
         gate.step(skip=not is_updated)
-    metrics |= {"lr": lr, "grad_norm": student.grad_norm}
+    metrics |= {"lr": lr, "grad_norm": student.grad_norm, "epoch": components.length.epochs(step + 1)}
     return is_updated
 
 

@@ -92,7 +92,11 @@ def _check_files(work: Path) -> None:
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
         before, after = ((work / folder / name).read_text(encoding="utf-8") for folder in ("student", "exported"))
         if name == "generation_config.json":
-            assert json.loads(after) == json.loads(before) == json.loads((work / "settings.json").read_text("utf-8"))
+            assert (
+                json.loads(after)
+                == json.loads(before)
+                == json.loads((work / "settings.json").read_text(encoding="utf-8"))
+            )
         else:
             assert after == before, name
     before, after = (

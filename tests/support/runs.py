@@ -124,6 +124,7 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
     from megadistill.config.load import load_config
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.data import load_training_data
+    from megadistill.training.length import RunLength
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
     from megadistill.training.setup import build_components, check_models, run_tokenizer
@@ -137,7 +138,8 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
     ends = frozenset(range(0, len(tokenizer), 5))
     with mock.patch("megadistill.training.setup.eos_ids", lambda _: ends) if more_ends else nullcontext():
-        components = build_components(config, context, tokenizer, [*data.train, *data.prompts])
+        length = RunLength.of(config, data)
+        components = build_components(config, context, tokenizer, [*data.train, *data.prompts], length=length)
     train(components, data, start)
     torch.distributed.barrier()
 

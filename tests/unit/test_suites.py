@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megadistill.config.schema import DataSection, EvalSection
+from megadistill.config.data import DataSection
+from megadistill.config.schema import EvalSection
 from megadistill.data.dataset import Example
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, DataError

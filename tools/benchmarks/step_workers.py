@@ -215,6 +215,7 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     from megadistill.observability.timers import Timers
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.data import load_training_data, make_sampler
+    from megadistill.training.length import RunLength
     from megadistill.training.setup import build_components, check_models, run_tokenizer
     from megadistill.training.step import distillation_step
 
@@ -227,7 +228,7 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     sampler = make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        components = build_components(config, context, tokenizer)
+        components = build_components(config, context, tokenizer, length=RunLength.of(config, data))
         number = 0
         while turns.wait():
             result = distillation_step(number, data.batch(sampler, number), components)

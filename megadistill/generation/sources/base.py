@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from megadistill.config.schema import RunConfig
@@ -47,6 +47,7 @@ class SourceInputs:
         decode_plan: How many examples are written at a time.
         examples: All that the run trains on.
         teacher_folder: Where the teacher was loaded from; None without one.
+        max_steps: Steps of the run.
     """
 
     config: RunConfig
@@ -57,6 +58,7 @@ class SourceInputs:
     decode_plan: DecodeBatchPlan
     examples: Sequence[TokenizedExample] = ()
     teacher_folder: str | None = None
+    max_steps: int = field(kw_only=True)
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""

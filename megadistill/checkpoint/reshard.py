@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megadistill.checkpoint.carried import carried_files
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -28,6 +29,7 @@ from megadistill.checkpoint.manifest import (
 )
 from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 from megadistill.errors import ConfigError, TopologyError
+from megadistill.models.end_tokens import end_tokens
 from megadistill.models.families import Family, family_of, head_counts
 from megadistill.models.loading import (
     REMOVED_ROWS,
@@ -109,7 +111,10 @@ def shard_model(
     if not has_weights(path):
         raise ConfigError(f"MODEL: {path} has no weights")
     words = load_tokenizer(tokenizer or path)
-    loaded = load_model(path, dtype=dtype, vocab_size=vocabulary_size(words), seed=0, attention="eager", where="MODEL")
+    vocab_size = vocabulary_size(words)
+    ends = end_tokens(path, words, vocab_size=vocab_size)
+    carried = carried_files(path, tokenizer or path, words, ends, config)
+    loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=0, attention="eager", where="MODEL")
     weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
     specs = family_shards(loaded.shapes, loaded.family, tp_size, is_tied=bool(config.tie_word_embeddings))
     with new_folder(Path(folder)) as beside:
@@ -118,7 +123,7 @@ def shard_model(
         removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
         save_tensors(removed, beside / SHARDS / REMOVED_ROWS)
         config.save_pretrained(beside)
-        words.save_pretrained(beside)
+        carried.write(beside)
 
 
 def family_shards(

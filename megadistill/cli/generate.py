@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megadistill.cli.parsing import Parser, refuse_unwritable, value_of
 from megadistill.config.sampling import SamplingOptions
-from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt
+from megadistill.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +50,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, write_answers
     from megadistill.evaluation.processes import inference_context
+    from megadistill.models.end_tokens import end_tokens
     from megadistill.models.loading import check_positions, load_model_config
 
     if stream is None:
@@ -61,9 +62,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     check_positions(config, limit, asked, f"--model ({folder})")
     tokenizer = load_tokenizer(parsed.tokenizer or folder)
     examples = load_examples(parsed.input, skip_bad_rows=parsed.skip_bad_rows).examples
-    settings = AnswerSettings(
-        tokenizer, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed), parsed.batch_size
-    )
+    vocab_size = vocabulary_size(tokenizer)
     writer: RowWriter
     if stream is not None:
         writer = StandardOutput(stream)
@@ -72,16 +71,23 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     commit = getattr(config, "_commit_hash", None)
     with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
         try:
+            ends = context.run_on_rank0(
+                lambda: end_tokens(folder, tokenizer, vocab_size=vocab_size, asked=parsed.eos_tokens)
+            )
+            settings = AnswerSettings(
+                tokenizer, ends, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed),
+                parsed.batch_size,
+            )  # fmt: skip
             # Before the model is loaded, so that errors come early.
-            num_done = context.run_on_rank0(lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, examples)))
+            num_done = context.run_on_rank0(
+                lambda: writer.open(_deciding(parsed, folder, commit, tokenizer, ends, examples))
+            )
             rows = tokenize_examples(
                 examples, tokenizer, template=parsed.template, max_prompt_tokens=parsed.max_prompt_tokens,
                 max_tokens=limit, long_prompt=parsed.long_prompt,
             ).rows  # fmt: skip
             if num_done < len(rows):
-                with open_model(
-                    folder, context, vocab_size=vocabulary_size(tokenizer), dtype=parsed.dtype, where="--model"
-                ) as model:
+                with open_model(folder, context, vocab_size=vocab_size, dtype=parsed.dtype, where="--model") as model:
                     answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
                     _write_blocks(writer, examples, rows, num_done, answer, parsed.batch_size, context)
             context.run_on_rank0(writer.finish)
@@ -117,6 +123,11 @@ def _parser() -> Parser:
         help="start over, and replace FILE and the rows of an interrupted run",
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
+    parser.add_argument(
+        "--eos-tokens", type=value_of(NonNegativeInt | NonEmptyStr), nargs="+", metavar="TOKEN",
+        help="texts or ids of the tokens that end a response; default: those of the tokenizer and of the model's\n"
+        "generation_config.json or config.json",
+    )  # fmt: skip
     parser.add_argument("--template", choices=("alpaca", "plain"), default="alpaca", help="default: alpaca")
     parser.add_argument(
         "--max-prompt-tokens", type=value_of(PositiveInt), default=256, metavar="N", help="default: 256"
@@ -145,10 +156,16 @@ def _parser() -> Parser:
 
 
 def _deciding(
-    parsed: Namespace, folder: str, commit: str | None, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    parsed: Namespace,
+    folder: str,
+    commit: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: frozenset[int],
+    examples: Sequence[Example],
 ) -> dict[str, Any]:
     """The settings that determine the rows, by the names that users know; not how they are computed."""
     from megadistill.cli.resumable import checksum, describe_model, describe_tokenizer
+    from megadistill.models.end_tokens import describe_end_tokens
 
     content = checksum([[example.id, example.instruction, example.input] for example in examples])
     names = (
@@ -164,6 +181,7 @@ def _deciding(
     return {
         **{f"--{name.replace('_', '-')}": getattr(parsed, name) for name in names},
         "the content of --input": f"{len(examples)} rows, checksum {content}",
+        "--eos-tokens": describe_end_tokens(eos_ids, tokenizer),
         "the tokenizer": f"{parsed.tokenizer or 'of --model'}, checksum {describe_tokenizer(tokenizer)}",
         **describe_model(folder, commit),
     }

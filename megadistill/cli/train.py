@@ -66,13 +66,13 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         # Mistakes in the user's files are found here, before processes wait for one another.
         start = plan_start(config)
         tp_size = check_models(config, num_ranks)  # imports transformers
-        tokenizer = run_tokenizer(config)
-    data = load_training_data(config, tokenizer)
+        tokenizer, vocab_size = run_tokenizer(config)
+    data = load_training_data(config, tokenizer, vocab_size)
     make_sampler(config, data)  # only to find out now whether the rows can fill a step
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         with lost_ranks_reported(context) as heartbeat:
-            components = build_components(config, context, tokenizer, [*data.train, *data.prompts])
+            components = build_components(config, context, tokenizer, vocab_size, [*data.train, *data.prompts])
             summary = train(components, data, start, request, heartbeat)
             return ExitCode.STOPPED if "stopped" in summary else ExitCode.DONE
 

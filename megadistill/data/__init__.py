@@ -2,13 +2,13 @@
 
 from megadistill.data.collate import IGNORE_INDEX, PromptBatch, SequenceBatch, left_padded, right_padded
 from megadistill.data.dataset import Example, FieldNames, LoadedExamples, load_examples
+from megadistill.data.pairing import assert_same_vocabulary
 from megadistill.data.prompts import TEMPLATES, render_prompt
 from megadistill.data.sampler import BatchSampler, SampledRow
 from megadistill.data.spans import SPAN_PRIORS, SpanPrior, make_span_prior, pair_mask_from_span_ids, token_span_ids
 from megadistill.data.tokenize import (
     Tokenized,
     TokenizedExample,
-    assert_same_vocabulary,
     decode_responses,
     encode_responses,
     load_tokenizer,

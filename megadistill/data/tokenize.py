@@ -110,11 +110,6 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def eos_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a response."""
-    return frozenset({tokenizer.eos_token_id})
-
-
 def response_limit(prompt_length: int, *, max_new_tokens: int, max_tokens: int) -> int:
     """Longest response to a prompt, in tokens, where prompt and response together have at most ``max_tokens``."""
     return min(max_new_tokens, max_tokens - prompt_length)
@@ -278,42 +273,3 @@ def _over_limit(example: Example, num_tokens: int, limit: int) -> DataError:
         f"{where} ({start!r}...): the prompt has {num_tokens} tokens, over the limit of {limit}",
         setting=f"{_MAX_PROMPT}, data.long_prompt",
     )
-
-
-def assert_same_vocabulary(
-    tokenizer_a: PreTrainedTokenizerBase,
-    tokenizer_b: PreTrainedTokenizerBase,
-    names: tuple[str, str] = ("teacher", "student"),
-) -> None:
-    """Refuses two tokenizers that differ in the id of a token, or that tokenize text differently.
-
-    The padding token is not compared: padding is masked everywhere, and models of one family often differ in it.
-
-    Raises:
-        ConfigError: Names the first differing id or special token.
-    """
-    name_a, name_b = names
-    ids_a, ids_b = ({id_: token for token, id_ in t.get_vocab().items()} for t in (tokenizer_a, tokenizer_b))
-    for id_ in sorted(ids_a.keys() | ids_b.keys()):
-        token_a, token_b = ids_a.get(id_), ids_b.get(id_)
-        if token_a != token_b:
-            raise ConfigError(
-                f"{name_a} and {name_b} have different vocabularies ({len(ids_a)} and {len(ids_b)} tokens): id {id_} "
-                f"is {_quoted(token_a)} for the {name_a} and {_quoted(token_b)} for the {name_b}; "
-                "token-level distillation needs one tokenizer"
-            )
-    for special in ("bos_token", "eos_token", "unk_token"):
-        token_a, token_b = getattr(tokenizer_a, special), getattr(tokenizer_b, special)
-        if token_a != token_b:
-            raise ConfigError(
-                f"{special} is {_quoted(token_a)} for the {name_a} and {_quoted(token_b)} for the {name_b}"
-            )
-    probe = "The 3 quick foxes didn't jump;\n  naïve Größe — 你好, мир 🙂 for(i=0;i<10;++i){}"
-    if tokenizer_a(probe)["input_ids"] != tokenizer_b(probe)["input_ids"]:
-        raise ConfigError(
-            f"{name_a} and {name_b} have the same tokens but tokenize the same text differently: use one for both"
-        )
-
-
-def _quoted(token: str | None) -> str:
-    return "absent" if token is None else repr(token)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megadistill.config.schema import DataSection, RunConfig
 from megadistill.data.dataset import FieldNames, load_examples
+from megadistill.data.pairing import check_ids
 from megadistill.data.sample import Sample
 from megadistill.data.sampler import BatchSampler
 from megadistill.data.tokenize import TokenizedExample, tokenize_examples
@@ -87,11 +88,16 @@ def load_rows(
     return tokenized.rows
 
 
-def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TrainingData:
     """All rows of a run.
 
+    Args:
+        config: The configuration of the run.
+        tokenizer: The run's tokenizer.
+        vocab_size: V, the number of tokens that both models have.
+
     Raises:
-        ConfigError: There are none to train on.
+        ConfigError: There are none to train on, or they need a token that a model does not have.
         DataError: A file cannot be used.
     """
     data = config.data
@@ -100,6 +106,8 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) ->
         raise ConfigError("data.train_path is missing: nothing to train on (its rows need no references)")
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     rows = {name: load_rows(path, tokenizer, data, report, name) if path else [] for name, path in paths.items()}
+    for name, path in paths.items():
+        check_ids(rows[name], vocab_size, tokenizer, str(path))
     source_class(config).check_examples(config, rows["train"], rows["valid"])
     if config.train.eval_every and not rows["valid"]:
         raise DataError(

@@ -42,9 +42,10 @@ class SourceInputs:
         context: The grid of processes.
         student: The model that is trained.
         teacher: The teacher; None where no loss needs it.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response of the student.
         decode_plan: How many examples are written at a time.
         examples: All that the run trains on.
+        teacher_eos_ids: Tokens that end a response of the teacher.
     """
 
     config: RunConfig
@@ -54,6 +55,7 @@ class SourceInputs:
     eos_ids: frozenset[int]
     decode_plan: DecodeBatchPlan
     examples: Sequence[TokenizedExample] = ()
+    teacher_eos_ids: frozenset[int] = frozenset()
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""

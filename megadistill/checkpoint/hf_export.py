@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megadistill.checkpoint.carried import Carried
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -28,7 +29,7 @@ from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tenso
 from megadistill.observability.progress import progress_bar
 
 if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
     from megadistill.engines.partitioned import PartitionedModel
 
@@ -41,9 +42,9 @@ def write_student(
     student: PartitionedModel,
     dtype: torch.dtype,
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    carried: Carried,
 ) -> None:
-    """Writes weights (safetensors, at most 4 GiB per file), configuration, generation configuration and tokenizer.
+    """Writes weights (safetensors, at most 4 GiB per file), configuration, and the files beside them.
 
     It reads the files of all ranks: nothing communicates, and the weights of one file are in memory at a time.
     """
@@ -53,8 +54,8 @@ def write_student(
     weights = _standard_weights(shards, shards.shard_specs, loaded.family, dtype, lambda name, _: removed.get(name))
     write_safetensors(weights, folder)
     _check_tensors(folder, loaded, dtype)
-    _write_configuration(loaded, student, folder, tokenizer)
-    tokenizer.save_pretrained(folder)
+    _write_configuration(loaded, student, folder, carried)
+    carried.write(folder)
 
 
 def _check_tensors(folder: Path, loaded: LoadedModel, dtype: torch.dtype) -> None:
@@ -186,19 +187,13 @@ def _standard_weights(
         yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 
 
-def _write_configuration(
-    loaded: LoadedModel, student: PartitionedModel, folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    from transformers import GenerationConfig
-
+def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder: Path, carried: Carried) -> None:
     config = copy.deepcopy(loaded.config)
     config.architectures = [type(student.module).__name__]
     config.dtype = next(student.module.parameters()).dtype
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, name, None) is None or getattr(config, name) != getattr(tokenizer, name):
-            setattr(config, name, getattr(tokenizer, name))
+    for name, value in carried.special_ids.items():
+        setattr(config, name, value)
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def export_checkpoint(
@@ -230,7 +225,9 @@ def export_checkpoint(
     check_with_progress(source, manifest, names)
     with new_folder(target) as beside:
         for file in (source / HF_FOLDER).iterdir():
-            if file.suffix != ".safetensors" and file.name != _INDEX:
+            if file.is_dir():  # of named chat templates
+                shutil.copytree(file, beside / file.name)
+            elif file.suffix != ".safetensors" and file.name != _INDEX:
                 shutil.copy2(file, beside)
         config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")

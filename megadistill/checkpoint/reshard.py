@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megadistill.checkpoint.carried import carried_files
 from megadistill.checkpoint.hf_export import set_tied
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
@@ -31,6 +32,7 @@ from megadistill.checkpoint.manifest import (
 from megadistill.checkpoint.probe import check_same_logits, probe_logits
 from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 from megadistill.errors import ConfigError, TopologyError
+from megadistill.models.end_tokens import end_tokens
 from megadistill.models.families import Family, family_of, has_own_head, head_counts
 from megadistill.models.folder_checks import SHARDS, has_weights
 from megadistill.models.loading import DTYPES, REMOVED_ROWS, load_model, load_model_config, whole_model
@@ -112,11 +114,12 @@ def shard_model(
     size = vocabulary_size(words)
     if config.vocab_size < size:
         raise ConfigError(f"MODEL: {path} has {config.vocab_size} vocabulary rows, the tokenizer needs {size}")
+    carried = carried_files(path, tokenizer or path, words, end_tokens(path, words, vocab_size=size), config)
     with new_folder(Path(folder)) as beside:
         expected, own = _source_logits(path, dtype, size)
         dtype = dtype or ("bf16" if own is torch.bfloat16 else "fp32")
         _write_model(path, beside, tp_size, dp_size, dtype, size)
-        words.save_pretrained(beside)
+        carried.write(beside)
         gc.collect()
         written = load_model(str(beside), dtype=dtype, vocab_size=size, seed=0, attention="sdpa", where=str(folder))
         found = probe_logits(whole_model(written, torch.device("cpu")), size)

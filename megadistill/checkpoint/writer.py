@@ -20,10 +20,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from megadistill.checkpoint.carried import Carried
 from megadistill.checkpoint.hf_export import prove_student, write_student
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
@@ -35,16 +36,12 @@ from megadistill.checkpoint.manifest import (
     point_to_best,
     write_manifest,
 )
-from megadistill.data.tokenize import auto_tokenizer_differs
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
 from megadistill.files import os_errors_as, reason_of, sync_folder, write_atomically
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TRAINER = "trainer.pt"
 IDLE, BUSY, FAILED = 0, 1, 2
@@ -73,7 +70,7 @@ class CheckpointWriter:
     Args:
         folder: The run's folder of checkpoints.
         student: The student.
-        tokenizer: Goes into the checkpoint's ``hf/``.
+        carried: What the checkpoint's ``hf/`` has beside its weights; only rank 0 needs it.
         context: Ranks and groups.
         keep_last: Number of checkpoints to keep.
         keep_every: Also keep the checkpoints of every so many steps; 0: none.
@@ -84,19 +81,18 @@ class CheckpointWriter:
         self,
         folder: Path,
         student: Student,
-        tokenizer: PreTrainedTokenizerBase,
+        carried: Carried | None,
         context: ParallelContext,
         *,
         keep_last: int,
         keep_every: int = 0,
         asynchronous: bool = True,
     ) -> None:
-        self._folder, self._student, self._tokenizer, self._context = folder, student, tokenizer, context
+        self._folder, self._student, self._carried, self._context = folder, student, carried, context
         self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
         self._job: _Job | None = None
         self._is_committing = False
         self._is_first = True
-        self._is_tokenizer_checked = False
         self._step = 0
         self._best_step: int | None = None
         self._layout: dict[str, Any] = {}
@@ -200,10 +196,10 @@ class CheckpointWriter:
         student, target = self._student, self._folder / f"step_{self._step}"
         dtype = next(student.module.parameters()).dtype
         shards = ShardReader(beside / STUDENT_FOLDER)
-        write_student(shards, student, dtype, beside / HF_FOLDER, self._tokenizer)
+        assert self._carried is not None  # on rank 0
+        write_student(shards, student, dtype, beside / HF_FOLDER, self._carried)
         if self._is_first:  # training waits: see begin
             prove_student(shards, student.loaded.config, beside / HF_FOLDER, target)
-        self._check_tokenizer(beside / HF_FOLDER)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}
         write_manifest(beside, self._step, self._layout, dict(sorted(digests.items())))
@@ -217,18 +213,6 @@ class CheckpointWriter:
         point_to_best(self._folder, self._best_step)
         shutil.rmtree(replaced, ignore_errors=True)
         _remove_old(self._folder, self._step, *self._keep, self._best_step)
-
-    def _check_tokenizer(self, folder: Path) -> None:
-        """Warns once per run; loading a tokenizer takes seconds, and the next checkpoints have the same one."""
-        if self._is_tokenizer_checked:
-            return
-        self._is_tokenizer_checked = True
-        if auto_tokenizer_differs(folder):
-            get_logger(component="checkpoint").warning(
-                "AutoTokenizer would not tokenize as this run does, because transformers has a separate class for "
-                f"{self._student.loaded.config.model_type}. Outside megadistill, load the tokenizer of the checkpoints "
-                "with PreTrainedTokenizerFast."
-            )
 
 
 class _Job:

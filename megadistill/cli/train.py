@@ -69,8 +69,8 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         # Mistakes in the user's files are found here, before processes wait for one another.
         start = plan_start(config)
         tp_size = check_models(config, num_ranks)  # imports transformers
-        tokenizer = run_tokenizer(config)
-    data = load_training_data(config, tokenizer)
+        tokenizer, vocab_size = run_tokenizer(config)
+    data = load_training_data(config, tokenizer, vocab_size)
     log = get_logger(rank_of(os.environ), "data")
     for line in data.sources:
         log.info(f"{line}; template {data.template}")
@@ -83,7 +83,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
             if (reason := finished(config, length, context)) is not None:
                 get_logger(context.rank, "train").info(reason)
                 return ExitCode.DONE
-            components = build_components(config, context, tokenizer, [*data.train, *data.prompts], length=length)
+            components = build_components(config, context, tokenizer, vocab_size, data, length)
             summary = train(components, data, start, request, heartbeat)
             return ExitCode.STOPPED if "stopped" in summary else ExitCode.DONE
 

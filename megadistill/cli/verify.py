@@ -136,7 +136,8 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
 def _tokenizer(path: str | None, folders: dict[str, str]) -> tuple[PreTrainedTokenizerBase, str | None]:
     """The tokenizer to use, and how those of the models differ."""
     from megadistill.checkpoint.model_folder import model_folder
-    from megadistill.data.tokenize import assert_same_vocabulary, has_tokenizer, load_tokenizer
+    from megadistill.data.pairing import assert_same_vocabulary
+    from megadistill.data.tokenize import has_tokenizer, load_tokenizer
 
     if path is not None:
         return load_tokenizer(model_folder(path)), None

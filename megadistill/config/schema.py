@@ -67,6 +67,12 @@ class ModelSection(Section):
     tokenizer: NonEmptyStr | None = Field(
         None, description="Tokenizer folder or hub name; null: the student's, else the teacher's."
     )
+    eos_tokens: Annotated[tuple[NonEmptyStr | NonNegativeInt, ...], Field(min_length=1)] | None = Field(
+        None,
+        strict=False,
+        description="Tokens that end a response, as texts or ids; null: the tokenizer's EOS and those that "
+        "generation_config.json (else config.json) of the model that writes names.",
+    )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute the student's activations in the backward pass: less memory, more time."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def teacher_responses(
         teacher: Writes what is missing.
         folder: Where the teacher was loaded from.
         context: The grid of processes.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response of the teacher.
         batch_size: Examples that a data-parallel rank writes at a time.
 
     Raises:
@@ -70,7 +70,9 @@ def teacher_responses(
                 held.enter_context(
                     exclusive_lock(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}")
                 )
-                return _open(path, _settings(config, teacher, folder))
+                # Files of a version that knew one end token, the tokenizer's, do not name it.
+                is_plain = len(eos_ids) == 1 and config.model.eos_tokens is None
+                return _open(path, _settings(config, teacher, folder, eos_ids), {"eos_ids"} if is_plain else set())
 
         known: dict[str, TokenIds] = context.run_on_rank0(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
@@ -136,7 +138,7 @@ def _key(prompt: TokenIds) -> str:
     return hashlib.blake2b(",".join(map(str, prompt)).encode(), digest_size=16).hexdigest()
 
 
-def _settings(config: RunConfig, teacher: TextModel, folder: str) -> dict[str, Any]:
+def _settings(config: RunConfig, teacher: TextModel, folder: str, eos_ids: frozenset[int]) -> dict[str, Any]:
     """The first line of the file: everything that decides the text."""
     generation = config.generation
     is_random = not has_weights(folder)
@@ -150,13 +152,14 @@ def _settings(config: RunConfig, teacher: TextModel, folder: str) -> dict[str, A
         "seed": config.run.seed if is_random or generation.teacher_temperature > 0 else None,
         "max_new_tokens": generation.max_new_tokens,
         "max_tokens": config.data.max_tokens,
+        "eos_ids": sorted(eos_ids),
     }
 
 
-def _open(path: Path, settings: dict[str, Any]) -> dict[str, TokenIds]:
+def _open(path: Path, settings: dict[str, Any], may_lack: Collection[str] = ()) -> dict[str, TokenIds]:
     """The responses in a file, which is begun where there is none and loses a line that was being written.
 
-    A file that is not ours is never touched.
+    A file that is not ours is never touched. ``may_lack``: settings that a file need not have.
     """
     if path.exists() and not path.is_file():
         raise ConfigError(f"generation.teacher_cache={path} is not a file")
@@ -172,7 +175,7 @@ def _open(path: Path, settings: dict[str, Any]) -> dict[str, TokenIds]:
         saved = None
     if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
         raise ConfigError(f"generation.teacher_cache={path} is not a megadistill teacher cache; choose another file")
-    changed = [key for key in settings if saved.get(key) != settings[key]]
+    changed = [key for key in settings if saved.get(key) != settings[key] and (key in saved or key not in may_lack)]
     if changed:
         key = changed[0]
         raise ConfigError(

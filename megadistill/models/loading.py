@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,21 +265,25 @@ def _remove_padded_rows(model: PreTrainedModel, vocab_size: int, where: str) -> 
     return removed
 
 
-def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_size: int) -> int:
-    """V, the vocabulary that teacher and student share; padded rows beyond the tokenizer's tokens do not count.
+def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_sizes: Collection[int]) -> int:
+    """V, the vocabulary that teacher and student share: the tokens that both have rows for.
+
+    Padded rows beyond the largest tokenizer do not count.
 
     Args:
         teacher_rows: Rows of the teacher's head; None without a teacher.
         student_rows: Rows of the student's head.
-        tokenizer_size: Tokens of the tokenizer.
+        tokenizer_sizes: Tokens of the run's tokenizer and of the models' own; one may have more tokens at the end.
 
     Raises:
-        ConfigError: A model has fewer rows than the tokenizer has tokens.
+        ConfigError: A model has fewer rows than the smallest tokenizer has tokens.
     """
+    vocab_size, smallest = max(tokenizer_sizes), min(tokenizer_sizes)
     for name, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        if rows is not None and rows < tokenizer_size:
+        if rows is not None and rows < smallest:
             raise ConfigError(
-                f"model.{name}: {rows} vocabulary rows, but the tokenizer has {tokenizer_size} tokens; "
+                f"model.{name}: {rows} vocabulary rows, but the tokenizer has {smallest} tokens; "
                 "teacher and student may differ in padded rows only"
             )
-    return tokenizer_size
+        vocab_size = min(vocab_size, vocab_size if rows is None else rows)
+    return vocab_size

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megadistill.checkpoint.carried import Carried, carried_files, for_auto_tokenizer
 from megadistill.checkpoint.manifest import MANIFEST, point_to_best
 from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
@@ -35,6 +36,7 @@ from megadistill.training.hooks.record import Record
 from megadistill.training.hooks.throughput import Throughput, num_parameters
 from megadistill.training.hooks.validation import Validation
 from megadistill.training.resume import RESOLVED, Start, plan_start
+from megadistill.training.setup import model_paths, tokenizer_paths
 from megadistill.training.step import distillation_step
 from megadistill.training.words import data_warnings, early_words, end_lines, length_words, run_warnings
 
@@ -216,12 +218,21 @@ def _is_save_due(config: RunConfig, done: int) -> bool:
 
 
 def _checkpoint_writer(components: Components, run_dir: Path) -> CheckpointWriter:
-    settings = components.config.checkpoint
+    config, context, settings = components.config, components.context, components.config.checkpoint
+    carried: list[Carried] = []  # on rank 0: the others need none of it
+
+    def collect() -> None:
+        tokenizer_path, loaded = next(iter(tokenizer_paths(config).values())), components.student.loaded
+        student_path = model_paths(config)["model.student.path"]
+        files = carried_files(student_path, tokenizer_path, components.tokenizer, components.eos_ids, loaded.config)
+        carried.append(for_auto_tokenizer(files, loaded.config, tokenizer_path))
+
+    context.run_on_rank0(collect)
     return CheckpointWriter(
         run_dir / "checkpoints",
         components.student,
-        components.tokenizer,
-        components.context,
+        carried[0] if carried else None,
+        context,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         asynchronous=settings.asynchronous,

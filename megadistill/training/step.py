@@ -16,6 +16,7 @@ from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.generation.sources.base import STANDARD_KINDS, TextSource
 from megadistill.losses.output import METRIC_NAMES
+from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
@@ -86,8 +87,12 @@ def find_spans(samples: Sequence[Sample], components: Components) -> list[Sample
     if components.teacher is None:
         return list(samples)
 
+    ends = components.eos_ids | components.teacher_eos_ids
+
     def pair_mask(response_ids: tuple[int, ...]) -> Sequence[bool]:
-        return pair_mask_from_span_ids(token_span_ids(response_ids, components.tokenizer, components.span_prior))
+        text = cut_end(response_ids, ends)  # an end token is part of no phrase
+        span_ids = token_span_ids(text, components.tokenizer, components.span_prior)
+        return pair_mask_from_span_ids([*span_ids, *[-1] * (len(response_ids) - len(text))])
 
     return [
         replace(sample, pair_mask=pair_mask(sample.response_ids)) if sample.response_ids else sample

@@ -227,7 +227,7 @@ def test_runs_that_could_train_on_nothing_are_refused(
     overrides = [text.replace("REFERENCES", str(assets / "data" / "train.jsonl")) for text in overrides]
     config = load_config(ROOT / "configs" / "base.yaml", [f"run.dir={tmp_path}", *overrides])
     with pytest.raises(DataError, match=message):
-        load_training_data(config, run_tokenizer(config))
+        load_training_data(config, *run_tokenizer(config))
 
 
 def test_rotary_frequencies_stay_float32(assets: Path) -> None:

@@ -60,6 +60,7 @@ def test_numbers_that_do_not_fit() -> None:
     check_positions(GPT2Config(**TINY), 8, "data.max_tokens", "x")
     with pytest.raises(ConfigError, match="data.max_tokens=9.* 8 positions"):
         check_positions(GPT2Config(**TINY), 9, "data.max_tokens", "x")
-    assert shared_vocab_size(None, 12, 10) == shared_vocab_size(12, 16, 10) == 10
+    assert shared_vocab_size(None, 12, [10]) == shared_vocab_size(12, 16, [10]) == 10
+    assert shared_vocab_size(11, 16, [12, 10]) == 11 and shared_vocab_size(16, 16, [10, 12]) == 12
     with pytest.raises(ConfigError, match="model.teacher: 9 vocabulary rows"):
-        shared_vocab_size(9, 12, 10)
+        shared_vocab_size(9, 12, [10])

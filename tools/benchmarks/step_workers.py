@@ -223,12 +223,12 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     Timers._now = lambda self: turns.now()  # type: ignore[method-assign]
     config = RunConfig.model_validate(_settings(contender, sizes, folder))
     tp_size = check_models(config, 1)
-    tokenizer = run_tokenizer(config)
-    data = load_training_data(config, tokenizer)
+    tokenizer, vocab_size = run_tokenizer(config)
+    data = load_training_data(config, tokenizer, vocab_size)
     sampler = make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        components = build_components(config, context, tokenizer, length=RunLength.of(config, data))
+        components = build_components(config, context, tokenizer, vocab_size, data, RunLength.of(config, data))
         number = 0
         while turns.wait():
             result = distillation_step(number, data.batch(sampler, number), components)

@@ -37,7 +37,7 @@ class TeacherText(TextSource):
             inputs.teacher,
             inputs.teacher_folder,
             inputs.context,
-            eos_ids=inputs.eos_ids,
+            eos_ids=inputs.teacher_eos_ids,
             batch_size=inputs.decode_plan.batch_size,
         )
         return cls(responses, inputs.teacher, inputs.config.train.micro_batch_size)

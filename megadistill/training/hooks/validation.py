@@ -73,6 +73,7 @@ def validate(components: Components, examples: Sequence[TokenizedExample]) -> di
     config = components.config
     settings = AnswerSettings(
         components.tokenizer,
+        components.eos_ids,
         config.generation.max_new_tokens,
         config.data.max_tokens,
         batch_size=min(config.eval.batch_size, components.decode_plan.max_batch_size),

@@ -19,8 +19,8 @@ from megadistill.data.tokenize import (
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
-from megadistill.engines.partitioned import frozen_model
-from megadistill.engines.student import trained_model
+from megadistill.engines.partitioned import PartitionedModel, frozen_model
+from megadistill.engines.student import Student, trained_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
@@ -153,27 +153,7 @@ def build_components(
     check_backend(loss.backend, context.device)
     decode_plan = _plan_decode_batches(config, context)
     paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
-    student_model, teacher_model = load_models(config, paths, tokenizer, context.rank)
-    zero_stage = config.parallel.zero_stage
-    teacher = None
-    if teacher_model is not None:
-        teacher = frozen_model(
-            teacher_model,
-            context,
-            zero_stage=zero_stage,
-            dtype=config.model.teacher.dtype,
-            deepspeed_settings=config.deepspeed,
-        )
-    student = trained_model(
-        student_model,
-        context,
-        zero_stage=zero_stage,
-        dtype=config.model.student.dtype,
-        optim=config.optim,
-        train=config.train,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        deepspeed_settings=config.deepspeed,
-    )
+    student, teacher = _engines(config, context, *load_models(config, paths, tokenizer, context.rank))
     gate = None
     if teacher is not None and loss.uses_gate:
         gate = GateTrainer(
@@ -204,6 +184,33 @@ def build_components(
         source=source,
         decode_plan=decode_plan,
     )
+
+
+def _engines(
+    config: RunConfig, context: ParallelContext, student_model: LoadedModel, teacher_model: LoadedModel | None
+) -> tuple[Student, PartitionedModel | None]:
+    """Both models partitioned, the teacher first (collective over the world)."""
+    zero_stage = config.parallel.zero_stage
+    teacher = None
+    if teacher_model is not None:
+        teacher = frozen_model(
+            teacher_model,
+            context,
+            zero_stage=zero_stage,
+            dtype=config.model.teacher.dtype,
+            deepspeed_settings=config.deepspeed,
+        )
+    student = trained_model(
+        student_model,
+        context,
+        zero_stage=zero_stage,
+        dtype=config.model.student.dtype,
+        optim=config.optim,
+        train=config.train,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        deepspeed_settings=config.deepspeed,
+    )
+    return student, teacher
 
 
 def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:

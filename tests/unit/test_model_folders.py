@@ -330,6 +330,7 @@ def test_the_probe_sees_another_model_and_not_rounding(tmp_path: Path) -> None:
     for found, dtype in ((probe_logits(other, 500), torch.bfloat16), (expected * 1.01, torch.float32)):
         with pytest.raises(CheckpointError, match="m: what was written is another model"):
             check_same_logits(expected, found, "m", dtype)
+    check_same_logits(expected * torch.nan, expected * torch.nan, "m", torch.float32)  # the model's own fault
     for one, two in ((expected * torch.nan, expected), (expected, expected * torch.nan)):
         with pytest.raises(CheckpointError):
             check_same_logits(one, two, "m", torch.bfloat16)

@@ -81,7 +81,7 @@ def test_the_union_of_tokenizer_and_files(
 def test_more_ids_join_and_asked_ones_replace(tmp_path: Path, source: Path, tokenizer: Any) -> None:
     path, size = model(tmp_path / "m", source, generation=[7]), len(tokenizer)
     assert end_tokens(path, tokenizer, vocab_size=size, more=(9, size)) == {0, 7, 9}
-    asked = [TURN, 5, "T"]
+    asked: list[int | str] = [TURN, 5, "T"]
     ids = {tokenizer.convert_tokens_to_ids(TURN), 5, tokenizer.convert_tokens_to_ids("T")}
     assert end_tokens(path, tokenizer, vocab_size=size, asked=asked, more=(9,)) == ids
 

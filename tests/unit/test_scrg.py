@@ -229,6 +229,7 @@ def _revise(
     prompts: tuple[tuple[int, ...], ...],
     objections: dict[tuple[int, int], dict[int, int]],
     rounds: int = 1,
+    teacher_eos_ids: frozenset[int] = frozenset(),
     **more: int,
 ) -> tuple[list[Sample], Teacher]:
     """A step's samples, six tokens each, from the text source itself."""
@@ -239,7 +240,16 @@ def _revise(
     })  # fmt: skip
     teacher = Teacher(prompts, objections)
     plan = DecodeBatchPlan(more.get("batch_size", len(prompts)), False, 64)
-    inputs = SourceInputs(config, ParallelContext.single(), Student(), teacher, frozenset({EOS}), plan, max_steps=2000)
+    inputs = SourceInputs(
+        config,
+        ParallelContext.single(),
+        Student(),
+        teacher,
+        frozenset({EOS}),
+        plan,
+        teacher_eos_ids=teacher_eos_ids,
+        max_steps=2000,
+    )
     return OnPolicy.build(inputs).samples(0, samples_of(*prompts), Timers()), teacher
 
 
@@ -257,6 +267,14 @@ def test_one_round_corrects_and_continues() -> None:
         assert sample.teacher_hidden is not None and sample.response_ids is not None
         assert sample.teacher_hidden.argmax(-1).tolist() == [*sample.prompt_ids[-1:], *sample.response_ids[:-1]]
     assert teacher.num_readings == 2
+
+
+def test_a_correction_ends_a_response_where_it_would_end_the_teachers() -> None:
+    """The student itself writes on past the teacher's end tokens."""
+    objections = {(0, 0): {1: 8}, (0, 1): {1: EOS}, (0, 2): {2: 9}}
+    samples, _ = _revise(((2,), (2,), (2,)), objections, teacher_eos_ids=frozenset({8, 6}))
+    assert [s.rollout_ids for s in samples] == [(3, 4, 5, 6, 7, 8)] * 3
+    assert [s.response_ids for s in samples] == [(3, 8), (3, EOS), (3, 4, 9, 10, EOS)]
 
 
 def test_without_rounds_the_text_is_the_students() -> None:

@@ -27,9 +27,9 @@ def launched(tmp_path: Path, program: str, *overrides: str) -> subprocess.Comple
 
 
 def test_messages_go_to_the_run_and_exit_codes_come_back(tmp_path: Path) -> None:
-    done = launched(tmp_path, "print('rank', os.environ['RANK']); sys.exit(85)")
+    done = launched(tmp_path, "os.write(1, b'rank\\n'); sys.exit(85)")
     assert done.returncode == 85 and done.stderr == ""
-    assert set(done.stdout.splitlines()) <= {"rank 0", "rank 1"}
+    assert set(done.stdout.splitlines()) <= {"rank"}
     log = (tmp_path / "run" / "launcher.log").read_text(encoding="utf-8")
     assert "spawned with command" in log and "exits with return code = 85" in log
 

@@ -43,12 +43,7 @@ def run(arguments: Sequence[str]) -> int:
         choices=("distillation", "everything"),
         help="delete the results of earlier runs, and make them again",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="settings of the distillation that win over configs/demo.yaml",
-    )
+    parser.add_settings("settings of the distillation that win over configs/demo.yaml")
     parsed = parser.parse(arguments)
     started = time.perf_counter()
     check_packages()

@@ -158,8 +158,11 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
     return FAMILIES[config.model_type]
 
 
-def head_counts(config: PreTrainedConfig, where: str) -> list[int]:
-    """Counts of heads that the tensor-parallel size must divide (attention heads, key-value heads).
+_HEADS = {"num_attention_heads": "attention heads", "num_key_value_heads": "key-value heads"}
+
+
+def head_counts(config: PreTrainedConfig, where: str) -> dict[str, int]:
+    """Counts of heads that the tensor-parallel size must divide, by what they are ("key-value heads of WHERE").
 
     Args:
         config: A transformers configuration.
@@ -168,4 +171,5 @@ def head_counts(config: PreTrainedConfig, where: str) -> list[int]:
     Raises:
         ConfigError: The family is not supported.
     """
-    return [int(getattr(config, name)) for name in family_of(config, where).head_counts]
+    names = family_of(config, where).head_counts
+    return {f"{_HEADS[name]} of {where}": int(getattr(config, name)) for name in names}

@@ -130,7 +130,7 @@ def test_evaluate(refused: Callable[..., str], model: Path, tmp_path: Path) -> N
 def test_sizes_that_do_not_fit(refused: Callable[..., str], verb: str, model: Path, tmp_path: Path) -> None:
     if verb == "shard":
         line = refused("shard", model, tmp_path / "out", "--tp-size", 3)
-        assert "does not divide the heads" in line and line.endswith("(see --tp-size)")
+        assert "does not divide the 4 attention heads" in line and line.endswith("(see --tp-size)")
     else:
         assert "no such checkpoint" in refused(
             "reshard", tmp_path / "no", tmp_path / "out", "--tp-size=3", "--dp-size=1"

@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
             ConfigError: An unknown option; where the verb has settings, with the one that it is.
         """
         options = self._option_string_actions
-        for word, following in zip(arguments, [*arguments[1:], "VALUE"], strict=True):
+        for word, following in zip(arguments, [*arguments[1:], "VALUE"], strict=False):
             option, _, value = word.partition("=")
             if word == "--":
                 break

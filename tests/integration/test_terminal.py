@@ -89,7 +89,7 @@ def test_a_run_whose_terminal_goes_away_is_saved(
     """A closed window, and Ctrl-C where deepspeed leads the session: it dies, and the kernel hangs up the ranks."""
     run_dir = tmp_path / "run"
     # A step of seconds: deepspeed is gone before it is finished.
-    more = endless(assets, 2, "train.global_batch_size=64", "train.samples_every=0")
+    more = endless(assets, 2, "train.global_batch_size=24", "train.samples_every=0")
     command = command_of(ROOT / "launchers" / "run.sh", run_dir, more)
     terminal = Terminal(_SHELL if leader == "a shell" else command)
     started.append(terminal.leader)

@@ -39,6 +39,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"megadistill {__version__}\n"
 
 
+@pytest.mark.parametrize("verb", ["train", "export"])
+def test_a_verb_alone_says_what_it_needs(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb]) == 2 and "the following arguments are required" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
 def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadistill.config.shipped import clone_root, find_config, shipped_root
+from megadistill.config.shipped import find_config, shipped_root
 from megadistill.errors import ConfigError, needs_extra
 from megadistill.files import write_json
 
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 CONFIG = "configs/demo.yaml"
 _SOURCE = "source.json"
-
-
-def enter_repository() -> None:
-    """Changes to the root of the clone, to which the paths in its configuration files are relative; not elsewhere."""
-    root = clone_root()
-    if root is not None:
-        os.chdir(root)
 
 
 def check_packages() -> None:

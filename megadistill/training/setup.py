@@ -76,10 +76,10 @@ def check_models(config: RunConfig, world_size: int) -> int:
         TopologyError: The processes cannot be divided like that.
     """
     source_class(config).check(config)
-    counts: list[int] = []
+    counts: dict[str, int] = {}
     for key, path in model_paths(config).items():
         model_config = load_model_config(path, key)
-        counts += head_counts(model_config, key)
+        counts |= head_counts(model_config, key)
         check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
     gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tp_size)

@@ -302,6 +302,7 @@ def test_both_scripts_ask_slurm_for_the_same() -> None:
 def test_mpirun_is_missing(clone: Path, tools: Path) -> None:
     done = run("bash", clone / "launchers" / "mpirun.sh", path=tools)
     assert done.returncode == 2 and "mpirun is not installed" in done.stderr
+    assert dry_run(clone / "launchers" / "mpirun.sh", tools)[0] == "mpirun"
 
 
 def test_cluster_tools_that_cannot_be_installed_are_named(tools: Path) -> None:

@@ -6,7 +6,6 @@ Rows go to ``OUTPUT.partial``, which becomes OUTPUT after the last one: OUTPUT i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.errors import ConfigError, DataError
-from megadistill.files import os_errors_as, write_atomically
+from megadistill.files import checksum, os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
 from megadistill.observability.lock import try_lock
 
@@ -236,14 +235,6 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A checksum of everything that a tokenizer does to text."""
     rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     return checksum([[type(tokenizer).__name__, tokenizer.special_tokens_map, rules]])
-
-
-def checksum(items: Sequence[Any]) -> str:
-    """A checksum of anything that JSON can hold."""
-    total = hashlib.blake2b(digest_size=8)
-    for item in items:
-        total.update(json.dumps(item, sort_keys=True, default=str).encode())
-    return total.hexdigest()
 
 
 def _row_id(line: bytes) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megadistill.checkpoint.carried import Carried
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -19,14 +20,16 @@ from megadistill.checkpoint.manifest import (
     new_folder,
     read_manifest,
 )
+from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
 from megadistill.errors import CheckpointError
-from megadistill.models.families import FAMILIES, Family
-from megadistill.models.loading import DTYPES, LoadedModel, is_sharded
+from megadistill.models.families import FAMILIES, Family, has_own_head
+from megadistill.models.folder_checks import is_sharded
+from megadistill.models.loading import DTYPES, LoadedModel, load_model_config, model_from_shards
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tensors
 from megadistill.observability.progress import progress_bar
 
 if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
     from megadistill.engines.partitioned import PartitionedModel
 
@@ -39,9 +42,9 @@ def write_student(
     student: PartitionedModel,
     dtype: torch.dtype,
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    carried: Carried,
 ) -> None:
-    """Writes weights (safetensors, at most 4 GiB per file), configuration, generation configuration and tokenizer.
+    """Writes weights (safetensors, at most 4 GiB per file), configuration, and the files beside them.
 
     It reads the files of all ranks: nothing communicates, and the weights of one file are in memory at a time.
     """
@@ -50,8 +53,67 @@ def write_student(
     removed = loaded.removed_rows
     weights = _standard_weights(shards, shards.shard_specs, loaded.family, dtype, lambda name, _: removed.get(name))
     write_safetensors(weights, folder)
-    _write_configuration(loaded, student, folder, tokenizer)
-    tokenizer.save_pretrained(folder)
+    _check_tensors(folder, loaded, dtype)
+    _write_configuration(loaded, student, folder, carried)
+    carried.write(folder)
+
+
+def _check_tensors(folder: Path, loaded: LoadedModel, dtype: torch.dtype) -> None:
+    """Compares names, shapes and types in the written files with the model as it was loaded.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over, or of another shape or type.
+    """
+    export, removed = loaded.family.export, loaded.removed_rows
+    expected: dict[str, tuple[list[int], torch.dtype]] = {}
+    for name, shape in loaded.shapes.items():
+        whole = torch.empty(shape, device="meta")
+        rows, *rest = whole.shape if export is None else export(name, whole).shape
+        expected[name] = ([rows + (len(removed[name]) if name in removed else 0), *rest], dtype)
+    written = HFWeights(folder)
+    found = {name: (written.shape(name), written.read(name).dtype) for name in written.names}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(f"{folder}: {name} is {found.get(name)}, expected {expected.get(name)}")
+
+
+def prove_student(shards: ShardReader, config: PreTrainedConfig, folder: Path, source: object) -> None:
+    """Compares what plain transformers makes of an exported folder with the student's own weights, on a probe text.
+
+    One of the two models is in memory at a time, in the folder's type. Not while another thread makes tensors:
+    transformers changes torch's default type for the process while it loads.
+
+    Args:
+        shards: The student as it was saved.
+        config: Its configuration.
+        folder: The exported folder.
+        source: The student, for the message.
+
+    Raises:
+        CheckpointError: The folder is another model, or cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(folder).dtype
+    own = model_from_shards(config, shards, MASTER, dtype)
+    vocab_size = int(cast(Any, own.get_output_embeddings()).weight.shape[0])
+    expected = probe_logits(own, vocab_size)
+    del own
+    check_same_logits(expected, folder_logits(folder, vocab_size), source, dtype)
+
+
+def set_tied(folder: Path, names: Collection[str]) -> None:
+    """Makes ``tie_word_embeddings`` in a folder's config.json true to its weights.
+
+    Other tools tie by this setting even where there is a head.
+
+    Args:
+        folder: The folder.
+        names: Names of the model's parameters.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": not has_own_head(names)}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_safetensors(
@@ -70,6 +132,7 @@ def write_safetensors(
     def flush() -> None:
         files.append(folder / f"shard-{len(files)}.partial")
         save_tensors(current, files[-1])
+        _check_read_back(current, files[-1])
         current.clear()
 
     for name, tensor in tensors:
@@ -88,6 +151,21 @@ def write_safetensors(
         file.replace(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
     (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_read_back(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Raises CheckpointError where a file does not hold, bit for bit, what was written to it."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as written:
+        for name, tensor in tensors.items():
+            # As bytes: NaN is not equal to itself.
+            if not torch.equal(_bytes(written.get_tensor(name)), _bytes(tensor)):
+                raise CheckpointError(f"{file} does not hold what was written to it ({name}): is the disk sound?")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _standard_weights(
@@ -109,19 +187,13 @@ def _standard_weights(
         yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 
 
-def _write_configuration(
-    loaded: LoadedModel, student: PartitionedModel, folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    from transformers import GenerationConfig
-
+def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder: Path, carried: Carried) -> None:
     config = copy.deepcopy(loaded.config)
     config.architectures = [type(student.module).__name__]
     config.dtype = next(student.module.parameters()).dtype
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, name, None) is None or getattr(config, name) != getattr(tokenizer, name):
-            setattr(config, name, getattr(tokenizer, name))
+    for name, value in carried.special_ids.items():
+        setattr(config, name, value)
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def export_checkpoint(
@@ -140,7 +212,8 @@ def export_checkpoint(
         The checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint is damaged or the folder is not empty; nothing is left behind.
+        CheckpointError: The checkpoint is damaged, the folder is not empty, or what was written is another model on the
+            probe text; nothing is left behind.
     """
     if is_sharded(str(checkpoint)):
         raise CheckpointError(f"{checkpoint} is a sharded model, not a checkpoint; use the model that it was made from")
@@ -152,7 +225,9 @@ def export_checkpoint(
     check_with_progress(source, manifest, names)
     with new_folder(target) as beside:
         for file in (source / HF_FOLDER).iterdir():
-            if file.suffix != ".safetensors" and file.name != _INDEX:
+            if file.is_dir():  # of named chat templates
+                shutil.copytree(file, beside / file.name)
+            elif file.suffix != ".safetensors" and file.name != _INDEX:
                 shutil.copy2(file, beside)
         config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")
@@ -167,6 +242,8 @@ def export_checkpoint(
             shards, names, FAMILIES[config["model_type"]], getattr(torch, config["dtype"]), removed
         )
         write_safetensors(weights, beside, max_shard_bytes)
+        set_tied(beside, shards.shard_specs)
+        prove_student(shards, load_model_config(str(source / HF_FOLDER), str(source)), beside, source)
     return source
 
 

@@ -17,7 +17,7 @@ from megadistill.files import write_atomically
 from megadistill.observability.progress import progress_bar
 
 MANIFEST = "manifest.json"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 HF_FOLDER, STUDENT_FOLDER = "hf", "student"
 _STEP = re.compile(r"step_(\d+)")
 VERSION = 2
@@ -125,23 +125,46 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return [steps.get(latest, folder / named[0]), *(path for step, path in steps.items() if step < latest)]
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a path is one of the files that name a checkpoint: RUN/checkpoints/latest, RUN/checkpoints/best."""
+    return path.name in (LATEST, BEST) and path.is_file()
+
+
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint's folder: ``path`` itself, or the latest one of a run directory or of its folder of checkpoints.
+    """A checkpoint's folder.
+
+    Args:
+        path: That folder, a file that names one (``is_pointer``), or a run directory or its folder of checkpoints,
+            whose latest one is meant.
 
     Raises:
         CheckpointError: There is none.
     """
+    if is_pointer(path):
+        return _named_by(path)
     for folder in (path, path / "checkpoints"):
         if (folder / MANIFEST).is_file():
             return folder
-        if (folder / LATEST).is_file():
-            name = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-            if not _STEP.fullmatch(name):
-                raise CheckpointError(f"{folder / LATEST} is damaged: it does not name a step_N folder")
-            return folder / name
+        if is_pointer(folder / LATEST):
+            return _named_by(folder / LATEST)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     raise CheckpointError(f"{path} has no complete checkpoint (no {MANIFEST}, no {LATEST})")
+
+
+def _named_by(pointer: Path) -> Path:
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{pointer} is damaged: it does not name a step_N folder")
+    return pointer.parent / name
+
+
+def point_to_best(folder: Path, step: int | None) -> None:
+    """Makes ``best`` in a run's folder of checkpoints name the checkpoint of ``step``; None: removes it."""
+    if step is None:
+        (folder / BEST).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / BEST, f"step_{step}\n")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import warnings
@@ -14,13 +15,16 @@ from torch import nn
 
 from megadistill.checkpoint.hf_export import write_safetensors
 from megadistill.checkpoint.manifest import new_folder
+from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
 from megadistill.data.tokenize import TOKENIZER_EXTRAS, TOKENIZER_FILES
 from megadistill.errors import CheckpointError, ConfigError, needs_extra
-from megadistill.models.loading import DTYPES, has_weights, load_model_config, load_weights
+from megadistill.models.folder_checks import ADAPTER_CONFIG, has_weights
+from megadistill.models.loading import DTYPES, load_model_config
+from megadistill.models.weights import is_tied, load_weights
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
 
-_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_CONFIG, _WEIGHTS, _PICKLE = ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 
 
@@ -37,33 +41,53 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
         dtype: fp32 or bf16; default: that of the base.
 
     Raises:
-        CheckpointError: The adapter cannot be merged; nothing is left behind.
+        CheckpointError: The adapter cannot be merged, or what was written does not give the probe text's logits of base
+            and adapter; nothing is left behind.
         ConfigError: The base cannot be used.
     """
     adapter, target = Path(adapter), Path(folder)
     _check_adapter(adapter)
     with needs_extra("lora", "merging an adapter"):  # before the model is loaded
         import peft  # noqa: F401
-    config = load_model_config(base, "BASE")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"BASE: {base} is quantized; merge into the model that it was made from")
+    load_model_config(base, "BASE")
     if not has_weights(base):
         raise ConfigError(f"BASE: {base} has no weights")
     with new_folder(target) as beside:
-        model = load_weights(base, "BASE", dtype="auto")
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        is_tied = _untie(model)
-        model = _merge(model, base, adapter)
-        if is_tied:
-            _tie_again(model)
         wanted = None if dtype is None else DTYPES[dtype]
-        model.config.dtype = wanted or next(iter(dtypes.values()))  # also of a head that was tied before
-        write_safetensors(_tensors(model, dtypes, wanted), beside)
-        model.config.save_pretrained(beside)
-        model.generation_config.save_pretrained(beside)
+        _write_merged(base, adapter, beside, wanted)
         if not any(_copy_tokenizer(source, beside) for source in (str(adapter), base)):
             log = get_logger(component="merge")
             log.warning(f"neither {adapter} nor {base} has a tokenizer, so {target} has none")
+        _prove(base, adapter, beside, wanted)
+
+
+def _write_merged(base: str, adapter: Path, folder: Path, wanted: torch.dtype | None) -> None:
+    """Weights and configurations; the model is in memory only here."""
+    model = load_weights(base, "BASE", dtype="auto")
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    was_tied = _untie(model)
+    model = _merge(model, base, adapter)
+    if was_tied:
+        _tie_again(model)
+    model.config.dtype = wanted or next(iter(dtypes.values()))  # also of a head that was tied before
+    write_safetensors(_tensors(model, dtypes, wanted), folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def _prove(base: str, adapter: Path, folder: Path, wanted: torch.dtype | None) -> None:
+    """Compares the folder with base and adapter as peft computes them unmerged, loaded once more."""
+    from peft import PeftModel
+
+    gc.collect()  # the merged model
+    model = load_weights(base, "BASE", rank=1, dtype="auto")  # rank 1 says nothing: it was said before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _merge, where the adapter was checked
+        wrapped = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").eval()
+    vocab_size, dtype = model.config.vocab_size, model.dtype
+    expected = probe_logits(wrapped, vocab_size)
+    del model, wrapped
+    check_same_logits(expected, folder_logits(folder, vocab_size), f"{base} with {adapter}", dtype, wanted or dtype)
 
 
 def _check_adapter(adapter: Path) -> None:
@@ -142,11 +166,11 @@ def _untie(model: Any) -> bool:
         Whether the head was tied.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = head.weight is embedding.weight
-    if is_tied:
+    was_tied = is_tied(model)
+    if was_tied:
         head.weight = nn.Parameter(embedding.weight.data.clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
-    return is_tied
+    return was_tied
 
 
 def _tie_again(model: Any) -> None:

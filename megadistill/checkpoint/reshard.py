@@ -7,6 +7,7 @@ slower, and still right.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megadistill.checkpoint.carried import carried_files
+from megadistill.checkpoint.hf_export import set_tied
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -26,18 +29,16 @@ from megadistill.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
+from megadistill.checkpoint.probe import check_same_logits, probe_logits
 from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 from megadistill.errors import ConfigError, TopologyError
-from megadistill.models.families import Family, family_of, head_counts
-from megadistill.models.loading import (
-    REMOVED_ROWS,
-    SHARDS,
-    has_weights,
-    load_model,
-    load_model_config,
-)
+from megadistill.models.end_tokens import end_tokens
+from megadistill.models.families import Family, family_of, has_own_head, head_counts
+from megadistill.models.folder_checks import SHARDS, has_weights
+from megadistill.models.loading import DTYPES, REMOVED_ROWS, load_model, load_model_config, whole_model
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader, rewrite, save_tensors, write_layout
+from megadistill.models.weights import load_weights
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.topology import divisors
 
@@ -70,7 +71,6 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
         {name: spec.shape for name, spec in reader.shard_specs.items()},
         family_of(config, str(source)),
         tp_size,
-        is_tied=bool(config.tie_word_embeddings),
     )
     layout = {**manifest["layout"], "tp_size": tp_size, "dp_size": dp_size, "zero_stage": 3}
     with new_folder(Path(folder)) as beside:
@@ -79,6 +79,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
                 shutil.copytree(item, beside / item.name)
             elif item.is_file():
                 shutil.copy2(item, beside)
+        set_tied(beside / HF_FOLDER, reader.shard_specs)
         _write_shards(reader, beside / STUDENT_FOLDER, specs, tp_size, dp_size, {**reader.info, **layout})
         files = progress_bar(files_below(beside), description="checksums", unit="file")
         write_manifest(beside, manifest["step"], layout, {name: digest(beside / name, sync=True) for name in files})
@@ -86,7 +87,7 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
 
 
 def shard_model(
-    path: str, folder: str | Path, *, tp_size: int, dp_size: int, dtype: str, tokenizer: str | None = None
+    path: str, folder: str | Path, *, tp_size: int, dp_size: int, dtype: str | None = None, tokenizer: str | None = None
 ) -> None:
     """Writes a Hugging Face model as a folder with one file per rank, which a run takes in place of the model.
 
@@ -97,10 +98,11 @@ def shard_model(
         folder: Must not exist, or be empty.
         tp_size: Tensor-parallel processes.
         dp_size: Data-parallel processes.
-        dtype: fp32 or bf16.
+        dtype: fp32 or bf16; default: the model's own (fp32 for float16).
         tokenizer: Folder or hub name; default: the model's.
 
     Raises:
+        CheckpointError: What was written is another model on the probe text; nothing is left behind.
         ConfigError: The model or tokenizer cannot be used; nothing is left behind.
         TopologyError: ``tp_size`` does not divide the heads.
     """
@@ -109,22 +111,43 @@ def shard_model(
     if not has_weights(path):
         raise ConfigError(f"MODEL: {path} has no weights")
     words = load_tokenizer(tokenizer or path)
-    loaded = load_model(path, dtype=dtype, vocab_size=vocabulary_size(words), seed=0, attention="eager", where="MODEL")
-    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
-    specs = family_shards(loaded.shapes, loaded.family, tp_size, is_tied=bool(config.tie_word_embeddings))
+    size = vocabulary_size(words)
+    if config.vocab_size < size:
+        raise ConfigError(f"MODEL: {path} has {config.vocab_size} vocabulary rows, the tokenizer needs {size}")
+    carried = carried_files(path, tokenizer or path, words, end_tokens(path, words, vocab_size=size), config)
     with new_folder(Path(folder)) as beside:
-        info = {"tp_size": tp_size, "dp_size": dp_size, "model": loaded.fingerprint}
-        _write_shards(_Weights(weights), beside / SHARDS, specs, tp_size, dp_size, info)
-        removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
-        save_tensors(removed, beside / SHARDS / REMOVED_ROWS)
-        config.save_pretrained(beside)
-        words.save_pretrained(beside)
+        expected, own = _source_logits(path, dtype, size)
+        dtype = dtype or ("bf16" if own is torch.bfloat16 else "fp32")
+        _write_model(path, beside, tp_size, dp_size, dtype, size)
+        carried.write(beside)
+        gc.collect()
+        written = load_model(str(beside), dtype=dtype, vocab_size=size, seed=0, attention="sdpa", where=str(folder))
+        found = probe_logits(whole_model(written, torch.device("cpu")), size)
+        check_same_logits(expected, found, path, own, DTYPES[dtype])
 
 
-def family_shards(
-    shapes: Mapping[str, tuple[int, ...]], family: Family, tp_size: int, *, is_tied: bool
-) -> dict[str, ShardSpec]:
+def _source_logits(path: str, dtype: str | None, vocab_size: int) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits of the model that is sharded, by transformers alone, and the type that it was read in."""
+    wanted = "auto" if dtype is None else DTYPES[dtype]
+    model = load_weights(path, "MODEL", rank=1, dtype=wanted)  # rank 1 says nothing: _write_model loads it again
+    return probe_logits(model.eval(), vocab_size), model.dtype
+
+
+def _write_model(path: str, folder: Path, tp_size: int, dp_size: int, dtype: str, vocab_size: int) -> None:
+    """Weights and configuration of ``shard_model``'s folder; the model is in memory only here."""
+    loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=0, attention="eager", where="MODEL")
+    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
+    specs = family_shards(loaded.shapes, loaded.family, tp_size)
+    info = {"tp_size": tp_size, "dp_size": dp_size, "model": loaded.fingerprint}
+    _write_shards(_Weights(weights), folder / SHARDS, specs, tp_size, dp_size, info)
+    removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
+    save_tensors(removed, folder / SHARDS / REMOVED_ROWS)
+    loaded.config.save_pretrained(folder)
+
+
+def family_shards(shapes: Mapping[str, tuple[int, ...]], family: Family, tp_size: int) -> dict[str, ShardSpec]:
     """How AutoTP shards the parameters of a family."""
+    is_tied = not has_own_head(shapes)
     return {
         name: ShardSpec.even(shape, family.shard_dim(name, is_tied=is_tied), family.blocks(name), tp_size)
         for name, shape in shapes.items()

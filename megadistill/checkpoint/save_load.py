@@ -60,7 +60,7 @@ def load_checkpoint(
         CheckpointError: On all ranks: none is complete, or it belongs to another model or gate.
     """
     for folder in candidates:
-        manifest, damage = _examine(folder, context)
+        manifest, damage = find_damage(folder, context)
         if damage is None:
             break
         if folder == candidates[-1]:
@@ -71,20 +71,31 @@ def load_checkpoint(
     _check_fit(folder, manifest["layout"], layout_of(student, trainer_state, context))
     if manifest["step"] > max_steps:
         raise CheckpointError(
-            f"{folder} is at step {manifest['step']}, after the run's last step {max_steps}", setting="train.max_steps"
+            f"{folder} is at step {manifest['step']}, after the run's last step {max_steps}",
+            setting="train.max_steps, train.epochs",
         )
     student.fill(ShardReader(folder / STUDENT_FOLDER), MASTER)
-    try:
-        saved_state = torch.load(folder / TRAINER, map_location=context.device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{folder / TRAINER} cannot be read as plain tensors: {first_line(error)}") from None
+    saved_state = read_trainer_state(folder, context.device)
     context.barrier()
     if folder.parent.resolve() == own.resolve():  # metrics.jsonl goes back to this step, too
         context.run_on_rank0(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))
     return folder, int(manifest["step"]), saved_state
 
 
-def _examine(folder: Path, context: ParallelContext) -> tuple[dict[str, Any], str | None]:
+def read_trainer_state(folder: Path, device: torch.device | str) -> dict[str, Any]:
+    """What a checkpoint holds besides the student, on ``device``.
+
+    Raises:
+        CheckpointError: It would have to be executed, or is not there.
+    """
+    try:
+        state: dict[str, Any] = torch.load(folder / TRAINER, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, FileNotFoundError) as error:
+        raise CheckpointError(f"{folder / TRAINER} cannot be read as plain tensors: {first_line(error)}") from None
+    return state
+
+
+def find_damage(folder: Path, context: ParallelContext) -> tuple[dict[str, Any], str | None]:
     """The manifest, and what is wrong with the files: the same on all ranks, which share the work (two gathers)."""
     manifest: dict[str, Any] = {}
     damage: str | None = None

@@ -7,7 +7,8 @@ A checkpoint of step N is made in three phases:
 3. When all have (the ranks learn this from the all-reduce that every step makes), rank 0's thread makes ``hf/`` from
    the parts, writes the manifest, renames the folder, and points ``latest`` to it.
 
-So ``latest`` always names a complete checkpoint, and a crash at any moment leaves the one before.
+So ``latest`` always names a complete checkpoint, and a crash at any moment leaves the one before. So does ``best``,
+which names the checkpoint of the best validation where the run asks for it; that one is not removed.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from megadistill.checkpoint.hf_export import write_student
+from megadistill.checkpoint.carried import Carried
+from megadistill.checkpoint.hf_export import prove_student, write_student
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     LATEST,
@@ -31,18 +33,15 @@ from megadistill.checkpoint.manifest import (
     STUDENT_FOLDER,
     digest,
     files_below,
+    point_to_best,
     write_manifest,
 )
-from megadistill.data.tokenize import auto_tokenizer_differs
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
 from megadistill.files import os_errors_as, reason_of, sync_folder, write_atomically
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TRAINER = "trainer.pt"
 IDLE, BUSY, FAILED = 0, 1, 2
@@ -71,7 +70,7 @@ class CheckpointWriter:
     Args:
         folder: The run's folder of checkpoints.
         student: The student.
-        tokenizer: Goes into the checkpoint's ``hf/``.
+        carried: What the checkpoint's ``hf/`` has beside its weights; only rank 0 needs it.
         context: Ranks and groups.
         keep_last: Number of checkpoints to keep.
         keep_every: Also keep the checkpoints of every so many steps; 0: none.
@@ -82,19 +81,20 @@ class CheckpointWriter:
         self,
         folder: Path,
         student: Student,
-        tokenizer: PreTrainedTokenizerBase,
+        carried: Carried | None,
         context: ParallelContext,
         *,
         keep_last: int,
         keep_every: int = 0,
         asynchronous: bool = True,
     ) -> None:
-        self._folder, self._student, self._tokenizer, self._context = folder, student, tokenizer, context
+        self._folder, self._student, self._carried, self._context = folder, student, carried, context
         self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
         self._job: _Job | None = None
         self._is_committing = False
-        self._is_tokenizer_checked = False
+        self._is_first = True
         self._step = 0
+        self._best_step: int | None = None
         self._layout: dict[str, Any] = {}
 
     @property
@@ -102,19 +102,30 @@ class CheckpointWriter:
         """State of this rank's thread: IDLE, BUSY or FAILED."""
         return IDLE if self._job is None else self._job.status
 
-    def begin(self, step: int, trainer_state: dict[str, Any]) -> None:
-        """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint."""
+    def begin(self, step: int, trainer_state: dict[str, Any], best_step: int | None = None) -> None:
+        """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint.
+
+        It also waits for the first one of this process, whose ``hf/`` is compared with the student on a probe text:
+        loading a model changes torch's default type, which no training step may see.
+
+        Args:
+            step: Number of updates.
+            trainer_state: What a resumed run needs besides the student.
+            best_step: The checkpoint to keep as the best one: this one or an earlier one; None: none.
+        """
         self.finish()
         context, beside = self._context, self._folder / f"step_{step}.partial"
         context.run_on_rank0(lambda: self._make_folder(beside))
-        self._step, self._layout = step, layout_of(self._student, trainer_state, context)
+        self._step, self._best_step = step, best_step
+        self._layout = layout_of(self._student, trainer_state, context)
         runs, steps = self._student.snapshot(), self._student.optimizer_steps
         state = io.BytesIO()
         if context.is_rank0:
             torch.save(trainer_state, state)  # now: the next step changes the tensors in it
         self._job = _Job(lambda: self._write(beside, runs, steps, state.getvalue()))
-        if not self._asynchronous:
+        if not self._asynchronous or self._is_first:
             self.finish()
+        self._is_first = False
 
     def advance(self, worst: int) -> None:
         """Starts the next phase when all ranks are ready: one gather of objects, where none is busy.
@@ -184,8 +195,11 @@ class CheckpointWriter:
         """On rank 0, when all parts are written: the Hugging Face folder, the manifest, the folder's name."""
         student, target = self._student, self._folder / f"step_{self._step}"
         dtype = next(student.module.parameters()).dtype
-        write_student(ShardReader(beside / STUDENT_FOLDER), student, dtype, beside / HF_FOLDER, self._tokenizer)
-        self._check_tokenizer(beside / HF_FOLDER)
+        shards = ShardReader(beside / STUDENT_FOLDER)
+        assert self._carried is not None  # on rank 0
+        write_student(shards, student, dtype, beside / HF_FOLDER, self._carried)
+        if self._is_first:  # training waits: see begin
+            prove_student(shards, student.loaded.config, beside / HF_FOLDER, target)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}
         write_manifest(beside, self._step, self._layout, dict(sorted(digests.items())))
@@ -196,20 +210,9 @@ class CheckpointWriter:
         beside.replace(target)
         sync_folder(self._folder)
         write_atomically(self._folder / LATEST, target.name + "\n")
+        point_to_best(self._folder, self._best_step)
         shutil.rmtree(replaced, ignore_errors=True)
-        _remove_old(self._folder, self._step, *self._keep)
-
-    def _check_tokenizer(self, folder: Path) -> None:
-        """Warns once per run; loading a tokenizer takes seconds, and the next checkpoints have the same one."""
-        if self._is_tokenizer_checked:
-            return
-        self._is_tokenizer_checked = True
-        if auto_tokenizer_differs(folder):
-            get_logger(component="checkpoint").warning(
-                "AutoTokenizer would not tokenize as this run does, because transformers has a separate class for "
-                f"{self._student.loaded.config.model_type}. Outside megadistill, load the tokenizer of the checkpoints "
-                "with PreTrainedTokenizerFast."
-            )
+        _remove_old(self._folder, self._step, *self._keep, self._best_step)
 
 
 class _Job:
@@ -235,8 +238,8 @@ class _Job:
             self.error = reason_of(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
-def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Removes checkpoints up to ``step`` except the last ones and those of every ``keep_every`` steps.
+def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int, best_step: int | None) -> None:
+    """Removes checkpoints up to ``step`` except the last ones, those of every ``keep_every`` steps, and the best one.
 
     Later ones belong to a branch that an earlier resume left, and folders with other names to the user: both stay.
     """
@@ -244,6 +247,8 @@ def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int) -> Non
     named = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in complete)
     steps = sorted((int(match[1]), path) for match, path in named if match and int(match[1]) <= step)
     for number, old in steps[:-keep_last]:
+        if number == best_step:
+            continue
         if (not keep_every or number % keep_every) and not old.is_symlink():  # a link is the user's
             try:
                 (old / MANIFEST).unlink()  # first: a folder that is half removed is not a checkpoint

@@ -123,25 +123,32 @@ def _evaluate_model(
     context: ParallelContext,
 ) -> tuple[dict[str, SuiteResult], dict[str, float]]:
     """Scores of one model by set, and nats per reference token of the sets that have references."""
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
     from megadistill.evaluation.suites import load_eval_set, run_suite
+    from megadistill.models.end_tokens import end_tokens
     from megadistill.observability.progress import progress_bar
 
-    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    tokenizer = load_tokenizer(model_folder(config.model.tokenizer or folder))
+    vocab_size = vocabulary_size(tokenizer)
     sets = {
         name_: load_eval_set(path, tokenizer, config.data, name=name_, suite=suite, max_rows=config.eval.max_rows)
         for name_, (path, suite) in suites.items()
     }
+    more = {eval_set.end_id for eval_set in sets.values()}
+    eos_ids = context.run_on_rank0(
+        lambda: end_tokens(folder, tokenizer, vocab_size=vocab_size, asked=config.model.eos_tokens, more=more)
+    )
     settings = AnswerSettings(
-        tokenizer, config.eval.max_new_tokens, config.data.max_tokens, config.eval.temperature,
+        tokenizer, eos_ids, config.eval.max_new_tokens, config.data.max_tokens, config.eval.temperature,
         SamplingOptions.of(config.eval), batch_size=config.eval.batch_size,
     )  # fmt: skip
     results: dict[str, SuiteResult] = {}
     nll: dict[str, float] = {}
     with open_model(
-        folder, context, vocab_size=vocabulary_size(tokenizer), dtype=config.model.student.dtype, where=name,
+        folder, context, vocab_size=vocab_size, dtype=config.model.student.dtype, where=name,
         attention=config.model.attention,
     ) as model:  # fmt: skip
         for suite, eval_set in sets.items():

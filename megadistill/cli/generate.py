@@ -53,6 +53,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, write_answers
     from megadistill.evaluation.processes import inference_context
+    from megadistill.models.end_tokens import end_tokens
     from megadistill.models.loading import check_positions, load_model_config
 
     if stream is None:
@@ -62,28 +63,33 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     folder = model_folder(parsed.model)
     config = load_model_config(folder, "--model")
     check_positions(config, limit, "--max-prompt-tokens + --max-new-tokens", f"--model ({folder})")
-    tokenizer = load_tokenizer(parsed.tokenizer or folder)
+    tokenizer = load_tokenizer(model_folder(parsed.tokenizer or folder))
     loaded = _read(parsed)
     prompts = _prompt_settings(parsed, limit, loaded, tokenizer)
-    settings = AnswerSettings(
-        tokenizer, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed), parsed.batch_size
-    )
+    vocab_size = vocabulary_size(tokenizer)
     commit = getattr(config, "_commit_hash", None)
-    deciding = partial(_deciding, parsed, prompts, folder, commit, tokenizer, loaded.examples)
     with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
         check_standard_input(parsed, context.world_size)
         done = tokenize_examples(loaded.examples, tokenizer, prompts)
         lines = _Lines(loaded.examples, done.rows)
         writer = writer_of(lines.ids)
         try:
+            ends = context.run_on_rank0(
+                lambda: end_tokens(
+                    folder, tokenizer, vocab_size=vocab_size, asked=parsed.eos_tokens, more={done.end_id}
+                )
+            )
+            settings = AnswerSettings(
+                tokenizer, ends, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed),
+                parsed.batch_size,
+            )  # fmt: skip
+            deciding = partial(_deciding, parsed, prompts, folder, commit, tokenizer, ends, loaded.examples)
             # Before the model is loaded, so that errors come early.
             num_done = context.run_on_rank0(lambda: writer.open(deciding()))
             if context.is_rank0:
                 _say(loaded, done.num_truncated, len(done.rows), parsed, lines)
             if num_done < len(done.rows):
-                with open_model(
-                    folder, context, vocab_size=vocabulary_size(tokenizer), dtype=parsed.dtype, where="--model"
-                ) as model:
+                with open_model(folder, context, vocab_size=vocab_size, dtype=parsed.dtype, where="--model") as model:
                     answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
                     _write_blocks(writer, lines, num_done, answer, parsed.batch_size, context)
             context.run_on_rank0(writer.finish)
@@ -168,12 +174,14 @@ def _deciding(
     folder: str,
     commit: str | None,
     tokenizer: PreTrainedTokenizerBase,
+    eos_ids: frozenset[int],
     examples: Sequence[Example],
 ) -> dict[str, Any]:
     """The settings that determine the rows, by the names that users know; not how they are computed."""
     from megadistill.cli.resumable import describe_model
     from megadistill.data.fingerprint import checksum, tokenizer_fingerprint
     from megadistill.data.prompts import read_chat_template
+    from megadistill.models.end_tokens import describe_end_tokens
 
     content = checksum(
         [[example.id, example.instruction, example.input, example.chat, example.row] for example in examples]
@@ -193,6 +201,7 @@ def _deciding(
     return {
         **{f"--{name.replace('_', '-')}": getattr(parsed, name) for name in names},
         "the content of --input": f"{len(examples)} rows, checksum {content}",
+        "--eos-tokens": describe_end_tokens(eos_ids, tokenizer),
         "the tokenizer": f"{parsed.tokenizer or 'of --model'}, checksum {tokenizer_fingerprint(tokenizer)}",
         **(chat if prompts.template == "chat" else {}),
         **describe_model(folder, commit),

@@ -10,7 +10,7 @@ from typing import Any
 from megadistill.cli.parsing import Parser, value_of
 from megadistill.config.sampling import SamplingOptions
 from megadistill.config.schema import RunConfig
-from megadistill.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt
+from megadistill.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveInt
 from megadistill.errors import ConfigError
 
 # What a model that belongs to no run gets.
@@ -57,6 +57,11 @@ def generate_parser() -> Parser:
         help="start over, and replace FILE and the rows of an interrupted run",
     )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the model's own")
+    parser.add_argument(
+        "--eos-tokens", type=value_of(NonNegativeInt | NonEmptyStr), nargs="+", metavar="TOKEN",
+        help="texts or ids of the tokens that end a response; default: those of the tokenizer and of the model's\n"
+        "generation_config.json or config.json",
+    )  # fmt: skip
     _add_rows(parser)
     _add_sampling(parser)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parser.parse(arguments)
     path = Path(parsed.path)
 
-    from megadistill.models.loading import SHARDS
+    from megadistill.models.folder_checks import SHARDS
 
     is_model = (path / SHARDS).is_dir() or (path / "config.json").is_file()
     if parsed.check and is_model:
@@ -93,6 +93,7 @@ def _sharded(folder: Path, with_tensors: bool) -> Iterable[str]:
 
 
 def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
+    from megadistill.models.folder_checks import quantization_of
     from megadistill.models.shards import HFWeights
 
     try:
@@ -104,6 +105,8 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     types = Counter(weights.dtype(name) for name in weights.names)
     numel = sum(math.prod(weights.shape(name)) for name in weights.names)
     yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
+    if (method := quantization_of(config)) is not None:
+        yield f"quantized   {method}: no verb but this one reads it; use the model that it was made from"
     yield f"types       {', '.join(f'{kind} {count}' for kind, count in types.items())}"
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     yield f"tokenizer   {'yes' if has_tokenizer else 'none'}; vocabulary of {config.get('vocab_size')} rows"

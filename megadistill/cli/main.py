@@ -19,6 +19,7 @@ VERBS = {
     "train": "distill a teacher into a student (what launchers/run.sh starts)",
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",
+    "plot": "draw the curves of runs",
     "export": "write a checkpoint's student as a Hugging Face folder",
     "inspect": "describe a checkpoint, a model folder or a run, and check that it is complete",
     "reshard": "convert a checkpoint for another number of processes",

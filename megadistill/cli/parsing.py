@@ -13,8 +13,9 @@ from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megadistill.config.data import DataSection
 from megadistill.config.load import flatten, load_config
-from megadistill.config.schema import DataSection, RunConfig
+from megadistill.config.schema import RunConfig
 from megadistill.config.section import PositiveInt, Section, describe
 from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError

@@ -125,13 +125,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def check(parsed: argparse.Namespace, rank: int, size: int) -> ConvertedShare | MegadistillError:
     """This rank's share, or the error that stopped it, which goes to rank 0 like a result."""
+    from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.convert import convert_share, taken_files
     from megadistill.data.tokenize import load_tokenizer
 
     try:
         if (taken := taken_files(parsed.folder)) and not parsed.overwrite:
             raise DataError(f"{parsed.folder} already has {', '.join(taken)}; choose another folder, or --overwrite")
-        tokenizer = load_tokenizer(parsed.tokenizer)
+        tokenizer = load_tokenizer(model_folder(parsed.tokenizer))
         bar = partial(progress_bar, description="checking rows", unit="row", rank=rank)
         return convert_share(options_of(parsed), tokenizer, share=rank, num_shares=size, progress=bar)
     except MegadistillError as error:

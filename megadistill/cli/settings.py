@@ -36,6 +36,7 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         "data.skip_bad_rows": "--skip-bad-rows",
         "data.template": "--template",
         "generation.max_new_tokens": "--max-new-tokens",
+        "model.eos_tokens": "--eos-tokens",
         "model.tokenizer": "--tokenizer",
         "parallel.tp_size": "--tp-size",
     },

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="model folder, hub name, checkpoint or run directory")
     parser.add_new_folder()
     parser.add_layout(default_dp_size=1)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type of the weights; default: bf16")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights; default: the model's own")
     parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer; default: the model's own")
     parsed = parser.parse(arguments)
     refuse_unwritable(parsed.folder, is_file=False)
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         tp_size=parsed.tp_size,
         dp_size=parsed.dp_size,
         dtype=parsed.dtype,
-        tokenizer=parsed.tokenizer,
+        tokenizer=parsed.tokenizer and model_folder(parsed.tokenizer),
     )
     print(f"{parsed.model} for tp {parsed.tp_size}: {parsed.folder}")
     return 0

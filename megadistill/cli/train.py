@@ -55,7 +55,10 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         name_accelerator()
         from megadistill.launch.heartbeat import lost_ranks_reported
         from megadistill.parallel.context import ParallelContext
-        from megadistill.training.data import load_training_data, make_sampler
+        from megadistill.training.data import load_training_data
+        from megadistill.training.finished import finished
+        from megadistill.training.hooks.best import check_best
+        from megadistill.training.length import RunLength
         from megadistill.training.loop import train
         from megadistill.training.resume import plan_start
         from megadistill.training.setup import build_components, check_models, run_tokenizer
@@ -66,17 +69,21 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         # Mistakes in the user's files are found here, before processes wait for one another.
         start = plan_start(config)
         tp_size = check_models(config, num_ranks)  # imports transformers
-        tokenizer = run_tokenizer(config)
-    data = load_training_data(config, tokenizer)
+        tokenizer, vocab_size = run_tokenizer(config)
+    data = load_training_data(config, tokenizer, vocab_size)
     log = get_logger(rank_of(os.environ), "data")
     for line in data.sources:
         log.info(f"{line}; template {data.template}")
     config = config.with_template(data.template)  # resolved.yaml has what auto meant
-    make_sampler(config, data)  # only to find out now whether the rows can fill a step
+    length = RunLength.of(config, data)  # finds out whether the rows can fill a step
+    check_best(config, data.valid)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         with lost_ranks_reported(context) as heartbeat:
-            components = build_components(config, context, tokenizer, [*data.train, *data.prompts])
+            if (reason := finished(config, length, context)) is not None:
+                get_logger(context.rank, "train").info(reason)
+                return ExitCode.DONE
+            components = build_components(config, context, tokenizer, vocab_size, data, length)
             summary = train(components, data, start, request, heartbeat)
             return ExitCode.STOPPED if "stopped" in summary else ExitCode.DONE
 

@@ -94,14 +94,8 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import vocabulary_size
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows
-    from megadistill.models.loading import (
-        check_positions,
-        has_weights,
-        is_sharded,
-        load_model,
-        load_model_config,
-        whole_model,
-    )
+    from megadistill.models.folder_checks import has_weights, is_sharded
+    from megadistill.models.loading import check_positions, load_model, load_model_config, whole_model
     from megadistill.observability.progress import progress_bar
 
     folders = {name: model_folder(path) for name, path in (("A", parsed.a), ("B", parsed.b))}
@@ -141,10 +135,12 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
 
 def _tokenizer(path: str | None, folders: dict[str, str]) -> tuple[PreTrainedTokenizerBase, str | None]:
     """The tokenizer to use, and how those of the models differ."""
-    from megadistill.data.tokenize import assert_same_vocabulary, has_tokenizer, load_tokenizer
+    from megadistill.checkpoint.model_folder import model_folder
+    from megadistill.data.pairing import assert_same_vocabulary
+    from megadistill.data.tokenize import has_tokenizer, load_tokenizer
 
     if path is not None:
-        return load_tokenizer(path), None
+        return load_tokenizer(model_folder(path)), None
     tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items() if has_tokenizer(folder)}
     if not tokenizers:
         raise ConfigError("neither A nor B has a tokenizer; give --tokenizer PATH")

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.loss import LossConfig
 from megadistill.config.sampling import SamplingOptions
@@ -21,6 +22,7 @@ from megadistill.config.section import (
 from megadistill.files import did_you_mean
 
 DType = Literal["fp32", "bf16"]
+_DEFAULT_STEPS = 1000
 
 
 class RunSection(Section):
@@ -40,7 +42,8 @@ class TeacherSection(Section):
 
     path: NonEmptyStr | None = Field(
         None,
-        description="Model folder, hub name, or a configuration file (random weights); null only for plain SFT.",
+        description="Model folder, hub name, checkpoint or run directory, or a configuration file (random weights); "
+        "null only for plain SFT.",
     )
     dtype: DType = Field("fp32", description="Type of the weights and of the forward pass.")
 
@@ -48,7 +51,9 @@ class TeacherSection(Section):
 class StudentSection(Section):
     """Section ``model.student``."""
 
-    path: NonEmptyStr = Field(description="Model folder, hub name, or a configuration file (random weights).")
+    path: NonEmptyStr = Field(
+        description="Model folder, hub name, checkpoint or run directory, or a configuration file (random weights)."
+    )
     dtype: DType = Field(
         "fp32", description="Type of weights and activations; with bf16, the optimizer keeps float32 master weights."
     )
@@ -61,6 +66,12 @@ class ModelSection(Section):
     student: StudentSection = Field(description="The model that is trained.")
     tokenizer: NonEmptyStr | None = Field(
         None, description="Tokenizer folder or hub name; null: the student's, else the teacher's."
+    )
+    eos_tokens: Annotated[tuple[NonEmptyStr | NonNegativeInt, ...], Field(min_length=1)] | None = Field(
+        None,
+        strict=False,
+        description="Tokens that end a response, as texts or ids; null: the tokenizer's EOS and those that "
+        "generation_config.json (else config.json) of the model that writes names.",
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
@@ -79,54 +90,6 @@ class ParallelSection(Section):
     timeout_s: PositiveInt = Field(
         1800, description="Seconds after which a collective that has not completed ends the job."
     )
-
-
-class DataSection(Section):
-    """Section ``data``."""
-
-    train_path: NonEmptyStr | None = Field(
-        None, description="Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder, or a hub data set."
-    )
-    prompts_path: NonEmptyStr | None = Field(
-        None, description="Extra rows of which only the prompts are used: they get the token and span losses, not SFT."
-    )
-    prompts_ratio: BelowOne = Field(0.0, description="Share of data.prompts_path in each global batch.")
-    valid_path: NonEmptyStr | None = Field(None, description="Validation rows, for train.eval_every.")
-    max_prompt_tokens: PositiveInt = Field(256, description="Longest prompt, template included, in tokens.")
-    max_tokens: PositiveInt = Field(512, description="Longest prompt plus response, in tokens.")
-    skip_bad_rows: bool = Field(False, description="Skip and count malformed rows instead of stopping at the first.")
-    long_prompt: Literal["drop", "truncate", "error"] = Field(
-        "drop",
-        description="What happens to prompts longer than data.max_prompt_tokens; truncate removes their beginning.",
-    )
-    template: Literal["auto", "alpaca", "plain", "chat"] = Field(
-        "auto",
-        description="How a row becomes a prompt. chat: the tokenizer's own chat template; auto: chat where rows are "
-        "chats, else alpaca.",
-    )
-    chat_template: NonEmptyStr | None = Field(
-        None, description="File of a chat template (Jinja) to use in place of the tokenizer's own."
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        {}, description="Variables for the chat template, such as {enable_thinking: false}."
-    )
-    train_on: Literal["last", "all"] = Field(
-        "last",
-        description="Turns of a chat that are references: the assistant's last one, or all of them. The student writes "
-        "the last one.",
-    )
-    span_prior: Literal["phrases", "spacy", "punctuation", "window", "none"] = Field(
-        "phrases",
-        description="How a response is divided into spans; phrases: English noun, verb and prepositional phrases.",
-    )
-    span_window: PositiveInt = Field(4, description="Words per span, for data.span_prior window.")
-    instruction_field: NonEmptyStr = Field("instruction", description="Name of the column with the instruction.")
-    input_field: NonEmptyStr = Field("input", description="Name of the column with the optional input.")
-    output_field: NonEmptyStr = Field(
-        "output", description="Name of the column with the reference or the list of references."
-    )
-    hub_split: NonEmptyStr = Field("train", description="Split to read of a hub data set.")
-    hub_config: NonEmptyStr | None = Field(None, description="Configuration (subset) of a hub data set.")
 
 
 class ScrgSection(Section):
@@ -188,7 +151,7 @@ class OptimSection(Section):
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
-    warmup_ratio: UnitInterval = Field(0.05, description="Share of train.max_steps in which the learning rate rises.")
+    warmup_ratio: UnitInterval = Field(0.05, description="Share of all steps in which the learning rate rises.")
     warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; overrides optim.warmup_ratio.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     gradient_clipping: NonNegativeFloat = Field(1.0, description="Largest norm of the gradient; 0: no clipping.")
@@ -198,21 +161,35 @@ class OptimSection(Section):
 class TrainSection(Section):
     """Section ``train``."""
 
-    max_steps: PositiveInt = Field(1000, description="Optimizer updates.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Optimizer updates; null: train.epochs decides, and 1000 where that is null too."
+    )
+    epochs: PositiveFloat | None = Field(
+        None, description="Passes over data.train_path, instead of train.max_steps; a part of one is allowed: 0.5."
+    )
     global_batch_size: PositiveInt = Field(16, description="Examples per step, over all processes.")
     micro_batch_size: PositiveInt = Field(
         4, description="Examples per forward and backward pass on one data-parallel rank."
     )
-    save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    save_every: NonNegativeInt = Field(
+        0, description="Steps between checkpoints; 0: only at the end, so that a crash loses the whole run."
+    )
     eval_every: NonNegativeInt = Field(0, description="Steps between validations on data.valid_path; 0: never.")
     eval_rows: PositiveInt = Field(64, description="Rows of data.valid_path used in a validation.")
+    early_stopping: NonNegativeInt = Field(
+        0,
+        description="End the run after this many validations in a row that were no better than the best one by "
+        "checkpoint.keep_best; 0: never.",
+    )
     profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
         None,
         strict=False,
         description="First and last step, counted from 1, of a torch trace in RUN/profile; null: none.",
     )
     log_every: PositiveInt = Field(
-        1, description="Steps between updates of the loss in the progress bar; metrics.jsonl has every step."
+        1,
+        description="Steps between updates of the numbers in the progress bar, which are means over these steps; "
+        "metrics.jsonl has every step.",
     )
     samples_every: NonNegativeInt = Field(
         10, description="Steps between entries in samples.jsonl, made in steps with student text; 0: none."
@@ -238,6 +215,14 @@ class TrainSection(Section):
         False, description="Resume even where rows, tokenizer, or teacher are not those of the checkpoint."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, settings: Any) -> Any:
+        # Written down as a number, so that resolved.yaml repeats the run whatever the default will be.
+        if isinstance(settings, dict) and settings.get("max_steps") is None and settings.get("epochs") is None:
+            return {**settings, "max_steps": _DEFAULT_STEPS}
+        return settings
+
 
 class EvalSection(SamplingOptions):
     """Section ``eval``."""
@@ -260,6 +245,11 @@ class CheckpointSection(Section):
 
     keep_last: PositiveInt = Field(2, description="Number of checkpoints to keep; older ones are removed.")
     keep_every: NonNegativeInt = Field(0, description="Also keep the checkpoints of every so many steps; 0: none.")
+    keep_best: Literal["eval/nll", "eval/rouge_l", "eval/exact_match"] | None = Field(
+        None,
+        description="Also save and keep the checkpoint of the best validation by this metric, which "
+        "RUN/checkpoints/best names; null: none.",
+    )
     asynchronous: bool = Field(
         True,
         description="Write during training, from a copy in host memory (12 bytes per parameter over all processes).",
@@ -375,5 +365,26 @@ class RunConfig(Section):
             bool(self.eval.seeds) or self.eval.greedy,
             "eval.seeds is empty and eval.greedy is false: nothing would be evaluated",
             ("eval.seeds", "eval.greedy"),
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _length(self) -> "RunConfig":
+        train, keep_best = self.train, self.checkpoint.keep_best
+        require_combination(
+            train.max_steps is None or train.epochs is None,
+            f"train.epochs={train.epochs or 0:g} and train.max_steps={train.max_steps} are both set, and only one can "
+            "decide the length of the run; set the other one to null",
+            ("train.epochs", "train.max_steps"),
+        )
+        require_combination(
+            keep_best is None or train.eval_every > 0,
+            f"checkpoint.keep_best={keep_best} needs validations: set train.eval_every",
+            ("checkpoint.keep_best", "train.eval_every"),
+        )
+        require_combination(
+            train.early_stopping == 0 or keep_best is not None,
+            f"train.early_stopping={train.early_stopping} needs checkpoint.keep_best: the metric that must improve",
+            ("train.early_stopping", "checkpoint.keep_best"),
         )
         return self

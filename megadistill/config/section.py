@@ -73,7 +73,9 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return "null"
     if origin is tuple:
         many = len(args) == 2 and args[1] is Ellipsis
-        return f"a list of {'any length' if many else len(args)}, each {describe(args[0])}"
+        is_filled = any(isinstance(item, annotated_types.MinLen) for item in metadata)
+        length = len(args) if not many else "one or more" if is_filled else "any length"
+        return f"a list of {length}, each {describe(args[0])}"
     if origin is dict:
         return "a mapping"
     bounds = [_bound(item) for item in metadata]

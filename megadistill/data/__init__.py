@@ -4,10 +4,11 @@ from megadistill.data.collate import IGNORE_INDEX, PromptBatch, SequenceBatch, l
 from megadistill.data.columns import FieldNames
 from megadistill.data.dataset import Example, LoadedExamples, load_examples
 from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples
+from megadistill.data.pairing import assert_same_vocabulary
 from megadistill.data.prompts import TEMPLATES, PromptSettings, render_prompt
 from megadistill.data.sampler import BatchSampler, SampledRow
 from megadistill.data.spans import SPAN_PRIORS, SpanPrior, make_span_prior, pair_mask_from_span_ids, token_span_ids
-from megadistill.data.tokenize import assert_same_vocabulary, decode_responses, encode_responses, load_tokenizer
+from megadistill.data.tokenize import decode_responses, encode_responses, load_tokenizer
 
 __all__ = [
     "IGNORE_INDEX",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from megadistill.data.chats import ASSISTANT, Chat, Message, single_turn
@@ -46,7 +47,7 @@ class ChatTemplate:
         end_id: The token that ends a turn of the assistant: the template's, else the tokenizer's EOS.
 
     Raises:
-        ConfigError: The template cannot render a chat.
+        ConfigError: The template cannot render a chat, or writes today's date.
     """
 
     name = CHAT
@@ -55,6 +56,7 @@ class ChatTemplate:
         self, tokenizer: PreTrainedTokenizerBase, text: str | None, variables: Mapping[str, Any], train_on: str
     ) -> None:
         self._tokenizer, self._text, self._variables = tokenizer, text, dict(variables)
+        self._refuse_todays_date()
         self._trains_all = train_on == "all"
         if self._trains_all and not tokenizer.is_fast:
             raise ConfigError("training on all turns needs a fast tokenizer", setting="data.train_on")
@@ -67,6 +69,16 @@ class ChatTemplate:
         self.end_id = int(tokenizer.eos_token_id) if ending is None else ending
         if self._trains_all and not self._writes_end:
             raise ConfigError("the chat template does not mark the ends of turns", setting="data.train_on")
+
+    def _refuse_todays_date(self) -> None:
+        """Llama 3.2's template writes the day into the system prompt: tomorrow the same run would have other rows."""
+        text = self._tokenizer.get_chat_template(self._text)
+        if "strftime_now" in text and "date_string" not in self._variables:
+            raise ConfigError(
+                "the chat template writes today's date into every prompt, so that results would depend on the day; "
+                f"name one: {{date_string: {date.today():%d %b %Y}}}",
+                setting="data.chat_template_kwargs",
+            )
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedRow | BadRow]:
         """The ids of each example, or what is wrong with it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megadistill.config.schema import DataSection
+from megadistill.config.data import DataSection
 from megadistill.data.dataset import Example
 from megadistill.data.readers import BadRow
 from megadistill.errors import ConfigError

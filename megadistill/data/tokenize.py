@@ -67,11 +67,6 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def eos_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a response."""
-    return frozenset({tokenizer.eos_token_id})
-
-
 def response_limit(prompt_length: int, *, max_new_tokens: int, max_tokens: int) -> int:
     """Longest response to a prompt, in tokens, where prompt and response together have at most ``max_tokens``."""
     return min(max_new_tokens, max_tokens - prompt_length)

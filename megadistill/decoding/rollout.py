@@ -12,7 +12,7 @@ happens to be in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,17 +94,26 @@ class RolloutState:
             num_active = self._append(hidden[active], active, num_active, 0, numbers)
             self._decode(num_active, [], 0, numbers)
 
-    def rewrite(self, corrections: Sequence[Correction], stream: int) -> None:
+    def rewrite(
+        self, corrections: Sequence[Correction], stream: int, teacher_eos_ids: Collection[int] = frozenset()
+    ) -> None:
         """Puts the teacher's tokens in and continues every corrected response from there.
 
-        What lies left of a correction is neither read nor written again. ``stream`` names the random numbers.
+        What lies left of a correction is neither read nor written again.
+
+        Args:
+            corrections: The teacher's tokens; one that ends a response, in the teacher's text or in the student's, is
+                the last of its response.
+            stream: Names the random numbers.
+            teacher_eos_ids: Tokens that end a response of the teacher.
         """
+        ends = self._eos.union(teacher_eos_ids)
         waiting = []
         for example, position, token in corrections:
             assert 0 <= position < self._lengths[example], "a correction outside its response"
             self._tokens[example, position] = token
             self._lengths[example] = position + 1
-            if token not in self._eos and position + 1 < self._limits[example]:
+            if token not in ends and position + 1 < self._limits[example]:
                 waiting.append((position, example))
         if not waiting:
             return

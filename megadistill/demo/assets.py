@@ -136,7 +136,7 @@ def _make_corpus(folder: Path, name: str, seed: int, say: Callable[[str], None])
 
 
 def _write_config(folder: Path, config: dict[str, object], tokenizer: Path) -> None:
-    """A model folder without weights: its configuration, with the tokenizer's size and special tokens."""
+    """The configuration of a model without weights, with the tokenizer's size and special tokens."""
     from megadistill.data.tokenize import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -157,7 +157,10 @@ def _fine_tune(folder: Path, model: str, seed: int, settings: tuple[str, ...], i
         f"Fine-tuning of the built-in {model}; made by run.prepare. Launch: megadistill train --config {config}",
         {
             "run": {"dir": str(run_dir), "seed": seed},
-            "model": {"student": {"path": str(folder / f"{model}_config")}, "tokenizer": str(folder / "tokenizer")},
+            "model": {
+                "student": {"path": str(folder / f"{model}_config" / "config.json")},
+                "tokenizer": str(folder / "tokenizer"),
+            },
         },
     )
     overrides = [setting.format(data=folder / "data") for setting in settings]

@@ -40,13 +40,13 @@ def check_packages() -> None:
         import textblob  # noqa: F401
 
 
-def launch_training(overrides: Sequence[str], run_dir: Path, max_steps: int) -> None:
+def launch_training(overrides: Sequence[str], run_dir: Path, max_steps: int | None) -> None:
     """The distillation: ``bash launchers/run.sh`` with two processes, unless the run is finished already.
 
     Args:
         overrides: ``section.field=value`` settings.
         run_dir: The run directory.
-        max_steps: The run's last step.
+        max_steps: The run's last step; None where its epochs decide: the run finds out itself whether it is finished.
 
     Raises:
         ConfigError: The run failed.

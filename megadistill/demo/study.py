@@ -79,11 +79,13 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
     common = [f"run.seed={seed}"]
     overrides = [*common, f"run.dir={distilled}"]
     config = load_config(find_config(CONFIG), overrides)
-    launch_training(overrides, distilled, config.train.max_steps)
+    max_steps = config.train.max_steps
+    assert max_steps is not None, f"{CONFIG} sets it"
+    launch_training(overrides, distilled, max_steps)
     seconds = _seconds(distilled)
-    _train_control(common, updates, config.train.max_steps)
+    _train_control(common, updates, max_steps)
     # As much time: the speed of the control just run, on the same cores.
-    steps = max(1, round(config.train.max_steps * seconds / _seconds(updates)))
+    steps = max(1, round(max_steps * seconds / _seconds(updates)))
     _train_control(common, timed, steps)
     assets = assets_folder("demo", seed)
     models = {

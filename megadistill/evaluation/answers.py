@@ -11,13 +11,14 @@ import torch
 from megadistill.config.sampling import SamplingOptions
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
-from megadistill.data.tokenize import decode_responses, eos_ids, response_limit
+from megadistill.data.tokenize import decode_responses, response_limit
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.protocols import Decoder
 from megadistill.decoding.rollout import rollout
 from megadistill.decoding.sampling import Sampling
 from megadistill.evaluation.perplexity import LikelihoodTotal, total_likelihood
 from megadistill.losses import Head, cross_entropy
+from megadistill.models.end_tokens import cut_end
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.rng import Stream
 
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are generated: limits in tokens, sampling, and rows decoded at a time on one data-parallel rank."""
+    """How answers are generated: end tokens, limits in tokens, sampling, rows at a time on a data-parallel rank."""
 
     tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
     max_new_tokens: int
     max_tokens: int
     temperature: float = 1.0
@@ -72,13 +74,13 @@ def write_answers(
         model,
         part,
         limits=[settings.limit(sample.prompt_ids) for sample in part],
-        eos_ids=eos_ids(settings.tokenizer),
+        eos_ids=settings.eos_ids,
         sampling=Sampling(seed or 0, settings.temperature if seed is not None else 0.0, settings.options),
         stream=Stream.EVALUATION,
         max_examples=settings.batch_size,
         progress=progress,
     )
-    texts = decode_responses(settings.tokenizer, written)
+    texts = decode_responses(settings.tokenizer, [cut_end(ids, settings.eos_ids) for ids in written])
     answers = [""] * len(rows)
     for indices, texts_of_rank in context.gather_objects_over_dp((mine, texts)):
         for index, text in zip(indices, texts_of_rank, strict=True):

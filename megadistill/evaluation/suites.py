@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.config.schema import DataSection
+from megadistill.config.data import DataSection
 from megadistill.data.columns import FieldNames
 from megadistill.data.dataset import Example, load_examples
 from megadistill.data.encode import TokenizedExample, tokenize_examples
@@ -48,13 +48,14 @@ SUITES: dict[str, SuiteSpec] = {
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Rows to evaluate, and the numbers of bad rows, dropped prompts and truncated prompts."""
+    """Rows to evaluate, the numbers of bad rows, dropped prompts and truncated prompts, and what ends a reference."""
 
     name: str
     rows: list[TokenizedExample]
     num_skipped: int = 0
     num_dropped: int = 0
     num_truncated: int = 0
+    end_id: int = field(kw_only=True)
 
     @property
     def num_without_references(self) -> int:
@@ -131,6 +132,7 @@ def load_eval_set(
         num_skipped=len(loaded.skipped) + len(tokenized.skipped),
         num_dropped=tokenized.num_dropped,
         num_truncated=tokenized.num_truncated,
+        end_id=tokenized.end_id,
     ).head(min(limits) if limits else None)
     if not eval_set.rows:
         num_short = len(loaded.examples) - len(chosen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from megadistill.decoding.sampling import Sampling
 from megadistill.errors import ConfigError, DataError
 from megadistill.files import os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
-from megadistill.models.loading import has_weights
+from megadistill.models.folder_checks import has_weights
 from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
@@ -37,6 +37,7 @@ def teacher_responses(
     config: RunConfig,
     prompts: Sequence[TokenIds],
     teacher: TextModel,
+    folder: str,
     context: ParallelContext,
     *,
     eos_ids: frozenset[int],
@@ -51,8 +52,9 @@ def teacher_responses(
         config: Names the file (``generation.teacher_cache``) and what decides the text.
         prompts: All prompts that the run trains on; repeated ones count once.
         teacher: Writes what is missing.
+        folder: Where the teacher was loaded from.
         context: The grid of processes.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response of the teacher.
         batch_size: Examples that a data-parallel rank writes at a time.
 
     Raises:
@@ -68,7 +70,9 @@ def teacher_responses(
                 held.enter_context(
                     exclusive_lock(path.with_name(path.name + ".lock"), f"generation.teacher_cache={path}")
                 )
-                return _open(path, _settings(config, teacher))
+                # Files of a version that knew one end token, the tokenizer's, do not name it.
+                is_plain = len(eos_ids) == 1 and config.model.eos_tokens is None
+                return _open(path, _settings(config, teacher, folder, eos_ids), {"eos_ids"} if is_plain else set())
 
         known: dict[str, TokenIds] = context.run_on_rank0(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
@@ -134,27 +138,28 @@ def _key(prompt: TokenIds) -> str:
     return hashlib.blake2b(",".join(map(str, prompt)).encode(), digest_size=16).hexdigest()
 
 
-def _settings(config: RunConfig, teacher: TextModel) -> dict[str, Any]:
+def _settings(config: RunConfig, teacher: TextModel, folder: str, eos_ids: frozenset[int]) -> dict[str, Any]:
     """The first line of the file: everything that decides the text."""
-    generation, path = config.generation, str(config.model.teacher.path)
-    is_random = not has_weights(path)
+    generation = config.generation
+    is_random = not has_weights(folder)
     return {
         "format": _FORMAT,
-        "teacher": path,
-        "files": model_fingerprint(path),
+        "teacher": config.model.teacher.path,
+        "files": model_fingerprint(folder),
         "dtype": config.model.teacher.dtype,
         "vocabulary": teacher.shard.total,
         "temperature": generation.teacher_temperature,
         "seed": config.run.seed if is_random or generation.teacher_temperature > 0 else None,
         "max_new_tokens": generation.max_new_tokens,
         "max_tokens": config.data.max_tokens,
+        "eos_ids": sorted(eos_ids),
     }
 
 
-def _open(path: Path, settings: dict[str, Any]) -> dict[str, TokenIds]:
+def _open(path: Path, settings: dict[str, Any], may_lack: Collection[str] = ()) -> dict[str, TokenIds]:
     """The responses in a file, which is begun where there is none and loses a line that was being written.
 
-    A file that is not ours is never touched.
+    A file that is not ours is never touched. ``may_lack``: settings that a file need not have.
     """
     if path.exists() and not path.is_file():
         raise ConfigError(f"generation.teacher_cache={path} is not a file")
@@ -170,7 +175,7 @@ def _open(path: Path, settings: dict[str, Any]) -> dict[str, TokenIds]:
         saved = None
     if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
         raise ConfigError(f"generation.teacher_cache={path} is not a megadistill teacher cache; choose another file")
-    changed = [key for key in settings if saved.get(key) != settings[key]]
+    changed = [key for key in settings if saved.get(key) != settings[key] and (key in saved or key not in may_lack)]
     if changed:
         key = changed[0]
         raise ConfigError(

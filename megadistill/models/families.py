@@ -5,7 +5,7 @@ Everything that depends on a family is an entry of ``FAMILIES``; nothing else in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +156,11 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
             f"{where}: model type '{config.model_type}' is not supported; allowed: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[config.model_type]
+
+
+def has_own_head(names: Collection[str]) -> bool:
+    """Whether a model with parameters of these names has a head of its own; else it is tied to the embedding."""
+    return "lm_head.weight" in names
 
 
 def head_counts(config: PreTrainedConfig, where: str) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from torch import nn
 from megadistill.data.hub import check_name, offline_if_needed
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
-from megadistill.models.families import Family, family_of
+from megadistill.models.families import Family, family_of, has_own_head
+from megadistill.models.folder_checks import SHARDS, check_folder, check_not_quantized, has_weights, is_sharded
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
+from megadistill.models.weights import is_tied, load_weights
 from megadistill.observability.log import get_logger
 
 if TYPE_CHECKING:
@@ -38,9 +41,7 @@ _DROPOUTS = [
     "layerdrop",
     "summary_first_dropout",
 ]
-SHARDS = "shards"  # folder of a model that tools/shard_model.py made
 REMOVED_ROWS = "removed_rows.safetensors"
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LoadedModel:
     Attributes:
         model: The model, with the first V rows of its head.
         family: Its family.
-        config: The untouched configuration, for exports.
+        config: The untouched configuration, for exports, but for ``tie_word_embeddings``, which is as the weights are.
         removed_rows: Parameter -> its padded vocabulary rows [rows - V, ...], so that an export has the shapes that
             the model was loaded with.
         shapes: Parameter -> whole shape.
@@ -76,21 +77,21 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
         where: The configuration key or option that names the model; errors begin with it.
 
     Raises:
-        ConfigError: There is no configuration, or no supported one.
+        ConfigError: There is no configuration, or no supported one; the model is quantized, or a folder without its
+            weights.
     """
     from transformers import AutoConfig
 
     check_name(path, where)
     offline_if_needed([path])
-    local = Path(path)
-    if local.is_dir() and not (local / "config.json").exists():
-        raise ConfigError(f"{where}: {path} has no config.json; a model folder or a configuration file is needed")
+    check_folder(path, where)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
-        hint = "" if local.exists() else did_you_mean_path(path)
+        hint = "" if Path(path).exists() else did_you_mean_path(path)
         reason = f"{first_line(error)}{hint}"
         raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
+    check_not_quantized(config, path, where)
     family_of(config, where)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         # transformers chooses its frequencies by the longest example of a batch: one would depend on the others.
@@ -115,45 +116,6 @@ def check_positions(config: PreTrainedConfig, max_tokens: int, what: str, where:
         raise ConfigError(f"{what}={max_tokens}, but {where} reads at most {longest} positions")
 
 
-def has_weights(path: str) -> bool:
-    """False for a configuration alone: a .json file, or a local folder without weight files."""
-    local = Path(path)
-    return not local.is_file() and (not local.is_dir() or any(True for p in _WEIGHT_FILES for _ in local.glob(p)))
-
-
-def is_sharded(path: str) -> bool:
-    """Whether a model folder is one that ``megadistill shard`` made: ``load_model`` reads it, transformers does not."""
-    return (Path(path) / SHARDS).is_dir()
-
-
-def load_weights(path: str, where: str, **options: Any) -> PreTrainedModel:
-    """A causal language model of transformers with its weights.
-
-    Args:
-        path: A model folder or a hub name.
-        where: The key or option that names the model; errors begin with it.
-        options: Those of ``from_pretrained``.
-
-    Raises:
-        ConfigError: Weights cannot be read, or some are missing.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **options
-        )  # type: ignore[assignment]  # with output_loading_info it is a pair, which its annotation leaves out
-        model, info = loaded
-    except Exception as error:
-        raise ConfigError(f"{where}: cannot load the weights in '{path}': {first_line(error)}") from error
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
-    return model
-
-
 def load_model(
     path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str, rank: int = 0
 ) -> LoadedModel:
@@ -166,7 +128,7 @@ def load_model(
         seed: Determines random weights, which are therefore the same on every rank.
         attention: Attention implementation of transformers.
         where: The key or option that names the model; errors begin with it.
-        rank: Rank 0 logs that weights are random.
+        rank: Rank 0 logs that weights are random, and what of the file is not as config.json says.
 
     Raises:
         ConfigError: The model cannot be used.
@@ -179,12 +141,14 @@ def load_model(
     config.use_cache = False
     shards = Path(path) / SHARDS if is_sharded(path) else None
     if shards is not None:
+        config.tie_word_embeddings = not has_own_head(ShardReader(shards).shard_specs)
         model = _empty_model(config, DTYPES[dtype], attention)
     elif has_weights(path):
-        model = load_weights(path, where, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
+        model = load_weights(path, where, rank=rank, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
     else:
-        get_logger(rank, "model").info(f"{where}: {path} has no weights; using random ones")
+        get_logger(rank, "model").info(f"{where}: {path} is a configuration file: its weights are random")
         model = _random_model(config, DTYPES[dtype], attention, seed)
+    pristine.tie_word_embeddings = is_tied(model)
     family = family_of(config, where)
     if family.prepare is not None:
         family.prepare(model)
@@ -209,12 +173,40 @@ def whole_model(loaded: LoadedModel, device: torch.device) -> PreTrainedModel:
         CheckpointError: Files are missing or damaged.
     """
     if loaded.shards is not None:
-        shards = ShardReader(loaded.shards)
-        for name, parameter in loaded.model.named_parameters():
-            run = shards.read(WEIGHT, name, ShardSpec(loaded.shapes[name]), 0, 0, parameter.numel())
-            parameter.data.copy_(run.view_as(parameter))
+        _fill(loaded.model, ShardReader(loaded.shards), WEIGHT)
     loaded.model.to(device)  # type: ignore[arg-type]  # transformers wraps it as if it were a plain function
     return loaded.model.eval()
+
+
+def model_from_shards(config: PreTrainedConfig, shards: ShardReader, kind: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A whole model made of the files of all ranks, in evaluation mode on the CPU.
+
+    Args:
+        config: Its configuration; head and embedding are one where the files hold one, whatever it says.
+        shards: The files.
+        kind: Which tensors of theirs are the weights.
+        dtype: The type that the weights are cast to.
+
+    Raises:
+        CheckpointError: The files are those of another model, or incomplete.
+    """
+    config, where = copy.deepcopy(config), str(shards.folder)
+    config.tie_word_embeddings = not has_own_head(shards.shard_specs)
+    model = _empty_model(config, dtype, "eager")
+    family = family_of(config, where)
+    if family.prepare is not None:
+        family.prepare(model)
+    head: Any = model.get_output_embeddings()
+    name = next(name for name, parameter in model.named_parameters() if parameter is head.weight)
+    _remove_padded_rows(model, shards.spec_of(name).shape[0], where)
+    _fill(model, shards, kind)
+    return model.eval()
+
+
+def _fill(model: PreTrainedModel, shards: ShardReader, kind: str) -> None:
+    for name, parameter in model.named_parameters():
+        run = shards.read(kind, name, ShardSpec(tuple(parameter.shape)), 0, 0, parameter.numel())
+        parameter.data.copy_(run.view_as(parameter))
 
 
 def _random_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int) -> PreTrainedModel:
@@ -257,14 +249,14 @@ def _remove_padded_rows(model: PreTrainedModel, vocab_size: int, where: str) -> 
         return {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     removed: dict[str, torch.Tensor] = {}
-    is_tied = head.weight is embedding.weight
+    was_tied = is_tied(model)
     for module, attribute in ((head, "weight"), (head, "bias")):
         full = getattr(module, attribute, None)
         if full is None:
             continue
         removed[names[id(full)]] = full.data[vocab_size:].clone()
         setattr(module, attribute, nn.Parameter(full.data[:vocab_size].contiguous()))
-    if is_tied:
+    if was_tied:
         embedding.weight = head.weight
         embedding.num_embeddings = vocab_size
         if embedding.padding_idx is not None and embedding.padding_idx >= vocab_size:
@@ -273,21 +265,25 @@ def _remove_padded_rows(model: PreTrainedModel, vocab_size: int, where: str) -> 
     return removed
 
 
-def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_size: int) -> int:
-    """V, the vocabulary that teacher and student share; padded rows beyond the tokenizer's tokens do not count.
+def shared_vocab_size(teacher_rows: int | None, student_rows: int, tokenizer_sizes: Collection[int]) -> int:
+    """V, the vocabulary that teacher and student share: the tokens that both have rows for.
+
+    Padded rows beyond the largest tokenizer do not count.
 
     Args:
         teacher_rows: Rows of the teacher's head; None without a teacher.
         student_rows: Rows of the student's head.
-        tokenizer_size: Tokens of the tokenizer.
+        tokenizer_sizes: Tokens of the run's tokenizer and of the models' own; one may have more tokens at the end.
 
     Raises:
-        ConfigError: A model has fewer rows than the tokenizer has tokens.
+        ConfigError: A model has fewer rows than the smallest tokenizer has tokens.
     """
+    vocab_size, smallest = max(tokenizer_sizes), min(tokenizer_sizes)
     for name, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        if rows is not None and rows < tokenizer_size:
+        if rows is not None and rows < smallest:
             raise ConfigError(
-                f"model.{name}: {rows} vocabulary rows, but the tokenizer has {tokenizer_size} tokens; "
+                f"model.{name}: {rows} vocabulary rows, but the tokenizer has {smallest} tokens; "
                 "teacher and student may differ in padded rows only"
             )
-    return tokenizer_size
+        vocab_size = min(vocab_size, vocab_size if rows is None else rows)
+    return vocab_size

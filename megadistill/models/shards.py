@@ -138,7 +138,7 @@ class ShardReader:
         Raises:
             CheckpointError: The folder does not have it.
         """
-        ours = self._spec_of(name)
+        ours = self.spec_of(name)
         if ours.shape != spec.shape:
             raise CheckpointError(f"{self.folder}: {name} has shape {list(ours.shape)}, expected {list(spec.shape)}")
         if (ours.dim, ours.sizes, ours.blocks) == (spec.dim, spec.sizes, spec.blocks):
@@ -155,7 +155,7 @@ class ShardReader:
         Raises:
             CheckpointError: The folder does not have it.
         """
-        spec = self._spec_of(name)
+        spec = self.spec_of(name)
         shards = []
         for tp_rank in range(max(1, len(spec.sizes))):
             shape = spec.shard_shape(tp_rank)
@@ -163,7 +163,12 @@ class ShardReader:
                 shards.append(self._run(kind, name, tp_rank, 0, numel).view(shape))
         return spec.unshard(shards)
 
-    def _spec_of(self, name: str) -> ShardSpec:
+    def spec_of(self, name: str) -> ShardSpec:
+        """How the folder's layout shards a parameter.
+
+        Raises:
+            CheckpointError: The folder does not have it.
+        """
         if name not in self.shard_specs:
             raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
         return self.shard_specs[name]

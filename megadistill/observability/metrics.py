@@ -1,5 +1,6 @@
 """Numbers of a run on disk: JSON lines and TensorBoard events."""
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -78,10 +79,35 @@ def _open_events(run_dir: str | os.PathLike[str], last_step: int) -> Any:
     try:
         with needs_extra("tensorboard", "no TensorBoard events"):
             from torch.utils.tensorboard import SummaryWriter  # a second or more to import
+
+            _drop_later_events(Path(run_dir), last_step)
     except ConfigError as error:
         get_logger().warning(str(error))
         return None
+    # For a TensorBoard that has read the files before they were shortened.
     return SummaryWriter(str(run_dir), purge_step=last_step + 1)
+
+
+def _drop_later_events(run_dir: Path, last_step: int) -> None:
+    """Shortens the event files of earlier attempts to ``last_step``, and removes those of which nothing is left.
+
+    TensorBoard's faster reader ignores ``purge_step``, and would draw the steps that are repeated twice.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for file in run_dir.glob("events.out.tfevents.*"):
+        events = [(record, Event.FromString(record)) for record in RawEventFileLoader(str(file)).Load()]
+        kept = [(record, event) for record, event in events if event.step <= last_step]
+        if not any(event.HasField("summary") for _, event in kept):
+            file.unlink()
+        elif len(kept) < len(events):
+            content = io.BytesIO()
+            writer = RecordWriter(content)
+            for record, _ in kept:
+                writer.write(record)
+            write_atomically(file, content.getvalue())
 
 
 def _step(line: bytes) -> int:

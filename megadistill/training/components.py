@@ -15,9 +15,11 @@ from megadistill.engines.partitioned import PartitionedModel
 from megadistill.engines.student import Student
 from megadistill.generation.sources.base import TextSource
 from megadistill.losses import LossConfig
+from megadistill.models.end_tokens import cut_end
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.training.gate import GateTrainer
+from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +34,8 @@ class Components:
         context: The grid of processes.
         tokenizer: The tokenizer of both models.
         pad_id: The padding token.
+        eos_ids: Tokens that end a text of the student.
+        teacher_eos_ids: Tokens that end a text of the teacher; none without one.
         span_prior: Finds phrases in responses.
         loss: Weights and options of the losses.
         student: The model that is trained.
@@ -39,12 +43,16 @@ class Components:
         gate: The quantile gate and its optimizer; None where the losses do not use it.
         source: Where the text of a step comes from.
         decode_plan: How many examples are written at a time.
+        teacher_folder: Where the teacher was loaded from; None without one.
+        length: How many steps the run has.
     """
 
     config: RunConfig
     context: ParallelContext
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
+    eos_ids: frozenset[int]
+    teacher_eos_ids: frozenset[int]
     span_prior: SpanPrior
     loss: LossConfig
     student: Student
@@ -52,6 +60,8 @@ class Components:
     gate: GateTrainer | None
     source: TextSource
     decode_plan: DecodeBatchPlan
+    length: RunLength
+    teacher_folder: str | None = None
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:
@@ -68,5 +78,5 @@ class Components:
                 yield head
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return decode_response(self.tokenizer, token_ids)
+        """Text of a response, without the token that ended it and without special tokens."""
+        return decode_response(self.tokenizer, cut_end(token_ids, self.eos_ids | self.teacher_eos_ids))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from megadistill.config.schema import DataSection, RunConfig
+from megadistill.config.data import DataSection
+from megadistill.config.schema import RunConfig
 from megadistill.data.columns import FieldNames
 from megadistill.data.dataset import LoadedExamples, load_examples
 from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples
+from megadistill.data.pairing import check_ids
 from megadistill.data.prompts import PromptSettings, choose_template
 from megadistill.data.sample import Sample
 from megadistill.data.sampler import BatchSampler
@@ -37,8 +39,8 @@ class TrainingData:
     prompts: list[TokenizedExample]
     valid: list[TokenizedExample]
     report: dict[str, int]
-    template: str = "alpaca"
-    end_id: int | None = None
+    template: str
+    end_id: int
     sources: tuple[str, ...] = ()
 
     def batch(self, sampler: BatchSampler, step: int) -> list[Sample]:
@@ -80,11 +82,16 @@ def read_examples(path: str, data: DataSection, *, prompts_only: bool = False) -
     )
 
 
-def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TrainingData:
     """All rows of a run, rendered with one template.
 
+    Args:
+        config: The configuration of the run.
+        tokenizer: The run's tokenizer.
+        vocab_size: V, the number of tokens that both models have.
+
     Raises:
-        ConfigError: There are none to train on, or the template cannot be used.
+        ConfigError: There are none to train on, the template cannot be used, or they need a token that a model lacks.
         DataError: A file cannot be used.
     """
     data = config.data
@@ -100,6 +107,8 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) ->
     for name, result in tokenized.items():
         report |= _counts(name, result, len(read[name].skipped))
     rows = {name: tokenized[name].rows if name in tokenized else [] for name in paths}
+    for name, path in paths.items():
+        check_ids(rows[name], vocab_size, tokenizer, str(path))
     source_class(config).check_examples(config, rows["train"], rows["valid"])
     if config.train.eval_every and not rows["valid"]:
         raise DataError(

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megadistill.checkpoint.carried import Carried, carried_files, for_auto_tokenizer
+from megadistill.checkpoint.manifest import MANIFEST, point_to_best
 from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
@@ -23,16 +25,20 @@ from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData, make_sampler
+from megadistill.training.finished import reason_to_end
 from megadistill.training.hooks.base import Hook, HookList, StepEvent
+from megadistill.training.hooks.best import Best
 from megadistill.training.hooks.inputs import Inputs
 from megadistill.training.hooks.nonfinite import NonFinite
 from megadistill.training.hooks.profile import Profile
 from megadistill.training.hooks.progress import Progress
 from megadistill.training.hooks.record import Record
-from megadistill.training.hooks.throughput import Throughput
+from megadistill.training.hooks.throughput import Throughput, num_parameters
 from megadistill.training.hooks.validation import Validation
 from megadistill.training.resume import RESOLVED, Start, plan_start
+from megadistill.training.setup import model_paths, tokenizer_paths
 from megadistill.training.step import distillation_step
+from megadistill.training.words import data_warnings, early_words, end_lines, length_words, run_warnings
 
 
 def train(
@@ -42,7 +48,7 @@ def train(
     request: StopRequest | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> dict[str, Any]:
-    """Runs from ``start`` to ``train.max_steps`` (collective over the world).
+    """Runs from ``start`` to the last step (collective over the world).
 
     Args:
         components: What the run is made of.
@@ -72,16 +78,14 @@ def _train(
     components: Components, data: TrainingData, start: Start, request: StopRequest, heartbeat: Heartbeat | None
 ) -> dict[str, Any]:
     config, context = components.config, components.context
-    log, max_steps = get_logger(context.rank, "train"), config.train.max_steps
-    record = Record(start.run_dir, components)
-    hooks = _hooks(components, data, start.run_dir, record)
-    first_step = _restore(components, hooks, start)
-    log.info(_headline(components, data))
-    if first_step == max_steps:
-        log.info(
-            f"nothing to do: all {max_steps} steps of {start.run_dir} are done. Increase train.max_steps to continue."
-        )
+    log, max_steps = get_logger(context.rank, "train"), components.length.max_steps
+    record, best = Record(start.run_dir, components), Best(config)
+    hooks = _hooks(components, data, start.run_dir, record, best)
+    first_step = _restore(components, hooks, start, best)
+    if (reason := reason_to_end(config, components.length, first_step, best.found)) is not None:
+        log.info(reason)
         return {}
+    _say_start(components, data, first_step)
     sampler = make_sampler(config, data, context.dp_rank, context.dp_size)
     began, metrics = time.perf_counter(), {}
     with hooks, _checkpoint_writer(components, start.run_dir) as writer:
@@ -94,21 +98,26 @@ def _train(
             result = distillation_step(step, data.batch(sampler, step), components)
             hooks.step_ended(StepEvent(done, result))
             metrics = result.metrics
-            status = _sync_step_status(request, writer, record, context)
+            status = _sync_step_status(request, writer, record, best, done, context)
             if status.is_unrecorded:
                 context.raise_on_all_ranks(record.error)
             writer.advance(status.writer)
-            if status.stop_signal or _is_save_due(config, done):
-                writer.begin(done, _trainer_state(components, hooks))
+            is_last = done == max_steps or status.is_over
+            if is_last or status.stop_signal or status.is_best or _is_save_due(config, done):
+                writer.begin(done, _trainer_state(components, hooks), best.kept_step)
                 hooks.saved(done)
-            if status.stop_signal and done < max_steps:
+            if is_last:
+                break
+            if status.stop_signal:
                 writer.finish()
                 hooks.stopped(done, status.stop_signal)
                 log.info(f"{status.stop_signal}: checkpoint saved at step {done}. Rerun the same command to resume.")
                 return {"stopped": status.stop_signal, "step": done}
         writer.finish()
     summary = {
-        "steps": max_steps,
+        "steps": done,
+        "epochs": components.length.epochs(done),
+        "steps_per_epoch": components.length.steps_per_epoch,
         "seconds": time.perf_counter() - began,
         "resumed_from": first_step,
         "processes": context.world_size,
@@ -118,19 +127,43 @@ def _train(
         "last_step": metrics,
         **hooks.summary(),
     }
-    file = start.run_dir / "summary.json"
-    context.run_on_rank0(lambda: write_json(file, summary), file)
-    log.info(f"done: {start.run_dir / 'checkpoints' / f'step_{max_steps}'}; metrics are in {start.run_dir}")
+    _finish(components, start.run_dir, summary, best)
     return summary
 
 
-def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Record) -> HookList:
+def _say_start(components: Components, data: TrainingData, first_step: int) -> None:
+    """What the run is, and a warning of each thing about it that its user may not want."""
+    config, length = components.config, components.length
+    log = get_logger(components.context.rank, "train")
+    log.info(_headline(components, data))
+    sizes = num_parameters(components.student), num_parameters(components.teacher)
+    for text in (
+        *data_warnings(config, data.report),
+        *run_warnings(config, length, length.max_steps - first_step, sizes),
+    ):
+        log.warning(text)
+
+
+def _finish(components: Components, run_dir: Path, summary: dict[str, Any], best: Best) -> None:
+    """Writes summary.json, and says where everything is, how good the student is, and what comes next."""
+    context, steps, file = components.context, summary["steps"], run_dir / "summary.json"
+    log = get_logger(context.rank, "train")
+    context.run_on_rank0(lambda: write_json(file, summary), file)
+    if best.is_over and steps < components.length.max_steps:
+        log.info(f"stopped early at step {steps} of {components.length.max_steps}: {early_words(best.found)}")
+    log.info(f"done: {run_dir / 'checkpoints' / f'step_{steps}'}; metrics are in {run_dir}")
+    for line in end_lines(components.config, run_dir, steps, summary["validation"], best.found):
+        log.info(line)
+
+
+def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Record, best: Best) -> HookList:
     """The hooks of a run, in order: those that add to a step's metrics come before the record."""
     hooks, profile_steps = HookList(), components.config.train.profile_steps
     hooks.add(
         Throughput(components),
         Validation(components, data.valid, notify=hooks.validated),
         Inputs(components, data),
+        best,
         record,
         NonFinite(run_dir, components),
         Progress(components),
@@ -140,7 +173,7 @@ def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Re
     return hooks
 
 
-def _restore(components: Components, hooks: Hook, start: Start) -> int:
+def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
     config, context = components.config, components.context
     first_step = 0
@@ -151,7 +184,7 @@ def _restore(components: Components, hooks: Hook, start: Start) -> int:
             components.student,
             _trainer_state(components, hooks),
             context,
-            max_steps=config.train.max_steps,
+            max_steps=components.length.max_steps,
         )
         if components.gate is not None:
             components.gate.load_state_dict(state["gate"])
@@ -159,11 +192,17 @@ def _restore(components: Components, hooks: Hook, start: Start) -> int:
         hooks.load_state_dict(state)
         get_logger(context.rank, "train").info(f"resumed from {folder} at step {first_step}")
 
-    def make() -> None:
+    def make() -> bool:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
+        folder = start.run_dir / "checkpoints"
+        is_there = best.kept_step is not None and (folder / f"step_{best.kept_step}" / MANIFEST).is_file()
+        point_to_best(folder, best.kept_step if is_there else None)
+        return is_there
 
-    context.run_on_rank0(make, start.run_dir)
+    # A run that began at a checkpoint of another one, or went back, may remember a best one that it does not have.
+    if not context.run_on_rank0(make, start.run_dir) and best.kept_step is not None:
+        best.forget()
     return first_step
 
 
@@ -175,16 +214,25 @@ def _trainer_state(components: Components, hooks: Hook) -> dict[str, Any]:
 
 def _is_save_due(config: RunConfig, done: int) -> bool:
     every = config.train.save_every
-    return done == config.train.max_steps or (every > 0 and done % every == 0)
+    return every > 0 and done % every == 0
 
 
 def _checkpoint_writer(components: Components, run_dir: Path) -> CheckpointWriter:
-    settings = components.config.checkpoint
+    config, context, settings = components.config, components.context, components.config.checkpoint
+    carried: list[Carried] = []  # on rank 0: the others need none of it
+
+    def collect() -> None:
+        tokenizer_path, loaded = next(iter(tokenizer_paths(config).values())), components.student.loaded
+        student_path = model_paths(config)["model.student.path"]
+        files = carried_files(student_path, tokenizer_path, components.tokenizer, components.eos_ids, loaded.config)
+        carried.append(for_auto_tokenizer(files, loaded.config, tokenizer_path))
+
+    context.run_on_rank0(collect)
     return CheckpointWriter(
         run_dir / "checkpoints",
         components.student,
-        components.tokenizer,
-        components.context,
+        carried[0] if carried else None,
+        context,
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         asynchronous=settings.asynchronous,
@@ -198,29 +246,37 @@ class _StepStatus(NamedTuple):
         stop_signal: Name of a signal that any rank received, or None.
         writer: Status of the slowest checkpoint writer.
         is_unrecorded: Rank 0 could not record the step.
+        is_best: The validation of this step is the best one, and its checkpoint is to be kept.
+        is_over: Validations have not improved for so long that this is the last step.
     """
 
     stop_signal: str | None
     writer: int
     is_unrecorded: bool
+    is_best: bool
+    is_over: bool
 
 
 def _sync_step_status(
-    request: StopRequest, writer: CheckpointWriter, record: Record, context: ParallelContext
+    request: StopRequest, writer: CheckpointWriter, record: Record, best: Best, done: int, context: ParallelContext
 ) -> _StepStatus:
-    """Agrees on the status (one all-reduce of three numbers over the world)."""
-    mine = [float(request.signal), float(writer.status), float(record.error is not None)]
-    number, status, is_unrecorded = context.max_over_world(torch.tensor(mine, device=context.device)).tolist()
-    return _StepStatus(signal.Signals(int(number)).name if number else None, int(status), bool(is_unrecorded))
+    """Agrees on the status after step ``done`` (one all-reduce of five numbers over the world)."""
+    flags = (record.error is not None, best.kept_step == done, best.is_over)
+    mine = [float(number) for number in (request.signal, writer.status, *flags)]
+    number, status, *agreed = context.max_over_world(torch.tensor(mine, device=context.device)).tolist()
+    return _StepStatus(signal.Signals(int(number)).name if number else None, int(status), *map(bool, agreed))
 
 
 def _headline(components: Components, data: TrainingData) -> str:
     config, context = components.config, components.context
     backend = choose_backend(config.loss.backend, components.student.shard, context.device)
+    student, teacher = config.model.student.path, config.model.teacher.path
+    missing = data.report.get("train/without_reference", 0) if config.needs_teacher else 0
     return (
-        f"{config.model.teacher.path if config.needs_teacher else 'no teacher'} -> {config.model.student.path}: "
+        f"{f'{teacher} -> {student}' if config.needs_teacher else f'SFT of {student}'}: "
         f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}, "
-        f"losses by {backend}; "
-        f"{len(data.train)} rows, {len(data.prompts)} extra prompts"
-        + "".join(f"; {name} {count}" for name, count in data.report.items() if not name.endswith("/rows"))
+        f"losses by {backend}; {len(data.train)} rows"
+        + (f" ({missing} of them without a reference)" if missing else "")
+        + (f", {len(data.prompts)} extra prompts" if data.prompts else "")
+        + f"; {length_words(components.length, config.train.global_batch_size)}"
     )

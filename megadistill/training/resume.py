@@ -18,6 +18,8 @@ _MAY_CHANGE = (
     "run.dir",
     "parallel",
     "train.max_steps",
+    "train.epochs",
+    "train.early_stopping",
     "train.micro_batch_size",
     "train.save_every",
     "train.eval_every",

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
-from megadistill.data.encode import TokenizedExample
+from megadistill.data.pairing import pair_tokenizers
 from megadistill.data.spans import make_span_prior
-from megadistill.data.tokenize import assert_same_vocabulary, eos_ids, has_tokenizer, load_tokenizer, vocabulary_size
+from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
 from megadistill.decoding.rollout import MAX_EXAMPLES
-from megadistill.engines.partitioned import frozen_model
-from megadistill.engines.student import trained_model
+from megadistill.engines.partitioned import PartitionedModel, frozen_model
+from megadistill.engines.student import Student, trained_model
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
+from megadistill.launch.launchers import rank_of
 from megadistill.losses import QuantileGate
 from megadistill.losses.backends import check_backend
+from megadistill.models.end_tokens import describe_end_tokens, end_tokens, named_end_tokens
 from megadistill.models.families import head_counts
 from megadistill.models.loading import (
     DTYPES,
@@ -28,10 +32,13 @@ from megadistill.models.loading import (
     load_model_config,
     shared_vocab_size,
 )
+from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.components import Components
+from megadistill.training.data import TrainingData
 from megadistill.training.gate import GateTrainer
+from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,11 +48,17 @@ _TEACHER_SEED, _STUDENT_SEED = 1, 2
 
 
 def model_paths(config: RunConfig) -> dict[str, str]:
-    """Configuration key -> path of the models that this run uses."""
+    """Configuration key -> folder, configuration file or hub name of the models that this run uses.
+
+    A run directory is the ``hf/`` of its latest checkpoint, which may be another one the next time.
+
+    Raises:
+        CheckpointError: A run has no checkpoint.
+    """
     paths = {"model.student.path": config.model.student.path}
     if config.needs_teacher and config.model.teacher.path is not None:
         paths = {"model.teacher.path": config.model.teacher.path} | paths
-    return paths
+    return {key: model_folder(path) for key, path in paths.items()}
 
 
 def check_models(config: RunConfig, world_size: int) -> int:
@@ -73,36 +86,50 @@ def check_models(config: RunConfig, world_size: int) -> int:
     return tp_size
 
 
-def run_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The run's tokenizer; all models that come with one must have the same vocabulary.
+def tokenizer_paths(config: RunConfig) -> dict[str, str]:
+    """Configuration key -> path of all tokenizers of a run, the one that it uses first.
+
+    That is ``model.tokenizer``, else the student's, else the teacher's.
 
     Raises:
-        ConfigError: There is none, or teacher and student differ.
+        ConfigError: There is none.
     """
-    # The first one is used: model.tokenizer, else the student's, else the teacher's.
     paths = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
-        paths = {"model.tokenizer": config.model.tokenizer} | paths
+        paths = {"model.tokenizer": model_folder(config.model.tokenizer)} | paths
     if not paths:
         raise ConfigError(
             f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in model_paths(config).items())} "
             "bring none"
         )
-    loaded = {key: load_tokenizer(path) for key, path in paths.items()}
-    first = next(iter(loaded))
-    for key, tokenizer in loaded.items():
-        if key != first:
-            assert_same_vocabulary(loaded[first], tokenizer, names=(paths[first], paths[key]))
-    return loaded[first]
+    return paths
 
 
-def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher on the CPU, with the vocabulary that they share."""
-    paths = model_paths(config)
-    vocab_rows = {key: int(load_model_config(path, key).vocab_size) for key, path in paths.items()}
-    vocab_size = shared_vocab_size(
-        vocab_rows.get("model.teacher.path"), vocab_rows["model.student.path"], vocabulary_size(tokenizer)
-    )
+def run_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
+    """The run's tokenizer, and V, the number of tokens that both models have.
+
+    Rank 0 logs in what the tokenizers of the models differ from it, where that does no harm.
+
+    Raises:
+        ConfigError: There is none, teacher and student cannot be compared token by token, or a model has too few rows.
+    """
+    paths = tokenizer_paths(config)
+    by_path = {path: load_tokenizer(path) for path in dict.fromkeys(paths.values())}
+    first, *others = by_path
+    used, log = by_path[first], get_logger(rank_of(os.environ), "train")
+    for path in others:
+        notes = pair_tokenizers(used, by_path[path], names=(first, path))
+        if notes:
+            log.info(f"tokenizers differ: {'; '.join(notes)}. The run uses the tokenizer of {first}.")
+    rows = {key: int(load_model_config(path, key).vocab_size) for key, path in model_paths(config).items()}
+    sizes = [vocabulary_size(tokenizer) for tokenizer in by_path.values()]
+    return used, shared_vocab_size(rows.get("model.teacher.path"), rows["model.student.path"], sizes)
+
+
+def load_models(
+    config: RunConfig, paths: Mapping[str, str], vocab_size: int, rank: int = 0
+) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and teacher on the CPU, with the V tokens that they share; ``paths`` are those of ``model_paths``."""
 
     def load(key: str, dtype: str, seed: int) -> LoadedModel:
         return load_model(
@@ -112,6 +139,7 @@ def load_models(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
             seed=config.run.seed * 1_000 + seed,
             attention=config.model.attention,
             where=key,
+            rank=rank,
         )
 
     student = load("model.student.path", config.model.student.dtype, _STUDENT_SEED)
@@ -124,7 +152,9 @@ def build_components(
     config: RunConfig,
     context: ParallelContext,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TokenizedExample] = (),
+    vocab_size: int,
+    data: TrainingData,
+    length: RunLength,
 ) -> Components:
     """Loads and partitions both models, makes the gate and the text source (collective over the world).
 
@@ -132,12 +162,57 @@ def build_components(
         config: The configuration of the run.
         context: The grid of processes.
         tokenizer: The tokenizer of both models.
-        examples: All that the run trains on: a source may write their text before the first step.
+        vocab_size: V, the number of tokens that both models have.
+        data: What the run trains on: a source may write its text before the first step.
+        length: How many steps the run has.
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
     decode_plan = _plan_decode_batches(config, context)
-    student_model, teacher_model = load_models(config, tokenizer)
+    paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
+    ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
+    student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
+    student, teacher = _partition(config, context, *load_models(config, paths, vocab_size, context.rank))
+    gate = None
+    if teacher is not None and loss.uses_gate:
+        gate = GateTrainer(
+            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
+        )
+    inputs = SourceInputs(
+        config=config,
+        context=context,
+        student=student,
+        teacher=teacher,
+        eos_ids=student_ends,
+        teacher_eos_ids=teacher_ends,
+        decode_plan=decode_plan,
+        examples=[*data.train, *data.prompts],
+        teacher_folder=paths.get("model.teacher.path"),
+        max_steps=length.max_steps,
+    )
+    return Components(
+        config=config,
+        context=context,
+        tokenizer=tokenizer,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id < vocab_size else 0,  # masked, but it needs a row
+        eos_ids=student_ends,
+        teacher_eos_ids=teacher_ends,
+        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
+        loss=loss,
+        student=student,
+        teacher=teacher,
+        gate=gate,
+        source=source_class(config).build(inputs),
+        decode_plan=decode_plan,
+        teacher_folder=paths.get("model.teacher.path"),
+        length=length,
+    )
+
+
+def _partition(
+    config: RunConfig, context: ParallelContext, student_model: LoadedModel, teacher_model: LoadedModel | None
+) -> tuple[Student, PartitionedModel | None]:
+    """Both models on their engines (collective over the world)."""
     zero_stage = config.parallel.zero_stage
     teacher = None
     if teacher_model is not None:
@@ -158,27 +233,28 @@ def build_components(
         gradient_checkpointing=config.model.gradient_checkpointing,
         deepspeed_settings=config.deepspeed,
     )
-    gate = None
-    if teacher is not None and loss.uses_gate:
-        gate = GateTrainer(
-            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
-        )
-    source = source_class(config).build(
-        SourceInputs(config, context, student, teacher, eos_ids(tokenizer), decode_plan, examples)
-    )
-    return Components(
-        config=config,
-        context=context,
-        tokenizer=tokenizer,
-        pad_id=tokenizer.pad_token_id,
-        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
-        loss=loss,
-        student=student,
-        teacher=teacher,
-        gate=gate,
-        source=source,
-        decode_plan=decode_plan,
-    )
+    return student, teacher
+
+
+def _end_tokens(
+    config: RunConfig, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_id: int
+) -> dict[str, frozenset[int]]:
+    """Key of each model -> what ends its text, by one process: hub names and files are looked up once.
+
+    Logs what is not simply the tokenizer's EOS.
+    """
+    log, ends = get_logger(component="train"), {}
+    for key, path in paths.items():
+        ends[key] = end_tokens(path, tokenizer, vocab_size=vocab_size, asked=config.model.eos_tokens, more={end_id})
+        if ends[key] != {tokenizer.eos_token_id}:
+            log.info(f"{path} stops after {describe_end_tokens(ends[key], tokenizer)}")
+        ignored = set(named_end_tokens(path)) - ends[key]
+        if ignored:
+            log.info(
+                f"{path} also names the end tokens {describe_end_tokens(ignored, tokenizer)}, which are not used"
+                + ("" if config.model.eos_tokens is None else f" (model.eos_tokens={config.model.eos_tokens})")
+            )
+    return ends
 
 
 def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:

@@ -16,10 +16,13 @@ from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.generation.sources.base import STANDARD_KINDS, TextSource
 from megadistill.losses.output import METRIC_NAMES
+from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.schedule import learning_rate
+
+_OF_THE_MASK = ("kept_mass", "gate/lower", "gate/upper")
 
 
 @dataclass
@@ -84,8 +87,12 @@ def find_spans(samples: Sequence[Sample], components: Components) -> list[Sample
     if components.teacher is None:
         return list(samples)
 
+    ends = components.eos_ids | components.teacher_eos_ids
+
     def pair_mask(response_ids: tuple[int, ...]) -> Sequence[bool]:
-        return pair_mask_from_span_ids(token_span_ids(response_ids, components.tokenizer, components.span_prior))
+        text = cut_end(response_ids, ends)  # an end token is part of no phrase
+        span_ids = token_span_ids(text, components.tokenizer, components.span_prior)
+        return pair_mask_from_span_ids([*span_ids, *[-1] * (len(response_ids) - len(text))])
 
     return [
         replace(sample, pair_mask=pair_mask(sample.response_ids)) if sample.response_ids else sample
@@ -155,7 +162,10 @@ def loss_metrics(
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
     }
-    return {"loss": loss} | {name: total[name] for name in METRIC_NAMES} | metrics | _correction_metrics(total)
+    # Without a mask they would be constants that look like measurements.
+    has_mask = components.teacher is not None and config.is_clipped
+    names = [name for name in METRIC_NAMES if has_mask or name not in _OF_THE_MASK]
+    return {"loss": loss} | {name: total[name] for name in names} | metrics | _correction_metrics(total)
 
 
 def update(step: int, metrics: dict[str, float], components: Components) -> bool:
@@ -163,21 +173,21 @@ def update(step: int, metrics: dict[str, float], components: Components) -> bool
 
     Args:
         step: The update, 0-based.
-        metrics: ``lr`` and ``grad_norm`` are added.
+        metrics: ``lr``, ``grad_norm`` and ``epoch`` are added.
         components: What the run is made of.
 
     Returns:
         Whether there was an update, the same on all ranks.
     """
     student, gate, config = components.student, components.gate, components.config
-    lr = learning_rate(config.optim, step, config.train.max_steps)
+    lr = learning_rate(config.optim, step, components.length.max_steps)
     is_finite = math.isfinite(metrics["loss"])
     if gate is not None:
         is_finite &= gate.reduce(loss_scale=components.context.dp_size)
     is_updated = student.step(lr, skip=not is_finite)
     if gate is not None:
         gate.step(skip=not is_updated)
-    metrics |= {"lr": lr, "grad_norm": student.grad_norm}
+    metrics |= {"lr": lr, "grad_norm": student.grad_norm, "epoch": components.length.epochs(step + 1)}
     return is_updated
 
 

@@ -76,28 +76,27 @@ def test_long_prompts(refused: Callable[..., str]) -> None:
 
 
 def test_tokenizers_that_differ(refused: Callable[..., str], assets: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     from megadistill.demo.tokenizer import train_tokenizer
 
     other = tmp_path / "other"
     train_tokenizer(["quite another text, with other words in it " * 30], other, vocab_size=300)
-    (other / "config.json").write_text(
-        (assets / "llama" / "student" / "config.json").read_text(encoding="utf-8"), encoding="utf-8"
-    )
+    configuration = AutoConfig.from_pretrained(assets / "llama" / "student" / "config.json")
+    AutoModelForCausalLM.from_config(configuration).save_pretrained(other)
     line = refused(f"model.student.path={other}")
     assert "vocabular" in line and "token" in line
 
 
 def test_too_few_vocabulary_rows(refused: Callable[..., str], assets: Path, tmp_path: Path) -> None:
     config = json.loads((assets / "llama" / "student" / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}), encoding="utf-8")
-    assert "padded rows" in refused(f"model.student.path={tmp_path / 'small'}")
+    (tmp_path / "small.json").write_text(json.dumps({**config, "vocab_size": 100}), encoding="utf-8")
+    assert "padded rows" in refused(f"model.student.path={tmp_path / 'small.json'}")
 
 
 def test_unknown_model_types(refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
-    line = refused(f"model.student.path={tmp_path / 'bert'}")
+    (tmp_path / "bert.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
+    line = refused(f"model.student.path={tmp_path / 'bert.json'}")
     assert "bert" in line and "llama" in line
 
 
@@ -129,7 +128,7 @@ def test_folders_that_cannot_be_used(assets: Path, tmp_path: Path, capsys: pytes
         overrides = settings(assets, "llama", f"run.dir={run_dir}", "train.max_steps=1")
         assert main(["train", "--config", base, *overrides]) == 2
         assert str(tmp_path / "file") in capsys.readouterr().err
-    arguments = ["--model", str(assets / "llama" / "student"), "--tokenizer", str(assets / "tokenizer")]
+    arguments = ["--model", str(assets / "llama" / "student" / "config.json"), "--tokenizer", str(assets / "tokenizer")]
     rows = ["--input", str(assets / "data" / "test.jsonl"), "--template", "plain"]
     for more, words in (
         (["--output", str(tmp_path)], "is a folder"),
@@ -193,7 +192,7 @@ def test_empty_evaluation_set(assets: Path, tmp_path: Path, capsys: pytest.Captu
     empty = tmp_path / "empty.jsonl"
     empty.write_text("", encoding="utf-8")
     overrides = settings(assets, "llama", f"run.dir={tmp_path / 'run'}", f"eval.path={empty}")
-    model = str(assets / "llama" / "student")
+    model = str(assets / "llama" / "student" / "config.json")
     assert main(["evaluate", "--config", str(ROOT / "configs" / "base.yaml"), "--model", model, *overrides]) == 2
     assert str(empty) in capsys.readouterr().err
 

@@ -165,7 +165,8 @@ def exports(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(student)
         for dtype in ("fp32", "bf16"):
             more = ("train.max_steps=1", "optim.lr=1e-12", "generation.mode=dataset", "data.prompts_path=null",
-                    "data.prompts_ratio=0", f"model.student.dtype={dtype}")  # fmt: skip
+                    "data.prompts_ratio=0", f"model.student.path={student}",
+                    f"model.student.dtype={dtype}")  # fmt: skip
             runs.append((str(out / "runs" / family / dtype), settings(assets, family, *more)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf_export, "_MAX_SHARD_BYTES", LIMIT)

@@ -27,7 +27,8 @@ KEYS = ["id", "instruction", "input", "output", "prompt", "response"]
 def _arguments(assets: Path, output: Path, *more: str, data: str = "teacher_train") -> list[str]:
     """150 rows (``prompts``: 24) in blocks of 16, unless ``more`` changes that."""
     return [
-        "--model", str(assets / "llama" / "student"), "--tokenizer", str(assets / "tokenizer"), "--template", "plain",
+        "--model", str(assets / "llama" / "student" / "config.json"), "--tokenizer", str(assets / "tokenizer"),
+        "--template", "plain",
         "--input", str(assets / "data" / f"{data}.jsonl"), "--output", str(output), "--max-prompt-tokens", "100",
         "--max-new-tokens", "16", "--batch-size", "2", *more,
     ]  # fmt: skip
@@ -137,7 +138,7 @@ def test_other_settings_are_refused(
         (["--template", "alpaca", "--max-new-tokens", "16", "--max-prompt-tokens", "110"], "--template was plain"),
         (["--dtype", "bf16"], "--dtype was fp32"),
         (["--input", str(data)], "the content of --input was 150 rows"),
-        (["--model", str(config.parent)], "also changed: config.json of --model;"),
+        (["--model", str(config)], "also changed: config.json of --model;"),
     ):
         assert main(["generate", *_arguments(assets, left / "out.jsonl", *more)]) == 2
         line = _error(capsys)

@@ -227,7 +227,7 @@ def test_runs_that_could_train_on_nothing_are_refused(
     overrides = [text.replace("REFERENCES", str(assets / "data" / "train.jsonl")) for text in overrides]
     config = load_config(ROOT / "configs" / "base.yaml", [f"run.dir={tmp_path}", *overrides])
     with pytest.raises(DataError, match=message):
-        load_training_data(config, run_tokenizer(config))
+        load_training_data(config, *run_tokenizer(config))
 
 
 def test_rotary_frequencies_stay_float32(assets: Path) -> None:
@@ -241,7 +241,7 @@ def test_rotary_frequencies_stay_float32(assets: Path) -> None:
 
         join_deepspeed(rank)
         context = ParallelContext.build(2, 60, torch.device("cpu"))
-        path = str(assets / "llama" / "teacher")
+        path = str(assets / "llama" / "teacher" / "config.json")
         loaded = load_model(path, dtype="bf16", vocab_size=403, seed=1, attention="sdpa", where="x")
         exact = loaded.model.model.rotary_emb.inv_freq.clone()
         model = frozen_model(loaded, context, zero_stage=3, dtype="bf16")

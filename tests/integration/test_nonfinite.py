@@ -27,7 +27,7 @@ def broken(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     in_rows = Counter(token for row in rows for token in set(tokenizer.encode(f"{row['instruction']} {row['input']}")))
     token = next(token for token, count in sorted(in_rows.items()) if count == 2)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets / "llama" / "student"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets / "llama" / "student" / "config.json"))
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = torch.nan
     folder = tmp_path_factory.mktemp("broken") / "student"
@@ -105,7 +105,7 @@ def test_a_run_stops_where_it_is_told_to(assets: Path, broken: tuple[Path, int],
 def test_weights_that_are_lost_do_not_skip_for_ever(assets: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets / "llama" / "student"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets / "llama" / "student" / "config.json"))
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     model.save_pretrained(tmp_path / "lost")

@@ -38,7 +38,13 @@ def test_generate_in_one_process_starts_without_deepspeed_and_its_warning(assets
     code += "; assert 'deepspeed' not in sys.modules"
     row = {"instruction": "Name a number.", "output": "One."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    arguments = ["generate", "--model", str(assets / "llama" / "student"), "--tokenizer", str(assets / "tokenizer")]
+    arguments = [
+        "generate",
+        "--model",
+        str(assets / "llama" / "student" / "config.json"),
+        "--tokenizer",
+        str(assets / "tokenizer"),
+    ]
     arguments += ["--input", str(tmp_path / "rows.jsonl"), "--max-prompt-tokens", "124", "--max-new-tokens", "4"]
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(

@@ -6,10 +6,8 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -17,6 +15,7 @@ from tests.support.spawn import run_ranks
 
 ROOT = Path(__file__).parents[2]
 HEADS = 4
+VOCABULARY = 403
 COMMON = {"num_attention_heads": HEADS, "max_position_embeddings": 128}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": HEADS}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -38,7 +37,7 @@ def write_assets(folder: Path) -> None:
     corpus = generate_corpus(3, CorpusSizes(teacher=150, references=24, prompts=24, valid=12, test=12))
     write_corpus(folder / "data", corpus)
     texts = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in corpus["teacher_train"]]
-    train_tokenizer(texts, folder / "tokenizer", vocab_size=403)
+    train_tokenizer(texts, folder / "tokenizer", vocab_size=VOCABULARY)
     size = len(load_tokenizer(folder / "tokenizer"))
     assert size % 2 and size % 3 and size % 4
     for family, config in FAMILY_CONFIGS.items():
@@ -58,8 +57,8 @@ def write_assets(folder: Path) -> None:
 def settings(assets: Path, family: str, *more: str) -> list[str]:
     """Overrides that make a short on-policy run with every part switched on."""
     return [
-        f"model.teacher.path={assets / family / 'teacher'}",
-        f"model.student.path={assets / family / 'student'}",
+        f"model.teacher.path={assets / family / 'teacher' / 'config.json'}",
+        f"model.student.path={assets / family / 'student' / 'config.json'}",
         f"model.tokenizer={assets / 'tokenizer'}",
         f"data.train_path={assets / 'data' / 'train.jsonl'}",
         f"data.prompts_path={assets / 'data' / 'prompts.jsonl'}",
@@ -113,17 +112,19 @@ def train_all(rank: int, runs: Sequence[tuple[str, Sequence[str]]], config: Path
     from deepspeed.utils import groups
 
     join_deepspeed(rank)
+    ends = [f"model.eos_tokens={list(range(0, VOCABULARY, 5))}"] if more_ends else []
     for run_dir, overrides in runs:
-        _train(config, run_dir, list(overrides), more_ends)
+        _train(config, run_dir, [*overrides, *ends])
         # DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next run may have another layout.
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
             setattr(groups, name, None)
 
 
-def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> None:
+def _train(file: Path, run_dir: str, overrides: list[str]) -> None:
     from megadistill.config.load import load_config
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.data import load_training_data
+    from megadistill.training.length import RunLength
     from megadistill.training.loop import train
     from megadistill.training.resume import plan_start
     from megadistill.training.setup import build_components, check_models, run_tokenizer
@@ -132,12 +133,11 @@ def _train(file: Path, run_dir: str, overrides: list[str], more_ends: bool) -> N
     start = plan_start(config)
     world_size = torch.distributed.get_world_size()
     tp_size = check_models(config, world_size)
-    tokenizer = run_tokenizer(config)
-    data = load_training_data(config, tokenizer)
+    tokenizer, vocab_size = run_tokenizer(config)
+    data = load_training_data(config, tokenizer, vocab_size)
     context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-    ends = frozenset(range(0, len(tokenizer), 5))
-    with mock.patch("megadistill.training.setup.eos_ids", lambda _: ends) if more_ends else nullcontext():
-        components = build_components(config, context, tokenizer, [*data.train, *data.prompts])
+    length = RunLength.of(config, data)
+    components = build_components(config, context, tokenizer, vocab_size, data, length)
     train(components, data, start)
     torch.distributed.barrier()
 

@@ -1,6 +1,7 @@
 """Tiny tokenizers of the kinds that causal models bring, made on the spot."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,13 @@ def word_piece(folder: Path) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", unk_token="[UNK]")
     fast.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def edited(source: Path, target: Path, **settings: Any) -> Path:
+    """A copy of a tokenizer with other settings; None removes one."""
+    shutil.copytree(source, target)
+    path = target / "tokenizer_config.json"
+    kept = {**json.loads(path.read_text(encoding="utf-8")), **settings}
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not None}), encoding="utf-8")
+    (target / "special_tokens_map.json").unlink(missing_ok=True)
+    return target

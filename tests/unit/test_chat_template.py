@@ -167,6 +167,18 @@ def test_a_template_that_asks_otherwise_than_it_answers_is_refused(tmp_path, tok
         encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file))
 
 
+def test_a_template_that_writes_todays_date_needs_one(tmp_path, tokenizers):
+    file = tmp_path / "template.jinja"
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    file.write_text(dated + "{{ date_string }}\n" + TEMPLATES["chatml"], encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"depend on the day; name one: \{date_string: \d\d \w+ \d{4}\}") as caught:
+        encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file))
+    assert caught.value.setting == "data.chat_template_kwargs"
+    variables = {"date_string": "26 Jul 2024"}
+    row = encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file), chat_template_kwargs=variables).rows[0]
+    assert row.prompt.startswith("26 Jul 2024<|im_start|>")
+
+
 def test_long_chats(tmp_path, tokenizers):
     """Truncation takes whole turns, the oldest first; the system prompt stays."""
     tokenizer = tokenizers["chatml"]

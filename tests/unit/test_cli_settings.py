@@ -49,9 +49,13 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model's configuration with a tokenizer; no weights."""
+    """A model with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     byte_level(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(CONFIG, encoding="utf-8")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(CONFIG, encoding="utf-8")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file)).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -91,9 +95,6 @@ def test_prepare(refused: Callable[..., str], model: Path, tmp_path: Path) -> No
 
 
 def test_verify(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
     verify = ["verify", model, model, "--greedy-tokens", 0]
     line = refused(*verify, "--text", rows(tmp_path / "rows.jsonl", GOOD), "--text-field", "nope")
     assert "field 'nope' is missing" in line and line.endswith("(see --text-field)")

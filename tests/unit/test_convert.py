@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megadistill.cli.main import main
 from megadistill.data.convert import ConvertOptions, convert_share, report_text, write_converted
 from megadistill.data.dataset import load_examples
 from megadistill.data.prompts import PromptSettings
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, DataError
+from tests.support.chats import TEMPLATES
 from tests.support.tokenizers import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,3 +123,41 @@ def test_the_tool_is_the_same_function(source, folder, tokenizer, tmp_path):
         refused.stderr.splitlines()[-1]
     ]
     assert "rows.jsonl:44" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_chats_stay_chats(tokenizer, tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    rows = [{"messages": [*chat, {"role": "assistant", "content": f"Hello {n}."}], "source": "x"} for n in range(2)]
+    rows.append({"messages": [*chat, {"role": "user", "content": "And?"}], "tools": [{"name": "add"}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATES["chatml"], encoding="utf-8")
+    chosen = ConvertOptions(str(path), prompts=PromptSettings(chat_template=str(template)))
+    report = write_converted([convert_share(chosen, tokenizer)], chosen, tmp_path / "out")
+    assert report["template"] == "chat" and report["left_out"] == {"prompt seen before": 1}
+    assert report["rows"].endswith("3 chats (messages, tools); not used: source")
+    first, last = load_examples(tmp_path / "out" / "train.jsonl").examples
+    assert [message["content"] for message in first.chat.messages] == ["Be brief.", "Hi."]
+    assert first.references == ("Hello 0.",)
+    assert last.chat.tools == ({"name": "add"},) and last.chat.reply is None
+
+
+def test_answers_that_training_would_cut_are_said(source, folder, tmp_path, capsys):
+    arguments = [str(source), str(tmp_path / "out"), "--tokenizer", str(folder), "--template", "plain"]
+    limits = ["--max-prompt-tokens", "60", "--max-tokens", "100", "--skip-bad-rows", "--valid", "5"]
+    assert main(["prepare", *arguments, *limits]) == 0
+    split = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["splits"]["train"]
+    assert split["num_over_max_tokens"] > 0
+    said = capsys.readouterr().out
+    assert (
+        f"WARNING: {split['num_over_max_tokens']} of {split['num_rows']} train rows have more than 100 tokens" in said
+    )
+    assert "--drop-long-responses leaves them out" in said
+
+
+def test_taken_files_are_refused_before_anything_is_read(source, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.jsonl").touch()
+    assert main(["prepare", str(tmp_path / "none.jsonl"), str(tmp_path / "out"), "--tokenizer", "none"]) == 2
+    assert "already has train.jsonl; choose another folder, or --overwrite" in capsys.readouterr().err

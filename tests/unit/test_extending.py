@@ -66,7 +66,9 @@ def test_a_text_source_is_a_module_of_its_name(monkeypatch: pytest.MonkeyPatch) 
     config = CONFIG.model_copy(update={"generation": CONFIG.generation.model_copy(update={"mode": "echo"})})
     assert source_class(config) is Echo
     model: Any = object()
-    inputs = SourceInputs(config, ParallelContext.single(), model, model, frozenset(), DecodeBatchPlan(1, True, 1))
+    inputs = SourceInputs(
+        config, ParallelContext.single(), model, model, frozenset(), DecodeBatchPlan(1, True, 1), max_steps=2000
+    )
     source = source_class(config).build(inputs)
     samples = source.choose(0).samples(0, [Sample(0, (5, 6))], Timers())
     assert samples[0].response_ids == (5, 6)

@@ -18,7 +18,7 @@ from megadistill.training.hooks.inputs import Inputs
 from tests.support.chats import chat_tokenizer
 
 ROWS = [TokenizedExample(0, (1, 2), (3,), ("x",), "p"), TokenizedExample(1, (1,), None, (), "p")]
-DATA = TrainingData(ROWS, [], [], {})
+DATA = TrainingData(ROWS, [], [], {}, "plain", end_id=2)
 
 
 def hook(folder: Path, data: TrainingData = DATA, *overrides: str, eos: str = "<|im_end|>") -> Inputs:
@@ -29,7 +29,11 @@ def hook(folder: Path, data: TrainingData = DATA, *overrides: str, eos: str = "<
     config = load_config(Path(__file__).parents[2] / "configs" / "base.yaml", [*paths, *overrides])
     context = ParallelContext.single("cpu")
     components: Any = SimpleNamespace(
-        config=config, context=context, tokenizer=chat_tokenizer(folder / "tokenizer", eos=eos), teacher=object()
+        config=config,
+        context=context,
+        tokenizer=chat_tokenizer(folder / "tokenizer", eos=eos),
+        teacher_folder=str(teacher),
+        eos_ids=frozenset({2}),
     )
     return Inputs(components, data)
 

@@ -46,10 +46,11 @@ def test_padded_rows_are_removed(tmp_path: Path) -> None:
 
 def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     GPT2Config(**TINY).save_pretrained(tmp_path)
+    file = str(tmp_path / "config.json")
 
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(torch.seed())
-        loaded = load_model(str(tmp_path), dtype="fp32", vocab_size=12, seed=seed, attention="sdpa", where="x")
+        loaded = load_model(file, dtype="fp32", vocab_size=12, seed=seed, attention="sdpa", where="x")
         return torch.cat([parameter.detach().flatten() for parameter in loaded.model.parameters()])
 
     assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
@@ -59,6 +60,7 @@ def test_numbers_that_do_not_fit() -> None:
     check_positions(GPT2Config(**TINY), 8, "data.max_tokens", "x")
     with pytest.raises(ConfigError, match="data.max_tokens=9.* 8 positions"):
         check_positions(GPT2Config(**TINY), 9, "data.max_tokens", "x")
-    assert shared_vocab_size(None, 12, 10) == shared_vocab_size(12, 16, 10) == 10
+    assert shared_vocab_size(None, 12, [10]) == shared_vocab_size(12, 16, [10]) == 10
+    assert shared_vocab_size(11, 16, [12, 10]) == 11 and shared_vocab_size(16, 16, [10, 12]) == 12
     with pytest.raises(ConfigError, match="model.teacher: 9 vocabulary rows"):
-        shared_vocab_size(9, 12, 10)
+        shared_vocab_size(9, 12, [10])

@@ -230,9 +230,5 @@ def test_targets_and_bases_that_are_refused(
     assert "is not an empty folder" in _refused(base, adapter, used, capsys)
     bare.mkdir()
     shutil.copy(base / "config.json", bare)
-    assert "has no weights" in _refused(bare, adapter, tmp_path / "merged", capsys)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    (bare / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}), encoding="utf-8"
-    )
-    assert "is quantized" in _refused(bare, adapter, tmp_path / "merged", capsys)
+    assert "but no weights" in _refused(bare, adapter, tmp_path / "merged", capsys)
+    assert "has no weights" in _refused(bare / "config.json", adapter, tmp_path / "merged", capsys)

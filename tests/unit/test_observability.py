@@ -74,6 +74,33 @@ def test_metrics_go_to_the_file_and_to_tensorboard(tmp_path: Path) -> None:
     assert "phi" not in events.Tags()["scalars"]
 
 
+def scalars_of(file: Path) -> list[int]:
+    """Steps of the losses in one event file, without regard to any other."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return [event.step for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+
+
+def test_the_events_of_steps_that_are_repeated_are_gone(tmp_path: Path) -> None:
+    """Each file by itself: not every reader knows which events a later file replaces."""
+
+    def attempt(steps: range, last_step: int) -> None:
+        before = set(tmp_path.glob("events.*"))
+        with MetricsWriter(tmp_path, last_step=last_step) as metrics:
+            for step in steps:
+                metrics.write(step, {"loss": float(step)})
+        (new,) = set(tmp_path.glob("events.*")) - before
+        new.rename(new.with_name(f"events.out.tfevents.{steps.stop}.attempt"))  # the clock's second is in the name
+
+    attempt(range(1, 6), 0)
+    attempt(range(1, 5), 0)  # nothing had been saved
+    assert [scalars_of(file) for file in tmp_path.glob("events.*")] == [[1, 2, 3, 4]]
+    (file,) = tmp_path.glob("events.*")
+    file.write_bytes(file.read_bytes()[:-3])  # killed while it wrote
+    attempt(range(3, 7), 2)
+    assert sorted(scalars_of(file) for file in tmp_path.glob("events.*")) == [[1, 2], [3, 4, 5, 6]]
+
+
 def test_only_rank_zero_logs(capsys: pytest.CaptureFixture[str]) -> None:
     get_logger(0).info("seen")
     get_logger(0, "train").warning("seen too")

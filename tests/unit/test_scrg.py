@@ -239,7 +239,7 @@ def _revise(
     })  # fmt: skip
     teacher = Teacher(prompts, objections)
     plan = DecodeBatchPlan(more.get("batch_size", len(prompts)), False, 64)
-    inputs = SourceInputs(config, ParallelContext.single(), Student(), teacher, frozenset({EOS}), plan)
+    inputs = SourceInputs(config, ParallelContext.single(), Student(), teacher, frozenset({EOS}), plan, max_steps=2000)
     return OnPolicy.build(inputs).samples(0, samples_of(*prompts), Timers()), teacher
 
 

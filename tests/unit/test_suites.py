@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megadistill.config.schema import DataSection, EvalSection
+from megadistill.config.data import DataSection
+from megadistill.config.schema import EvalSection
 from megadistill.data.dataset import Example
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError, DataError
@@ -95,4 +96,4 @@ def test_one_pass_scores_every_seed_and_greedy(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         run_suite(eval_set, generate, seeds=(), greedy=False)
     with pytest.raises(DataError, match="empty"):
-        run_suite(EvalSet("none", []), generate, seeds=(10,))
+        run_suite(EvalSet("none", [], end_id=0), generate, seeds=(10,))

@@ -1,7 +1,4 @@
-"""Prompts, token ids, limits, and the comparison of tokenizers, for the tokenizer kinds of causal models."""
-
-import json
-import shutil
+"""Prompts, token ids and limits, for the tokenizer kinds of causal models."""
 
 import pytest
 
@@ -9,14 +6,13 @@ from megadistill.data.dataset import Example
 from megadistill.data.encode import tokenize_examples
 from megadistill.data.prompts import PromptSettings, render_prompt
 from megadistill.data.tokenize import (
-    assert_same_vocabulary,
     decode_responses,
     encode_responses,
     leading_special_ids,
     load_tokenizer,
 )
 from megadistill.errors import ConfigError, DataError
-from tests.support.tokenizers import byte_level, sentence_piece
+from tests.support.tokenizers import byte_level, edited, sentence_piece
 
 KINDS = ("byte_level", "byte_level_bos", "sentence_piece")
 TEXTS = [
@@ -183,45 +179,3 @@ def test_tokenizers_that_cannot_be_used(folders, tmp_path, monkeypatch):
     without_eos = edited(folders / "byte_level", tmp_path / "no_eos", eos_token=None)
     with pytest.raises(ConfigError, match="has no EOS token"):
         load_tokenizer(without_eos)
-
-
-def edited(source, target, **settings):
-    shutil.copytree(source, target)
-    path = target / "tokenizer_config.json"
-    kept = {**json.loads(path.read_text(encoding="utf-8")), **settings}
-    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not None}), encoding="utf-8")
-    (target / "special_tokens_map.json").unlink(missing_ok=True)
-    return target
-
-
-def test_equal_tokenizers_pass_and_padding_does_not_count(folders, tmp_path):
-    first = load_tokenizer(folders / "byte_level_bos")
-    assert_same_vocabulary(first, load_tokenizer(folders / "byte_level_bos"))
-    padded = load_tokenizer(edited(folders / "byte_level_bos", tmp_path / "padded", pad_token="<s>"))
-    assert padded.pad_token_id != first.pad_token_id
-    assert_same_vocabulary(first, padded)
-
-
-def test_different_tokenizers_are_refused(folders, tmp_path):
-    first = load_tokenizer(folders / "byte_level")
-    with pytest.raises(
-        ConfigError, match=r"big and small have different vocabularies .*: id \d+ is '.*' for the big and"
-    ):
-        assert_same_vocabulary(first, load_tokenizer(folders / "sentence_piece"), ("big", "small"))
-    longer = load_tokenizer(folders / "byte_level")
-    longer.add_tokens(["<extra>"])
-    with pytest.raises(ConfigError, match=rf"id {len(first)} is absent for the teacher and '<extra>' for the student"):
-        assert_same_vocabulary(first, longer)
-    other_eos = load_tokenizer(edited(folders / "byte_level_bos", tmp_path / "other_eos", eos_token="<s>"))
-    with pytest.raises(ConfigError, match="eos_token is"):
-        assert_same_vocabulary(load_tokenizer(folders / "byte_level_bos"), other_eos)
-
-
-def test_equal_tokens_that_cut_text_differently_are_refused(folders, tmp_path):
-    shutil.copytree(folders / "byte_level", tmp_path / "unmerged")
-    path = tmp_path / "unmerged" / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["model"]["merges"] = content["model"]["merges"][:1]
-    path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ConfigError, match="tokenize the same text differently"):
-        assert_same_vocabulary(load_tokenizer(folders / "byte_level"), load_tokenizer(tmp_path / "unmerged"))

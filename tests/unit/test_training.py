@@ -47,7 +47,9 @@ def config_of(mode: str, seed: int = 5, **more: Any) -> RunConfig:
 def source_of(mode: str, seed: int = 5, **more: Any) -> TextSource:
     config = config_of(mode, seed, **more)
     model: Any = object()
-    inputs = SourceInputs(config, ParallelContext.single(), model, model, frozenset(), DecodeBatchPlan(2, True, 2))
+    inputs = SourceInputs(
+        config, ParallelContext.single(), model, model, frozenset(), DecodeBatchPlan(2, True, 2), max_steps=2000
+    )
     return source_class(config).build(inputs)
 
 
@@ -141,7 +143,9 @@ def test_replayed_text_is_read_by_the_teacher_again() -> None:
             return [torch.tensor(chunk.tokens).unsqueeze(-1) for chunk in chunks]
 
     config, teacher = config_of("off_policy"), Teacher()
-    inputs = SourceInputs(config, ParallelContext.single(), teacher, teacher, frozenset(), DecodeBatchPlan(2, True, 2))
+    inputs = SourceInputs(
+        config, ParallelContext.single(), teacher, teacher, frozenset(), DecodeBatchPlan(2, True, 2), max_steps=2000
+    )
     replay = Replay.build(inputs)
     replay.buffer.append([Sample(i, (5, 6), response_ids=(7, 8 + i), rollout_ids=(7,)) for i in range(2)])
     for i, sample in enumerate(replay.samples(9, [], Timers())):

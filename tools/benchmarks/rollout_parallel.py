@@ -78,7 +78,12 @@ def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Stude
 
     context = ParallelContext.build(tp_size, 600, torch.device("cpu"))
     loaded = load_model(
-        str(folder / "student"), dtype="fp32", vocab_size=sizes.vocab, seed=0, attention="sdpa", where="student"
+        str(folder / "student" / "config.json"),
+        dtype="fp32",
+        vocab_size=sizes.vocab,
+        seed=0,
+        attention="sdpa",
+        where="student",
     )
     return trained_model(
         loaded, context, zero_stage=zero_stage, dtype="fp32", optim=OptimSection(),

@@ -17,6 +17,7 @@ from tools.benchmarks.measure import at_least, machine, save
 from tools.benchmarks.step_workers import Sizes, model_config
 
 if TYPE_CHECKING:
+    from megadistill.checkpoint.carried import Carried
     from megadistill.engines.student import Student
     from megadistill.parallel.context import ParallelContext
     from megadistill.parallel.output_head import OutputHead
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any]:
+    from megadistill.checkpoint.carried import carried_files
     from megadistill.data.tokenize import load_tokenizer
     from megadistill.demo.tokenizer import train_tokenizer
     from megadistill.launch.world import distributed
@@ -52,13 +54,16 @@ def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any
         context = ParallelContext.build(1, 600, device)
         student = _student(folder, sizes, context)
         train_tokenizer(["a few words for a small tokenizer"] * 50, folder / "tokenizer", vocab_size=300)
-        tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        path = str(folder / "tokenizer")
+        tokenizer = load_tokenizer(path)
+        ends = frozenset({tokenizer.eos_token_id})
+        carried = carried_files(str(folder / "model"), path, tokenizer, ends, student.loaded.config)
         numbers = sum(torch.Size(spec.shape).numel() for spec in student.shard_specs.values())
         seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         blocked: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         for round_index in range(rounds + 1):
             for kind, asynchronous in _KINDS.items():
-                total, waiting = _steps(student, tokenizer, folder / kind, context, steps, asynchronous)
+                total, waiting = _steps(student, carried, folder / kind, context, steps, asynchronous)
                 if round_index:  # the first one warms up
                     seconds[kind].append(total)
                     blocked[kind].append(waiting)
@@ -89,19 +94,27 @@ def _student(folder: Path, sizes: Sizes, context: ParallelContext) -> Student:
 
     model_config("student", sizes).save_pretrained(folder / "model")
     loaded = load_model(
-        str(folder / "model"), dtype="fp32", vocab_size=sizes.vocab, seed=0, attention="sdpa", where="student"
+        str(folder / "model" / "config.json"),
+        dtype="fp32",
+        vocab_size=sizes.vocab,
+        seed=0,
+        attention="sdpa",
+        where="student",
     )
     train = TrainSection(global_batch_size=16, micro_batch_size=16)
     return trained_model(loaded, context, zero_stage=3, dtype="fp32", optim=OptimSection(), train=train)
 
 
 def _steps(
-    student: Student, tokenizer: Any, folder: Path, context: ParallelContext, steps: int, asynchronous: bool | None
+    student: Student, carried: Carried, folder: Path, context: ParallelContext, steps: int, asynchronous: bool | None
 ) -> tuple[float, float]:
     """Wall seconds of a checkpoint and some steps after it, and how many of them training waited."""
     from megadistill.checkpoint.writer import CheckpointWriter
 
-    writer = CheckpointWriter(folder, student, tokenizer, context, keep_last=1, asynchronous=bool(asynchronous))
+    writer = CheckpointWriter(folder, student, carried, context, keep_last=1, asynchronous=bool(asynchronous))
+    if asynchronous is not None:  # a run waits for its first checkpoint, which is compared with the student
+        writer.begin(0, {})
+        writer.finish()
     tokens = torch.randint(0, 1000, (16, 256), generator=torch.Generator().manual_seed(0))
     everything = torch.ones_like(tokens)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

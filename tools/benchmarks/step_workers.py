@@ -215,6 +215,7 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     from megadistill.observability.timers import Timers
     from megadistill.parallel.context import ParallelContext
     from megadistill.training.data import load_training_data, make_sampler
+    from megadistill.training.length import RunLength
     from megadistill.training.setup import build_components, check_models, run_tokenizer
     from megadistill.training.step import distillation_step
 
@@ -222,12 +223,12 @@ def _run_ours(contender: Contender, sizes: Sizes, folder: Path, turns: Turns) ->
     Timers._now = lambda self: turns.now()  # type: ignore[method-assign]
     config = RunConfig.model_validate(_settings(contender, sizes, folder))
     tp_size = check_models(config, 1)
-    tokenizer = run_tokenizer(config)
-    data = load_training_data(config, tokenizer)
+    tokenizer, vocab_size = run_tokenizer(config)
+    data = load_training_data(config, tokenizer, vocab_size)
     sampler = make_sampler(config, data)
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
-        components = build_components(config, context, tokenizer)
+        components = build_components(config, context, tokenizer, vocab_size, data, RunLength.of(config, data))
         number = 0
         while turns.wait():
             result = distillation_step(number, data.batch(sampler, number), components)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from megadistill.config.schema import RunConfig
@@ -43,9 +43,12 @@ class SourceInputs:
         context: The grid of processes.
         student: The model that is trained.
         teacher: The teacher; None where no loss needs it.
-        eos_ids: Tokens that end a response.
+        eos_ids: Tokens that end a response of the student.
         decode_plan: How many examples are written at a time.
         examples: All that the run trains on.
+        teacher_folder: Where the teacher was loaded from; None without one.
+        max_steps: Steps of the run.
+        teacher_eos_ids: Tokens that end a response of the teacher.
     """
 
     config: RunConfig
@@ -55,6 +58,9 @@ class SourceInputs:
     eos_ids: frozenset[int]
     decode_plan: DecodeBatchPlan
     examples: Sequence[TokenizedExample] = ()
+    teacher_folder: str | None = None
+    max_steps: int = field(kw_only=True)
+    teacher_eos_ids: frozenset[int] = frozenset()
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""

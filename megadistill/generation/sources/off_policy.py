@@ -34,7 +34,7 @@ class OffPolicy(TextSource):
 
     def __init__(self, inputs: SourceInputs, on_policy: TextSource, replay: Replay, dataset: TextSource) -> None:
         config, settings = inputs.config, inputs.config.generation.off_policy
-        self._context, self._seed, self._max_steps = inputs.context, config.run.seed, config.train.max_steps
+        self._context, self._seed, self._max_steps = inputs.context, config.run.seed, inputs.max_steps
         self._validates = config.train.eval_every > 0
         self._schedule = OffPolicySchedule(phi=settings.initial_phi, eps=settings.eps)
         self._replay = replay

@@ -89,7 +89,7 @@ class OnPolicy(TextSource):
                 corrections = find_corrections(responses, scores)
             # Its token goes in, and the student continues from there.
             with timers("regenerate"):
-                rollout.rewrite(corrections, Stream.CONTINUATION + round_index)
+                rollout.rewrite(corrections, Stream.CONTINUATION + round_index, self._inputs.teacher_eos_ids)
                 responses = rollout.responses()
             # A response without an error is unchanged, and later rounds no longer look at it (ours).
             starts = [len(response) for response in responses]

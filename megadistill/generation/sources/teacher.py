@@ -30,13 +30,14 @@ class TeacherText(TextSource):
     @classmethod
     def build(cls, inputs: SourceInputs) -> TeacherText:
         """Reads the responses from the file, and lets the teacher write those that are missing."""
-        assert inputs.teacher is not None
+        assert inputs.teacher is not None and inputs.teacher_folder is not None
         responses = teacher_responses(
             inputs.config,
             [example.prompt_ids for example in inputs.examples],
             inputs.teacher,
+            inputs.teacher_folder,
             inputs.context,
-            eos_ids=inputs.eos_ids,
+            eos_ids=inputs.teacher_eos_ids,
             batch_size=inputs.decode_plan.batch_size,
         )
         return cls(responses, inputs.teacher, inputs.config.train.micro_batch_size)

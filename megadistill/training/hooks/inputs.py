@@ -10,6 +10,7 @@ from megadistill.data.spans import span_prior_version
 from megadistill.errors import CheckpointError
 from megadistill.files import os_errors_as
 from megadistill.generation.sources import source_class
+from megadistill.models.end_tokens import describe_end_tokens
 from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.loading import load_model_config
 from megadistill.observability.log import get_logger
@@ -74,13 +75,13 @@ def describe_inputs(components: Components, data: TrainingData) -> dict[str, str
         "data.train_path": rows_fingerprint(data.train),
         "the tokenizer": f"checksum {tokenizer_fingerprint(components.tokenizer)}",
     }
+    described["the end tokens"] = describe_end_tokens(components.eos_ids, components.tokenizer)
     if data.prompts:
         described["data.prompts_path"] = rows_fingerprint(data.prompts)
     if "data.valid_path" in source_class(config).validation_settings():
         described["data.valid_path"] = rows_fingerprint(data.valid)
-    path = config.model.teacher.path
-    if components.teacher is not None and path is not None:
-        described["model.teacher.path"] = _teacher(path)
+    if components.teacher_folder is not None:
+        described["model.teacher.path"] = _teacher(components.teacher_folder)
         described["the span parser"] = span_prior_version(config.data.span_prior)
     return described
 

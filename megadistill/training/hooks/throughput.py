@@ -53,8 +53,8 @@ class Throughput(Hook):
     def __init__(self, components: Components) -> None:
         self._components = components
         self._began = 0.0
-        self._num_student = _num_parameters(components.student)
-        self._num_teacher = 0 if components.teacher is None else _num_parameters(components.teacher)
+        self._num_student = num_parameters(components.student)
+        self._num_teacher = num_parameters(components.teacher)
         self._peak = peak_flops(components.context.device)
         self._tokens = self._examples = self._seconds = self._flops = self._peak_memory = 0.0
 
@@ -120,6 +120,6 @@ def peak_flops(device: torch.device) -> float | None:
     return None
 
 
-def _num_parameters(model: PartitionedModel) -> int:
-    """Parameters of the whole model; a tied head counts once."""
-    return sum(math.prod(shape) for shape in model.loaded.shapes.values())
+def num_parameters(model: PartitionedModel | None) -> int:
+    """Parameters of the whole model; a tied head counts once. 0 for no model."""
+    return 0 if model is None else sum(math.prod(shape) for shape in model.loaded.shapes.values())

@@ -42,8 +42,8 @@ class Validation(Hook):
 
     def step_ended(self, event: StepEvent) -> None:
         """Validates every ``train.eval_every`` steps and after the last one."""
-        train = self._components.config.train
-        if train.eval_every and (event.step % train.eval_every == 0 or event.step == train.max_steps):
+        every, last = self._components.config.train.eval_every, self._components.length.max_steps
+        if every and (event.step % every == 0 or event.step == last):
             self.run(event.step)
             event.metrics.update(self.last)
 
@@ -73,6 +73,7 @@ def validate(components: Components, examples: Sequence[TokenizedExample]) -> di
     config = components.config
     settings = AnswerSettings(
         components.tokenizer,
+        components.eos_ids,
         config.generation.max_new_tokens,
         config.data.max_tokens,
         batch_size=min(config.eval.batch_size, components.decode_plan.max_batch_size),

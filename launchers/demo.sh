@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up <clone>/.venv if needed, and runs the whole job on a small corpus: README.md, "The demo".
+# Sets up <clone>/.venv if needed, and runs the whole job on a small corpus: docs/demo.md.
 #   bash launchers/demo.sh [--help]          DRY_RUN=1 prints the command
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

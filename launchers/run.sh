@@ -9,8 +9,8 @@
 #   deepspeed launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   bash launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   sbatch --nodes=2 --gpus-per-node=8 launchers/run.sh --config configs/paper.yaml [section.field=value ...]
-# The second one uses the clone's .venv and starts NPROC processes (default: one per GPU, 2 where there is none); the
-# third one continues in launchers/slurm.sbatch. DRY_RUN=1 prints the command of the last two.
+# The second one uses the clone's .venv, starts NPROC processes (default: one per GPU, 2 where there is none), and keeps
+# DeepSpeed's messages in RUN/launcher.log; the third one continues in launchers/slurm.sbatch. DRY_RUN=1 prints the command of the last two.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
@@ -23,8 +23,8 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
     export MEGADISTILL_ROOT="$root"
     exec bash "$root/launchers/slurm.sbatch" "$@"
 fi
-if [ -x "$root/.venv/bin/deepspeed" ]; then export PATH="$root/.venv/bin:$PATH"; fi
-if ! command -v deepspeed >/dev/null; then
+if [ -x "$root/.venv/bin/python3" ]; then export PATH="$root/.venv/bin:$PATH"; fi
+if ! python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("deepspeed") is None)'; then
     echo "launchers/run.sh: deepspeed is not installed; set it up with: bash launchers/setup.sh" >&2
     exit 2
 fi
@@ -34,7 +34,9 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 # A free port: two runs on one machine would meet on deepspeed's fixed one.
 port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-set -- deepspeed --log_level warning --master_port "$port" ${NPROC:+--num_gpus "$NPROC"} "$root/launchers/run.sh" "$@"
+# DeepSpeed's launcher for one machine, whose messages go to RUN/launcher.log.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+set -- python3 -u -m megadistill.launch.quiet_deepspeed "${NPROC:-gpus}" "$port" "$root/launchers/run.sh" "$@"
 if [ -z "${DRY_RUN:-}" ]; then exec "$@"; fi
 printf '%q ' "$@"
 echo

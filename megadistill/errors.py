@@ -58,7 +58,7 @@ class CheckpointError(MegadistillError):
 
 
 class DivergenceError(MegadistillError):
-    """A loss or gradient that is not finite: nothing after it would mean anything."""
+    """A loss, gradient or logit that is not finite: nothing after it would mean anything."""
 
 
 def first_line(error: Exception) -> str:

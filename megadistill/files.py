@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -77,6 +78,14 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[Any]:
     """The values of a file of ours with one JSON value on each line, such as metrics.jsonl."""
     with Path(path).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def checksum(items: Sequence[Any]) -> str:
+    """A checksum of anything that JSON can hold."""
+    total = hashlib.blake2b(digest_size=8)
+    for item in items:
+        total.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return total.hexdigest()
 
 
 def reason_of(error: OSError) -> str:

@@ -115,8 +115,8 @@ def for_auto_tokenizer(carried: Carried, config: PreTrainedConfig, where: str) -
         f"AutoTokenizer does not tokenize as {where}/tokenizer.json describes and as this run does, because "
         f"transformers has a class of its own for {config.model_type}. Programs with AutoTokenizer (vLLM) would read "
         f"exports with other ids. Either load their tokenizer with {_GENERIC_CLASS} there, or train with what "
-        f"AutoTokenizer reads: AutoTokenizer.from_pretrained({where!r}).save_pretrained('NEW'), and "
-        "model.tokenizer=NEW with a student and teacher of that tokenizer."
+        "AutoTokenizer reads: before training, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) for every model "
+        "folder DIR of the run"
     )
     return carried
 

@@ -156,11 +156,11 @@ def family_shards(shapes: Mapping[str, tuple[int, ...]], family: Family, tp_size
 
 def _check_tp_size(tp_size: int, config: Any, where: str) -> None:
     heads = head_counts(config, where)
-    allowed = divisors(math.gcd(*heads))
+    allowed = divisors(math.gcd(*heads.values()))
     if tp_size not in allowed:
+        undivided = ", ".join(f"the {count} {what}" for what, count in heads.items() if count % tp_size)
         raise TopologyError(
-            f"a tensor-parallel size of {tp_size} does not divide the heads of {where} "
-            f"({', '.join(map(str, heads))}); allowed: {', '.join(map(str, allowed))}",
+            f"a tensor-parallel size of {tp_size} does not divide {undivided}; allowed: {', '.join(map(str, allowed))}",
             setting="parallel.tp_size",
         )
 

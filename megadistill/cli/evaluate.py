@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from megadistill.cli.parsing import Parser, config_of, refuse_unwritable
 from megadistill.config.sampling import SamplingOptions
 from megadistill.errors import ConfigError
-from megadistill.files import to_jsonable, write_json
 
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
@@ -23,7 +22,8 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "evaluate",
         "Scores models on evaluation sets: ROUGE-L and exact match of answers sampled with every seed of eval.seeds\n"
-        "and of greedy answers, and the likelihood of the references.",
+        "and of greedy answers, and the likelihood of the references. Numbers are added to RUN.DIR/evaluation.json;\n"
+        "those that were there are kept.",
         "examples:\n"
         "  megadistill evaluate --config configs/demo.yaml --model runs/demo --suite dolly=FILE\n"
         "  deepspeed --num_gpus 2 --no_local_rank --module megadistill evaluate --config F",
@@ -38,18 +38,45 @@ def run(arguments: Sequence[str]) -> int:
         help="evaluation set; SUITE dolly, self_inst, vicuna, sni or unni takes that suite's rows; repeatable; "
         "default: eval.path",
     )  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="JSON with every number; default: RUN.DIR/evaluation.json")
+    parser.add_argument(
+        "--output", metavar="FILE", help="JSON to add every number to; default: RUN.DIR/evaluation.json"
+    )
     parsed = parser.parse(arguments)
     config = config_of(parsed)
     models, suites = _named(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config)
+    config = _as_trained(config, models)
     output = Path(parsed.output or Path(config.run.dir) / "evaluation.json")
     refuse_unwritable(output, is_file=True)
-    results = evaluate_models(config, models, suites)
-    if results is not None:
-        write_json(output, results["json"])
-        print(results["table"])
-        print(f"written to {output}")
+    from megadistill.evaluation.record import add_results, notes_on_rows, read_record
+
+    read_record(output)  # a file that cannot be added to is found before the work
+    evaluated = evaluate_models(config, models, suites)
+    if evaluated is not None:
+        print(evaluated["table"])
+        record, num_moved = add_results(output, evaluated["results"])
+        for note in notes_on_rows(record, suites):
+            print(note)
+        kept = f"; {num_moved} earlier result{'s' * (num_moved > 1)} moved to its history" if num_moved else ""
+        print(f"added to {output}{kept}")
     return 0
+
+
+def _as_trained(config: RunConfig, models: Mapping[str, str]) -> RunConfig:
+    """The configuration with the template that runs among the models were trained with, where it leaves that open.
+
+    Raises:
+        ConfigError: Runs with different templates.
+    """
+    from megadistill.checkpoint.run_settings import settings_of_run
+
+    if config.data.template != "auto":
+        return config
+    found = [settings_of_run(path) for path in (config.run.dir, *models.values())]
+    templates = {run[1].data.template: run[0] for run in found if run is not None}
+    if len(templates) > 1:
+        told = ", ".join(f"{name} ({path})" for name, path in templates.items())
+        raise ConfigError(f"the models were trained with different templates: {told}", setting="data.template")
+    return config.with_template(next(iter(templates), "auto"))
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:
@@ -87,10 +114,11 @@ def evaluate_models(
         suites: Name of the set -> (path, suite or None).
 
     Returns:
-        On rank 0 ``table`` (text) and ``json`` (every number); None elsewhere.
+        On rank 0 ``table`` (text) and ``results`` (model -> set -> entry of evaluation.json); None elsewhere.
     """
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.evaluation.processes import inference_context
+    from megadistill.evaluation.record import deciding_settings, describe_model, make_entry
     from megadistill.evaluation.report import results_table
     from megadistill.evaluation.rouge import load_scorer
     from megadistill.models.loading import check_positions, load_model_config
@@ -103,16 +131,25 @@ def evaluate_models(
         )
     results: dict[str, dict[str, SuiteResult]] = {}
     nll: dict[str, dict[str, float]] = {}
+    described: dict[str, dict[str, Any]] = {}
     with inference_context(config.parallel, folders) as context:
         for name, folder in folders.items():
+            described[name] = context.run_on_rank0(partial(describe_model, name, folder))
             results[name], nll[name] = _evaluate_model(config, name, folder, suites, context)
         if not context.is_rank0:
             return None
-    scores = {
-        name: {suite: {**to_jsonable(result), "nll": nll[name].get(suite)} for suite, result in by_suite.items()}
+    settings = deciding_settings(config)
+    entries = {
+        name: {
+            suite: make_entry(
+                result, nll[name].get(suite), model=described[name], path=suites[suite][0], suite=suites[suite][1],
+                settings=settings,
+            )
+            for suite, result in by_suite.items()
+        }
         for name, by_suite in results.items()
-    }
-    return {"table": results_table(results, nll), "json": {"models": folders, "results": scores}}
+    }  # fmt: skip
+    return {"table": results_table(results, nll), "results": entries}
 
 
 def _evaluate_model(
@@ -125,6 +162,7 @@ def _evaluate_model(
     """Scores of one model by set, and nats per reference token of the sets that have references."""
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
+    from megadistill.decoding.nonfinite import faults_in
     from megadistill.engines.inference import open_model
     from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
     from megadistill.evaluation.suites import load_eval_set, run_suite
@@ -153,11 +191,13 @@ def _evaluate_model(
     ) as model:  # fmt: skip
         for suite, eval_set in sets.items():
             passes = len(config.eval.seeds) + config.eval.greedy
-            total = passes * len(range(context.dp_rank, len(eval_set.rows), context.dp_size))
-            with progress_bar(description=f"{name} on {suite}", total=total, unit="row", rank=context.rank) as bar:
+            mine = eval_set.rows[context.dp_rank :: context.dp_size]
+            total = passes * len(mine) + sum(row.response_ids is not None for row in mine)
+            where = f"{name} on {suite}"
+            with faults_in(where), progress_bar(description=where, total=total, unit="row", rank=context.rank) as bar:
                 answer = partial(write_answers, model, settings=settings, context=context, progress=bar.update)
                 results[suite] = run_suite(eval_set, answer, seeds=config.eval.seeds, greedy=config.eval.greedy)
-            likelihood = reference_likelihood(model, eval_set.rows, settings, context)
+                likelihood = reference_likelihood(model, eval_set.rows, settings, context, bar.update)
             if likelihood.num_tokens:
                 nll[suite] = likelihood.nll
     return results, nll

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megadistill.cli.generate_options import check_standard_input, fill_in, generate_parser
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.config.sampling import SamplingOptions
+from megadistill.files import checksum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,7 +180,7 @@ def _deciding(
 ) -> dict[str, Any]:
     """The settings that determine the rows, by the names that users know; not how they are computed."""
     from megadistill.cli.resumable import describe_model
-    from megadistill.data.fingerprint import checksum, tokenizer_fingerprint
+    from megadistill.data.fingerprint import tokenizer_fingerprint
     from megadistill.data.prompts import read_chat_template
     from megadistill.models.end_tokens import describe_end_tokens
 

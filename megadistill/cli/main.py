@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import time
 from collections.abc import Sequence
 
+from megadistill import __version__
 from megadistill.cli.settings import line_of
 from megadistill.errors import ExitCode, MegadistillError
 from megadistill.files import did_you_mean, reason_of
 from megadistill.launch.launchers import rank_of
+from megadistill.observability.log import printable
 from megadistill.observability.redact import keep_secrets, redact
 
 VERBS = {
@@ -45,10 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         raised.
     """
     keep_secrets()
+    _speak_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            # Now, where an error can still be told: the interpreter would only complain when it ends.
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as with ``| head``
+        _stop_writing()
+        return ExitCode.DONE
+    except OSError as error:
+        # A file or folder that cannot be read or written; an OSError without a name is a bug of ours.
+        if error.filename is None:
+            raise
+        _print_error(f"{error.filename}: {reason_of(error)}")
+        return ExitCode.USER_ERROR
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return ExitCode.DONE if arguments else ExitCode.USER_ERROR
+    if arguments[0] == "--version":
+        print(f"megadistill {__version__}")
+        return ExitCode.DONE
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         _print_error(f"unknown verb '{verb}'; allowed: {', '.join(VERBS)}{did_you_mean(verb, VERBS)}")
@@ -62,15 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print_error("interrupted; rerun the same command to resume from what is saved")
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as with ``| head``
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
-    except OSError as error:
-        # A file or folder that cannot be read or written; an OSError without a name is a bug of ours.
-        if error.filename is None:
-            raise
-        _print_error(f"{error.filename}: {reason_of(error)}")
-        return ExitCode.USER_ERROR
+
+
+def _speak_utf8() -> None:
+    """Rows and messages are UTF-8 in every locale; a lone surrogate is written as its escape, as in JSON."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _stop_writing() -> None:
+    """The interpreter flushes standard output again when it ends, and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str) -> None:
@@ -83,7 +111,7 @@ def _print_error(message: str) -> None:
     if rank:
         time.sleep(_OTHER_RANKS_WAIT_S)
     where = f" [rank {rank}]" if rank else ""
-    print(f"megadistill{where}: {' '.join(redact(message).split())}", file=sys.stderr, flush=True)
+    print(f"megadistill{where}: {printable(' '.join(redact(message).split()))}", file=sys.stderr, flush=True)
 
 
 def _help() -> str:
@@ -91,7 +119,7 @@ def _help() -> str:
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
     return (
         "usage: megadistill VERB ...\n\nDistills large language models on DeepSpeed ZeRO-3 and tensor parallelism.\n\n"
-        f"{verbs}\n\nmegadistill VERB --help describes a verb."
+        f"{verbs}\n\nmegadistill VERB --help describes a verb; megadistill --version tells the version."
     )
 
 

@@ -13,12 +13,15 @@ from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megadistill.config.aliases import other_name
 from megadistill.config.data import DataSection
-from megadistill.config.load import flatten, load_config
+from megadistill.config.fields import walk
+from megadistill.config.load import flatten, load_config, unknown_key
 from megadistill.config.schema import RunConfig
 from megadistill.config.section import PositiveInt, Section, describe
 from megadistill.config.shipped import find_config
 from megadistill.errors import ConfigError
+from megadistill.files import did_you_mean
 from megadistill.observability.redact import holds_url_credentials
 
 
@@ -33,6 +36,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self._has_settings = False
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -41,9 +45,14 @@ class Parser(argparse.ArgumentParser):
     def add_config(self) -> None:
         """Adds ``--config FILE`` and ``section.field=value`` overrides."""
         self.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
-        self.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the file")
+        self.add_settings("settings that win over the file; docs/configuration.md has all of them")
         # The deepspeed launcher adds it; the rank is taken from the environment.
         self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+    def add_settings(self, help_text: str) -> None:
+        """Adds ``section.field=value`` overrides, as ``overrides``."""
+        self.add_argument("overrides", nargs="*", metavar="section.field=value", help=help_text)
+        self._has_settings = True
 
     def add_section(self, section: type[Section]) -> None:
         """An option for each key of a section of the configuration: ``--top-k`` for ``top_k``."""
@@ -89,8 +98,27 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parses options and positional arguments in any order."""
+        """Parses options and positional arguments in any order.
+
+        Raises:
+            ConfigError: An unknown option; where the verb has settings, with the one that it is.
+        """
+        options = self._option_string_actions
+        for word, following in zip(arguments, [*arguments[1:], "VALUE"], strict=False):
+            option, _, value = word.partition("=")
+            if word == "--":
+                break
+            if word.startswith("--") and option not in options:
+                self._refuse(option, value or following)
         return self.parse_intermixed_args(list(arguments))
+
+    def _refuse(self, option: str, value: str) -> NoReturn:
+        key, near = option.lstrip("-"), did_you_mean(option, self._option_string_actions)
+        if self._has_settings and key in dict(walk()):
+            raise ConfigError(f"{self.prog}: {option} is a setting; write {key}={value}")
+        if self._has_settings and (not near or other_name(key) is not None):
+            raise ConfigError(f"{self.prog}: settings are written section.field=value; {unknown_key(option)}")
+        self.error(f"unrecognized arguments: {option}{near}")
 
 
 def value_of(kind: Any) -> Callable[[str], Any]:

@@ -13,11 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from megadistill.config.fields import nearest_key, walk
+from megadistill.config.aliases import other_name
+from megadistill.config.fields import nearest_key, nearest_sibling, walk
 from megadistill.config.schema import RunConfig
 from megadistill.config.section import CombinationError, Section, allowed, section_type
+from megadistill.config.shipped import find_base, shipped_names
 from megadistill.errors import ConfigError, first_line
-from megadistill.files import did_you_mean_path, write_atomically
+from megadistill.files import did_you_mean, did_you_mean_path, write_atomically
 
 COMMAND_LINE = "command line"
 Tree = dict[str, Any]
@@ -27,7 +29,8 @@ _RESOLVER = re.compile(r"\$\{[^{}]*:")
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a configuration file, the files of its ``base:`` chain, and overrides; the later one wins.
 
-    ``base:`` is relative to the file it stands in; every other relative path is relative to the working directory.
+    ``base:`` is relative to the file it stands in, or the name of a shipped file; every other relative path is relative
+    to the working directory.
     ``${section.field}`` refers to another key.
 
     Args:
@@ -56,6 +59,21 @@ def dump_resolved(config: RunConfig, path: str | os.PathLike[str]) -> None:
     text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
     header = f"# Every setting of this run, defaults included. Repeat it with --config {path.name}\n"
     write_atomically(path, header + text)
+
+
+def unknown_key(key: str, value: Any = None) -> str:
+    """The message about a key that does not exist, with what it is here where it is one of another trainer.
+
+    Args:
+        key: The key.
+        value: Its value, in which the first key was typed where it is a section.
+    """
+    is_slip = "." in key and nearest_sibling(key, 0.85) is not None  # optim.beta is optim.betas, not GKD's beta
+    if not is_slip and (other := other_name(key, value)) is not None:
+        return f"{other[0]}: unknown key; {other[1].hint}"
+    nearest = nearest_key(key)
+    hint = f"did you mean {nearest}?" if nearest else f"sections are {', '.join(RunConfig.model_fields)}"
+    return f"{key}: unknown key; {hint}"
 
 
 def require(config: RunConfig, key: str, reason: str) -> str:
@@ -107,8 +125,8 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
     try:
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError as error:
-        where = f"{above[-1]}: base: " if above else ""
-        raise ConfigError(f"{where}{path}: no such file{did_you_mean_path(path, _is_yaml)}") from error
+        where, hint = (f"{above[-1]}: base: ", did_you_mean(path.name, shipped_names())) if above else ("", "")
+        raise ConfigError(f"{where}{path}: no such file{hint or did_you_mean_path(path, _is_yaml)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from error
     except (YAMLError, OmegaConfBaseException) as error:
@@ -124,15 +142,16 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> list[tuple[str, Tree]]:
         return [checked]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be the path of one YAML file, not {base!r}")
-    return [*_read_chain(path.parent / base, (*above, path.resolve())), checked]
+    return [*_read_chain(find_base(base, path.parent), (*above, path.resolve())), checked]
 
 
 def _read_override(text: str) -> tuple[str, Tree]:
     key, sign, _ = text.partition("=")
     if not sign:
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting; write section.field=value{_did_you_mean(key)}")
+        setting = f"{key}=VALUE" if key in dict(walk()) else "section.field=value"
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not a setting; write {setting}")
     if not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise ConfigError(f"{COMMAND_LINE}: {key}: unknown key{_did_you_mean(key)}")
+        raise ConfigError(f"{COMMAND_LINE}: {unknown_key(key)}")
     try:
         layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
@@ -147,7 +166,7 @@ def _checked(source: str, layer: dict[Any, Any]) -> Tree:
     for key, value in list(_nodes(layer)):
         field = fields.get(key)
         if field is None:
-            raise ConfigError(f"{source}: {key}: unknown key{_did_you_mean(key)}")
+            raise ConfigError(f"{source}: {unknown_key(key, value)}")
         if section_type(field) is not None and value is not None and not isinstance(value, dict):
             names = ", ".join(name for name in fields if name.startswith(key + "."))
             raise ConfigError(f"{source}: {key}={_show(value)}: is a section; its keys are {names}")
@@ -183,9 +202,9 @@ def _nodes(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _explain(error: ValidationError, tree: Any, sources: Mapping[str, str], path: str) -> str:
-    """The first problem as one line, and how many more there are."""
+    """All missing keys, else the first problem, as one line, and how many more there are."""
     fields = dict(walk())
-    lines = []
+    missing, lines = [], []
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, CombinationError):
@@ -195,13 +214,27 @@ def _explain(error: ValidationError, tree: Any, sources: Mapping[str, str], path
             continue
         key = next(key for key in _prefixes(problem["loc"]) if key in fields)
         if problem["type"] == "missing":
-            lines.append(f"{path}: {key} is missing; it must be {allowed(fields[key])}")
+            missing.append(key)
         else:
             value = reduce(lambda part, name: part[name], key.split("."), tree)
-            hint = "; put it in quotes to make it text" if problem["type"] == "string_type" else ""
-            lines.append(f"{sources.get(key, path)}: {key}={_show(value)}: must be {allowed(fields[key])}{hint}")
+            problem_is = f"{key}={_show(value)}: must be {allowed(fields[key])}{_hint(key, value, problem['type'])}"
+            lines.append(f"{sources.get(key, path)}: {problem_is}")
+    if missing:
+        listed = ", ".join(f"{key} ({allowed(fields[key])})" for key in missing)
+        lines.insert(0, f"{path}: {listed} {'is' if len(missing) == 1 else 'are'} missing")
     lines = list(dict.fromkeys(lines))
     return lines[0] if len(lines) == 1 else f"{lines[0]} (and {len(lines) - 1} more)"
+
+
+def _hint(key: str, value: Any, problem: str) -> str:
+    """What to do about a value of a wrong type, where it is not plain."""
+    if isinstance(value, list) and key.rpartition(".")[2].endswith("path"):
+        return "; put the files into a folder and give its path"
+    if problem == "dict_type":
+        return "; write the keys themselves, not the name of a file"
+    if problem == "string_type" and not isinstance(value, list | dict):
+        return "; put it in quotes to make it text"
+    return ""
 
 
 def _show(value: Any) -> str:
@@ -212,15 +245,6 @@ def _prefixes(location: tuple[int | str, ...]) -> Iterator[str]:
     """Dotted keys from the whole location down: pydantic appends list positions and union members."""
     for end in range(len(location), 0, -1):
         yield ".".join(str(part) for part in location[:end])
-
-
-def _did_you_mean(key: str) -> str:
-    if re.fullmatch(r"(parallel\.(teacher|student)_tp_size|model\.(teacher|student)\.tp_size)", key):
-        return "; teacher and student share parallel.tp_size: the losses compare the same vocabulary shard of both"
-    nearest = nearest_key(key)
-    if nearest is not None:
-        return f"; did you mean {nearest}?"
-    return f"; sections are {', '.join(RunConfig.model_fields)}"
 
 
 def _is_yaml(file: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/configuration.md and configs/base.yaml from the schema.
+"""Writes docs/configuration.md's tables and configs/base.yaml from the schema, docs/coming_from.md's from aliases.py.
 
-    python -m megadistill.config.reference    # from the repository root, after a change in schema.py
+    python -m megadistill.config.reference    # from the repository root, after a change in schema.py or aliases.py
 
 A test fails while they differ.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
+from megadistill.config.aliases import TABLES
 from megadistill.config.fields import walk
 from megadistill.config.section import allowed, section_type
 
@@ -38,6 +39,17 @@ def reference_markdown() -> str:
             if keys:
                 lines += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
                 lines += [_row(name, leaf) for name, leaf in keys]
+    return "\n".join(lines) + "\n"
+
+
+def coming_from_markdown() -> str:
+    """One table for each other trainer: its settings, ours, and what differs."""
+    lines: list[str] = []
+    for title, rows in TABLES.items():
+        lines += [f"\n## {title}\n", "| there | here | |", "|---|---|---|"]
+        for row in rows:
+            keys = ", ".join(f"`{key}`" for key in row.keys)
+            lines.append(f"| `{row.name}` | {keys} | {row.word.replace('|', 'or')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -74,10 +86,11 @@ def _yaml(value: Any) -> str:
 
 
 def main(root: Path = Path()) -> None:
-    """Rewrites both files below the repository root ``root``."""
-    page = root / "docs/configuration.md"
-    head = page.read_text(encoding="utf-8").partition(MARK)[0]
-    page.write_text(head + MARK + "\n" + reference_markdown(), encoding="utf-8")
+    """Rewrites the three files below the repository root ``root``."""
+    for name, tables in (("configuration.md", reference_markdown()), ("coming_from.md", coming_from_markdown())):
+        page = root / "docs" / name
+        head = page.read_text(encoding="utf-8").partition(MARK)[0]
+        page.write_text(head + MARK + "\n" + tables, encoding="utf-8")
     (root / "configs/base.yaml").write_text(base_yaml(), encoding="utf-8")
 
 

@@ -30,3 +30,22 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     shipped = shipped_root() / path
     is_shipped = path.parent == Path("configs") and shipped.is_file()
     return shipped if is_shipped and not path.exists() else path
+
+
+def find_base(name: str, folder: Path) -> Path:
+    """The file that ``base: NAME`` means in a configuration file.
+
+    Args:
+        name: A path, relative to ``folder``. ``NAME.yaml`` and ``configs/NAME.yaml`` also mean the shipped file of that
+            name, unless the folder holds such a file itself.
+        folder: That of the file with the line.
+    """
+    path = folder / name
+    shipped = shipped_root() / "configs" / Path(name).name
+    is_shipped = Path(name).parent in (Path(), Path("configs")) and shipped.is_file()
+    return shipped if is_shipped and not path.exists() else path
+
+
+def shipped_names() -> list[str]:
+    """The names of the shipped configuration files, for a message about one that does not exist."""
+    return sorted(path.name for path in (shipped_root() / "configs").glob("*.yaml"))

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadistill.data.encode import TokenizedExample
+from megadistill.files import checksum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DIGEST_BYTES = 8
-
-
-def checksum(items: Iterable[Any]) -> str:
-    """A checksum of anything that JSON can hold."""
-    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for item in items:
-        total.update(json.dumps(item, sort_keys=True, default=str).encode())
-    return total.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

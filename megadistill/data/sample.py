@@ -32,6 +32,7 @@ class Sample:
         pair_mask: ``pair_mask[t]`` is True where response tokens t and t + 1 are in one span.
         error_position: Response position of the first correction, ``NO_ERROR`` for none.
         num_corrections: Rounds of SCRG that changed the response.
+        is_finite: False where the student's logits were NaN or infinite while it wrote, which ended the response.
     """
 
     sequence_id: int
@@ -44,6 +45,7 @@ class Sample:
     pair_mask: Sequence[bool] = ()
     error_position: int = NO_ERROR
     num_corrections: int = 0
+    is_finite: bool = True
     targets: Sequence[tuple[int, int]] = ()
 
     @property

@@ -51,8 +51,9 @@ def plan_decode_batches(
     smallest = example_columns * decoder_bytes
     if smallest > max_cache_bytes:
         raise ConfigError(
-            f"generation.max_cache_bytes={max_cache_bytes} is too small: one example of {example_columns} tokens needs "
-            f"{smallest} on this layout. Shorten data.max_prompt_tokens or generation.max_new_tokens, or raise it"
+            f"a key-value cache of {max_cache_bytes} bytes is too small: one example of {example_columns} tokens needs "
+            f"{smallest} on this layout; raise it, or shorten prompts or responses",
+            setting="generation.max_cache_bytes, data.max_prompt_tokens, generation.max_new_tokens",
         )
     max_batch_size = max(1, max_cache_bytes // max(decoder, 1))
     if examples_per_rank * (decoder + prefiller) <= max_cache_bytes:

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 
 from megadistill.data.sample import Sample, TokenIds
+from megadistill.decoding.nonfinite import OnNonFinite, logits_error
 from megadistill.decoding.protocols import Decoder
-from megadistill.decoding.sampling import Sampling, draw_tokens
+from megadistill.decoding.sampling import NO_TOKEN, Sampling, draw_tokens
 from megadistill.parallel.rng import uniform
 
 MAX_EXAMPLES = 64
@@ -42,6 +43,10 @@ class RolloutState:
         limits: The most tokens that each response may have; a token of ``eos_ids`` (kept) ends it earlier.
         sampling: How tokens are drawn.
         keep_hidden: Keep the hidden states, for ``hidden``.
+
+    Attributes:
+        nonfinite: Example -> response position of its first token whose logits were not finite, the same on every
+            tensor-parallel rank. Its response ends there, with class 0 in that token's place.
     """
 
     def __init__(
@@ -63,12 +68,13 @@ class RolloutState:
         self._example_of = list(range(len(samples)))  # slot -> example
         self._tokens = torch.zeros(len(samples), self._longest, dtype=torch.int64, device=model.device)  # by example
         self._lengths = [0] * len(samples)
+        self.nonfinite: dict[int, int] = {}
         self._keep_hidden = keep_hidden
         self._hidden: torch.Tensor | None = None
 
     def responses(self) -> list[TokenIds]:
         """Response ids that have been written so far, example by example (waits for the device once)."""
-        rows = self._tokens.tolist()
+        rows = (self._tokens.clamp_min(0) if self.nonfinite else self._tokens).tolist()
         return [tuple(row[:length]) for row, length in zip(rows, self._lengths, strict=True)]
 
     def hidden(self, example: int, start: int = 0) -> torch.Tensor:
@@ -177,7 +183,9 @@ class RolloutState:
         for slot, token in enumerate(tokens.tolist()):
             example = self._example_of[slot]
             self._lengths[example] = position + 1
-            if token in self._eos or position + 1 >= self._limits[example]:
+            if token == NO_TOKEN:
+                self.nonfinite.setdefault(example, position)
+            if token == NO_TOKEN or token in self._eos or position + 1 >= self._limits[example]:
                 ended.append(slot)
         if len(ended) == num_active:  # no one is left to swap places with
             return 0
@@ -213,6 +221,7 @@ def rollout(
     stream: int = 0,
     max_examples: int = MAX_EXAMPLES,
     progress: Callable[[int], None] | None = None,
+    on_nonfinite: OnNonFinite | None = None,
 ) -> list[TokenIds]:
     """Writes a response to every prompt, up to a token of ``eos_ids`` (kept) or ``limits[i]`` tokens.
 
@@ -228,9 +237,14 @@ def rollout(
         stream: Names the random numbers.
         max_examples: The most examples that are written at a time.
         progress: Called with the number of examples that have just been finished.
+        on_nonfinite: Called with (index in ``samples``, response position) where logits are not finite; the response
+            ends there. Default: that raises.
 
     Returns:
         The responses in the order of ``samples``.
+
+    Raises:
+        DivergenceError: Logits are not finite, and there is no ``on_nonfinite``.
     """
     # Prompts of similar length together: less padding.
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt_ids))
@@ -243,6 +257,10 @@ def rollout(
         state.write(stream)
         for i, response in zip(batch, state.responses(), strict=True):
             responses[i] = response
+        for i, position in sorted((batch[example], position) for example, position in state.nonfinite.items()):
+            if on_nonfinite is None:
+                raise logits_error(f"sequence {samples[i].sequence_id}", position)
+            on_nonfinite(i, position)
         if progress is not None:
             progress(len(batch))
     return responses

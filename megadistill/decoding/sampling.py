@@ -25,6 +25,9 @@ from megadistill.parallel.collectives import all_gather_rows, all_reduce_max, al
 from megadistill.parallel.rng import uniform
 from megadistill.parallel.vocab import VocabShard
 
+# Stands for a token where there is no distribution to draw from; drawn on every rank alike.
+NO_TOKEN = -1
+
 # The top-p threshold is found digit by digit in the ordered bits of the logits.
 _DIGIT_BITS = 4  # the highest digit of 64 wraps around, as two's complement should
 # Slack against round-off when classes add up to top_p exactly (four equal ones and top_p=0.5).
@@ -91,7 +94,7 @@ def sample_tokens(
         stream: Separates draws of different purpose.
 
     Returns:
-        [B] int64 classes, the same on every rank of ``shard.group``.
+        [B] int64 classes, the same on every rank of ``shard.group``; as ``draw_tokens``.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -119,7 +122,8 @@ def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None,
         sampling: How tokens are drawn; its seed is not used.
 
     Returns:
-        [B] int64 classes, the same on every rank of ``shard.group``.
+        [B] int64 classes, the same on every rank of ``shard.group``; ``NO_TOKEN`` where a logit of any rank is NaN or
+        +inf, or all are -inf.
     """
     _check_shapes(logits_shard, shard)
     if sampling.temperature == 0:
@@ -168,7 +172,7 @@ def _greedy(logits_BVs: Tensor, shard: VocabShard) -> Tensor:
     # The first local maximum, then the first rank that holds one: the lowest class in the vocabulary.
     index = logits_BVs.argmax(-1) if shard.size else torch.zeros_like(largest, dtype=torch.int64)
     candidate = torch.where(largest == best, index + shard.start, shard.total)
-    return all_gather_rows(candidate, shard.group).amin(0).clamp_max(shard.total - 1)
+    return _where_finite(best, all_gather_rows(candidate, shard.group).amin(0))
 
 
 def _draw(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor) -> Tensor:
@@ -177,18 +181,24 @@ def _draw(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor)
     mass_BGM, bounds_BG = _masses(scaled_BVs, _finite(largest), buffer)
     local_mass = bounds_BG[:, -1]
     gathered = all_gather_rows(torch.stack([largest, local_mass], -1), shard.group)
-    scales = torch.exp(gathered[..., 0] - _finite(gathered[..., 0].amax(0)))
+    best = gathered[..., 0].amax(0)
+    scales = torch.exp(gathered[..., 0] - _finite(best))
     bounds = (gathered[..., 1] * scales).cumsum(0)
     zero = torch.zeros_like(number)
     target = torch.minimum(number * bounds[-1], torch.nextafter(bounds[-1], zero))
     owner = (bounds <= target).sum(0)
     if shard.size == 0:
-        return all_reduce_sum(torch.zeros_like(owner), shard.group)
+        return _where_finite(best, all_reduce_sum(torch.zeros_like(owner), shard.group))
     before = bounds[shard.tp_rank - 1] if shard.tp_rank else zero
     local_target = (target - before) / scales[shard.tp_rank]
     index = _find(mass_BGM, bounds_BG, local_target)
     token = torch.where(owner == shard.tp_rank, index.clamp_max(shard.size - 1) + shard.start, 0)
-    return all_reduce_sum(token, shard.group)
+    return _where_finite(best, all_reduce_sum(token, shard.group))
+
+
+def _where_finite(best: Tensor, token: Tensor) -> Tensor:
+    """The tokens [B] where the largest logit of all shards is finite: it is NaN where any logit is (no wait)."""
+    return torch.where(best.abs() < math.inf, token, NO_TOKEN)
 
 
 def _groups(num_classes: int) -> int:
@@ -231,7 +241,8 @@ def _keep_top_k(scaled_BVs: Tensor, shard: VocabShard, top_k: int) -> Tensor:
     # A shard may hold more ties than it sent, but never are more kept than it sent.
     num_ties = (candidates == threshold.unsqueeze(-1)).sum(-1)
     is_tie = scaled_BVs == threshold.unsqueeze(-1)
-    kept = (scaled_BVs > threshold.unsqueeze(-1)) | _first_ties(is_tie, num_ties, top_k - num_above, shard)
+    # Not ">": a NaN stays, to be noticed.
+    kept = ~(scaled_BVs <= threshold.unsqueeze(-1)) | _first_ties(is_tie, num_ties, top_k - num_above, shard)
     return scaled_BVs.masked_fill(~kept, -math.inf)
 
 
@@ -266,7 +277,8 @@ def _keep_top_p(scaled_BVs: Tensor, bits_BVs: Tensor, shard: VocabShard, top_p: 
     gathered = all_gather_rows(local, shard.group)
     missing = needed.squeeze(-1) - gathered[..., 0].sum(0)
     quota = torch.ceil(missing / gathered[..., 2].amax(0)).clamp_min(1)
-    kept = is_above | _first_ties(is_tie, gathered[..., 1], quota, shard)
+    # What is not a number stays, to be noticed.
+    kept = is_above | _first_ties(is_tie, gathered[..., 1], quota, shard) | mass_BVs.isnan()
     return scaled_BVs.masked_fill(~kept, -math.inf)
 
 

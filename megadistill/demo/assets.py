@@ -1,7 +1,8 @@
 """Built-in assets (``run.prepare``): a seeded corpus, a tokenizer trained on it, and the models of a recipe.
 
-They are below ``runs/assets/NAME_SEED`` and made once, by rank 0, before the process group exists. A finished part is
-never made again; an interrupted one starts again, a fine-tuning run from its last checkpoint.
+They are below ``runs/assets/NAME_SEED`` (those of a study in its folder) and made once, by rank 0, before the process
+group exists. A finished part is never made again; an interrupted one starts again, a fine-tuning run from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megadistill.config.load import flatten, load_config
 from megadistill.config.schema import RunConfig
+from megadistill.config.shipped import find_config
 from megadistill.demo.alone import run_alone
 from megadistill.demo.recipes import RECIPES
 from megadistill.demo.waiting import POLL_S, Stopped, beat_file, beating, never, wait_for_rank0
@@ -24,9 +27,22 @@ from megadistill.observability.log import get_logger
 _ROOT = Path("runs/assets")
 
 
-def assets_folder(name: str, seed: int) -> Path:
-    """The folder with the assets of a recipe, relative to the working directory."""
-    return _ROOT / f"{name}_{seed}"
+def assets_folder(name: str, seed: int, root: Path = _ROOT) -> Path:
+    """The folder with the assets of a recipe, below ``root``, relative to the working directory."""
+    return root / f"{name}_{seed}"
+
+
+def settings_for(config: str, seed: int, root: Path) -> list[str]:
+    """Overrides of a shipped configuration with ``run.prepare`` that read the assets of a seed from below ``root``."""
+    loaded = load_config(find_config(config), [f"run.seed={seed}"])
+    here = assets_folder(loaded.run.prepare, seed)
+    moved = {
+        key: assets_folder(loaded.run.prepare, seed, root) / Path(path).relative_to(here)
+        for key, path in flatten(loaded.model_dump()).items()
+        if isinstance(path, str) and Path(path).is_relative_to(here)
+    }
+    # They are made already, and are not to be made in the usual place.
+    return [f"run.seed={seed}", "run.prepare=none", *(f"{key}={path}" for key, path in moved.items())]
 
 
 def ensure_assets(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:
@@ -64,7 +80,11 @@ def is_ready(folder: Path, name: str) -> bool:
 
 
 def make_assets(
-    name: str, seed: int, say: Callable[[str], None] = print, is_stopping: Callable[[], bool] = never
+    name: str,
+    seed: int,
+    say: Callable[[str], None] = print,
+    is_stopping: Callable[[], bool] = never,
+    root: Path = _ROOT,
 ) -> None:
     """Makes the missing parts of a recipe. One process at a time; others wait for the lock.
 
@@ -73,11 +93,12 @@ def make_assets(
         seed: Seed of the corpus and the models.
         say: Prints a line about each part that takes a while.
         is_stopping: Whether this process was asked to stop.
+        root: The folder with the assets of all recipes and seeds.
 
     Raises:
         Stopped: ``is_stopping()`` became true.
     """
-    folder, recipe = assets_folder(name, seed), RECIPES[name]
+    folder, recipe = assets_folder(name, seed, root), RECIPES[name]
     if is_ready(folder, name):
         return
     folder.mkdir(parents=True, exist_ok=True)

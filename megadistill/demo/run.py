@@ -13,7 +13,6 @@ from megadistill.cli.parsing import Parser
 from megadistill.demo.stages import (
     CONFIG,
     check_packages,
-    enter_repository,
     evaluate_once,
     export_once,
     launch_training,
@@ -32,8 +31,8 @@ def run(arguments: Sequence[str]) -> int:
     parser = Parser(
         "demo",
         "Makes a corpus and a tokenizer, fine-tunes a teacher and a student, distills the student with two processes,\n"
-        "evaluates all three, exports the student, and shows a table, two examples and the loss curves. Paths are\n"
-        "relative to the clone; where megadistill is installed without one, to the working directory.",
+        "evaluates all three, exports the student, and shows a table, two examples and the loss curves.\n"
+        "Everything is written below runs/ in the working directory.",
         "examples:\n  bash launchers/demo.sh\n  bash launchers/demo.sh --again distillation\n"
         "  megadistill demo --seed 3 train.max_steps=100 run.dir=runs/short",
     )
@@ -43,16 +42,10 @@ def run(arguments: Sequence[str]) -> int:
         choices=("distillation", "everything"),
         help="delete the results of earlier runs, and make them again",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.field=value",
-        help="settings of the distillation that win over configs/demo.yaml",
-    )
+    parser.add_settings("settings of the distillation that win over configs/demo.yaml")
     parsed = parser.parse(arguments)
     started = time.perf_counter()
     check_packages()
-    enter_repository()
     overrides = [
         f"run.seed={parsed.seed}",
         *([f"run.dir=runs/demo_{parsed.seed}"] if parsed.seed else []),

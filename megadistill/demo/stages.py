@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadistill.config.shipped import clone_root, find_config, shipped_root
+from megadistill.config.shipped import find_config, shipped_root
 from megadistill.errors import ConfigError, needs_extra
 from megadistill.files import write_json
 
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 CONFIG = "configs/demo.yaml"
 _SOURCE = "source.json"
-
-
-def enter_repository() -> None:
-    """Changes to the root of the clone, to which the paths in its configuration files are relative; not elsewhere."""
-    root = clone_root()
-    if root is not None:
-        os.chdir(root)
 
 
 def check_packages() -> None:
@@ -86,23 +79,29 @@ def evaluate_once(config: RunConfig, models: dict[str, str], output: Path) -> di
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.cli.evaluate import evaluate_models
     from megadistill.config.load import require
+    from megadistill.evaluation.record import add_results, deciding_settings, read_record
+    from megadistill.files import to_jsonable
     from megadistill.models.fingerprint import model_fingerprint
 
-    made_from = {
-        "models": {name: model_fingerprint(model_folder(path)) for name, path in models.items()},
-        "settings": config.model_dump(mode="json", include={"eval", "data"}),
-    }
-    if output.is_file():
-        known: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-        if known.get("made_from") == made_from:
-            return known
+    path, settings, record = (
+        require(config, "eval.path", "the test rows"),
+        deciding_settings(config),
+        read_record(output),
+    )
+    known = {name: record["results"].get(name, {}).get("test", {}) for name in models}
+    if all(
+        entry.get("model", {}).get("files") == model_fingerprint(model_folder(models[name]))
+        and entry["settings"] == to_jsonable(settings)
+        and entry.get("set", {}).get("path") == path
+        for name, entry in known.items()
+    ):
+        return record
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
-    evaluation = evaluate_models(config, models, {"test": (require(config, "eval.path", "the test rows"), None)})
+    evaluation = evaluate_models(config, models, {"test": (path, None)})
     assert evaluation is not None, "this process is rank 0"
-    write_json(output, {**evaluation["json"], "made_from": made_from})
-    return dict(json.loads(output.read_text(encoding="utf-8")))
+    return add_results(output, evaluation["results"])[0]
 
 
 def scores_of(evaluation: dict[str, Any], name: str) -> dict[str, float]:

@@ -11,7 +11,6 @@ from megadistill.cli.parsing import Parser
 from megadistill.demo.stages import (
     CONFIG,
     check_packages,
-    enter_repository,
     evaluate_once,
     launch_training,
     scores_of,
@@ -53,7 +52,6 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.files import write_json
 
     check_packages()
-    enter_repository()
     folder = Path(parsed.folder)
     results = {}
     for seed in parsed.seeds:
@@ -68,26 +66,27 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
     """Scores of every arm for one seed; finished parts are not repeated."""
     from megadistill.config.load import load_config
     from megadistill.config.shipped import find_config
-    from megadistill.demo.assets import assets_folder, make_assets
+    from megadistill.demo.assets import assets_folder, make_assets, settings_for
 
     done = folder / "scores.json"
     if done.is_file():
         finished: dict[str, dict[str, float]] = json.loads(done.read_text(encoding="utf-8"))
         return finished
-    make_assets("demo", seed)
+    root = folder.parent / "assets"
+    make_assets("demo", seed, root=root)
     distilled, updates, timed = (folder / name for name in ("distilled", "sft_updates", "sft_time"))
-    common = [f"run.seed={seed}"]
-    overrides = [*common, f"run.dir={distilled}"]
+    overrides = [*settings_for(CONFIG, seed, root), f"run.dir={distilled}"]
     config = load_config(find_config(CONFIG), overrides)
     max_steps = config.train.max_steps
     assert max_steps is not None, f"{CONFIG} sets it"
     launch_training(overrides, distilled, max_steps)
     seconds = _seconds(distilled)
-    _train_control(common, updates, max_steps)
+    control = settings_for(CONTROL, seed, root)
+    _train_control(control, updates, max_steps)
     # As much time: the speed of the control just run, on the same cores.
     steps = max(1, round(max_steps * seconds / _seconds(updates)))
-    _train_control(common, timed, steps)
-    assets = assets_folder("demo", seed)
+    _train_control(control, timed, steps)
+    assets = assets_folder("demo", seed, root)
     models = {
         "teacher": str(assets / "teacher"),
         "sft": str(assets / "student"),
@@ -108,11 +107,11 @@ def _one_seed(seed: int, folder: Path, keep_models: bool) -> dict[str, dict[str,
     return scores
 
 
-def _train_control(common: list[str], run_dir: Path, steps: int) -> None:
+def _train_control(settings: list[str], run_dir: Path, steps: int) -> None:
     from megadistill.demo.alone import run_alone
 
     if not (run_dir / "summary.json").is_file():
-        run_alone(["train", "--config", CONTROL, *common, f"run.dir={run_dir}", f"train.max_steps={steps}"])
+        run_alone(["train", "--config", CONTROL, *settings, f"run.dir={run_dir}", f"train.max_steps={steps}"])
 
 
 def _seconds(run_dir: Path) -> float:

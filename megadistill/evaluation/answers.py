@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
 from megadistill.data.tokenize import decode_responses, response_limit
 from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.nonfinite import FirstFault, logits_error, row_name
 from megadistill.decoding.protocols import Decoder
 from megadistill.decoding.rollout import rollout
 from megadistill.decoding.sampling import Sampling
@@ -67,7 +69,11 @@ def write_answers(
 
     Returns:
         One text per row, in order, on every rank.
+
+    Raises:
+        DivergenceError: On every rank, where the logits of a row are not finite.
     """
+    fault = FirstFault(context.dp_size)
     mine = list(range(context.dp_rank, len(rows), context.dp_size))
     part = [Sample(rows[i].id, rows[i].prompt_ids) for i in mine]
     written = rollout(
@@ -79,10 +85,13 @@ def write_answers(
         stream=Stream.EVALUATION,
         max_examples=settings.batch_size,
         progress=progress,
+        on_nonfinite=lambda i, position: fault.add(logits_error(row_name(rows[mine[i]]), position)),
     )
     texts = decode_responses(settings.tokenizer, [cut_end(ids, settings.eos_ids) for ids in written])
     answers = [""] * len(rows)
-    for indices, texts_of_rank in context.gather_objects_over_dp((mine, texts)):
+    for indices, texts_of_rank, error in context.gather_objects_over_dp((mine, texts, fault.error)):
+        if error is not None:
+            raise error
         for index, text in zip(indices, texts_of_rank, strict=True):
             answers[index] = text
     return answers
@@ -90,7 +99,11 @@ def write_answers(
 
 @torch.no_grad()
 def reference_likelihood(
-    model: Any, rows: Sequence[TokenizedExample], settings: AnswerSettings, context: ParallelContext
+    model: Any,
+    rows: Sequence[TokenizedExample],
+    settings: AnswerSettings,
+    context: ParallelContext,
+    progress: Callable[[int], None] | None = None,
 ) -> LikelihoodTotal:
     """Negative log-likelihood, in nats, of the first reference of every row (EOS included), on every rank.
 
@@ -101,9 +114,13 @@ def reference_likelihood(
         rows: The prompts and references.
         settings: Tokenizer and batch size.
         context: Ranks and groups.
+        progress: Called with numbers of finished rows.
+
+    Raises:
+        DivergenceError: On every rank, where the logits of a row are not finite.
     """
     mine = [row for row in rows[context.dp_rank :: context.dp_size] if row.response_ids is not None]
-    parts = []
+    parts, fault = [], FirstFault(context.dp_size)
     for start in range(0, len(mine), settings.batch_size):
         batch = mine[start : start + settings.batch_size]
         responses = [row.response_ids or () for row in batch]
@@ -115,8 +132,25 @@ def reference_likelihood(
             states[len(states) - len(response) :]
             for states, response in zip(model.read(chunks), responses, strict=True)
         ]
-        labels = torch.tensor([token for response in responses for token in response], device=model.device)
-        nats = cross_entropy(Head.of(torch.cat(hidden), model.head), labels, model.shard, num_tokens=1)
-        parts.append(LikelihoodTotal(float(nats), len(labels), len(batch)))
-    local = total_likelihood(parts)
-    return total_likelihood(context.gather_objects_over_dp(local))
+        nats = _nats(model, hidden, responses)
+        if not math.isfinite(nats):
+            broken = (row for row, *one in zip(batch, hidden, responses, strict=True) if not _is_finite(model, *one))
+            fault.add(logits_error(row_name(next(broken, batch[0]))))
+        parts.append(LikelihoodTotal(nats, sum(map(len, responses)), len(batch)))
+        if progress is not None:
+            progress(len(batch))
+    gathered = context.gather_objects_over_dp((total_likelihood(parts), fault.error))
+    for _, error in gathered:
+        if error is not None:
+            raise error
+    return total_likelihood(total for total, _ in gathered)
+
+
+def _nats(model: Any, hidden: Sequence[torch.Tensor], responses: Sequence[Sequence[int]]) -> float:
+    """Negative log-likelihood of responses, the same on every tensor-parallel rank."""
+    labels = torch.tensor([token for response in responses for token in response], device=model.device)
+    return float(cross_entropy(Head.of(torch.cat(list(hidden)), model.head), labels, model.shard, num_tokens=1))
+
+
+def _is_finite(model: Any, hidden: torch.Tensor, response: Sequence[int]) -> bool:
+    return math.isfinite(_nats(model, [hidden], [response]))

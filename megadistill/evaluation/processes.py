@@ -29,7 +29,9 @@ def inference_context(parallel: ParallelSection, models: Mapping[str, str]) -> I
     """
     name_accelerator()
     num_ranks = set_rank_variables()
-    counts = [count for name, path in models.items() for count in head_counts(load_model_config(path, name), name)]
+    counts: dict[str, int] = {}
+    for name, path in models.items():
+        counts |= head_counts(load_model_config(path, name), name)
     tp_size = resolve_tp_size(parallel.tp_size, num_ranks, counts)
     if num_ranks == 1:
         yield ParallelContext.single(default_device())

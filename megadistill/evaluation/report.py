@@ -94,36 +94,41 @@ def results_table(
 ) -> str:
     """The table of an evaluation; sampled columns hold mean ± standard deviation over seeds.
 
+    Distinct words are those of the sampled answers, of the greedy ones where none were sampled. Truncated prompts and
+    bad rows have a column where there are any.
+
     Args:
         results: Model -> suite -> SuiteResult.
         nll: Model -> suite -> nats per reference token.
     """
+    each = [(model, suite, result) for model, suites in results.items() for suite, result in suites.items()]
+    counted = {"dropped": "num_dropped", "truncated": "num_truncated", "bad rows": "num_skipped"}
+    shown = {
+        title: field
+        for title, field in counted.items()
+        if title == "dropped" or any(getattr(result, field) for *_, result in each)
+    }
     header = [
-        "model",
-        "set",
-        "ROUGE-L sampled",
-        "exact sampled",
-        "ROUGE-L greedy",
-        "exact greedy",
-        "NLL",
-        "scored",
-        "no reference",
-    ]
+        "model", "set", "ROUGE-L sampled", "exact sampled", "ROUGE-L greedy", "exact greedy", "NLL", "distinct-1",
+        "distinct-2", "scored", "no reference", *shown,
+    ]  # fmt: skip
     rows = []
-    for model, suites in results.items():
-        for suite, result in suites.items():
-            counts = result.sampled or result.greedy
-            rows.append(
-                [
-                    model,
-                    suite,
-                    result.sampled and result.sampled.rouge_l,
-                    result.sampled and result.sampled.exact_match,
-                    result.greedy and result.greedy.rouge_l,
-                    result.greedy and result.greedy.exact_match,
-                    (nll or {}).get(model, {}).get(suite),
-                    counts.num_scored,
-                    counts.num_without_references,
-                ]
-            )
+    for model, suite, result in each:
+        any_scores = result.sampled or result.greedy
+        rows.append(
+            [
+                model,
+                suite,
+                result.sampled and result.sampled.rouge_l,
+                result.sampled and result.sampled.exact_match,
+                result.greedy and result.greedy.rouge_l,
+                result.greedy and result.greedy.exact_match,
+                (nll or {}).get(model, {}).get(suite),
+                any_scores.distinct_1,
+                any_scores.distinct_2,
+                any_scores.num_scored,
+                any_scores.num_without_references,
+                *(getattr(result, field) for field in shown.values()),
+            ]
+        )
     return text_table(header, rows)

@@ -15,7 +15,7 @@ from megadistill.data.prompts import PromptSettings
 from megadistill.errors import ConfigError, DataError
 from megadistill.evaluation.report import Summary, summarize
 from megadistill.evaluation.rouge import RougeScores, score_texts
-from megadistill.files import did_you_mean
+from megadistill.files import checksum, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,20 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores of one model on one set. ``predictions`` are the greedy texts; without them, those of the first seed."""
+    """Scores of one model on one set.
+
+    Attributes:
+        name: Name of the set.
+        sampled: Scores over seeds, or None.
+        greedy: Scores of greedy answers, or None.
+        seeds: The seeds.
+        num_skipped: Bad rows.
+        num_dropped: Rows of the file with too long a prompt.
+        predictions: The greedy texts of all rows; without them, those of the first seed.
+        num_truncated: Prompts that were cut.
+        rows_checksum: Of the rows that were answered: their numbers and references, whatever the tokenizer.
+        prompts_checksum: Of the rows as the model read them.
+    """
 
     name: str
     sampled: Summary | None
@@ -78,6 +91,9 @@ class SuiteResult:
     num_skipped: int
     num_dropped: int
     predictions: list[str]
+    num_truncated: int = 0
+    rows_checksum: str = ""
+    prompts_checksum: str = ""
 
 
 def select_rows(examples: Sequence[Example], spec: SuiteSpec) -> list[Example]:
@@ -169,4 +185,7 @@ def run_suite(eval_set: EvalSet, generate: Generate, *, seeds: Sequence[int], gr
         num_skipped=eval_set.num_skipped,
         num_dropped=eval_set.num_dropped,
         predictions=texts_by_pass[None if greedy else seeds[0]],
+        num_truncated=eval_set.num_truncated,
+        rows_checksum=checksum([[row.id, row.references] for row in eval_set.rows]),
+        prompts_checksum=checksum([[row.id, row.prompt_ids, row.references] for row in eval_set.rows]),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from megadistill.config.schema import RunConfig
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.data.tokenize import response_limit
+from megadistill.decoding.nonfinite import logits_error
 from megadistill.decoding.protocols import TextModel
 from megadistill.decoding.rollout import rollout
 from megadistill.decoding.sampling import Sampling
@@ -42,6 +43,7 @@ def teacher_responses(
     *,
     eos_ids: frozenset[int],
     batch_size: int,
+    name_of: Callable[[TokenIds], str],
 ) -> dict[TokenIds, TokenIds]:
     """Prompt -> the teacher's response, from the file; missing ones are written and added to it.
 
@@ -56,10 +58,12 @@ def teacher_responses(
         context: The grid of processes.
         eos_ids: Tokens that end a response of the teacher.
         batch_size: Examples that a data-parallel rank writes at a time.
+        name_of: What the user calls a prompt, for errors.
 
     Raises:
         ConfigError: On every rank, for a file made with other settings or one that is not ours.
         DataError: On every rank, for a damaged file.
+        DivergenceError: On every rank, where the teacher's logits are not finite; that block is not written.
     """
     path = Path(config.generation.teacher_cache or Path(config.run.dir) / "teacher_text.jsonl")
     prompts = list(dict.fromkeys(prompts))
@@ -79,7 +83,7 @@ def teacher_responses(
         if missing:
             log = get_logger(context.rank, "teacher")
             log.info(f"the teacher writes {len(missing)} of {len(prompts)} responses to {path}")
-            known |= _write_missing(path, config, missing, teacher, context, eos_ids, batch_size)
+            known |= _write_missing(path, config, missing, teacher, context, eos_ids, batch_size, name_of)
     return {prompt: known[_key(prompt)] for prompt in prompts}
 
 
@@ -91,6 +95,7 @@ def _write_missing(
     context: ParallelContext,
     eos_ids: frozenset[int],
     batch_size: int,
+    name_of: Callable[[TokenIds], str],
 ) -> dict[str, TokenIds]:
     """Writes block by block, each block shared by the data-parallel ranks and kept before the next begins."""
     generation = config.generation
@@ -111,10 +116,13 @@ def _write_missing(
                 )
                 for sample in mine
             ]
+            broken: dict[int, int] = {}
             responses = rollout(
                 decoder, mine, limits=limits, eos_ids=eos_ids, sampling=sampling, stream=Stream.TEACHER_TEXT,
-                max_examples=batch_size,
+                max_examples=batch_size, on_nonfinite=broken.__setitem__,
             )  # fmt: skip
+            errors = [logits_error(f"teacher: {name_of(mine[i].prompt_ids)}", at) for i, at in broken.items()]
+            context.raise_on_all_ranks(errors[0] if errors else None)
             new = {_key(sample.prompt_ids): text for sample, text in zip(mine, responses, strict=True)}
             new = {key: text for texts in context.gather_objects_over_dp(new) for key, text in texts.items()}
             written |= new

@@ -61,7 +61,10 @@ def listen(host: str, port: int) -> socket.socket:
         has_ipv4 = any(family == socket.AF_INET for family, _ in addresses)
         return socket.create_server(("", port), family=socket.AF_INET if has_ipv4 else socket.AF_INET6)
     except OSError as error:
-        raise TopologyError(f"rank 0 cannot listen on {host} port {port}: {error.strerror}") from None
+        raise TopologyError(
+            f"rank 0 cannot listen on {host} port {port}: {error.strerror}; another port: "
+            "deepspeed --master_port N, torchrun --master-port N, MASTER_PORT=N for other launchers"
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

@@ -1,7 +1,8 @@
 """Stopping on a signal: all ranks stop after the same step, with a checkpoint of it.
 
-SIGTERM (a scheduler, a launcher), SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning before its limit) request it; so does
-the death of a launcher, because DeepSpeed's leaves its ranks running. A rank cannot stop alone: the others would wait
+SIGTERM (a scheduler, a launcher), SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning before its limit) and SIGHUP (a closed
+terminal, unless nohup had it ignored) request it; so does the death of a launcher, because DeepSpeed's leaves its ranks
+running. A rank cannot stop alone: the others would wait
 for it in the next collective. So every rank tells the others after every step, and all stop when one was asked.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 from megadistill.errors import ExitCode
 from megadistill.launch.ancestors import is_alive, launchers_above
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_OUTPUTS = (1, 2)  # descriptors of standard output and error
 _POLL_S = 1.0
 
 
@@ -48,11 +50,16 @@ def stop_requests() -> Iterator[StopRequest]:
     that no orphan is left behind.
     """
     request = StopRequest()
+    terminals = [descriptor for descriptor in _OUTPUTS if os.isatty(descriptor)]
 
     def handle(number: int, _: FrameType | None) -> None:
         request.ask(number)
+        if number == signal.SIGHUP:
+            _leave(terminals)
 
-    before: dict[int, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in _SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
     watch = _LauncherWatch(request)
     watch.start()
     try:
@@ -63,6 +70,15 @@ def stop_requests() -> Iterator[StopRequest]:
             # Launchers repeat their signal; a repeated one must not kill a process that is already ending. Ctrl-C does.
             is_repeated = request.signal and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if is_repeated else handler)
+
+
+def _leave(terminals: Iterable[int]) -> None:
+    """Writes nowhere instead of to a terminal that is gone: an error there would end the run before it has saved."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 class _LauncherWatch(threading.Thread):

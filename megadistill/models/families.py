@@ -163,8 +163,11 @@ def has_own_head(names: Collection[str]) -> bool:
     return "lm_head.weight" in names
 
 
-def head_counts(config: PreTrainedConfig, where: str) -> list[int]:
-    """Counts of heads that the tensor-parallel size must divide (attention heads, key-value heads).
+_HEADS = {"num_attention_heads": "attention heads", "num_key_value_heads": "key-value heads"}
+
+
+def head_counts(config: PreTrainedConfig, where: str) -> dict[str, int]:
+    """Counts of heads that the tensor-parallel size must divide, by what they are ("key-value heads of WHERE").
 
     Args:
         config: A transformers configuration.
@@ -173,4 +176,5 @@ def head_counts(config: PreTrainedConfig, where: str) -> list[int]:
     Raises:
         ConfigError: The family is not supported.
     """
-    return [int(getattr(config, name)) for name in family_of(config, where).head_counts]
+    names = family_of(config, where).head_counts
+    return {f"{_HEADS[name]} of {where}": int(getattr(config, name)) for name in names}

@@ -12,7 +12,7 @@ from megadistill.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SHARDS = "shards"  # folder of a model that `megadistill shard` made
+SHARDS = "shards"  # folder of a model that ``megadistill shard`` made
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _LFS_POINTER = b"version https://git-lfs"

@@ -1,12 +1,28 @@
-"""Log lines of rank 0: ``HH:MM:SS LEVEL component: message``, without secrets."""
+"""Log lines of rank 0: ``HH:MM:SS LEVEL component: message``, without secrets and control characters."""
 
 import logging
+import re
 import sys
 
 from megadistill.observability.redact import redact
 
 _ROOT = "megadistill"
 _FORMAT = "%(asctime)s %(levelname)s %(component)s: %(message)s"
+
+# What a terminal would obey instead of showing it (all controls but tab and line feed; directions), lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: control characters and lone surrogates, of a file or an argument, as their escapes.
+
+    The bytes that Python could not decode in the locale's encoding (a file name) are shown as UTF-8 where they are.
+    """
+    text = _ESCAPED_BYTES.sub(
+        lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"), text
+    )
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Lines(logging.Formatter):
@@ -22,7 +38,7 @@ class _BesideBars(logging.Handler):
         from tqdm import tqdm
 
         try:
-            tqdm.write(redact(self.format(record)), file=sys.stdout)
+            tqdm.write(printable(redact(self.format(record))), file=sys.stdout)
             sys.stdout.flush()
         except Exception:
             self.handleError(record)

@@ -4,24 +4,25 @@ Tensor-parallel ranks are consecutive: ``rank = dp_rank * tp_size + tp_rank``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from megadistill.errors import TopologyError
 
 
-def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts: Sequence[int]) -> int:
+def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts: Mapping[str, int]) -> int:
     """The tensor-parallel size of a run.
 
     Args:
         tp_size: The setting; "auto" is the largest divisor of ``world_size`` that divides every head count.
         world_size: Number of processes.
-        head_counts: Attention and key-value heads of all models that are sharded.
+        head_counts: Attention and key-value heads of all models that are sharded, by what they are ("key-value heads
+            of the student").
 
     Raises:
         TopologyError: A given size does not divide one of them.
     """
-    sizes = divisors(math.gcd(world_size, *head_counts))
+    sizes = divisors(math.gcd(world_size, *head_counts.values()))
     if tp_size == "auto":
         return sizes[-1]
     if world_size % tp_size:
@@ -31,9 +32,9 @@ def resolve_tp_size(tp_size: int | Literal["auto"], world_size: int, head_counts
             setting="parallel.tp_size",
         )
     if tp_size not in sizes:
-        undivided = sorted({heads for heads in head_counts if heads % tp_size})
+        undivided = ", ".join(f"the {count} {heads}" for heads, count in head_counts.items() if count % tp_size)
         raise TopologyError(
-            f"a tensor-parallel size of {tp_size} does not divide the models' head counts {_listed(undivided)}; "
+            f"a tensor-parallel size of {tp_size} does not divide {undivided}; "
             f"allowed with {world_size} processes: {_listed(sizes)}",
             setting="parallel.tp_size",
         )

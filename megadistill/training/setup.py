@@ -76,10 +76,10 @@ def check_models(config: RunConfig, world_size: int) -> int:
         TopologyError: The processes cannot be divided like that.
     """
     source_class(config).check(config)
-    counts: list[int] = []
+    counts: dict[str, int] = {}
     for key, path in model_paths(config).items():
         model_config = load_model_config(path, key)
-        counts += head_counts(model_config, key)
+        counts |= head_counts(model_config, key)
         check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
     gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tp_size)
@@ -172,7 +172,7 @@ def build_components(
     paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
     student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
-    student, teacher = _partition(config, context, *load_models(config, paths, vocab_size, context.rank))
+    student, teacher = _engines(config, context, *load_models(config, paths, vocab_size, context.rank))
     gate = None
     if teacher is not None and loss.uses_gate:
         gate = GateTrainer(
@@ -209,10 +209,31 @@ def build_components(
     )
 
 
-def _partition(
+def _end_tokens(
+    config: RunConfig, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_id: int
+) -> dict[str, frozenset[int]]:
+    """Key of each model -> what ends its text, by one process: hub names and files are looked up once.
+
+    Logs what is not simply the tokenizer's EOS.
+    """
+    log, ends = get_logger(component="train"), {}
+    for key, path in paths.items():
+        ends[key] = end_tokens(path, tokenizer, vocab_size=vocab_size, asked=config.model.eos_tokens, more={end_id})
+        if ends[key] != {tokenizer.eos_token_id}:
+            log.info(f"{path} stops after {describe_end_tokens(ends[key], tokenizer)}")
+        ignored = set(named_end_tokens(path)) - ends[key]
+        if ignored:
+            log.info(
+                f"{path} also names the end tokens {describe_end_tokens(ignored, tokenizer)}, which are not used"
+                + ("" if config.model.eos_tokens is None else f" (model.eos_tokens={config.model.eos_tokens})")
+            )
+    return ends
+
+
+def _engines(
     config: RunConfig, context: ParallelContext, student_model: LoadedModel, teacher_model: LoadedModel | None
 ) -> tuple[Student, PartitionedModel | None]:
-    """Both models on their engines (collective over the world)."""
+    """Both models partitioned, the teacher first (collective over the world)."""
     zero_stage = config.parallel.zero_stage
     teacher = None
     if teacher_model is not None:
@@ -234,27 +255,6 @@ def _partition(
         deepspeed_settings=config.deepspeed,
     )
     return student, teacher
-
-
-def _end_tokens(
-    config: RunConfig, paths: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_id: int
-) -> dict[str, frozenset[int]]:
-    """Key of each model -> what ends its text, by one process: hub names and files are looked up once.
-
-    Logs what is not simply the tokenizer's EOS.
-    """
-    log, ends = get_logger(component="train"), {}
-    for key, path in paths.items():
-        ends[key] = end_tokens(path, tokenizer, vocab_size=vocab_size, asked=config.model.eos_tokens, more={end_id})
-        if ends[key] != {tokenizer.eos_token_id}:
-            log.info(f"{path} stops after {describe_end_tokens(ends[key], tokenizer)}")
-        ignored = set(named_end_tokens(path)) - ends[key]
-        if ignored:
-            log.info(
-                f"{path} also names the end tokens {describe_end_tokens(ignored, tokenizer)}, which are not used"
-                + ("" if config.model.eos_tokens is None else f" (model.eos_tokens={config.model.eos_tokens})")
-            )
-    return ends
 
 
 def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:

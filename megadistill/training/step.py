@@ -34,7 +34,7 @@ class StepResult:
         is_updated: Whether student and gate were updated, the same on all ranks; False after a number that is not
             finite.
         samples: What this rank trained on.
-        finite: After a step without an update, whether the losses of each sample's micro-batch are finite.
+        finite: After a step without an update, whether each sample's text and the losses of its micro-batch are finite.
     """
 
     metrics: dict[str, float]
@@ -78,7 +78,7 @@ def distillation_step(step: int, batch: Sequence[Sample], components: Components
     finite = []
     if not is_updated:  # asking every loss waits for the device
         flags, size = [loss.is_finite for loss in losses], components.config.train.micro_batch_size
-        finite = [flags[i // size] for i in range(len(samples))]
+        finite = [flags[i // size] and sample.is_finite for i, sample in enumerate(samples)]
     return StepResult(metrics, is_updated, samples, finite)
 
 
@@ -157,6 +157,8 @@ def loss_metrics(
     total = dict(zip(shares, components.context.sum_over_dp(local).tolist(), strict=True))
     config = components.loss
     loss = config.sft * total["loss/sft"] + config.dac_kl * total["loss/dac_kl"] + config.span * total["loss/span"]
+    if total["num_nonfinite"]:  # text that ended where the student had no distribution: no step to learn from
+        loss = math.nan
     metrics = {
         "num_tokens": counts.num_kd if components.teacher is not None else counts.num_sft,
         "num_sft_tokens": counts.num_sft,
@@ -206,6 +208,7 @@ def _correction_counts(samples: Sequence[Sample]) -> dict[str, float]:
         "position_sum": float(sum(error_positions)),
         "num_written": float(len(written)),
         "num_corrections": float(sum(sample.num_corrections for sample in written)),
+        "num_nonfinite": float(sum(not sample.is_finite for sample in samples)),
     }
 
 

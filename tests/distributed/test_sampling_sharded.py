@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadistill.decoding.sampling import sample_tokens
+from megadistill.decoding.sampling import NO_TOKEN, sample_tokens
 from megadistill.parallel import VocabShard
 from tests.support.sampling import expected_probabilities
 from tests.support.spawn import run_ranks
@@ -52,6 +52,32 @@ def test_every_layout_draws_the_tokens_of_one_rank(tp_size, dtype):
     for results in run_ranks(body, tp_size):
         for key, tokens in expected.items():
             assert torch.equal(results[key], tokens), (key[0], SETTINGS[key[1]])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_every_rank_knows_of_a_class_of_one_rank_that_is_not_finite(value):
+    """In whichever shard, also beside shards without a class; the other rows do not change."""
+    num_classes = 2
+    logits = {count: logits_of("plain", num_examples=12, num_classes=count) for count in (num_classes, 101)}
+    expected = [{count: sample(rows, VocabShard(0, count, count), **options) for count, rows in logits.items()}
+                for options in SETTINGS]  # fmt: skip
+
+    def body(rank):
+        found = []
+        for options in SETTINGS:
+            tokens = {}
+            for count, rows in logits.items():
+                broken = rows.clone()
+                broken[3, 0], broken[7, count - 1], broken[9] = value, value, -torch.inf
+                tokens[count] = sample(broken, VocabShard.split(count, 3, rank, dist.group.WORLD), **options)
+            found.append(tokens)
+        return found
+
+    for found in run_ranks(body, 3):
+        for options, tokens, whole in zip(SETTINGS, found, expected, strict=True):
+            for count in logits:
+                is_broken = torch.tensor([row in (3, 7, 9) for row in range(12)])
+                assert torch.equal(tokens[count], torch.where(is_broken, NO_TOKEN, whole[count])), (options, count)
 
 
 def test_tiny_and_empty_shards():

@@ -14,14 +14,23 @@ import psutil
 from tests.support.runs import ROOT, free_port
 
 
+def command_of(script: Path, run_dir: Path, settings: Sequence[str]) -> list[str]:
+    """deepspeed's command for two ranks of ``script`` on configs/base.yaml with overrides."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]
+    command += ["--master_port", free_port(), str(script), "--config", str(ROOT / "configs" / "base.yaml")]
+    return [*command, f"run.dir={run_dir}", *settings]
+
+
+def environment_of(**variables: str) -> dict[str, str]:
+    """That of a run of two ranks on CPUs."""
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
+
+
 def launch(
     script: Path, run_dir: Path, settings: Sequence[str], log: IO[str], **variables: str
 ) -> subprocess.Popen[bytes]:
-    """Starts two ranks of ``script`` on configs/base.yaml with overrides; ``variables`` join the environment."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]
-    command += ["--master_port", free_port(), str(script), "--config", str(ROOT / "configs" / "base.yaml")]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | variables
-    words = [*command, f"run.dir={run_dir}", *settings]
+    """Starts ``command_of``; ``variables`` join the environment."""
+    words, environment = command_of(script, run_dir, settings), environment_of(**variables)
     return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -131,11 +132,58 @@ def test_evaluate(refused: Callable[..., str], model: Path, tmp_path: Path) -> N
 def test_sizes_that_do_not_fit(refused: Callable[..., str], verb: str, model: Path, tmp_path: Path) -> None:
     if verb == "shard":
         line = refused("shard", model, tmp_path / "out", "--tp-size", 3)
-        assert "does not divide the heads" in line and line.endswith("(see --tp-size)")
+        assert "does not divide the 4 attention heads" in line and line.endswith("(see --tp-size)")
     else:
         assert "no such checkpoint" in refused(
             "reshard", tmp_path / "no", tmp_path / "out", "--tp-size=3", "--dp-size=1"
         )
+
+
+def _raised_texts(source: str) -> Iterator[str]:
+    """The text in the arguments of every ``raise Error(...)``, but that of keywords such as ``setting``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            for argument in node.exc.args:
+                parts = [part.value for part in ast.walk(argument) if isinstance(part, ast.Constant)]
+                yield "".join(part for part in parts if isinstance(part, str))
+
+
+def test_the_text_of_an_error_is_found() -> None:
+    source = (
+        'if x:\n    raise ConfigError(f"{path}: set data.template" " now", setting="data.max_tokens")\nraise other\n'
+    )
+    assert list(_raised_texts(source)) == [": set data.template now"]
+
+
+def test_errors_that_every_verb_can_meet_name_no_key_in_their_text() -> None:
+    """They carry it as ``setting``, which the command line words. Other floors serve verbs that have keys."""
+    shared = (
+        "data",
+        "models",
+        "parallel",
+        "decoding",
+        "checkpoint",
+        "evaluation",
+        "launch",
+        "engines",
+        "observability",
+    )
+    named = re.compile("|".join(rf"(?<![\w.]){re.escape(key)}(?!\w)" for key in KEYS))
+    faults = [
+        f"{file.relative_to(ROOT)}: {text}"
+        for package in shared
+        for file in sorted((ROOT / "megadistill" / package).rglob("*.py"))
+        for text in _raised_texts(file.read_text(encoding="utf-8"))
+        if named.search(text)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_setting_that_an_error_carries_is_a_key() -> None:
+    named = re.compile(r"setting=\"([^\"]+)\"")
+    for file in sorted((ROOT / "megadistill").rglob("*.py")):
+        for settings in named.findall(file.read_text(encoding="utf-8")):
+            assert set(settings.split(", ")) <= set(KEYS), f"{file.relative_to(ROOT)}: {settings}"
 
 
 NUMBERS = {

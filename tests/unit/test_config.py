@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pydantic
@@ -5,7 +6,7 @@ import pytest
 
 from megadistill.config import RunConfig, dump_resolved, load_config, require
 from megadistill.config.fields import nearest_key, walk
-from megadistill.config.reference import MARK, base_yaml, reference_markdown
+from megadistill.config.reference import MARK, base_yaml, coming_from_markdown, reference_markdown
 from megadistill.config.section import allowed, section_type
 from megadistill.errors import ConfigError
 
@@ -79,6 +80,26 @@ def test_bases_are_relative_to_the_file_and_merged_by_key(tmp_path: Path) -> Non
     assert config.eval.seeds == (7,) and config.loss.sft == 0.5
 
 
+@pytest.mark.parametrize("name", ["smoke.yaml", "configs/smoke.yaml"])
+def test_a_base_of_a_shipped_name_is_found_from_anywhere(tmp_path: Path, name: str) -> None:
+    top = tmp_path / "top.yaml"
+    top.write_text(f"base: {name}\nrun: {{seed: 3}}\n", encoding="utf-8")
+    assert load_config(top).run.prepare == "smoke" and load_config(top).run.seed == 3
+
+
+def test_a_base_beside_the_file_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "smoke.yaml").write_text(MINIMAL, encoding="utf-8")
+    (tmp_path / "top.yaml").write_text("base: smoke.yaml\n", encoding="utf-8")
+    assert load_config(tmp_path / "top.yaml").run.dir == "out"
+
+
+def test_a_misspelled_base_names_the_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "papers.yaml").write_text(MINIMAL, encoding="utf-8")
+    (tmp_path / "top.yaml").write_text("base: papr.yaml\n", encoding="utf-8")
+    message = error_of(tmp_path / "top.yaml")
+    assert "papr.yaml: no such file; did you mean paper.yaml?" in message
+
+
 def test_an_empty_section_leaves_the_base_alone(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("loss: {sft: 0.25}\n" + MINIMAL, encoding="utf-8")
     (tmp_path / "top.yaml").write_text("base: base.yaml\nloss:\n", encoding="utf-8")
@@ -116,7 +137,11 @@ def test_resolved_yaml_gives_the_same_tree(minimal: Path, tmp_path: Path, overri
         ("model.teacher.tp_size=2", ["unknown key", "teacher and student share parallel.tp_size"]),
         ("generation.mode=offpolicy", ["off_policy", "teacher"]),
         ("qqqq.zzzz=1", ["qqqq", "sections are run, model"]),
-        ("optim.lr", ["section.field=value"]),
+        ("optim.lr", ["write optim.lr=VALUE"]),
+        ("learning_rate", ["write section.field=value"]),
+        ("deepspeed=ds.json", ["deepspeed", "a mapping", "not the name of a file"]),
+        ("data.train_path=[a, b]", ['data.train_path=["a", "b"]', "put the files into a folder"]),
+        ("eval.path=[a, b]", ["put the files into a folder"]),
         ("optim.lr=abc", ['optim.lr="abc"', "a number > 0"]),
         ("optim.lr='1'", ["a number > 0"]),
         ("optim.lr=-1", ["optim.lr=-1", "a number > 0"]),
@@ -157,8 +182,9 @@ def test_mistakes_on_the_command_line(minimal: Path, override: str, parts: list[
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("", ["run.dir is missing", "1 more"]),
-        ("run: {dir: out}", ["model.student.path is missing"]),
+        ("", ["run.dir (text that is not empty), model.student.path (text that is not empty) are missing"]),
+        ("run: {dir: out}", ["model.student.path (text that is not empty) is missing"]),
+        ("optim: {lr: fast}", ["run.dir", "model.student.path", "are missing", "1 more"]),
         (MINIMAL + "optim: {lrr: 1}", ["optim.lrr", "did you mean optim.lr?"]),
         (MINIMAL + "optim: {lr: fast}", ['optim.lr="fast"', "a number > 0"]),
         (MINIMAL + "optim: 3", ["optim=3", "section"]),
@@ -219,10 +245,16 @@ def test_every_key_is_described_and_says_what_it_allows() -> None:
         assert nearest_key(key) == key
 
 
-def test_the_page_and_the_base_file_are_up_to_date() -> None:
+@pytest.mark.parametrize(
+    ("page", "tables"), [("configuration.md", reference_markdown), ("coming_from.md", coming_from_markdown)]
+)
+def test_the_pages_are_up_to_date(page: str, tables: Callable[[], str]) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert text.partition(MARK)[2].strip() == tables().strip(), "run: python -m megadistill.config.reference"
+
+
+def test_the_base_file_is_up_to_date() -> None:
     hint = "run: python -m megadistill.config.reference"
-    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    assert page.partition(MARK)[2].strip() == reference_markdown().strip(), hint
     assert (ROOT / "configs/base.yaml").read_text(encoding="utf-8") == base_yaml(), hint
 
 

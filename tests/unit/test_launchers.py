@@ -67,34 +67,48 @@ def test_ci_calls_the_test_script() -> None:
     ]
 
 
-PRINT_ARGUMENTS = '#!/bin/sh\nfor word in "$@"; do echo "[$word]"; done\n'
+# Stands in for a Python with deepspeed: it prints the words that it is started with, and chooses a port.
+FAKE_LAUNCHER = """#!/bin/sh
+case "$2" in
+    *find_spec*) exit {is_missing} ;;
+    *socket*) echo 23456 ;;
+    *) echo "[PYTHONPATH=$PYTHONPATH]"; for word in "$@"; do echo "[$word]"; done ;;
+esac
+"""
+
+
+def use_fake_launcher(python: Path, *, is_missing: int = 0) -> None:
+    python.unlink(missing_ok=True)
+    write_script(python, FAKE_LAUNCHER.format(is_missing=is_missing))
 
 
 def test_run_from_the_shell_starts_deepspeed_on_itself(clone: Path, tools: Path) -> None:
-    write_script(tools / "deepspeed", PRINT_ARGUMENTS)
+    use_fake_launcher(tools / "python3")
     done = run("bash", clone / "launchers/run.sh", "--config", "a b.yaml", "eval.seeds=[1, 2]", path=tools)
     words = re.findall(r"\[(.*)\]", done.stdout)
     assert done.returncode == 0, done.stderr
-    assert words[-4:] == [f"{clone}/launchers/run.sh", "--config", "a b.yaml", "eval.seeds=[1, 2]"]
-    assert words[words.index("--num_gpus") + 1] == "2"
-    assert 1024 < int(words[words.index("--master_port") + 1]) < 65536
+    assert words == [
+        *[f"PYTHONPATH={clone}", "-u", "-m", "megadistill.launch.quiet_deepspeed", "2", "23456"],
+        *[f"{clone}/launchers/run.sh", "--config", "a b.yaml", "eval.seeds=[1, 2]"],
+    ]
 
 
 def test_run_takes_all_gpus_or_what_nproc_says(clone: Path, tools: Path) -> None:
-    write_script(tools / "deepspeed", PRINT_ARGUMENTS)
+    use_fake_launcher(tools / "python3")
     write_script(tools / "nvidia-smi", "#!/bin/sh\n")
-    assert "num_gpus" not in run("bash", clone / "launchers/run.sh", path=tools).stdout
+    assert "[gpus]\n[23456]" in run("bash", clone / "launchers/run.sh", path=tools).stdout
     chosen = run("bash", clone / "launchers/run.sh", path=tools, NPROC="3", MASTER_PORT="12345").stdout
-    assert "[--num_gpus]\n[3]" in chosen and "[--master_port]\n[12345]" in chosen
+    assert "[3]\n[12345]" in chosen
 
 
 def test_run_prefers_the_environment_of_the_clone(clone: Path, tools: Path) -> None:
-    write_script(tools / "deepspeed", "#!/bin/sh\necho other\n")
-    write_script(clone / ".venv/bin/deepspeed", "#!/bin/sh\necho own\n")
-    assert run("bash", clone / "launchers/run.sh", path=tools).stdout == "own\n"
+    use_fake_launcher(tools / "python3", is_missing=1)
+    use_fake_launcher(clone / ".venv/bin/python3")
+    assert "quiet_deepspeed" in run("bash", clone / "launchers/run.sh", path=tools).stdout
 
 
 def test_run_without_deepspeed(clone: Path, tools: Path) -> None:
+    use_fake_launcher(tools / "python3", is_missing=1)
     done = run("bash", clone / "launchers/run.sh", path=tools)
     assert done.returncode == 2 and "bash launchers/setup.sh" in done.stderr
 
@@ -224,11 +238,11 @@ def dry_run(script: Path, tools: Path, **variables: str) -> list[str]:
 
 def test_every_launcher_prints_what_it_would_run(clone: Path, tools: Path) -> None:
     folder = clone / "launchers"
-    for name in ("deepspeed", "mpirun"):
-        write_script(tools / name, "#!/bin/sh\necho started; exit 1\n")
+    write_script(tools / "mpirun", "#!/bin/sh\necho started; exit 1\n")
+    use_fake_launcher(tools / "python3")
     train = [f"{folder}/run.sh", "--config", "a b.yaml"]
     assert dry_run(folder / "run.sh", tools, MASTER_PORT="7", NPROC="3") == [
-        *["deepspeed", "--log_level", "warning", "--master_port", "7", "--num_gpus", "3"],
+        *["python3", "-u", "-m", "megadistill.launch.quiet_deepspeed", "3", "7"],
         *train,
     ]
     assert dry_run(folder / "mpirun.sh", tools) == ["mpirun", "-n", "2", "--bind-to", "none", "python", "-u", *train]
@@ -260,8 +274,8 @@ def test_run_in_a_batch_job_goes_on_in_the_script_for_slurm(clone: Path, tools: 
         assert dry_run(copy, tools, **job, **{where: str(clone)})[-3] == f"{clone}/launchers/run.sh"
     lost = run("bash", copy, path=tools, SLURM_SUBMIT_DIR=str(tmp_path), **job)
     assert lost.returncode == 2 and "submit it from the clone" in lost.stderr
-    write_script(tools / "deepspeed", "#!/bin/sh\n")
-    assert dry_run(clone / "launchers" / "run.sh", tools, **job, SLURM_STEP_ID="0")[0] == "deepspeed"
+    use_fake_launcher(tools / "python3")
+    assert dry_run(clone / "launchers" / "run.sh", tools, **job, SLURM_STEP_ID="0")[0] == "python3"
 
 
 def test_jobs_of_an_array_read_their_number(clone: Path, tools: Path) -> None:
@@ -288,6 +302,7 @@ def test_both_scripts_ask_slurm_for_the_same() -> None:
 def test_mpirun_is_missing(clone: Path, tools: Path) -> None:
     done = run("bash", clone / "launchers" / "mpirun.sh", path=tools)
     assert done.returncode == 2 and "mpirun is not installed" in done.stderr
+    assert dry_run(clone / "launchers" / "mpirun.sh", tools)[0] == "mpirun"
 
 
 def test_cluster_tools_that_cannot_be_installed_are_named(tools: Path) -> None:

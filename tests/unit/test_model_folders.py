@@ -302,10 +302,10 @@ def test_runs_are_tokenizers_of_verbs(run_dir: Path, tmp_path: Path, capsys: pyt
     model = _model(tmp_path / "m")
     for file in model.glob("tokenizer*"):
         file.unlink()
-    limits = ["--max-prompt-tokens", "32"]
+    limits = ["--max-prompt-tokens", "32", "--template", "plain"]
     assert main(["prepare", str(rows), str(tmp_path / "data"), "--tokenizer", str(run_dir), *limits]) == 0
     assert main(["shard", str(model), str(tmp_path / "sharded"), "--tp-size", "1", "--tokenizer", str(run_dir)]) == 0
-    generate = ["generate", "--model", str(model), "--tokenizer", str(run_dir), "--template", "plain"]
+    generate = ["generate", "--model", str(model), "--tokenizer", str(run_dir)]
     assert main([*generate, "--input", str(rows), *limits, "--max-new-tokens", "2"]) == 0
     verify = ["verify", str(model), str(model), "--tokenizer", str(run_dir)]
     assert main([*verify, "--rows", "1", "--greedy-tokens", "0"]) == 0
@@ -330,6 +330,7 @@ def test_the_probe_sees_another_model_and_not_rounding(tmp_path: Path) -> None:
     for found, dtype in ((probe_logits(other, 500), torch.bfloat16), (expected * 1.01, torch.float32)):
         with pytest.raises(CheckpointError, match="m: what was written is another model"):
             check_same_logits(expected, found, "m", dtype)
+    check_same_logits(expected * torch.nan, expected * torch.nan, "m", torch.float32)  # the model's own fault
     for one, two in ((expected * torch.nan, expected), (expected, expected * torch.nan)):
         with pytest.raises(CheckpointError):
             check_same_logits(one, two, "m", torch.bfloat16)

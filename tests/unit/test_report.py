@@ -55,9 +55,20 @@ def test_results_table_shows_counts_and_gaps():
     sampled = SuiteResult("test", summarize([ONE, ONE]), replace(ONE, rouge_l=77.0), (1, 2), 0, 0, [])
     greedy_only = SuiteResult("vicuna", None, replace(ONE, rouge_l=None, exact_match=None, num_scored=0), (), 0, 0, [])
     table = results_table({"student": {"test": sampled, "vicuna": greedy_only}}, {"student": {"test": 1.25}})
+    assert table.split("\n")[0].endswith("distinct-1     distinct-2  scored  no reference  dropped")
     first, second = table.split("\n")[2:]
     assert first.split()[:2] == ["student", "test"] and "10.00 ± 0.00" in first and "77.00" in first and "1.25" in first
-    assert second.split() == ["student", "vicuna", "-", "-", "-", "-", "-", "0", "1"]
+    assert second.split() == ["student", "vicuna", *"-----", "50.00", "60.00", "0", "1", "0"]
+
+
+def test_results_table_shows_what_was_left_out():
+    """Dropped rows always; truncated prompts and bad rows where a set has any."""
+    result = SuiteResult("test", None, ONE, (), num_skipped=0, num_dropped=158, predictions=[])
+    cut = replace(result, num_truncated=7)
+    header, _, first, second = results_table({"a": {"test": result}, "b": {"test": cut}}).split("\n")
+    assert header.endswith("no reference  dropped  truncated") and "bad rows" not in header
+    assert first.split()[-2:] == ["158", "0"] and second.split()[-2:] == ["158", "7"]
+    assert results_table({"a": {"test": replace(result, num_skipped=2)}}).split()[-2:] == ["158", "2"]
 
 
 def test_a_summary_is_plain_json():

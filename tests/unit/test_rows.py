@@ -187,7 +187,7 @@ def test_files_that_people_have(tmp_path):
         ("a.csv", b"output,instruction,output\nx,y,z\n", "names the column 'output' more than once"),
         ("a.csv", "instruction,output\nx,y\n".encode("utf-16")[:-1], "invalid UTF-16"),
         ("a.jsonl.gz", b"not compressed", "not a readable gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"instruction": "x"}\n')[:-6], "not a readable gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"instruction": "x"}\n', mtime=0)[:-6], "not a readable gzip file"),
         ("a.jsonl", b'{"instruction": "x', "not valid JSON: Unterminated string starting at column 17"),
     ],
 )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.decoding.sampling import sample_tokens
+from megadistill.decoding.sampling import NO_TOKEN, sample_tokens
 from megadistill.errors import ConfigError
 from megadistill.parallel import VocabShard
 from megadistill.parallel.rng import uniform
@@ -127,6 +127,20 @@ def test_classes_without_mass_are_never_drawn(number, logits, monkeypatch):
     )
     for options in SETTINGS:
         assert logits[int(draw(torch.tensor([logits]), **options))] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [*SETTINGS, {"temperature": 0.0}])
+def test_rows_without_a_distribution_have_no_token(options, dtype):
+    """Wherever the one class is that is not a number; with -NaN, as processors make it; and no other row changes."""
+    logits = torch.randn(9, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = draw(logits, **options)
+    broken = logits.clone()
+    broken[1, 0], broken[2, 299], broken[3], broken[4, 150] = torch.nan, torch.nan, torch.nan, torch.inf
+    broken[5], broken[6, int(logits[6].argmin())], broken[7, :2] = -torch.inf, -torch.tensor(torch.nan), torch.inf
+    tokens = draw(broken, **options)
+    assert tokens[1:8].tolist() == [NO_TOKEN] * 7
+    assert tokens[0] == expected[0] and tokens[8] == expected[8]
 
 
 def test_no_rows():

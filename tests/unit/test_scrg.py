@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,8 +15,11 @@ from megadistill.data.sample import Sample
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.rollout import Correction, RolloutState, rollout
-from megadistill.decoding.sampling import Sampling
+from megadistill.decoding.sampling import NO_TOKEN, Sampling
+from megadistill.errors import DivergenceError
 from megadistill.generation import find_error_positions, sample_tokens
+from megadistill.generation.scoring import score_responses
+from megadistill.generation.scrg import find_corrections
 from megadistill.generation.sources.base import SourceInputs
 from megadistill.generation.sources.on_policy import OnPolicy
 from megadistill.observability.timers import Timers
@@ -217,8 +221,8 @@ class Student:
 
     shard = SHARD
 
-    def __init__(self) -> None:
-        self.counter = Counter()
+    def __init__(self, decoder: Counter | None = None) -> None:
+        self.counter = decoder or Counter()
 
     @contextmanager
     def decoder(self) -> Iterator[Counter]:
@@ -229,6 +233,8 @@ def _revise(
     prompts: tuple[tuple[int, ...], ...],
     objections: dict[tuple[int, int], dict[int, int]],
     rounds: int = 1,
+    teacher_eos_ids: frozenset[int] = frozenset(),
+    decoder: Counter | None = None,
     **more: int,
 ) -> tuple[list[Sample], Teacher]:
     """A step's samples, six tokens each, from the text source itself."""
@@ -239,7 +245,16 @@ def _revise(
     })  # fmt: skip
     teacher = Teacher(prompts, objections)
     plan = DecodeBatchPlan(more.get("batch_size", len(prompts)), False, 64)
-    inputs = SourceInputs(config, ParallelContext.single(), Student(), teacher, frozenset({EOS}), plan, max_steps=2000)
+    inputs = SourceInputs(
+        config,
+        ParallelContext.single(),
+        Student(decoder),
+        teacher,
+        frozenset({EOS}),
+        plan,
+        teacher_eos_ids=teacher_eos_ids,
+        max_steps=2000,
+    )
     return OnPolicy.build(inputs).samples(0, samples_of(*prompts), Timers()), teacher
 
 
@@ -257,6 +272,14 @@ def test_one_round_corrects_and_continues() -> None:
         assert sample.teacher_hidden is not None and sample.response_ids is not None
         assert sample.teacher_hidden.argmax(-1).tolist() == [*sample.prompt_ids[-1:], *sample.response_ids[:-1]]
     assert teacher.num_readings == 2
+
+
+def test_a_correction_ends_a_response_where_it_would_end_the_teachers() -> None:
+    """The student itself writes on past the teacher's end tokens."""
+    objections = {(0, 0): {1: 8}, (0, 1): {1: EOS}, (0, 2): {2: 9}}
+    samples, _ = _revise(((2,), (2,), (2,)), objections, teacher_eos_ids=frozenset({8, 6}))
+    assert [s.rollout_ids for s in samples] == [(3, 4, 5, 6, 7, 8)] * 3
+    assert [s.response_ids for s in samples] == [(3, 8), (3, EOS), (3, 4, 9, 10, EOS)]
 
 
 def test_without_rounds_the_text_is_the_students() -> None:
@@ -283,6 +306,53 @@ def test_later_rounds_look_only_right_of_the_last_correction() -> None:
 def test_the_strongest_objection_is_corrected() -> None:
     samples, _ = _revise(((2,), (2,)), {(0, 0): {4: 9, 1: 9}, (0, 1): {1: 9, 4: 9}})
     assert [s.error_position for s in samples] == [4, 1]
+
+
+class Broken(Counter):
+    """Has no distribution after a 9."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.where(hidden[:, 9:10] > 0, torch.nan, super().logits(hidden))
+
+
+def test_a_text_without_a_distribution_ends_and_says_so() -> None:
+    rollout_state = _state(samples_of((2,), (7,), (9,)), [4] * 3, Broken())
+    rollout_state.write(0)
+    assert rollout_state.responses() == [(3, 4, 5, 6), (8, 9, 0), (0,)]
+    assert rollout_state.nonfinite == {1: 2, 2: 0}
+    rollout_state.rewrite([Correction(0, 1, 8)], 1)  # what a correction leads to counts as well
+    assert rollout_state.responses()[0] == (3, 8, 9, 0) and rollout_state.nonfinite[0] == 3
+
+
+def test_rollout_refuses_such_a_text() -> None:
+    samples = samples_of((2,), (7,), (9, 9))
+    with pytest.raises(DivergenceError, match="sequence 1: the logits for token 3 of the answer are NaN or infinite"):
+        _write(samples, [4] * 3, Broken())
+    seen: list[tuple[int, int]] = []
+    written = rollout(
+        Broken(), samples, limits=[4] * 3, eos_ids=frozenset({EOS}), sampling=GREEDY, max_examples=1,
+        on_nonfinite=lambda index, position: seen.append((index, position)),
+    )  # fmt: skip
+    assert written[0] == (3, 4, 5, 6) and seen == [(1, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_sample_knows_that_the_student_had_no_distribution(rounds: int) -> None:
+    samples, _ = _revise(((2,), (8,), (9,)), {(0, 0): {1: 8}}, rounds, decoder=Broken())
+    # The teacher leads example 0 to a 9; a correction that replaces what the others could not write excuses nothing.
+    assert [s.is_finite for s in samples] == [rounds == 0, False, False]
+    assert [s.rollout_ids for s in samples[1:]] == [(9, 0), (0,)]
+
+
+def test_a_teacher_without_a_distribution_corrects_nothing() -> None:
+    """Its token is none, and its KL is NaN."""
+    scores = score_responses(
+        [2], [0], [0],
+        student_hidden=[state_of([3, 4])], student_head=HEAD, teacher_hidden=[state_of([3, 4]) * torch.nan],
+        teacher=Teacher((), {}), seed=0, round_index=0, sample_teacher=True,
+    )  # fmt: skip
+    assert scores.teacher_tokens.tolist() == [[NO_TOKEN] * 2]
+    assert find_corrections([(4, 5)], scores) == []
 
 
 def test_streams_give_a_continuation_its_own_random_numbers() -> None:

@@ -204,5 +204,5 @@ def test_decode_batches_are_as_wide_as_the_cache() -> None:
     assert plan(10 * 50 - 1) == DecodeBatchPlan(10, False, 49)  # the teacher's cache goes first
     assert plan(99) == DecodeBatchPlan(5, False, 9)  # nine fit; two batches of five are as many as nine and one
     assert plan(39) == DecodeBatchPlan(3, False, 3) and plan(10) == plan(8) == DecodeBatchPlan(1, False, 1)
-    with pytest.raises(ConfigError, match=r"generation.max_cache_bytes=7 .* 4 tokens needs 8"):
+    with pytest.raises(ConfigError, match=r"cache of 7 bytes .* 4 tokens needs 8"):
         plan(7)

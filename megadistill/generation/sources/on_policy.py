@@ -108,6 +108,7 @@ class OnPolicy(TextSource):
                 teacher_hidden=teacher_states.hidden[i],
                 error_position=error_positions[i],
                 num_corrections=num_corrections[i],
+                is_finite=i not in rollout.nonfinite,
             )
             for i, sample in enumerate(samples)
         ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from megadistill.data.sample import Sample, TokenIds
+from megadistill.decoding.nonfinite import row_name
 from megadistill.decoding.protocols import TextModel
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
 from megadistill.generation.teacher_cache import teacher_responses
@@ -39,6 +40,7 @@ class TeacherText(TextSource):
             inputs.context,
             eos_ids=inputs.teacher_eos_ids,
             batch_size=inputs.decode_plan.batch_size,
+            name_of=lambda prompt: row_name(next(row for row in inputs.examples if row.prompt_ids == prompt)),
         )
         return cls(responses, inputs.teacher, inputs.config.train.micro_batch_size)
 

@@ -46,7 +46,11 @@ class NonFinite(Hook):
         samples = [sample for part in context.gather_objects_over_dp(self._describe(event)) for sample in part]
         context.run_on_rank0(lambda: self._dump(file, event, samples), file)
         terms = ", ".join(f"{name} {event.metrics[name]}" for name in _TERMS)
-        what = f"step {event.step} is not finite ({terms}); nothing was updated, its batch is in {file}"
+        num_bad = sum(not sample["is_finite"] for sample in samples)
+        what = (
+            f"step {event.step} is not finite ({terms}; {num_bad} of {len(samples)} rows are not); nothing was "
+            f"updated, its batch is in {file}"
+        )
         if train.on_nonfinite == "stop":
             raise DivergenceError(f"{what}; look at its examples, lower optim.lr, or set train.on_nonfinite=skip")
         if self._consecutive >= train.max_nonfinite:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megadistill.data.encode import TokenizedExample
+from megadistill.decoding.nonfinite import faults_in
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.evaluation.rouge import score_texts
 from megadistill.observability.log import get_logger
@@ -52,8 +53,13 @@ class Validation(Hook):
         return {"validation": self.last}
 
     def run(self, step: int) -> None:
-        """Validates the student as it is after ``step`` steps (collective over the world)."""
-        self.last = validate(self._components, self._examples)
+        """Validates the student as it is after ``step`` steps (collective over the world).
+
+        Raises:
+            DivergenceError: On every rank, where the logits of a row are not finite, whatever ``train.on_nonfinite``.
+        """
+        with faults_in(f"validation after step {step}"):
+            self.last = validate(self._components, self._examples)
         self._components.source.observe(self.last)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in self.last.items())
         get_logger(self._components.context.rank, "train").info(f"step {step}: {numbers}")

@@ -1,0 +1,86 @@
+"""evaluation.json gains results and loses none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.config.schema import RunConfig
+from megadistill.errors import ConfigError
+from megadistill.evaluation.record import add_results, deciding_settings, make_entry, notes_on_rows, read_record
+from megadistill.evaluation.rouge import RougeScores
+from megadistill.evaluation.suites import SuiteResult
+
+
+def entry_of(rouge_l: float = 10.0, *, model: str = "student", files: str = "f", rows: str = "r", n: int = 2) -> Any:
+    scores = RougeScores(rouge_l, 0.0, 50.0, 60.0, num_scored=n, num_without_references=0)
+    result = SuiteResult("test", None, scores, (1, 2), 0, 0, ["text"] * n, rows_checksum=rows)
+    described = {"name": model, "path": f"runs/{model}", "files": {"a": files}}
+    return make_entry(result, 1.5, model=described, path="test.jsonl", suite=None, settings={"eval.seeds": (1, 2)})
+
+
+def test_results_of_another_model_or_set_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "evaluation.json"
+    add_results(path, {"student": {"test": entry_of()}})
+    add_results(path, {"student": {"dolly": entry_of(20.0)}})
+    record, num_moved = add_results(path, {"teacher": {"test": entry_of(30.0, model="teacher")}})
+    assert num_moved == 0 and record["history"] == []
+    assert json.loads(path.read_text(encoding="utf-8")) == record == read_record(path)
+    found = {(m, s): e["greedy"]["rouge_l"] for m, by_set in record["results"].items() for s, e in by_set.items()}
+    assert found == {("student", "test"): 10.0, ("student", "dolly"): 20.0, ("teacher", "test"): 30.0}
+    assert record["results"]["teacher"]["test"]["model"]["path"] == "runs/teacher"
+
+
+def test_no_number_is_lost(tmp_path: Path) -> None:
+    """Other numbers, or the same of other files, go before those that were there; a repetition changes the time."""
+    path = tmp_path / "evaluation.json"
+    for entry in (entry_of(1.0), entry_of(2.0), entry_of(2.0, files="other"), entry_of(2.0, files="other")):
+        record, _ = add_results(path, {"student": {"test": entry}})
+    assert [e["greedy"]["rouge_l"] for e in record["history"]] == [2.0, 1.0]
+    assert [e["model"]["files"]["a"] for e in record["history"]] == ["f", "f"]
+    assert record["results"]["student"]["test"]["model"]["files"] == {"a": "other"}
+    assert all(e["model"]["name"] == "student" and e["time"] and e["name"] == "test" for e in record["history"])
+
+
+def test_a_file_of_before_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    old = {"name": "test", "greedy": {"rouge_l": 5.0}, "nll": 2.0, "predictions": ["x"]}
+    path.write_text(json.dumps({"models": {"student": "runs/a"}, "results": {"student": {"test": old}}}), "utf-8")
+    record, num_moved = add_results(path, {"student": {"test": entry_of()}})
+    assert num_moved == 1 and record["history"][0].items() >= old.items()
+    assert record["history"][0]["model"] == {"name": "student", "path": "runs/a", "files": {}}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"results": [1]}', '{"results": {"a": {"b": 1}}}'])
+def test_a_file_of_something_else_stays(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine\.json exists and holds no results of evaluate"):
+        add_results(path, {"student": {"test": entry_of()}})
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_scores_of_different_rows_are_noted(tmp_path: Path) -> None:
+    """Also those of two commands; a file of before has no checksums."""
+    path = tmp_path / "evaluation.json"
+    add_results(path, {"a": {"test": entry_of()}, "b": {"test": entry_of()}})
+    record, _ = add_results(path, {"old": {"test": {"greedy": None}}})
+    assert notes_on_rows(record, ["test", "dolly"]) == []
+    record, _ = add_results(path, {"c": {"test": entry_of(rows="other", n=1)}})
+    (note,) = notes_on_rows(record, ["test"])
+    assert note == "not comparable: the models answered different rows of test (a, b: 2 rows; c: 1 rows)"
+
+
+def test_what_decides_the_numbers() -> None:
+    def settings(**sections: Any) -> dict[str, Any]:
+        tree = {"run": {"dir": "x"}, "model": {"teacher": {"path": "t"}, "student": {"path": "s"}}, **sections}
+        return deciding_settings(RunConfig.model_validate(tree))
+
+    plain = settings()
+    assert settings(eval={"batch_size": 3, "path": "f"}, data={"train_path": "g"}) == plain
+    for other in ({"eval": {"seeds": [1]}}, {"eval": {"top_k": 5}}, {"data": {"template": "plain"}}):
+        assert settings(**other) != plain
+    assert {"eval.temperature", "eval.max_new_tokens", "data.max_prompt_tokens", "model.student.dtype"} <= set(plain)

@@ -52,6 +52,7 @@ setup(
         "datasets>=4",
         "filelock>=3.16",
         "huggingface-hub>=1.31",
+        "jinja2>=3.1",
         "numpy>=2",
         "omegaconf>=2.3",
         "protobuf>=5",

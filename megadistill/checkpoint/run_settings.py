@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from megadistill.checkpoint.manifest import is_pointer
 from megadistill.config.load import load_config
 from megadistill.config.schema import RunConfig
 
@@ -17,13 +18,13 @@ def settings_of_run(path: str | Path) -> tuple[Path, RunConfig] | None:
     """resolved.yaml of the run that a path belongs to, and the settings in it; None where there is none.
 
     Args:
-        path: A run directory, a checkpoint in it, or the ``hf`` folder of that.
+        path: A run directory, a checkpoint in it, the ``hf`` folder of that, or a file that names a checkpoint.
 
     Raises:
         ConfigError: The file is there but cannot be read.
     """
     local = Path(path)
-    if not local.is_dir():
+    if not local.is_dir() and not is_pointer(local):
         return None
     local = local.resolve()
     for folder in (local, *local.parents[:_MAX_LEVELS]):

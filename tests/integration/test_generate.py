@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import transformers
 
 from megadistill.cli.main import main
 from tests.support.runs import free_port
@@ -135,7 +136,7 @@ def test_other_settings_are_refused(
         (["--temperature", "0.5"], "--temperature was 1.0 and is now 0.5;"),
         (["--seed", "1", "--top-k", "5"], "--top-k was 0 and is now 5; also changed: --seed;"),
         (["--max-new-tokens", "17"], "--max-new-tokens was 16 and is now 17;"),
-        (["--template", "alpaca", "--max-new-tokens", "16", "--max-prompt-tokens", "110"], "--template was plain"),
+        (["--template", "alpaca", "--long-prompt", "truncate"], "--template was plain"),
         (["--dtype", "bf16"], "--dtype was fp32"),
         (["--input", str(data)], "the content of --input was 150 rows"),
         (["--model", str(config)], "also changed: config.json of --model;"),
@@ -183,7 +184,7 @@ def test_a_run_that_wrote_nothing_leaves_nothing(
     )
     rows, output = ["--input", str(data), "--skip-bad-rows"], tmp_path / "new" / "out.jsonl"
     assert main(["generate", *_arguments(assets, output, *rows)]) == 2
-    assert "rows.jsonl:3" in _error(capsys) and not _state(output.parent)
+    assert "rows.jsonl:3" in _error(capsys) and not output.parent.exists()
     longer = ["--max-prompt-tokens", "124", "--max-new-tokens", "4"]
     data.write_text('{"instruction": "Yes."}\n{"instruction": ""}\n{"instruction": "No."}\n', encoding="utf-8")
     assert main(["generate", *_arguments(assets, output, *rows, *longer)]) == 0
@@ -223,7 +224,7 @@ def test_two_processes_write_the_same_bytes(assets: Path, tmp_path: Path) -> Non
 
 def _generate(assets: Path, *more: str) -> int:
     """A few tokens for a few prompts."""
-    model = ["--model", str(assets / "llama" / "student"), "--tokenizer", str(assets / "tokenizer")]
+    model = ["--model", str(assets / "llama" / "student" / "config.json"), "--tokenizer", str(assets / "tokenizer")]
     return main(
         ["generate", *model, "--max-prompt-tokens", "100", "--max-new-tokens", "4", "--temperature", "0", *more]
     )
@@ -296,7 +297,8 @@ def test_a_model_of_a_run_is_prompted_as_it_was_trained(
 
     run = tmp_path / "run"
     hf = run / "checkpoints" / "step_1" / "hf"
-    shutil.copytree(assets / "llama" / "student", hf)
+    random = transformers.AutoConfig.from_pretrained(assets / "llama" / "student")
+    transformers.AutoModelForCausalLM.from_config(random).save_pretrained(hf)
     settings = ["data.template=plain", "data.max_prompt_tokens=50", "data.max_tokens=53", "generation.max_new_tokens=9"]
     config = load_config(ROOT / "configs" / "smoke.yaml", [f"run.dir={run}", *settings])
     dump_resolved(config, run / "resolved.yaml")
@@ -305,6 +307,10 @@ def test_a_model_of_a_run_is_prompted_as_it_was_trained(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["prompt"] == "x " * 20 + "\n"
     assert f"from {run / 'resolved.yaml'}: --template plain, --max-prompt-tokens 50, --max-new-tokens 9" in printed.err
+    (run / "checkpoints" / "best").write_text("step_1\n", encoding="utf-8")
+    best = ["--model", str(run / "checkpoints" / "best"), *model[2:]]
+    assert main(["generate", *best, "--prompt", "x " * 20]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "x " * 20 + "\n"
     given = ["--template", "alpaca", "--max-prompt-tokens", "126", "--max-new-tokens", "2"]
     assert main(["generate", *model, "--prompt", "x", *given]) == 0
     printed = capsys.readouterr()

@@ -24,6 +24,7 @@ PAIRS = {
     "opt-6.7b_to_opt-1.3b.yaml": "opt",
     "open_llama_7b_to_3b.yaml": "llama",
     "llama-13b_to_7b.yaml": "llama",
+    "qwen2.5-1.5b_to_0.5b.yaml": "qwen2",
     "qwen3-8b_to_1.7b.yaml": "qwen3",
 }
 
@@ -120,7 +121,12 @@ def test_generate_evaluate_and_export(smoke: Path, monkeypatch: pytest.MonkeyPat
         assert main(["generate", *arguments]) == 0
     assert Path("a.jsonl").read_text(encoding="utf-8") == Path("b.jsonl").read_text(encoding="utf-8")
     config = ["--config", str(ROOT / "configs" / "smoke.yaml")]
-    assert main(["evaluate", *config, "--model", "runs/smoke", "--model", "teacher=runs/assets/smoke_0/teacher/config.json"]) == 0
+    assert (
+        main(
+            ["evaluate", *config, "--model", "runs/smoke", "--model", "teacher=runs/assets/smoke_0/teacher/config.json"]
+        )
+        == 0
+    )
     alone = json.loads(Path("runs/smoke/evaluation.json").read_text(encoding="utf-8"))["results"]
     assert set(alone) == {"smoke", "teacher"}
     two = ["torchrun", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]

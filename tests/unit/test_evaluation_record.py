@@ -48,7 +48,9 @@ def test_no_number_is_lost(tmp_path: Path) -> None:
 def test_a_file_of_before_is_continued(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     old = {"name": "test", "greedy": {"rouge_l": 5.0}, "nll": 2.0, "predictions": ["x"]}
-    path.write_text(json.dumps({"models": {"student": "runs/a"}, "results": {"student": {"test": old}}}), "utf-8")
+    path.write_text(
+        json.dumps({"models": {"student": "runs/a"}, "results": {"student": {"test": old}}}), encoding="utf-8"
+    )
     record, num_moved = add_results(path, {"student": {"test": entry_of()}})
     assert num_moved == 1 and record["history"][0].items() >= old.items()
     assert record["history"][0]["model"] == {"name": "student", "path": "runs/a", "files": {}}

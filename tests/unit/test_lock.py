@@ -1,3 +1,6 @@
+import threading
+from contextlib import ExitStack
+
 """One writer per place."""
 
 import errno
@@ -52,3 +55,12 @@ def test_a_place_that_cannot_be_written_is_not_taken_for_locked(tmp_path: Path) 
     (tmp_path / "lock").mkdir()
     with pytest.raises(IsADirectoryError), exclusive_lock(tmp_path / "lock", "it"):
         pass
+
+
+def test_a_place_can_be_waited_for(tmp_path: Path) -> None:
+    with ExitStack() as held:
+        held.enter_context(exclusive_lock(tmp_path / "lock", "it"))
+        releasing = threading.Timer(0.2, held.close)
+        releasing.start()
+        with exclusive_lock(tmp_path / "lock", "it", wait_s=60):
+            releasing.join()

@@ -1,6 +1,3 @@
-import threading
-from contextlib import ExitStack
-
 """One writer per place."""
 
 import errno
@@ -8,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest

@@ -25,6 +25,11 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130, "Ctrl-C outside of training"  # as shells report it: 128 + SIGINT
 
 
+def settings_of(*settings: str | None) -> str | None:
+    """Several settings as an error carries them; None where all are None."""
+    return ", ".join(setting for setting in settings if setting is not None) or None
+
+
 class MegadistillError(Exception):
     """Base of the errors that carry one clear line: what is wrong, where, what is allowed, the nearest valid choice.
 

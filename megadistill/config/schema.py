@@ -197,8 +197,8 @@ class TrainSection(Section):
     samples_rows: PositiveInt = Field(4, description="Examples per entry in samples.jsonl.")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop",
-        description="After a step with a non-finite loss or gradient: stop the run, or skip the step. The step changes "
-        "nothing, and its batch is written to RUN/nonfinite/.",
+        description="After a step with a non-finite loss or gradient, or student text from non-finite logits: stop the "
+        "run, or skip the step. The step changes nothing, and its batch is written to RUN/nonfinite/.",
     )
     max_nonfinite: PositiveInt = Field(
         10, description="With on_nonfinite skip: stop the run after this many consecutive skipped steps."

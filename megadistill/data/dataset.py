@@ -21,7 +21,7 @@ from megadistill.data.columns import (
     recognize,
 )
 from megadistill.data.readers import BadRow, read_rows
-from megadistill.errors import DataError
+from megadistill.errors import DataError, settings_of
 from megadistill.files import did_you_mean
 
 
@@ -106,7 +106,7 @@ def load_examples(
             if not skip_bad_rows:
                 # Where no row fits, skipping bad ones would leave nothing.
                 advice = "data.skip_bad_rows" if reader.kind is not None else None
-                raise DataError(message, setting=", ".join(filter(None, (error.setting, advice))) or None) from None
+                raise DataError(message, setting=settings_of(error.setting, advice)) from None
             skipped.append(message)
     if not examples:
         if skipped and reader.kind is None and reader.has_objects:

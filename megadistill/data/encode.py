@@ -26,7 +26,7 @@ from megadistill.data.prompts import (
 )
 from megadistill.data.readers import BadRow
 from megadistill.data.tokenize import decode_text, encode_responses, encode_texts, leading_special_ids
-from megadistill.errors import ConfigError, DataError
+from megadistill.errors import ConfigError, DataError, settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -235,7 +235,7 @@ def refused(example: Example, problem: BadRow, skip_bad_rows: bool) -> str:
     """
     message = f"{example.where or f'row {example.id}'}: {problem}"
     if not skip_bad_rows:
-        raise DataError(message, setting=", ".join(filter(None, (problem.setting, "data.skip_bad_rows")))) from None
+        raise DataError(message, setting=settings_of(problem.setting, "data.skip_bad_rows")) from None
     return message
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megadistill.cli.main import main
 from megadistill.data.tokenize import load_tokenizer
-from tests.support.runs import run_layout, settings
+from tests.support.runs import ROOT, run_layout, settings
 from tests.support.spawn import RankError
 
 STEPS = 8
@@ -111,3 +112,49 @@ def test_weights_that_are_lost_do_not_skip_for_ever(assets: Path, tmp_path: Path
     model.save_pretrained(tmp_path / "lost")
     with pytest.raises(RankError, match="step 3 is not finite .* so were the 2 before it"):
         run_layout(1, [(str(tmp_path / "run"), _settings(assets, tmp_path / "lost"))])
+
+
+def test_generate_and_evaluate_stop_with_the_row(
+    assets: Path, broken: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, token = broken
+    data, output = assets / "data" / "train.jsonl", tmp_path / "out.jsonl"
+    tokenizer = load_tokenizer(str(assets / "tokenizer"))
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    named = [i for i, row in enumerate(rows) if token in tokenizer.encode(f"{row['instruction']} {row['input']}")]
+    generate = ["--model", str(student), "--tokenizer", str(assets / "tokenizer"), "--input", str(data)]
+    generate += ["--output", str(output), "--template", "plain", "--max-prompt-tokens", "64", "--max-new-tokens", "2"]
+    config = ["--config", str(ROOT / "configs" / "base.yaml"), *settings(assets, "llama", f"run.dir={tmp_path}")]
+    config += [f"eval.path={data}", "eval.max_new_tokens=2", "eval.seeds=[1]", "eval.greedy=false"]
+    for verb, arguments, where in (
+        ("generate", generate, ""),
+        ("generate", [*generate, "--temperature", "0"], ""),
+        ("evaluate", [*config, "--model", f"mine={student}"], "mine on train: "),
+    ):
+        assert main([verb, *arguments]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megadistill: ")]
+        assert any(line.startswith(f"megadistill: {where}row {i} (") for i in named) and "NaN or infinite" in line
+    assert not output.exists() and not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("part", "more", "message"),
+    [
+        ("student", ("generation.mode=dataset", "train.eval_every=1"), r"validation after step \d+: row \d+ \("),
+        ("teacher", ("generation.mode=teacher",), r"teacher: row \d+ \('.*the logits for token"),
+    ],
+)
+def test_validation_and_teacher_text_stop_all_ranks(
+    assets: Path, broken: tuple[Path, int], tmp_path: Path, part: str, more: tuple[str, ...], message: str, tp_size: int
+) -> None:
+    """Also where steps are skipped; what the teacher wrote before stays, and nothing of the block."""
+    path, token = broken
+    student = path if part == "student" else assets / "llama" / "student"
+    common = _settings(assets, student, f"parallel.tp_size={tp_size}", f"model.{part}.path={path}", *more)
+    common += [f"data.valid_path={assets / 'data' / 'train.jsonl'}"]
+    with pytest.raises(RankError, match=message):
+        run_layout(2, [(str(tmp_path / "run"), common)], timeout_s=120)
+    if part == "teacher":
+        lines = (tmp_path / "run" / "teacher_text.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+        assert all(token not in json.loads(line)["response"] for line in lines)

@@ -47,7 +47,7 @@ def student(tmp_path: Path, bare: Path) -> Path:
         (folder / name).write_text(f"own {name}", encoding="utf-8")
     for name in (
         "model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5", "trainer_state.json", "optimizer.pt",
-        "events.out.tfevents.1", "train.log", "README.md", ".gitattributes", "hf_quant_config.json", "all_results.json",
+        "events.out.tfevents.1", "train.log", "README.md", ".gitattributes", "all_results.json",
     ):  # fmt: skip
         (folder / name).write_text("litter", encoding="utf-8")
     return folder

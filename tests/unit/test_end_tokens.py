@@ -189,7 +189,16 @@ def test_a_teacher_cache_names_its_end_tokens(tmp_path: Path) -> None:
 
     def responses(config: RunConfig, eos_ids: set[int]) -> None:
         anyone: Any = teacher
-        teacher_responses(config, [], anyone, ParallelContext.single(), eos_ids=frozenset(eos_ids), batch_size=1)
+        teacher_responses(
+            config,
+            [],
+            anyone,
+            "owner/t",
+            ParallelContext.single(),
+            eos_ids=frozenset(eos_ids),
+            batch_size=1,
+            name_of=str,
+        )
 
     responses(config, {0, 7})
     assert json.loads(path.read_text(encoding="utf-8"))["eos_ids"] == [0, 7]
@@ -197,7 +206,9 @@ def test_a_teacher_cache_names_its_end_tokens(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eos_ids=\[0, 7\] there, \[0\] here"):
         responses(config, {0})
     # A file of before: it ended at the tokenizer's EOS alone.
-    old = {key: value for key, value in _settings(config, teacher, frozenset({0})).items() if key != "eos_ids"}
+    old = {
+        key: value for key, value in _settings(config, teacher, "owner/t", frozenset({0})).items() if key != "eos_ids"
+    }
     path.write_text(json.dumps(old) + "\n", encoding="utf-8")
     responses(config, {0})
     with pytest.raises(ConfigError, match=r"eos_ids=None there, \[0, 7\] here"):

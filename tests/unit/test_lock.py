@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,12 @@ def test_a_place_that_cannot_be_written_is_not_taken_for_locked(tmp_path: Path) 
     (tmp_path / "lock").mkdir()
     with pytest.raises(IsADirectoryError), exclusive_lock(tmp_path / "lock", "it"):
         pass
+
+
+def test_a_place_can_be_waited_for(tmp_path: Path) -> None:
+    with ExitStack() as held:
+        held.enter_context(exclusive_lock(tmp_path / "lock", "it"))
+        releasing = threading.Timer(0.2, held.close)
+        releasing.start()
+        with exclusive_lock(tmp_path / "lock", "it", wait_s=60):
+            releasing.join()

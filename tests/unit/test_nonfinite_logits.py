@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 import torch.distributed as dist
 
 from megadistill.data.encode import TokenizedExample
+from megadistill.data.sample import Sample
 from megadistill.decoding.nonfinite import row_name
 from megadistill.errors import DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
+from megadistill.training.micro_batch import GlobalCounts
+from megadistill.training.step import loss_metrics
 from tests.support.spawn import run_ranks
 
 V, EOS, BAD = 8, 1, 6
@@ -63,7 +67,7 @@ def rows_of(*tokens: int) -> list[TokenizedExample]:
 @pytest.fixture
 def settings() -> AnswerSettings:
     tokenizer = SimpleNamespace(eos_token_id=EOS, decode=lambda ids, **_: " ".join(map(str, ids)))
-    return AnswerSettings(tokenizer, max_new_tokens=3, max_tokens=9, batch_size=1)  # type: ignore[arg-type]
+    return AnswerSettings(tokenizer, frozenset({EOS}), max_new_tokens=3, max_tokens=9, batch_size=1)  # type: ignore[arg-type]
 
 
 def test_an_answer_and_a_likelihood_stop_at_once_on_one_rank(settings: AnswerSettings) -> None:
@@ -77,7 +81,7 @@ def test_an_answer_and_a_likelihood_stop_at_once_on_one_rank(settings: AnswerSet
             write_answers(model, bad, seed, settings, context)
         assert model.num_batches == 2, "the third is not written"
     for width in (1, 3):  # also where one batch holds good rows beside it
-        wide = AnswerSettings(settings.tokenizer, 3, 9, batch_size=width)
+        wide = AnswerSettings(settings.tokenizer, settings.eos_ids, 3, 9, batch_size=width)
         with pytest.raises(DivergenceError, match=r"^row 11 \('bad'\): the logits for a token of the answer"):
             reference_likelihood(Echo(context), bad, wide, context)
 
@@ -101,6 +105,16 @@ def test_all_ranks_stop_together(settings: AnswerSettings, tp_size: int) -> None
 
     for errors in run_ranks(body, 2, timeout_s=60):
         assert [error[:18] for error in errors] == ["row 11 ('bad'): th"] * 2
+
+
+def test_a_step_with_such_student_text_is_not_finite() -> None:
+    """Whatever its losses are: they may not see what the decoding saw."""
+    config = SimpleNamespace(sft=1.0, dac_kl=1.0, span=0.0)
+    components = SimpleNamespace(context=ParallelContext.single(), loss=config, teacher=None)
+    for is_finite in (True, False):
+        samples = [Sample(0, (2,), response_ids=(4,), rollout_ids=(4,), is_finite=is_finite), Sample(1, (2,))]
+        loss = loss_metrics([], samples, GlobalCounts(1.0, 1.0, 0.0), components)["loss"]  # type: ignore[arg-type]
+        assert math.isfinite(loss) is is_finite
 
 
 def test_a_row_is_named_by_its_number_and_the_end_of_its_prompt() -> None:

@@ -114,10 +114,11 @@ def test_rows_that_need_a_token_beyond_the_shared_ones_are_refused(folders: Path
 
 
 def model_with(folder: Path, tokenizer: Path, rows: int) -> PreTrainedTokenizerBase:
-    """A configuration beside a copy of a tokenizer."""
+    """A configuration and the name of a weight file beside a copy of a tokenizer."""
     shutil.copytree(tokenizer, folder)
     tree = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": rows}
     (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
+    (folder / "model.safetensors").touch()
     return load_tokenizer(folder)
 
 

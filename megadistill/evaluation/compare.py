@@ -142,7 +142,7 @@ def _parts(path: str | None, text_field: str, limit: int) -> Iterable[str]:
         rows = generate_corpus(0, sizes)["teacher_train"]
         return ["\n".join(filter(None, row.values())) for row in rows]
     if Path(path).suffix.lower() != ".txt":
-        examples = load_examples(path, fields=FieldNames(text_field)).examples
+        examples = load_examples(path, fields=FieldNames(text_field), prompts_only=True).examples
         return ("\n".join(filter(None, (row.instruction, row.input, *row.references[:1]))) for row in examples)
     check_name(path, error=DataError)
     try:

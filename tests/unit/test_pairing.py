@@ -75,8 +75,8 @@ def test_one_side_may_have_more_tokens_at_the_end(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("sentence_piece", r"base and instruct have different vocabularies .*: id \d+ is '.*' for the base and"),
-        ("byte_level_bos", r"id 1 is '!' for the base and '<s>' for the instruct"),
+        ("sentence_piece", r"base and instruct have different vocabularies .*: id \d+ is '.*' for base and"),
+        ("byte_level_bos", r"id 1 is '!' for base and '<s>' for instruct"),
         ("unmerged", "tokenize the same text differently"),
     ],
 )
@@ -95,7 +95,7 @@ def test_verify_allows_padding_alone_to_differ(folders: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="eos_token is"):
         assert_same_vocabulary(first, load_tokenizer(folders / "other_eos"))
     short, longer = load_tokenizer(folders / "byte_level"), load_tokenizer(folders / "longer")
-    with pytest.raises(ConfigError, match=rf"id {len(short)} is absent for the teacher and '<extra>' for the student"):
+    with pytest.raises(ConfigError, match=rf"id {len(short)} is absent for teacher and '<extra>' for student"):
         assert_same_vocabulary(short, longer)
 
 

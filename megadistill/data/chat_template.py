@@ -87,15 +87,13 @@ class ChatTemplate:
         fine = [text for text in texts if not isinstance(text, BadRow)]
         prompts = iter(self._ids([prompt for prompt, _ in fine]))
         wholes = iter(self._ids([whole for _, whole in fine if whole is not None]))
-        replies = iter(self._ids([whole[len(prompt) :] for prompt, whole in fine if whole is not None]))
         rows: list[EncodedRow | BadRow] = []
         for chat, text in zip(chats, texts, strict=True):
             if isinstance(text, BadRow):
                 rows.append(text)
                 continue
-            prompt, whole = text
-            reply = None if whole is None else (next(wholes), next(replies))
-            rows.append(self._row(chat, prompt, next(prompts), reply))
+            _, whole = text
+            rows.append(self._row(chat, text, next(prompts), None if whole is None else next(wholes)))
         return rows
 
     def shortened(self, example: Example, encoded: EncodedRow, limit: int) -> EncodedRow | None:
@@ -112,24 +110,26 @@ class ChatTemplate:
         return None
 
     def _row(
-        self, chat: Chat, prompt: str, prompt_ids: list[int], reply: tuple[list[int], list[int]] | None
+        self, chat: Chat, text: tuple[str, str | None], prompt_ids: list[int], whole_ids: list[int] | None
     ) -> EncodedRow | BadRow:
+        prompt, whole = text
         targets: tuple[tuple[int, int], ...] = ()
         if self._trains_all:
             try:
                 targets = self._targets(chat, prompt)
             except BadRow as error:
                 return error
-        if reply is None:
+        if whole is None or whole_ids is None:
             return EncodedRow(prompt, tuple(prompt_ids), None, targets)
-        whole, alone = reply
         # Where the answer would merge with the prompt's last characters it is encoded alone: the prompt stays the one
         # that the student reads when it writes.
-        response = whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else alone
-        ids = self._until_end(response)
+        if whole_ids[: len(prompt_ids)] == prompt_ids:
+            ids = self._until_end(whole_ids[len(prompt_ids) :])
+        else:
+            ids = self._until_end(self._ids([whole[len(prompt) :]])[0])
         content = str((chat.reply or {}).get("content") or "")
-        text = None if content.strip() else decode_text(self._tokenizer, ids[:-1]).strip()
-        return EncodedRow(prompt, tuple(prompt_ids), tuple(ids), targets, text)
+        reply = None if content.strip() else decode_text(self._tokenizer, ids[:-1]).strip()
+        return EncodedRow(prompt, tuple(prompt_ids), tuple(ids), targets, reply)
 
     def _until_end(self, ids: list[int]) -> list[int]:
         """A turn up to its end token, which a template without one does not write."""

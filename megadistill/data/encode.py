@@ -9,9 +9,9 @@ boundary there, and a SentencePiece tokenizer puts no artificial space before th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megadistill.data.dataset import Example
 from megadistill.data.prompts import (
@@ -163,7 +163,6 @@ def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     settings: PromptSettings | None = None,
-    progress: Callable[[int], Any] | None = None,
 ) -> Tokenized:
     """Renders and tokenizes rows.
 
@@ -171,7 +170,6 @@ def tokenize_examples(
         examples: The rows.
         tokenizer: One from ``load_tokenizer``.
         settings: Template and limits.
-        progress: Called with numbers of finished rows.
 
     Raises:
         ConfigError: Unknown policy or template, or limits that leave no token for a response.
@@ -191,8 +189,6 @@ def tokenize_examples(
             row = _within_limits(example, encoded, template, settings, counts)
             if row is not None:
                 rows.append(row)
-        if progress is not None:
-            progress(len(batch))
     if examples and not rows:
         raise _nothing_left(result, len(examples), settings.max_prompt_tokens)
     return replace(

@@ -62,21 +62,28 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _as_trained(config: RunConfig, models: Mapping[str, str]) -> RunConfig:
-    """The configuration with the template that runs among the models were trained with, where it leaves that open.
+    """The configuration with the prompts that runs among the models were trained with, where it leaves them open.
 
     Raises:
-        ConfigError: Runs with different templates.
+        ConfigError: Runs with different prompts.
     """
     from megadistill.checkpoint.run_settings import settings_of_run
 
     if config.data.template != "auto":
         return config
     found = [settings_of_run(path) for path in (config.run.dir, *models.values())]
-    templates = {run[1].data.template: run[0] for run in found if run is not None}
-    if len(templates) > 1:
-        told = ", ".join(f"{name} ({path})" for name, path in templates.items())
-        raise ConfigError(f"the models were trained with different templates: {told}", setting="data.template")
-    return config.with_template(next(iter(templates), "auto"))
+    runs = [run for run in found if run is not None]
+    settings: dict[str, Any] = {"template": "auto"}
+    for name in ("template", "chat_template", "chat_template_kwargs"):
+        given = getattr(config.data, name)
+        values = {str(getattr(run.data, name)): (path, getattr(run.data, name)) for path, run in runs}
+        if not values or (name != "template" and given):
+            continue
+        if len(values) > 1:
+            told = ", ".join(f"{value} ({path})" for value, (path, _) in values.items())
+            raise ConfigError(f"the models were trained with different prompts: {told}", setting=f"data.{name}")
+        settings[name] = next(iter(values.values()))[1]
+    return config.with_template(settings.pop("template"), **settings)
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megadistill.cli.generate_options import check_standard_input, fill_in, generate_parser
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.config.sampling import SamplingOptions
+from megadistill.errors import ConfigError, DataError
 from megadistill.files import checksum
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
     from megadistill.cli.resumable import RowWriter
     from megadistill.data.dataset import Example, LoadedExamples
-    from megadistill.data.encode import TokenizedExample
+    from megadistill.data.encode import Tokenized, TokenizedExample
     from megadistill.data.prompts import PromptSettings
     from megadistill.parallel.context import ParallelContext
 
+_STANDARD_INPUT = "standard input"
 # Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks rarely wait.
 _BATCHES_PER_BLOCK = 8
 
@@ -88,7 +90,7 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
             # Before the model is loaded, so that errors come early.
             num_done = context.run_on_rank0(lambda: writer.open(deciding()))
             if context.is_rank0:
-                _say(loaded, done.num_truncated, len(done.rows), parsed, lines)
+                _say(loaded, done, parsed, lines)
             if num_done < len(done.rows):
                 with open_model(folder, context, vocab_size=vocab_size, dtype=parsed.dtype, where="--model") as model:
                     answer = partial(write_answers, model, seed=parsed.seed, settings=settings, context=context)
@@ -116,6 +118,7 @@ def _read(parsed: Namespace) -> LoadedExamples:
     from megadistill.data.dataset import Example, LoadedExamples, load_examples
 
     if parsed.prompt is not None:
+        _check_prompts(parsed.prompt)
         rows = [{"instruction": text} for text in parsed.prompt]
         return LoadedExamples(
             [Example(i, row["instruction"], "", (), "--prompt", None, row) for i, row in enumerate(rows)], []
@@ -130,7 +133,34 @@ def _read(parsed: Namespace) -> LoadedExamples:
         file = Path(folder) / "standard_input.jsonl"
         with file.open("wb") as target:
             shutil.copyfileobj(sys.stdin.buffer, target)
-        return load(file)
+        try:
+            return _named(load(file), str(file))
+        except DataError as error:
+            message = str(error).replace(str(file), _STANDARD_INPUT)
+            raise DataError(message, setting=error.setting) from None
+
+
+def _named(loaded: LoadedExamples, file: str) -> LoadedExamples:
+    """Rows of standard input by its name, which is not that of the file that holds them meanwhile."""
+    examples = [replace(example, where=example.where.replace(file, _STANDARD_INPUT)) for example in loaded.examples]
+    skipped = [message.replace(file, _STANDARD_INPUT) for message in loaded.skipped]
+    return replace(
+        loaded, examples=examples, skipped=skipped, description=loaded.description.replace(file, _STANDARD_INPUT)
+    )
+
+
+def _check_prompts(texts: Sequence[str]) -> None:
+    """Raises ConfigError for a text that is no prompt."""
+    from megadistill.data.chats import text_of
+    from megadistill.data.readers import BadRow
+
+    for text in texts:
+        if not text.strip():
+            raise ConfigError("--prompt: the text is empty")
+        try:
+            text_of(text, "--prompt")
+        except BadRow as error:
+            raise ConfigError(str(error)) from None
 
 
 def _prompt_settings(
@@ -151,14 +181,22 @@ def _prompt_settings(
     return replace(settings, template=parsed.template)
 
 
-def _say(loaded: LoadedExamples, num_truncated: int, num_rows: int, parsed: Namespace, lines: _Lines) -> None:
+def _say(loaded: LoadedExamples, done: Tokenized, parsed: Namespace, lines: _Lines) -> None:
     """What the user should know about the rows, on standard error."""
     if loaded.description:
         print(f"{loaded.description}; template {parsed.template}", file=sys.stderr)
-    if num_truncated:
+    if skipped := [*loaded.skipped, *done.skipped]:
+        print(f"{len(skipped)} bad rows are left out, the first: {skipped[0]}", file=sys.stderr)
+    if done.num_dropped:
         print(
-            f"{num_truncated} of {num_rows} prompts were over {parsed.max_prompt_tokens} tokens and were truncated; "
-            f"column {lines.prompt_name!r} holds what the model read",
+            f"{done.num_dropped} chats are left out: even without their earlier turns they are over "
+            f"{parsed.max_prompt_tokens} tokens (--max-prompt-tokens)",
+            file=sys.stderr,
+        )
+    if done.num_truncated:
+        print(
+            f"{done.num_truncated} of {len(done.rows)} prompts were over {parsed.max_prompt_tokens} tokens and were "
+            f"truncated; column {lines.prompt_name!r} holds what the model read",
             file=sys.stderr,
         )
     if (lines.prompt_name, lines.response_name) != ("prompt", "response"):
@@ -223,16 +261,28 @@ class _Lines:
         known = {example.id: example for example in examples}
         self.rows, self._given = rows, [_jsonable(known[row.id].row) for row in rows]
         columns = {name for given in self._given for name in given}
-        self.prompt_name, self.response_name = (
-            name if name not in columns else f"model_{name}" for name in ("prompt", "response")
-        )
-        self.ids = [given.get("id", row.id) for given, row in zip(self._given, rows, strict=True)]
+        self.prompt_name, self.response_name = (_free_name(name, columns) for name in ("prompt", "response"))
+        self.ids = [_id(given, row.id) for given, row in zip(self._given, rows, strict=True)]
 
     def line(self, index: int, response: str) -> str:
         """The line of a row."""
-        row = {"id": self.ids[index], **self._given[index]}
+        row = {"id": None, **self._given[index]}  # its place is where the row has it, else first
+        row["id"] = self.ids[index]
         row |= {self.prompt_name: self.rows[index].prompt, self.response_name: response}
         return json.dumps(row, ensure_ascii=False)
+
+
+def _id(given: Mapping[str, Any], number: int) -> Any:
+    """The id of a row; its number where it has none."""
+    found = given.get("id")
+    return number if found is None or found != found else found  # NaN: a table of pandas where a value is absent
+
+
+def _free_name(name: str, columns: Collection[str]) -> str:
+    """The name of a new column: none that rows have, so that nothing of theirs is replaced."""
+    while name in columns:
+        name = f"model_{name}"
+    return name
 
 
 def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def fill_in(parsed: Namespace) -> int:
     run = {} if found is None else _of_run(found[1])
     is_limit_given = parsed.max_prompt_tokens is not None or parsed.max_new_tokens is not None
     missing = [name for name in _DEFAULTS if getattr(parsed, name) is None]
-    if parsed.template is not None:  # a template that the user chose does not take the run's variables
+    if parsed.template not in (None, run.get("template")):  # another template does not take the run's variables
         run = {name: value for name, value in run.items() if not name.startswith("chat_template")}
     for name in missing:
         setattr(parsed, name, run.get(name, _DEFAULTS[name]))

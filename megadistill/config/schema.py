@@ -282,9 +282,9 @@ class RunConfig(Section):
         """Whether a loss compares with the teacher; False for plain SFT."""
         return self.loss.dac_kl > 0 or self.loss.span > 0
 
-    def with_template(self, name: str) -> "RunConfig":
-        """The same with another ``data.template``."""
-        return self.model_copy(update={"data": self.data.model_copy(update={"template": name})})
+    def with_template(self, name: str, **variables: Any) -> "RunConfig":
+        """The same with another ``data.template``, and perhaps other ``data.chat_template*``."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"template": name, **variables})})
 
     @model_validator(mode="after")
     def _deepspeed_keys(self) -> "RunConfig":

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from megadistill.data.chats import ASSISTANT, Chat, Message, single_turn
@@ -72,11 +73,18 @@ class ChatTemplate:
 
     def _refuse_todays_date(self) -> None:
         """Llama 3.2's template writes the day into the system prompt: tomorrow the same run would have other rows."""
-        text = self._tokenizer.get_chat_template(self._text)
+        try:
+            text = self._tokenizer.get_chat_template(self._text)
+        except ValueError:  # several templates by name, none of which is the default
+            names = ", ".join(self._tokenizer.chat_template)
+            raise ConfigError(
+                f"the tokenizer has several chat templates ({names}) and no default one; write one to a file",
+                setting="data.chat_template",
+            ) from None
         if "strftime_now" in text and "date_string" not in self._variables:
             raise ConfigError(
                 "the chat template writes today's date into every prompt, so that results would depend on the day; "
-                f"name one: {{date_string: {date.today():%d %b %Y}}}",
+                f'name one: {{"date_string": "{date.today():%d %b %Y}"}}',
                 setting="data.chat_template_kwargs",
             )
 
@@ -161,7 +169,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return str(
+            text = str(
                 self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     tools=None if chat.tools is None else list(chat.tools),
@@ -171,8 +179,10 @@ class ChatTemplate:
                     **self._variables,
                 )
             )
+            text.encode("utf-8")  # thoughts, calls and tools may hold characters that no tokenizer takes
+            return text
         # Templates are programs of their own: a wrong order of roles or an unexpected type may raise anything.
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise BadRow(f"the chat template cannot render this chat: {first_line(error)}") from None
 
     def _refuse_control_tokens(self, chat: Chat) -> None:
@@ -216,30 +226,33 @@ class ChatTemplate:
             return ()
         encoded = self._tokenizer([prompt], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
-        spans, at = [], 0
+        spans = []
         for turn in turns:
-            at = self._start_of(chat, turn, prompt, at)
+            at = self._start_of(chat, turn, prompt)
             first = next((i for i, (start, _) in enumerate(offsets) if start >= at), len(ids))
             last = next((i for i in range(first, len(ids)) if ids[i] == self.end_id), None)
             if last is None:
                 raise BadRow("the end of an earlier turn cannot be found", setting="data.train_on")
             spans.append((first, last + 1))
-            at = offsets[last][1]
         return tuple(spans)
 
-    def _start_of(self, chat: Chat, turn: int, prompt: str, at: int) -> int:
+    def _start_of(self, chat: Chat, turn: int, prompt: str) -> int:
         """Where the text of an earlier turn begins in the text of the prompt."""
-        asked = self._render(chat.messages[:turn], chat, is_prompt=True)
-        if prompt.startswith(asked):
+        before, message, after = chat.messages[:turn], chat.messages[turn], chat.messages[turn + 1 :]
+        try:
+            asked = self._render(before, chat, is_prompt=True)
+        except BadRow:  # the assistant may begin, and templates may refuse to ask without a question
+            asked = None
+        if asked is not None and prompt.startswith(asked):
             return len(asked)
-        # Some templates leave the thoughts of earlier turns out: then the text itself is looked for.
-        content = str(chat.messages[turn].get("content") or "").strip()
-        start = prompt.find(content, at) if content else -1
-        if start < 0:
-            raise BadRow(
-                f"the chat template changes turn {turn} when later ones follow, so that it cannot be trained on",
-                setting="data.train_on",
-            )
+        # Some templates leave the thoughts of earlier turns out: the turn begins where another text in its place would.
+        # To look for the text itself could find it in the header or in the turn of the user before it.
+        content = str(message.get("content") or "")
+        other = next(letter for letter in map(chr, count(ord("A"))) if letter not in content)
+        changed = self._render([*before, {**message, "content": other}, *after], chat, is_prompt=True)
+        start = next((i for i, (a, b) in enumerate(zip(prompt, changed, strict=False)) if a != b), None)
+        if start is None:
+            raise BadRow(f"the chat template leaves the text of turn {turn} out", setting="data.train_on")
         return start
 
 

@@ -83,7 +83,7 @@ def chat_of(value: Any, name: str, *, system: Any = None, tools: Any = None) -> 
     """The chat in one column of a row.
 
     Args:
-        value: A list of messages, with ``role`` and ``content`` or with ``from`` and ``value``.
+        value: A list of messages, with ``role`` and ``content`` or with ``from`` and ``value``; or it as JSON text.
         name: The column.
         system: A system prompt from another column; None or empty for none.
         tools: Descriptions of functions from another column, as a list or as JSON text.
@@ -91,6 +91,8 @@ def chat_of(value: Any, name: str, *, system: Any = None, tools: Any = None) -> 
     Raises:
         BadRow: It is not a chat, or has no turn of the user or of a tool to answer.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, name)
     if not isinstance(value, list | tuple) or not value:
         raise BadRow(f"field {name!r} must be a list of messages, not {_empty_or_type(value)}")
     messages = [_message(item, f"{name}[{number}]") for number, item in enumerate(value)]
@@ -99,17 +101,26 @@ def chat_of(value: Any, name: str, *, system: Any = None, tools: Any = None) -> 
             raise BadRow(f"there are two system prompts: in field 'system' and in {name}[0]")
         messages.insert(0, {"role": "system", "content": text_of(system, "system")})
     reply = messages.pop() if messages[-1]["role"] == ASSISTANT else None
+    if reply is not None and not reply["content"].strip() and "tool_calls" not in reply:
+        reply = None  # as a blank output: nothing to learn
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         what = f"a turn of the {messages[-1]['role']}" if messages else "no turn"
         raise BadRow(f"field {name!r}: there is {what} where a turn of the user must come before the answer")
-    return Chat(tuple(messages), reply, _tools(tools))
+    return Chat(tuple(messages), reply, tools_of(tools))
 
 
-def single_turn(text: str, reply: str | None, *, system: str = "", history: Sequence[Message] = ()) -> Chat:
+def single_turn(
+    text: str,
+    reply: str | None,
+    *,
+    system: str = "",
+    history: Sequence[Message] = (),
+    tools: tuple[Any, ...] | None = None,
+) -> Chat:
     """A chat of one instruction, perhaps after a system prompt and earlier turns."""
     first = [{"role": "system", "content": system}] if system else []
     answer = None if reply is None else {"role": ASSISTANT, "content": reply}
-    return Chat((*first, *history, {"role": "user", "content": text}), answer)
+    return Chat((*first, *history, {"role": "user", "content": text}), answer, tools)
 
 
 def _empty_or_type(value: Any) -> str:
@@ -131,6 +142,8 @@ def _message(item: Any, name: str) -> dict[str, Any]:
     # Tables give every message the union of all keys, null where a message has none.
     others = {key: value for key, value in item.items() if key not in keys and value is not None}
     if calls := others.pop("tool_calls", None):
+        if not isinstance(calls, list | tuple):
+            raise BadRow(f"{name}.tool_calls must be a list, not {type_name(calls)}")
         others["tool_calls"] = [_tool_call(call) for call in calls]
     content = _content(item.get(keys[1]), f"{name}.{keys[1]}", may_be_missing="tool_calls" in others)
     return {"role": role, "content": content, **others}
@@ -166,12 +179,23 @@ def _content(value: Any, name: str, *, may_be_missing: bool) -> str:
     return "".join(texts)
 
 
-def _tools(value: Any) -> tuple[Any, ...] | None:
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRow(f"field 'tools' is not valid JSON: {error}") from None
+def from_json(value: Any, name: str) -> Any:
+    """A value that tables of text (CSV) hold as JSON.
+
+    Raises:
+        BadRow: A text that is not JSON.
+    """
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"field {name!r} is not valid JSON: {error}") from None
+
+
+def tools_of(value: Any) -> tuple[Any, ...] | None:
+    """Descriptions of functions, from a list or JSON text; None for none. Raises BadRow."""
+    value = from_json(value, "tools")
     if not value:
         return None
     if not isinstance(value, list | tuple):

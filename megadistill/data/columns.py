@@ -5,11 +5,11 @@ To add a kind, add an entry to ``KINDS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megadistill.data.chats import ASSISTANT, Chat, chat_of, single_turn, text_of, type_name
+from megadistill.data.chats import ASSISTANT, Chat, chat_of, from_json, single_turn, text_of, tools_of, type_name
 from megadistill.data.readers import BadRow
 from megadistill.files import nearest
 
@@ -36,12 +36,16 @@ class FieldNames:
 
 
 class Content(NamedTuple):
-    """What a row says: an instruction with its input, or a chat; and the references."""
+    """What a row says: an instruction with its input, or a chat; and the references.
+
+    ``has_own_answer``: a chat that ends in its answer, so that no other column is asked for one.
+    """
 
     instruction: str
     input: str
     references: tuple[str, ...]
     chat: Chat | None = None
+    has_own_answer: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class RowKind:
         answer: Columns that may hold the reference; the first that a row has is used.
         optional: Further columns that are used where they are there.
         parse: Makes the content of a row.
+        is_chat: Whether the prompt's column usually holds the answer, too.
     """
 
     name: str
@@ -63,6 +68,7 @@ class RowKind:
     answer: tuple[str, ...]
     optional: tuple[str, ...]
     parse: Callable[[Mapping[str, Any], RowKind], Content]
+    is_chat: bool = False
 
     def used(self, seen: Collection[str]) -> list[str]:
         """Which of the columns that rows have are used."""
@@ -94,15 +100,26 @@ def _prompt_text(value: Any, name: str) -> str:
 def _instruction(row: Mapping[str, Any], kind: RowKind) -> Content:
     """Instruction, input and output; with LLaMA-Factory's ``system`` and ``history`` it is a chat."""
     instruction = _prompt_text(row[kind.prompt], kind.prompt)
-    system, history = kind.optional
     name, context = _first(row, kind.inputs)
     text = "" if context is None else text_of(context, name)
-    references = _references(row, kind)
-    turns = _history(row.get(history))
-    prompt = text_of(row.get(system) or "", system)
-    if not turns and not prompt.strip():
+    return _of_text(row, instruction, _references(row, kind), text=text, history=_history(row.get("history")))
+
+
+def _of_text(
+    row: Mapping[str, Any],
+    instruction: str,
+    references: tuple[str, ...],
+    *,
+    text: str = "",
+    history: Sequence[Mapping[str, Any]] = (),
+    tools: Any = None,
+) -> Content:
+    """An instruction; with a system prompt, earlier turns or tools it is a chat."""
+    system, known = text_of(row.get("system") or "", "system"), tools_of(tools)
+    if not history and not system.strip() and known is None:
         return Content(instruction, text, references)
-    chat = single_turn(joined(instruction, text), references[0] if references else None, system=prompt, history=turns)
+    reply = references[0] if references else None
+    chat = single_turn(joined(instruction, text), reply, system=system, history=history, tools=known)
     return Content(instruction, text, references, chat)
 
 
@@ -113,7 +130,10 @@ def joined(instruction: str, text: str) -> str:
 
 def _history(value: Any) -> list[Mapping[str, Any]]:
     turns: list[Mapping[str, Any]] = []
-    for pair in value or ():
+    value = from_json(value, "history") or ()
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"field 'history' must be a list, not {type_name(value)}")
+    for pair in value:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow("field 'history' must be a list of [instruction, answer] pairs")
         turns.append({"role": "user", "content": text_of(pair[0], "history")})
@@ -128,7 +148,27 @@ def _of_chat(chat: Chat) -> Content:
 
 
 def _messages(row: Mapping[str, Any], kind: RowKind) -> Content:
-    return _of_chat(chat_of(row[kind.prompt], kind.prompt, system=row.get("system"), tools=row.get("tools")))
+    """A chat; one that waits for an answer may have it in a column of its own, as the rows that generate writes."""
+    chat = chat_of(row[kind.prompt], kind.prompt, system=row.get("system"), tools=row.get("tools"))
+    name, answer = _first(row, kind.answer)
+    if chat.reply is not None or answer is None:
+        return _of_chat(chat)._replace(has_own_answer=chat.reply is not None)
+    turns = from_json(row[kind.prompt], kind.prompt)
+    return _of_chat(_answered(row, turns, answer, kind.prompt, name))
+
+
+def _answered(row: Mapping[str, Any], turns: Sequence[Any], answer: Any, prompt: str, name: str) -> Chat:
+    """A chat of two columns: turns, and a text, a message, or messages (perhaps of the whole chat) that answer them."""
+    if isinstance(answer, Mapping):
+        together = [*turns, answer]
+    elif isinstance(answer, list | tuple):
+        together = list(answer) if list(answer[: len(turns)]) == list(turns) else [*turns, *answer]
+    elif answer is None:
+        together = list(turns)
+    else:
+        text = text_of(answer, name, "a string or a list of messages")
+        together = [*turns, {"role": ASSISTANT, "content": text}]
+    return chat_of(together, prompt, system=row.get("system"), tools=row.get("tools"))
 
 
 def _prompt_and_answer(row: Mapping[str, Any], kind: RowKind) -> Content:
@@ -136,45 +176,39 @@ def _prompt_and_answer(row: Mapping[str, Any], kind: RowKind) -> Content:
     value = row[kind.prompt]
     if isinstance(value, list | tuple):
         name, answer = _first(row, kind.answer)
-        if isinstance(answer, str):
-            answer = [{"role": ASSISTANT, "content": answer}]
-        if answer is not None and not isinstance(answer, list | tuple):
-            raise BadRow(f"field {name!r} must be a string or a list of messages, not {type_name(answer)}")
-        together = [*value, *(answer or ())]
-        return _of_chat(chat_of(together, kind.prompt, system=row.get("system"), tools=row.get("tools")))
-    instruction, references = _prompt_text(value, kind.prompt), _references(row, kind)
-    return Content(instruction, "", references)
+        return _of_chat(_answered(row, value, answer, kind.prompt, name))
+    return _of_text(row, _prompt_text(value, kind.prompt), _references(row, kind), tools=row.get("tools"))
 
 
 def _preference(row: Mapping[str, Any], kind: RowKind) -> Content:
     """The chosen answer: a text beside a prompt, a list of messages after it, or a whole chat."""
     chosen, prompt = row[kind.prompt], row.get("prompt")
-    if not isinstance(chosen, list | tuple):
-        if prompt is None:
-            raise BadRow(f"field {kind.prompt!r} is a text, and there is no field 'prompt' that it answers")
-        if isinstance(prompt, list | tuple):
-            reply = {"role": ASSISTANT, "content": text_of(chosen, kind.prompt)}
-            return _of_chat(chat_of([*prompt, reply], "prompt", system=row.get("system"), tools=row.get("tools")))
-        return Content(_prompt_text(prompt, "prompt"), "", (text_of(chosen, kind.prompt),))
-    whole = list(chosen)
-    if isinstance(prompt, list | tuple) and whole[: len(prompt)] != list(prompt):
-        whole = [*prompt, *whole]
-    elif isinstance(prompt, str) and len(whole) == 1:
-        whole = [{"role": "user", "content": prompt}, *whole]
-    return _of_chat(chat_of(whole, kind.prompt, system=row.get("system"), tools=row.get("tools")))
+    if isinstance(prompt, list | tuple):
+        return _of_chat(_answered(row, prompt, chosen, "prompt", kind.prompt))
+    if isinstance(chosen, list | tuple | Mapping):
+        turns = [chosen] if isinstance(chosen, Mapping) else list(chosen)
+        if isinstance(prompt, str) and len(turns) == 1:
+            turns = [{"role": "user", "content": prompt}, *turns]
+        return _of_chat(chat_of(turns, kind.prompt, system=row.get("system"), tools=row.get("tools")))
+    if prompt is None:
+        raise BadRow(f"field {kind.prompt!r} is a text, and there is no field 'prompt' that it answers")
+    answer = text_of(chosen, kind.prompt)
+    references = (answer,) if answer.strip() else ()
+    return _of_text(row, _prompt_text(prompt, "prompt"), references, tools=row.get("tools"))
 
 
 def _instruction_rows(fields: FieldNames) -> RowKind:
-    """Rows whose columns have these names; a name that is left as it is also means Dolly's."""
+    """Rows whose columns have these names; one that is left as it is also means Dolly's, or a preference's answer."""
     inputs = ("input", "context") if fields.input == "input" else (fields.input,)
-    answer = ("output", "response") if fields.output == "output" else (fields.output,)
+    answer = ("output", "response", "chosen") if fields.output == "output" else (fields.output,)
     return RowKind("instruction rows", fields.instruction, inputs, answer, ("system", "history"), _instruction)
 
 
+_CHAT_ANSWERS = ("chosen", "response", "completion")
 # In the order of preference, where a row would fit several. The columns of instruction rows can have other names.
 KINDS: tuple[RowKind, ...] = (
-    RowKind("chats", "messages", (), (), ("system", "tools"), _messages),
-    RowKind("ShareGPT chats", "conversations", (), (), ("system", "tools"), _messages),
+    RowKind("chats", "messages", (), _CHAT_ANSWERS, ("system", "tools"), _messages, is_chat=True),
+    RowKind("ShareGPT chats", "conversations", (), _CHAT_ANSWERS, ("system", "tools"), _messages, is_chat=True),
     _instruction_rows(FieldNames()),
     RowKind("preference rows", "chosen", (), (), ("prompt", "system", "tools"), _preference),
     RowKind("prompts and answers", "prompt", (), ("completion", "response"), ("system", "tools"), _prompt_and_answer),
@@ -194,7 +228,7 @@ def recognize(row: Mapping[str, Any], fields: FieldNames) -> RowKind | None:
 
 def expected_columns() -> str:
     """The columns that rows may have, for messages."""
-    return "; or ".join(" + ".join((kind.prompt, *kind.answer[:1])) for kind in KINDS)
+    return "; or ".join(" + ".join((kind.prompt, *(() if kind.is_chat else kind.answer[:1]))) for kind in KINDS)
 
 
 def nearest_column(part: str, names: Iterable[str]) -> str | None:
@@ -211,4 +245,4 @@ def name_list(names: Iterable[str]) -> str:
     """Column names for a message; only the first of many."""
     known = list(names)
     more = f" and {len(known) - _MAX_NAMES} more" if len(known) > _MAX_NAMES else ""
-    return ", ".join(known[:_MAX_NAMES]) + more
+    return ", ".join(name or "(no name)" for name in known[:_MAX_NAMES]) + more

@@ -6,12 +6,14 @@ the kind of rows, the columns that are used, those that are not, and those that 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
 
-from megadistill.data.chats import Chat, type_name
+from megadistill.data.chats import Chat, text_of, type_name
 from megadistill.data.columns import (
     FieldNames,
     RowKind,
@@ -95,12 +97,12 @@ def load_examples(
         DataError: The file is missing, unreadable or has no usable row; a row is malformed, empty or of wrong types
             and ``skip_bad_rows`` is false; or a column seems to have another name than the one that is read.
     """
-    reader = _Reader(str(path), fields or FieldNames(), prompts_only)
+    reader = _Reader(str(path), fields or FieldNames(), prompts_only, keep_rows)
     examples: list[Example] = []
     skipped: list[str] = []
     for row_id, (where, row) in enumerate(read_rows(str(path), split, config_name)):
         try:
-            examples.append(reader.example(row, row_id, where, keep_rows))
+            examples.append(reader.example(row, row_id, where))
         except BadRow as error:
             message = f"{where}: {error}"
             if not skip_bad_rows:
@@ -124,18 +126,20 @@ class _Reader:
         kind: The kind of its rows, that of the first row that has one.
     """
 
-    def __init__(self, path: str, fields: FieldNames, prompts_only: bool) -> None:
+    def __init__(self, path: str, fields: FieldNames, prompts_only: bool, keeps_rows: bool) -> None:
         self.kind: RowKind | None = None
-        self._path, self._fields, self._prompts_only = path, fields, prompts_only
+        self._path, self._fields = path, fields
+        self._prompts_only, self._keeps_rows = prompts_only, keeps_rows
         self._seen: dict[str, None] = {}  # an ordered set
         self._has_references = False
+        self._reads_answers = False
 
     @property
     def has_objects(self) -> bool:
         """Whether one of the rows was an object with columns."""
         return bool(self._seen)
 
-    def example(self, row: Any, row_id: int, where: str, keep_row: bool) -> Example:
+    def example(self, row: Any, row_id: int, where: str) -> Example:
         """The example of a row. Raises BadRow."""
         if isinstance(row, BadRow):
             raise row
@@ -151,12 +155,16 @@ class _Reader:
                 f"{did_you_mean(kind.prompt, map(str, row))}",
                 setting=self._setting("instruction"),
             )
+        if self._keeps_rows:
+            _check_characters(row)
+        # A table of pandas has NaN where a value is absent.
+        given = {key: None if isinstance(value, float) and isnan(value) else value for key, value in row.items()}
         self.kind = kind  # before the row is parsed: the next rows have the same columns even where this one is bad
-        content = kind.parse(row, kind)
+        content = kind.parse(given, kind)
         self._has_references |= bool(content.references)
-        return Example(
-            row_id, content.instruction, content.input, content.references, where, content.chat, row if keep_row else {}
-        )
+        self._reads_answers |= not content.has_own_answer
+        kept = row if self._keeps_rows else {}
+        return Example(row_id, content.instruction, content.input, content.references, where, content.chat, kept)
 
     def check_columns(self) -> None:
         """Refuses a source where a part is absent and another column seems to hold it.
@@ -185,7 +193,7 @@ class _Reader:
         assert self.kind is not None
         parts = [f"{self._path}: {num_rows} {self.kind.name} ({', '.join(self._used())})"]
         if unused := self._unused():
-            parts.append(f"not used: {name_list(unused)}")
+            parts.append(f"{'copied' if self._keeps_rows else 'not used'}: {name_list(unused)}")
         if not self._has_references and not self._prompts_only:
             parts.append("no references")
         return "; ".join(parts)
@@ -195,7 +203,7 @@ class _Reader:
 
     def _used(self) -> list[str]:
         assert self.kind is not None
-        ignored = self.kind.answer if self._prompts_only else ()
+        ignored = self.kind.answer if self._prompts_only or not self._reads_answers else ()
         return [name for name in self.kind.used(self._seen) if name not in ignored]
 
     def _unused(self) -> list[str]:
@@ -215,3 +223,9 @@ class _Reader:
             f"field {wanted!r} is missing (fields: {name_list(names) or 'none'}){allowed}{hint}",
             setting=self._setting("instruction"),
         )
+
+
+def _check_characters(row: Mapping[Any, Any]) -> None:
+    """Refuses a row that could not be written again: broken bytes of a CSV, halves of characters in JSON."""
+    for name, value in row.items():
+        text_of(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), str(name))

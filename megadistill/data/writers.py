@@ -50,7 +50,7 @@ def convert_json_lines(source: Path, target: Path, kind: str) -> None:
     with source.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     if kind == ".parquet":
-        data = _parquet(rows, target)
+        data = _parquet(rows, source, target)
     elif kind in (".csv", ".tsv"):
         data = _csv(rows, "," if kind == ".csv" else "\t").encode("utf-8")
     elif kind == ".json":
@@ -71,7 +71,9 @@ def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _csv(rows: list[dict[str, Any]], separator: str) -> str:
     """Text and numbers as they are, anything else as JSON."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _columns(rows), delimiter=separator, lineterminator="\n")
+    writer = csv.DictWriter(
+        text, _columns(rows), delimiter=separator, lineterminator="\r\n"
+    )  # else a "\r" would not be quoted
     writer.writeheader()
     for row in rows:
         writer.writerow(
@@ -84,7 +86,7 @@ def _csv(rows: list[dict[str, Any]], separator: str) -> str:
     return text.getvalue()
 
 
-def _parquet(rows: list[dict[str, Any]], target: Path) -> bytes:
+def _parquet(rows: list[dict[str, Any]], source: Path, target: Path) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
@@ -93,7 +95,9 @@ def _parquet(rows: list[dict[str, Any]], target: Path) -> bytes:
         table = pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in columns})
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{target}: the rows do not fit into a Parquet table: {reason}; write .jsonl") from None
+        raise ConfigError(
+            f"{target}: the rows do not fit into a Parquet table: {reason}; the rows are in {source}, as JSON lines"
+        ) from None
     return bytes(sink.getvalue().to_pybytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import transformers
 
 from megadistill.cli.main import main
 from tests.support.runs import free_port
@@ -220,101 +218,6 @@ def test_two_processes_write_the_same_bytes(assets: Path, tmp_path: Path) -> Non
     assert run_ranks(_generate_all, 2, commands, free_port()) == [[0, 0, 0, 2]] * 2
     for folder in ("rows", "vocabulary", "interrupted", "one"):
         assert _state(tmp_path / folder) == {"out.jsonl": b"".join(lines)}
-
-
-def _generate(assets: Path, *more: str) -> int:
-    """A few tokens for a few prompts."""
-    model = ["--model", str(assets / "llama" / "student" / "config.json"), "--tokenizer", str(assets / "tokenizer")]
-    return main(
-        ["generate", *model, "--max-prompt-tokens", "100", "--max-new-tokens", "4", "--temperature", "0", *more]
-    )
-
-
-def test_columns_of_the_user_stay_and_name_the_answer_apart(
-    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = tmp_path / "dolly.jsonl"
-    given = {"id": "q-7", "question": "What is it?", "context": "A river.", "response": "Blue.", "tags": ["x"]}
-    rows.write_text(json.dumps(given) + "\n", encoding="utf-8")
-    fields = ["--instruction-field", "question", "--input-field", "context", "--template", "plain"]
-    assert _generate(assets, "--input", str(rows), *fields) == 0
-    printed = capsys.readouterr()
-    (row,) = map(json.loads, printed.out.splitlines())
-    assert {name: row[name] for name in given} == given
-    assert list(row)[-2:] == ["prompt", "model_response"] and row["prompt"] == "What is it?\nA river.\n"
-    assert "not used: id, response, tags" in printed.err and "the answer to 'model_response'" in printed.err
-    assert _generate(assets, "--input", str(rows)) == 2
-    assert "did you mean question? (see --instruction-field)" in _error(capsys)
-
-
-def test_prompts_of_the_command_line_and_of_standard_input(
-    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert _generate(assets, "--prompt", "What is it?", "--prompt", "Yes.", "--template", "plain") == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["id"], row["prompt"]) for row in rows] == [(0, "What is it?\n"), (1, "Yes.\n")]
-    data = "".join(json.dumps({"instruction": text}) + "\n" for text in ("What is it?", "Yes."))
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data.encode()), encoding="utf-8"))
-    assert _generate(assets, "--input", "-", "--template", "plain") == 0
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
-    assert _generate(assets, "--template", "plain") == 2
-    assert "one of the arguments --input --prompt is required" in _error(capsys)
-
-
-def test_the_name_of_the_file_is_its_format(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megadistill.data.dataset import load_examples
-
-    prompts = ["--prompt", "What, is\nit?", "--prompt", "Größe?", "--template", "plain"]
-    for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.gz", "no_suffix"):
-        output = tmp_path / name
-        assert _generate(assets, *prompts, "--output", str(output)) == 0
-        source = output if output.suffix else output.rename(tmp_path / "renamed.jsonl")
-        found = load_examples(source, keep_rows=True).examples
-        assert [row.instruction for row in found] == ["What, is\nit?", "Größe?"], name
-        assert [str(row.row["id"]) for row in found] == ["0", "1"]
-    assert not [path for path in tmp_path.iterdir() if "partial" in path.name or "progress" in path.name]
-    capsys.readouterr()
-    assert _generate(assets, *prompts, "--output", str(tmp_path / "a.xlsx")) == 2
-    assert "a.xlsx: cannot write .xlsx; allowed: .jsonl, .json, .csv" in _error(capsys)
-
-
-def test_truncated_prompts_are_counted_and_shown_as_they_were_read(
-    assets: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--prompt", "No. " * 200 + "Why?", "--prompt", "Yes.", "--template", "plain", "--long-prompt", "truncate"]
-    assert _generate(assets, *words) == 0
-    printed = capsys.readouterr()
-    long, short = (json.loads(line)["prompt"] for line in printed.out.splitlines())
-    assert long.endswith("Why?\n") and len(long) < 500 and short == "Yes.\n"
-    assert "1 of 2 prompts were over 100 tokens and were truncated" in printed.err
-
-
-def test_a_model_of_a_run_is_prompted_as_it_was_trained(
-    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Template and limits are those of resolved.yaml, above the checkpoint."""
-    from megadistill.config.load import dump_resolved, load_config
-
-    run = tmp_path / "run"
-    hf = run / "checkpoints" / "step_1" / "hf"
-    random = transformers.AutoConfig.from_pretrained(assets / "llama" / "student")
-    transformers.AutoModelForCausalLM.from_config(random).save_pretrained(hf)
-    settings = ["data.template=plain", "data.max_prompt_tokens=50", "data.max_tokens=53", "generation.max_new_tokens=9"]
-    config = load_config(ROOT / "configs" / "smoke.yaml", [f"run.dir={run}", *settings])
-    dump_resolved(config, run / "resolved.yaml")
-    model = ["--model", str(hf), "--tokenizer", str(assets / "tokenizer"), "--temperature", "0"]
-    assert main(["generate", *model, "--prompt", "x " * 20]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["prompt"] == "x " * 20 + "\n"
-    assert f"from {run / 'resolved.yaml'}: --template plain, --max-prompt-tokens 50, --max-new-tokens 9" in printed.err
-    (run / "checkpoints" / "best").write_text("step_1\n", encoding="utf-8")
-    best = ["--model", str(run / "checkpoints" / "best"), *model[2:]]
-    assert main(["generate", *best, "--prompt", "x " * 20]) == 0
-    assert json.loads(capsys.readouterr().out)["prompt"] == "x " * 20 + "\n"
-    given = ["--template", "alpaca", "--max-prompt-tokens", "126", "--max-new-tokens", "2"]
-    assert main(["generate", *model, "--prompt", "x", *given]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["prompt"].startswith("Below is an instruction") and "from " not in printed.err
 
 
 def _interrupted(run: Callable[[], int], num_blocks: int) -> int:

@@ -107,6 +107,16 @@ def test_a_template_of_a_file(tmp_path, tokenizers):
         encoded(tmp_path, tokenizers["none"], TURNS)
 
 
+def test_templates_by_name(tmp_path, tokenizers):
+    tokenizer = chat_tokenizer(tmp_path / "named", "chatml")
+    tokenizer.chat_template = {"default": TEMPLATES["chatml"], "tool_use": TEMPLATES["thinking"]}
+    assert encoded(tmp_path, tokenizer, TURNS).rows == encoded(tmp_path, tokenizers["chatml"], TURNS).rows
+    tokenizer.chat_template = {"rag": TEMPLATES["chatml"], "tool_use": TEMPLATES["thinking"]}
+    with pytest.raises(ConfigError, match=r"several chat templates \(rag, tool_use\) and no default one") as caught:
+        encoded(tmp_path, tokenizer, TURNS)
+    assert caught.value.setting == "data.chat_template"
+
+
 def test_all_turns_of_the_assistant(tmp_path, tokenizers):
     """Also where the template leaves the thoughts of earlier turns out."""
     thoughts = [FIRST, {**ANSWER, "reasoning_content": "90?"}, SECOND, {**LAST, "reasoning_content": "Well."}]
@@ -127,6 +137,20 @@ def test_all_turns_of_the_assistant(tmp_path, tokenizers):
         encoded(tmp_path, tokenizers["open"], TURNS, train_on="all")
 
 
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_earlier_turns_are_not_mistaken_for_what_the_user_says(tmp_path, tokenizers, variables):
+    """The answer "no" is in the question before it, and "a" in the header of its turn. An assistant may begin."""
+    for answer in ("no", "a", " no.\n"):
+        chat = [{"role": "user", "content": "Do you know an answer, yes or no."}, {**ANSWER, "content": answer}]
+        begun = [{**ANSWER, "content": answer}, *chat, SECOND, LAST]
+        for rows, expected in (([*chat, SECOND, LAST], 1), (begun, 2)):
+            row = encoded(tmp_path, tokenizers["thinking"], rows, train_on="all", chat_template_kwargs=variables).rows[
+                0
+            ]
+            texts = [tokenizers["thinking"].decode(row.prompt_ids[start:end]) for start, end in row.targets]
+            assert texts == [answer + "<|im_end|>"] * expected
+
+
 def test_tools(tmp_path, tokenizers):
     call = {"name": "age", "arguments": {"of": "café"}}
     chat = [FIRST, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -145,6 +169,9 @@ def test_what_a_template_cannot_hold_is_a_bad_row(tmp_path, tokenizers):
         encoded(tmp_path, tokenizers["inst"], [FIRST, ANSWER], wrong)
     done = encoded(tmp_path, tokenizers["inst"], [FIRST, ANSWER], wrong, skip_bad_rows=True)
     assert [row.id for row in done.rows] == [0] and len(done.skipped) == 1
+    broken = [FIRST, {**ANSWER, "reasoning_content": "\ud83d"}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template cannot render this chat: .*utf-8"):
+        encoded(tmp_path, tokenizers["thinking"], broken)
     # Plain templates hold one instruction.
     with pytest.raises(DataError, match=r"a chat \(system, user, assistant, user\) does not fit the template plain"):
         encoded(tmp_path, tokenizers["chatml"], TURNS, template="plain")
@@ -171,7 +198,9 @@ def test_a_template_that_writes_todays_date_needs_one(tmp_path, tokenizers):
     file = tmp_path / "template.jinja"
     dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     file.write_text(dated + "{{ date_string }}\n" + TEMPLATES["chatml"], encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"depend on the day; name one: \{date_string: \d\d \w+ \d{4}\}") as caught:
+    with pytest.raises(
+        ConfigError, match=r"depend on the day; name one: \{\"date_string\": \"\d\d \w+ \d{4}\"\}"
+    ) as caught:
         encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file))
     assert caught.value.setting == "data.chat_template_kwargs"
     variables = {"date_string": "26 Jul 2024"}

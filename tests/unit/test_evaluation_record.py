@@ -86,3 +86,26 @@ def test_what_decides_the_numbers() -> None:
     for other in ({"eval": {"seeds": [1]}}, {"eval": {"top_k": 5}}, {"data": {"template": "plain"}}):
         assert settings(**other) != plain
     assert {"eval.temperature", "eval.max_new_tokens", "data.max_prompt_tokens", "model.student.dtype"} <= set(plain)
+
+
+def test_runs_are_evaluated_with_the_prompts_that_they_were_trained_with(tmp_path: Path) -> None:
+    """The variables of the chat template, too, unless the user gives others."""
+    from megadistill.cli.evaluate import _as_trained
+    from megadistill.config.load import dump_resolved
+
+    def config_of(name: str, **variables: Any) -> RunConfig:
+        models = {"student": {"path": "s"}, "teacher": {"path": "t"}}
+        data = {"chat_template_kwargs": variables}
+        return RunConfig.model_validate({"model": models, "run": {"dir": str(tmp_path / name)}, "data": data})
+
+    for name, thinks in (("a", False), ("b", True)):
+        (tmp_path / name).mkdir()
+        dump_resolved(config_of(name, enable_thinking=thinks).with_template("chat"), tmp_path / name / "resolved.yaml")
+    a, b, config = {"a": str(tmp_path / "a")}, {"b": str(tmp_path / "b")}, config_of("none")
+    data = _as_trained(config, a).data
+    assert (data.template, data.chat_template_kwargs) == ("chat", {"enable_thinking": False})
+    with pytest.raises(ConfigError, match=r"with different prompts: .*False.*a/resolved.yaml.*, .*True") as caught:
+        _as_trained(config, a | b)
+    assert caught.value.setting == "data.chat_template_kwargs"
+    assert _as_trained(config_of("none", x=1), a | b).data.chat_template_kwargs == {"x": 1}
+    assert _as_trained(config, {"m": str(tmp_path)}) == config

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import pytest
 
@@ -32,6 +33,11 @@ KINDS = {
     "prompt and completion": ({"prompt": "Q", "completion": "A"}, ("Q", "", ("A",))),
     "prompt and response": ({"prompt": "Q", "response": "A"}, ("Q", "", ("A",))),
     "preference": ({"prompt": "Q", "chosen": "A", "rejected": "B"}, ("Q", "", ("A",))),
+    "LLaMA-Factory's preference": (
+        {"instruction": "Q", "input": "C", "chosen": "A", "rejected": "B"},
+        ("Q", "C", ("A",)),
+    ),
+    "a table with NaN": ({"instruction": "Q", "input": math.nan, "output": "A", "system": math.nan}, ("Q", "", ("A",))),
     "what generate writes": (
         {"id": 7, "instruction": "Q", "input": "", "prompt": "P", "response": "A"},
         ("Q", "", ("A",)),
@@ -57,6 +63,17 @@ CHATS = {
     },
     "lists of messages": {"prompt": CHAT[:2], "completion": CHAT[2:]},
     "a whole chosen chat": {"prompt": "Hi.", "chosen": CHAT, "rejected": CHAT},
+    "JSON text": {"messages": json.dumps(CHAT)},
+    "a system prompt beside texts": {"prompt": "Hi.", "completion": "Hello.", "system": "Be brief."},
+    "a system prompt beside a preference": {"prompt": "Hi.", "chosen": "Hello.", "system": "Be brief."},
+    "a message of its own": {"prompt": CHAT[:2], "completion": CHAT[2]},
+    "what generate writes": {"id": None, "messages": CHAT[:2], "prompt": "P", "response": "Hello."},
+    "a chosen message": {
+        "conversations": [{"from": "human", "value": "Hi."}],
+        "system": "Be brief.",
+        "chosen": {"from": "gpt", "value": "Hello."},
+    },
+    "a whole chosen chat beside its beginning": {"messages": CHAT[:2], "chosen": CHAT},
     "a chosen answer": {"prompt": CHAT[:2], "chosen": CHAT[2:], "rejected": CHAT[2:]},
     "parts": {"messages": [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "Hi."}]}, CHAT[2]]},
     "llama-factory": {"instruction": "Hi.", "output": "Hello.", "system": "Be brief.", "history": []},
@@ -74,6 +91,60 @@ def test_kinds_of_chats(tmp_path, kind):
 def test_a_chat_that_waits_for_an_answer_has_no_reference(tmp_path):
     example, description = one(tmp_path, {"messages": CHAT[:2]})
     assert example.references == () and example.chat.reply is None and description.endswith("; no references")
+
+
+def test_a_blank_answer_is_no_reference(tmp_path):
+    blank = {"role": "assistant", "content": " "}
+    for row in (
+        {"messages": [*CHAT[:2], blank]},
+        {"prompt": "Hi.", "chosen": " "},
+        {"prompt": "Hi.", "completion": ""},
+    ):
+        example, description = one(tmp_path, row)
+        assert example.references == () and description.endswith("; no references")
+        assert example.chat is None or example.chat.reply is None
+
+
+def test_an_answer_beside_a_chat_that_has_one_is_not_used(tmp_path):
+    example, description = one(tmp_path, {"messages": CHAT, "response": "Other."})
+    assert example.references == ("Hello.",) and description.endswith("(messages); not used: response")
+    path = written(
+        tmp_path / "both.jsonl", {"messages": CHAT, "response": "X"}, {"messages": CHAT[:2], "response": "Y"}
+    )
+    loaded = load_examples(path)
+    assert [row.references for row in loaded.examples] == [("Hello.",), ("Y",)]
+    assert loaded.description.endswith("(messages, response)")
+
+
+def test_tools_beside_texts(tmp_path):
+    example, _ = one(tmp_path, {"prompt": "Hi.", "completion": "Hello.", "tools": '[{"name": "add"}]'})
+    assert example.chat.tools == ({"name": "add"},) and example.chat.reply["content"] == "Hello."
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "[{'role': 'user'}]"}, "field 'messages' is not valid JSON"),
+        ({"instruction": "Q", "history": 5}, "field 'history' must be a list, not a number"),
+        (
+            {"messages": [CHAT[1], {**CHAT[2], "tool_calls": "add"}]},
+            r"messages\[1\].tool_calls must be a list, not a str",
+        ),
+    ],
+)
+def test_values_of_wrong_types(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        one(tmp_path, row)
+
+
+def test_rows_that_are_copied_can_be_written(tmp_path):
+    """A broken character in a column that is not used stops the run before it works, not after."""
+    row = {"instruction": "Q", "tags": ["\ud83d"]}
+    assert one(tmp_path, row)[1].endswith("not used: tags; no references")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: field 'tags' has a broken character"):
+        one(tmp_path, row, keep_rows=True)
+    _, description = one(tmp_path, {"id": 7, "instruction": "Q"}, keep_rows=True, prompts_only=True)
+    assert description.endswith("; copied: id")
 
 
 def test_history_and_tools(tmp_path):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "Answer 7"
+# Takes the place of the function of the same name in a template.
+_ON_DAY = "{{%- macro strftime_now(format) -%}}{}{{%- endmacro -%}}"
 
 
 def chat_of_example(example: Example) -> Chat:
@@ -81,12 +83,25 @@ class ChatTemplate:
                 f"the tokenizer has several chat templates ({names}) and no default one; write one to a file",
                 setting="data.chat_template",
             ) from None
-        if "strftime_now" in text and "date_string" not in self._variables:
-            raise ConfigError(
-                "the chat template writes today's date into every prompt, so that results would depend on the day; "
-                f'name one: {{"date_string": "{date.today():%d %b %Y}"}}',
-                setting="data.chat_template_kwargs",
-            )
+        if "strftime_now" not in text or not self._writes_the_day(text):
+            return
+        problem = "the chat template writes today's date into every prompt, so that results would depend on the day; "
+        if "date_string" not in text or "date_string" in self._variables:
+            raise ConfigError(f"{problem}give a copy of it without strftime_now", setting="data.chat_template")
+        raise ConfigError(
+            f'{problem}name one: {{"date_string": "{date.today():%d %b %Y}"}}', setting="data.chat_template_kwargs"
+        )
+
+    def _writes_the_day(self, text: str) -> bool:
+        """Whether two days give two prompts."""
+        chat = single_turn("Question 5", None)
+        try:
+            texts = {
+                self._render(chat.messages, chat, is_prompt=True, template=_ON_DAY.format(day) + text) for day in (1, 2)
+            }
+        except BadRow:  # reported where the template is tried
+            return False
+        return len(texts) > 1
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedRow | BadRow]:
         """The ids of each example, or what is wrong with it."""
@@ -165,7 +180,7 @@ class ChatTemplate:
             )
         return prompt, whole
 
-    def _render(self, messages: Sequence[Message], chat: Chat, *, is_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], chat: Chat, *, is_prompt: bool, template: str | None = None) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -173,7 +188,7 @@ class ChatTemplate:
                 self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     tools=None if chat.tools is None else list(chat.tools),
-                    chat_template=self._text,
+                    chat_template=template or self._text,
                     add_generation_prompt=is_prompt,
                     tokenize=False,
                     **self._variables,

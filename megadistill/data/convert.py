@@ -148,7 +148,8 @@ def _check(examples: Sequence[Example], template: Template, options: ConvertOpti
             result.skipped.append(refused(example, encoded, options.skip_bad_rows))
             continue
         prompt_tokens, response_tokens = len(encoded.prompt_ids), len(encoded.response_ids or ())
-        words = len(example.references[0].split()) if example.references else 0
+        reference = example.references[0] if example.references else encoded.reply or ""
+        words = len(reference.split())
         reason = None
         if prompt_tokens > limits.max_prompt_tokens:
             reason = f"prompt over {limits.max_prompt_tokens} tokens"
@@ -274,7 +275,7 @@ def _to_line(example: Example) -> str:
         references = list(example.references)
         output = references if len(references) > 1 else (references or [""])[0]
         row = {"instruction": example.instruction, "input": example.input, "output": output}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"  # messages of tables may hold dates
 
 
 def report_text(report: dict[str, Any]) -> str:

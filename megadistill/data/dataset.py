@@ -161,7 +161,9 @@ class _Reader:
         given = {key: None if isinstance(value, float) and isnan(value) else value for key, value in row.items()}
         self.kind = kind  # before the row is parsed: the next rows have the same columns even where this one is bad
         content = kind.parse(given, kind)
-        self._has_references |= bool(content.references)
+        # A call of a tool is a reference, too.
+        is_answered = content.chat is not None and content.chat.reply is not None
+        self._has_references |= is_answered or bool(content.references)
         self._reads_answers |= not content.has_own_answer
         kept = row if self._keeps_rows else {}
         return Example(row_id, content.instruction, content.input, content.references, where, content.chat, kept)

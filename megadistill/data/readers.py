@@ -286,6 +286,8 @@ def _dataset_rows(path: str, split: str, config_name: str | None) -> Rows:
     try:
         if is_folder and ((Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(path)
+            if isinstance(loaded, datasets.DatasetDict) and split not in loaded:
+                raise LookupError(f"it has the splits {', '.join(map(str, loaded))}")
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             table = datasets.load_dataset(path, name=config_name, split=split)

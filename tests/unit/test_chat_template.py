@@ -206,6 +206,13 @@ def test_a_template_that_writes_todays_date_needs_one(tmp_path, tokenizers):
     variables = {"date_string": "26 Jul 2024"}
     row = encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file), chat_template_kwargs=variables).rows[0]
     assert row.prompt.startswith("26 Jul 2024<|im_start|>")
+    # Granite's and Mistral's know no such variable.
+    file.write_text("{{ strftime_now('%B %d') }}\n" + TEMPLATES["chatml"], encoding="utf-8")
+    with pytest.raises(ConfigError, match="give a copy of it without strftime_now") as caught:
+        encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file), chat_template_kwargs=variables)
+    assert caught.value.setting == "data.chat_template"
+    file.write_text("{% if x %}{{ strftime_now('%d') }}{% endif %}" + TEMPLATES["chatml"], encoding="utf-8")
+    assert encoded(tmp_path, tokenizers["none"], TURNS, chat_template=str(file)).rows
 
 
 def test_long_chats(tmp_path, tokenizers):

@@ -1,10 +1,13 @@
 """Data preparation: the same files from any number of workers, and a report that adds up."""
 
+import datetime
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from megadistill.cli.main import main
@@ -141,6 +144,21 @@ def test_chats_stay_chats(tokenizer, tmp_path):
     assert [message["content"] for message in first.chat.messages] == ["Be brief.", "Hi."]
     assert first.references == ("Hello 0.",)
     assert last.chat.tools == ({"name": "add"},) and last.chat.reply is None
+
+
+def test_tables_of_chats(tokenizer, tmp_path):
+    """A call of a tool is an answer of some words, and messages may hold dates."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}], "at": None}
+    question = {"role": "user", "content": "1 + 1?", "tool_calls": None, "at": datetime.date(2026, 1, 2)}
+    path, template = tmp_path / "rows.parquet", tmp_path / "template.jinja"
+    parquet.write_table(pyarrow.table({"messages": [[question, call]]}), path)
+    template.write_text(TEMPLATES["thinking"], encoding="utf-8")
+    prompts = PromptSettings(chat_template=str(template))
+    chosen = ConvertOptions(str(path), prompts=prompts, min_reference_words=1)
+    report = write_converted([convert_share(chosen, tokenizer)], chosen, tmp_path / "out")
+    assert report["rows"].endswith("1 chats (messages)") and report["splits"]["train"]["num_without_references"] == 0
+    (row,) = load_examples(tmp_path / "out" / "train.jsonl").examples
+    assert row.chat.messages[0]["at"] == "2026-01-02" and row.chat.reply["tool_calls"] == call["tool_calls"]
 
 
 def test_answers_that_training_would_cut_are_said(source, folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.config.data import DataSection
@@ -97,6 +98,11 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
     data = config.data
     if data.train_path is None:
         raise ConfigError("data.train_path is missing: nothing to train on (its rows need no references)")
+    if data.valid_path is not None and _reads_the_same_split(data.train_path, data.valid_path):
+        raise ConfigError(
+            f"data.valid_path={data.valid_path} is data.train_path, of which the split {data.hub_split!r} is read: the "
+            "run would validate on its training rows; name a file of the folder, or a data set of its own"
+        )
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
     read = {name: read_examples(path, data, prompts_only=name == "prompts") for name, path in paths.items() if path}
     settings = PromptSettings.of(data)
@@ -121,6 +127,14 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
         end_id=tokenized["train"].end_id,
         sources=tuple(source.description for source in read.values()),
     )
+
+
+def _reads_the_same_split(train: str, valid: str) -> bool:
+    """Whether two paths are one folder or hub data set, of which only one split is read."""
+    local = Path(train)
+    if local.is_file() or Path(valid).is_file():  # the same file is meant
+        return False
+    return train == valid or (local.is_dir() and Path(valid).is_dir() and local.resolve() == Path(valid).resolve())
 
 
 def _counts(name: str, result: Tokenized, num_skipped: int) -> dict[str, int]:

@@ -11,9 +11,9 @@ import pytest
 
 from megadistill.config.load import load_config
 from megadistill.data.encode import TokenizedExample
-from megadistill.errors import CheckpointError
+from megadistill.errors import CheckpointError, ConfigError
 from megadistill.parallel.context import ParallelContext
-from megadistill.training.data import TrainingData
+from megadistill.training.data import TrainingData, load_training_data
 from megadistill.training.hooks.inputs import Inputs
 from tests.support.chats import chat_tokenizer
 
@@ -81,3 +81,15 @@ def test_another_tokenizer_or_teacher_is_refused_unless_it_is_meant(
         hook(tmp_path).load_state_dict(state)
     hook(tmp_path, DATA, "train.resume_on_other_data=true").load_state_dict(state)
     assert "WARNING train: the checkpoint was made with other inputs" in capsys.readouterr().out
+
+
+def test_validating_on_the_split_that_is_trained_on_is_refused(tmp_path: Path) -> None:
+    """A folder has several splits, and data.hub_split is one setting for all files."""
+    (tmp_path / "train.jsonl").write_text('{"instruction": "x", "output": "y"}\n', encoding="utf-8")
+    settings = ["run.dir=x", "model.student.path=s", "model.teacher.path=t", f"data.train_path={tmp_path}"]
+    config = load_config(
+        Path(__file__).parents[2] / "configs" / "base.yaml", [*settings, f"data.valid_path={tmp_path}/."]
+    )
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match="the split 'train' is read: the run would validate on its training rows"):
+        load_training_data(config, tokenizer, len(tokenizer))

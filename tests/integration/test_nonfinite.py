@@ -150,7 +150,7 @@ def test_validation_and_teacher_text_stop_all_ranks(
 ) -> None:
     """Also where steps are skipped; what the teacher wrote before stays, and nothing of the block."""
     path, token = broken
-    student = path if part == "student" else assets / "llama" / "student"
+    student = path if part == "student" else assets / "llama" / "student" / "config.json"
     common = _settings(assets, student, f"parallel.tp_size={tp_size}", f"model.{part}.path={path}", *more)
     common += [f"data.valid_path={assets / 'data' / 'train.jsonl'}"]
     with pytest.raises(RankError, match=message):

@@ -46,15 +46,15 @@ class Inputs(Hook):
         Raises:
             CheckpointError: On all ranks: something is not what it was.
         """
-        before: Mapping[str, str] = state.get(_STATE, self._now)
-        changed = [name for name in self._now if before.get(name) != self._now[name]]
+        before: Mapping[str, str] = state.get(_STATE, {})
+        # A run that branches off another one may have more, such as a teacher after SFT: settings decide that.
+        changed = [name for name in self._now if before.get(name, self._now[name]) != self._now[name]]
         if not changed:
             return
         name = changed[0]
         more = f"; also changed: {', '.join(changed[1:])}" if changed[1:] else ""
         message = (
-            f"the checkpoint was made with other inputs: {name} was {before.get(name, 'absent')} and is now "
-            f"{self._now[name]}{more}"
+            f"the checkpoint was made with other inputs: {name} was {before[name]} and is now {self._now[name]}{more}"
         )
         if not self._components.config.train.resume_on_other_data:
             raise CheckpointError(

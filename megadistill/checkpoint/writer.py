@@ -28,17 +28,17 @@ from megadistill.checkpoint.carried import Carried
 from megadistill.checkpoint.hf_export import prove_student, write_student
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
-    LATEST,
     MANIFEST,
     STUDENT_FOLDER,
     digest,
     files_below,
     point_to_best,
+    point_to_latest,
     write_manifest,
 )
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
-from megadistill.files import os_errors_as, reason_of, sync_folder, write_atomically
+from megadistill.files import os_errors_as, reason_of, sync_folder
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
@@ -209,7 +209,7 @@ class CheckpointWriter:
             target.replace(replaced)
         beside.replace(target)
         sync_folder(self._folder)
-        write_atomically(self._folder / LATEST, target.name + "\n")
+        point_to_latest(target)
         point_to_best(self._folder, self._best_step)
         shutil.rmtree(replaced, ignore_errors=True)
         _remove_old(self._folder, self._step, *self._keep, self._best_step)

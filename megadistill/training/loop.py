@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megadistill.checkpoint.carried import Carried, carried_files, for_auto_tokenizer
-from megadistill.checkpoint.manifest import MANIFEST, point_to_best
+from megadistill.checkpoint.manifest import MANIFEST, point_to_best, point_to_latest
 from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
@@ -176,11 +176,10 @@ def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Re
 def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
     config, context = components.config, components.context
-    first_step = 0
+    first_step, loaded_from = 0, None
     if start.checkpoints:
-        folder, first_step, state = load_checkpoint(
+        loaded_from, first_step, state = load_checkpoint(
             start.checkpoints,
-            start.run_dir / "checkpoints",
             components.student,
             _trainer_state(components, hooks),
             context,
@@ -190,12 +189,14 @@ def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> i
             components.gate.load_state_dict(state["gate"])
         components.source.load_state_dict(state)
         hooks.load_state_dict(state)
-        get_logger(context.rank, "train").info(f"resumed from {folder} at step {first_step}")
+        get_logger(context.rank, "train").info(f"resumed from {loaded_from} at step {first_step}")
 
     def make() -> bool:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
         folder = start.run_dir / "checkpoints"
+        if loaded_from is not None and loaded_from.parent.resolve() == folder.resolve():
+            point_to_latest(loaded_from)  # only now: nothing has refused it; metrics.jsonl goes back to this step, too
         is_there = best.kept_step is not None and (folder / f"step_{best.kept_step}" / MANIFEST).is_file()
         point_to_best(folder, best.kept_step if is_there else None)
         return is_there

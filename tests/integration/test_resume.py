@@ -169,6 +169,19 @@ def test_going_back_by_the_same_words_happens_once(assets: Path, small: Path, tm
     assert [line["step"] for line in _numbers(run_dir)] == [1, 2, 3, 4]
 
 
+def test_a_way_back_that_is_refused_leaves_the_run_where_it_was(
+    assets: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(small, run_dir)
+    monkeypatch.setattr("megadistill.training.hooks.inputs.describe_inputs", lambda *_: {"the tokenizer": "other"})
+    words = f"train.resume={run_dir / 'checkpoints' / 'step_2'}"
+    with pytest.raises(RankError, match="the checkpoint was made with other inputs"):
+        run_layout(1, [(str(run_dir), [*_small_settings(assets), words])])
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_4\n"
+    assert _numbers(run_dir) == _numbers(small)
+
+
 def test_the_start_is_planned_by_who_holds_the_folder(assets: Path, small: Path, tmp_path: Path) -> None:
     """What another job saved while this one loaded its models is not thrown away."""
     from megadistill.training import loop

@@ -79,7 +79,7 @@ def _train(
 ) -> dict[str, Any]:
     config, context = components.config, components.context
     log, max_steps = get_logger(context.rank, "train"), components.length.max_steps
-    record, best = Record(start.run_dir, components), Best(config)
+    record, best = Record(start.run_dir, components), Best(config, data.valid, context.rank)
     hooks = _hooks(components, data, start.run_dir, record, best)
     first_step = _restore(components, hooks, start, best)
     if (reason := reason_to_end(config, components.length, first_step, best.found)) is not None:

@@ -104,7 +104,8 @@ def _train(
             writer.advance(status.writer)
             is_last = done == max_steps or status.is_over
             if is_last or status.stop_signal or status.is_best or _is_save_due(config, done):
-                writer.begin(done, _trainer_state(components, hooks), best.kept_step)
+                is_hurried = status.stop_signal is not None and not is_last
+                writer.begin(done, _trainer_state(components, hooks), best.kept_step, is_hurried=is_hurried)
                 hooks.saved(done)
             if is_last:
                 break

@@ -206,6 +206,25 @@ def test_the_start_is_planned_by_who_holds_the_folder(assets: Path, small: Path,
     run_ranks(stale, 1)
 
 
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_probe(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may be killed soon; any other first checkpoint is compared with the student."""
+    from megadistill.launch.stopping import StopRequest
+
+    def refuse(*_: object) -> None:
+        raise CheckpointError("compared")
+
+    monkeypatch.setattr("megadistill.checkpoint.writer.prove_student", refuse)
+    with pytest.raises(RankError, match="compared"):
+        run_layout(1, [(str(tmp_path / "whole"), [*_small_settings(assets), "train.max_steps=1"])])
+    asked = StopRequest()
+    asked.ask(15)
+    monkeypatch.setattr("megadistill.training.loop.StopRequest", lambda: asked)
+    run_layout(1, [(str(tmp_path / "stopped"), _small_settings(assets))])
+    assert _checkpoints(tmp_path / "stopped") == {"step_1"}
+
+
 def test_links_and_what_cannot_be_removed_do_not_fail_a_run(assets: Path, small: Path, tmp_path: Path) -> None:
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     shutil.copytree(small, run_dir)

@@ -88,17 +88,18 @@ def test_more_ids_join_and_asked_ones_replace(tmp_path: Path, source: Path, toke
 
 
 def test_references_that_end_otherwise_than_asked_are_warned_of(
-    tmp_path: Path, source: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, source: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = {"model.student.path": model(tmp_path / "student", source)}
     turn, size = tokenizer.convert_tokens_to_ids(TURN), len(tokenizer)
     for asked, is_warned in ((None, False), ((0, turn), False), ((0,), True)):
         config: Any = SimpleNamespace(model=SimpleNamespace(eos_tokens=asked))
-        caplog.clear()
         assert _end_tokens(config, paths, tokenizer, size, turn) == {
             "model.student.path": {0, turn} - ({turn} if is_warned else set())
         }
-        assert (f"references end with {TURN} ({turn}), which is not among model.eos_tokens" in caplog.text) == is_warned
+        assert (
+            f"references end with {TURN} ({turn}), which is not among model.eos_tokens" in capsys.readouterr().out
+        ) == is_warned
 
 
 def test_a_text_that_encodes_to_one_token_may_be_asked_for(tmp_path: Path, source: Path, tokenizer: Any) -> None:

@@ -154,14 +154,14 @@ def test_what_the_base_has_beside_its_weights_comes_with_it(tmp_path: Path) -> N
         assert (target / name).read_bytes() == (base / name).read_bytes(), name
 
 
-def test_a_base_without_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_base_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = _base(tmp_path / "base", "llama")
     adapter = _adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
     (base / "merges.txt").write_text("of a tokenizer", encoding="utf-8")
     assert main(["merge", str(base), str(adapter), str(tmp_path / "merged")]) == 0
-    assert f"neither {adapter} nor {base} has a tokenizer that can be read" in caplog.text
+    assert f"neither {adapter} nor {base} has a tokenizer that can be read" in capsys.readouterr().out
     assert (tmp_path / "merged" / "merges.txt").exists() and (tmp_path / "merged" / "generation_config.json").exists()
 
 

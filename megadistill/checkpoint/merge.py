@@ -19,7 +19,7 @@ from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe
 from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.errors import CheckpointError, ConfigError, needs_extra
 from megadistill.models.end_tokens import end_tokens
-from megadistill.models.folder_checks import ADAPTER_CONFIG, has_weights
+from megadistill.models.folder_checks import ADAPTER_CONFIG, check_weights
 from megadistill.models.loading import DTYPES, load_model_config
 from megadistill.models.weights import is_tied, load_weights
 from megadistill.observability.log import get_logger
@@ -52,8 +52,7 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
     with needs_extra("lora", "merging an adapter"):  # before the model is loaded
         import peft  # noqa: F401
     load_model_config(base, "BASE")
-    if not has_weights(base):
-        raise ConfigError(f"BASE: {base} has no weights")
+    check_weights(base, "BASE")
     with new_folder(target) as beside:
         wanted = None if dtype is None else DTYPES[dtype]
         carried = _carried(base, adapter)

@@ -165,6 +165,18 @@ def test_a_base_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "merged" / "merges.txt").exists() and (tmp_path / "merged" / "generation_config.json").exists()
 
 
+def test_a_sharded_model_is_neither_merged_nor_sharded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, sharded = _base(tmp_path / "base", "llama"), tmp_path / "sharded"
+    adapter = _adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    assert main(["shard", str(base), str(sharded), "--tp-size", "1"]) == 0
+    for words in (["merge", str(sharded), str(adapter)], ["shard", str(sharded), "--tp-size", "1"]):
+        capsys.readouterr()
+        assert main([*words, str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
+        assert "sharded is a sharded model; use the model that it was made from" in capsys.readouterr().err
+
+
 def test_the_tools_together(tmp_path: Path) -> None:
     """The merged model is not the base; merged twice it is the same, by ``verify``."""
     base = _base(tmp_path / "base", "llama")

@@ -209,16 +209,6 @@ def test_a_folder_without_weights_is_refused_and_a_file_is_not(
     assert "is a configuration file: its weights are random" in capsys.readouterr().out
 
 
-def test_a_sharded_model_is_neither_sharded_nor_merged_again(tmp_path: Path) -> None:
-    shard_model(str(_model(tmp_path / "model")), tmp_path / "sharded", tp_size=1, dp_size=1)
-    adapter = _adapter(tmp_path / "model", tmp_path / "adapter")
-    message = "sharded is a sharded model; use the model that it was made from"
-    with pytest.raises(ConfigError, match=f"MODEL: .*{message}"):
-        shard_model(str(tmp_path / "sharded"), tmp_path / "again", tp_size=1, dp_size=1)
-    with pytest.raises(ConfigError, match=f"BASE: .*{message}"):
-        merge.merge_adapter(str(tmp_path / "sharded"), adapter, tmp_path / "merged")
-
-
 def test_git_lfs_pointers_are_named(tmp_path: Path) -> None:
     folder = _model(tmp_path / "m")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"

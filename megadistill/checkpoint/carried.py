@@ -88,6 +88,20 @@ def carried_files(
     return Carried({**own, **files, GENERATION_CONFIG: generation}, ids)
 
 
+def own_files(model: str) -> Carried:
+    """The files of a model whose tokenizer is missing or cannot be read, as they are.
+
+    Args:
+        model: Folder, configuration file (it brings nothing), or hub name of the model.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
+    names = (GENERATION_CONFIG, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    found = {name: file for name in names if (file := model_file(model, name)) is not None}
+    return Carried(dict(_other_files(model)) | {name: _read(file) for name, file in found.items()}, {})
+
+
 def for_auto_tokenizer(carried: Carried, config: PreTrainedConfig, where: str) -> Carried:
     """The files such that AutoTokenizer reads the tokenizer as it is, or a warning where it cannot be made to.
 

@@ -159,6 +159,11 @@ def _named_by(pointer: Path) -> Path:
     return pointer.parent / name
 
 
+def point_to_latest(checkpoint: Path) -> None:
+    """Makes ``latest`` beside a checkpoint name it."""
+    write_atomically(checkpoint.parent / LATEST, checkpoint.name + "\n")
+
+
 def point_to_best(folder: Path, step: int | None) -> None:
     """Makes ``best`` in a run's folder of checkpoints name the checkpoint of ``step``; None: removes it."""
     if step is None:

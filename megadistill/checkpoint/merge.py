@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from megadistill.checkpoint.carried import Carried, carried_files, own_files
 from megadistill.checkpoint.hf_export import write_safetensors
 from megadistill.checkpoint.manifest import new_folder
 from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
-from megadistill.data.tokenize import TOKENIZER_EXTRAS, TOKENIZER_FILES
+from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.errors import CheckpointError, ConfigError, needs_extra
-from megadistill.models.folder_checks import ADAPTER_CONFIG, has_weights
+from megadistill.models.end_tokens import end_tokens
+from megadistill.models.folder_checks import ADAPTER_CONFIG, check_weights
 from megadistill.models.loading import DTYPES, load_model_config
 from megadistill.models.weights import is_tied, load_weights
 from megadistill.observability.log import get_logger
@@ -32,7 +33,8 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
     """Writes a model with a LoRA adapter merged into it.
 
     Every layer is merged in float32 and rounded once; the model is in memory in its own type. A head tied to the
-    embedding is written untied where the adapter changed one of them. The tokenizer is the adapter's, else the base's.
+    embedding is written untied where the adapter changed one of them. The tokenizer is the adapter's, else the base's;
+    what else the base has beside its weights goes with it.
 
     Args:
         base: Folder or hub name of the model.
@@ -50,15 +52,32 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
     with needs_extra("lora", "merging an adapter"):  # before the model is loaded
         import peft  # noqa: F401
     load_model_config(base, "BASE")
-    if not has_weights(base):
-        raise ConfigError(f"BASE: {base} has no weights")
+    check_weights(base, "BASE")
     with new_folder(target) as beside:
         wanted = None if dtype is None else DTYPES[dtype]
+        carried = _carried(base, adapter)
         _write_merged(base, adapter, beside, wanted)
-        if not any(_copy_tokenizer(source, beside) for source in (str(adapter), base)):
-            log = get_logger(component="merge")
-            log.warning(f"neither {adapter} nor {base} has a tokenizer, so {target} has none")
+        carried.write(beside)
         _prove(base, adapter, beside, wanted)
+
+
+def _carried(base: str, adapter: Path) -> Carried:
+    """What goes beside the weights; a warning where no tokenizer is among it that can be read."""
+    reasons = []
+    for source in (str(adapter), base):
+        if has_tokenizer(source):
+            try:
+                tokenizer = load_tokenizer(source)
+            except ConfigError as error:
+                reasons.append(str(error))
+                continue
+            ends = end_tokens(base, tokenizer, vocab_size=vocabulary_size(tokenizer))
+            return carried_files(base, source, tokenizer, ends, load_model_config(base, "BASE"))
+    get_logger(component="merge").warning(
+        f"neither {adapter} nor {base} has a tokenizer that can be read; the files of the base are copied as they are"
+        + "".join(f"; {reason}" for reason in reasons)
+    )
+    return own_files(base)
 
 
 def _write_merged(base: str, adapter: Path, folder: Path, wanted: torch.dtype | None) -> None:
@@ -72,7 +91,6 @@ def _write_merged(base: str, adapter: Path, folder: Path, wanted: torch.dtype | 
     model.config.dtype = wanted or next(iter(dtypes.values()))  # also of a head that was tied before
     write_safetensors(_tensors(model, dtypes, wanted), folder)
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
 
 
 def _prove(base: str, adapter: Path, folder: Path, wanted: torch.dtype | None) -> None:
@@ -187,18 +205,3 @@ def _tensors(
     named = list(model.named_parameters())
     for name, parameter in progress_bar(named, description="writing", unit="tensor"):
         yield name, parameter.data.to(wanted or dtypes.get(name, model.config.dtype))
-
-
-def _copy_tokenizer(source: str, folder: Path) -> bool:
-    """Copies the tokenizer's files, unchanged, from a local folder or the hub; returns whether there are any."""
-    from transformers.utils import cached_file
-
-    has_any = False
-    for name in (*TOKENIZER_FILES, *TOKENIZER_EXTRAS):
-        file = cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        if file is not None:
-            shutil.copyfile(file, folder / name)
-            has_any = True
-    return has_any

@@ -34,7 +34,7 @@ from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 from megadistill.errors import ConfigError, TopologyError
 from megadistill.models.end_tokens import end_tokens
 from megadistill.models.families import Family, family_of, has_own_head, head_counts
-from megadistill.models.folder_checks import SHARDS, has_weights
+from megadistill.models.folder_checks import SHARDS, check_weights
 from megadistill.models.loading import DTYPES, REMOVED_ROWS, load_model, load_model_config, whole_model
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader, rewrite, save_tensors, write_layout
@@ -108,8 +108,7 @@ def shard_model(
     """
     config = load_model_config(path, "MODEL")
     _check_tp_size(tp_size, config, f"MODEL {path}")
-    if not has_weights(path):
-        raise ConfigError(f"MODEL: {path} has no weights")
+    check_weights(path, "MODEL")
     words = load_tokenizer(tokenizer or path)
     size = vocabulary_size(words)
     if config.vocab_size < size:

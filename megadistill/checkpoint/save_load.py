@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from megadistill.checkpoint.manifest import (
-    LATEST,
     STUDENT_FOLDER,
     OtherVersionError,
     check_files,
@@ -25,7 +24,7 @@ from megadistill.checkpoint.manifest import (
 from megadistill.checkpoint.writer import TRAINER, layout_of
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, first_line
-from megadistill.files import os_errors_as, write_atomically
+from megadistill.files import os_errors_as
 from megadistill.models.shards import MASTER, ShardReader
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
@@ -33,7 +32,6 @@ from megadistill.parallel.context import ParallelContext
 
 def load_checkpoint(
     candidates: Sequence[Path],
-    own: Path,
     student: Student,
     trainer_state: dict[str, Any],
     context: ParallelContext,
@@ -47,7 +45,6 @@ def load_checkpoint(
 
     Args:
         candidates: Checkpoints, the best first.
-        own: The run's folder of checkpoints; its ``latest`` names the loaded one from now on.
         student: The model to fill.
         trainer_state: State of the run as it is now, which the loaded one must fit.
         context: Ranks and groups.
@@ -77,8 +74,6 @@ def load_checkpoint(
     student.fill(ShardReader(folder / STUDENT_FOLDER), MASTER)
     saved_state = read_trainer_state(folder, context.device)
     context.barrier()
-    if folder.parent.resolve() == own.resolve():  # metrics.jsonl goes back to this step, too
-        context.run_on_rank0(lambda: write_atomically(folder.parent / LATEST, folder.name + "\n"))
     return folder, int(manifest["step"]), saved_state
 
 

@@ -28,17 +28,17 @@ from megadistill.checkpoint.carried import Carried
 from megadistill.checkpoint.hf_export import prove_student, write_student
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
-    LATEST,
     MANIFEST,
     STUDENT_FOLDER,
     digest,
     files_below,
     point_to_best,
+    point_to_latest,
     write_manifest,
 )
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
-from megadistill.files import os_errors_as, reason_of, sync_folder, write_atomically
+from megadistill.files import os_errors_as, reason_of, sync_folder
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
@@ -92,7 +92,7 @@ class CheckpointWriter:
         self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
         self._job: _Job | None = None
         self._is_committing = False
-        self._is_first = True
+        self._is_first, self._is_proved = True, False
         self._step = 0
         self._best_step: int | None = None
         self._layout: dict[str, Any] = {}
@@ -102,7 +102,9 @@ class CheckpointWriter:
         """State of this rank's thread: IDLE, BUSY or FAILED."""
         return IDLE if self._job is None else self._job.status
 
-    def begin(self, step: int, trainer_state: dict[str, Any], best_step: int | None = None) -> None:
+    def begin(
+        self, step: int, trainer_state: dict[str, Any], best_step: int | None = None, *, is_hurried: bool = False
+    ) -> None:
         """Copies everything after ``step`` updates and starts to write it; waits for the previous checkpoint.
 
         It also waits for the first one of this process, whose ``hf/`` is compared with the student on a probe text:
@@ -112,8 +114,10 @@ class CheckpointWriter:
             step: Number of updates.
             trainer_state: What a resumed run needs besides the student.
             best_step: The checkpoint to keep as the best one: this one or an earlier one; None: none.
+            is_hurried: The process may be killed soon: nothing is compared.
         """
         self.finish()
+        self._is_proved = self._is_first and not is_hurried
         context, beside = self._context, self._folder / f"step_{step}.partial"
         context.run_on_rank0(lambda: self._make_folder(beside))
         self._step, self._best_step = step, best_step
@@ -198,7 +202,7 @@ class CheckpointWriter:
         shards = ShardReader(beside / STUDENT_FOLDER)
         assert self._carried is not None  # on rank 0
         write_student(shards, student, dtype, beside / HF_FOLDER, self._carried)
-        if self._is_first:  # training waits: see begin
+        if self._is_proved:  # training waits: see begin
             prove_student(shards, student.loaded.config, beside / HF_FOLDER, target)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}
@@ -209,7 +213,7 @@ class CheckpointWriter:
             target.replace(replaced)
         beside.replace(target)
         sync_folder(self._folder)
-        write_atomically(self._folder / LATEST, target.name + "\n")
+        point_to_latest(target)
         point_to_best(self._folder, self._best_step)
         shutil.rmtree(replaced, ignore_errors=True)
         _remove_old(self._folder, self._step, *self._keep, self._best_step)

@@ -80,7 +80,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         with lost_ranks_reported(context) as heartbeat:
-            if (reason := finished(config, length, context)) is not None:
+            if (reason := finished(config, length, data.valid, context)) is not None:
                 get_logger(context.rank, "train").info(reason)
                 return ExitCode.DONE
             components = build_components(config, context, tokenizer, vocab_size, data, length)

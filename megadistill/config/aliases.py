@@ -190,7 +190,7 @@ LLAMA_FACTORY = (
     Name("streaming", (), "there is no counterpart: rows are tokenized before training and held in memory"),
     Name("preprocessing_num_workers", (), "no key is needed: megadistill prepare under mpirun shares the tokenization"),
     Name("flash_attn", ("model.attention",)),
-    Name("plot_loss", (), "no key is needed: tensorboard --logdir RUN.DIR shows the losses"),
+    Name("plot_loss", (), "no key is needed: megadistill plot RUN.DIR draws the losses"),
 )
 TORCHTUNE = (
     Name("checkpointer.checkpoint_dir", ("model.student.path",)),

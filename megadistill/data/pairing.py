@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from megadistill.data.encode import TokenizedExample
@@ -19,8 +19,8 @@ _PROBE = "The 3 quick foxes didn't jump;\n  naïve Größe — 你好, мир �
 def pair_tokenizers(used: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> list[str]:
     """Compares the tokenizer that a run uses with that of one of its models.
 
-    They may differ in what their special tokens are, and one may have more tokens at the end. The ids that both have
-    must be the same tokens, and text must become the same ids.
+    They may differ in what their special tokens are and are called (a reserved one gets a use), and one may have more
+    tokens at the end. All other ids that both have must be the same tokens, and text must become the same ids.
 
     Args:
         used: The run's tokenizer.
@@ -33,9 +33,16 @@ def pair_tokenizers(used: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
     Raises:
         ConfigError: Names the first other difference.
     """
-    _check_shared_ids(used, other, names)
+    renamed = _special_ids(used) & _special_ids(other)
+    _check_shared_ids(used, other, names, may_differ=renamed)
     _check_same_text(used, other, names, add_special_tokens=False)
+    tokens = [tokenizer.convert_ids_to_tokens(sorted(renamed)) for tokenizer in (used, other)]
     notes = [
+        f"the special token {id_} is {_quoted(ours)} for {names[0]} and {_quoted(theirs)} for {names[1]}"
+        for id_, ours, theirs in zip(sorted(renamed), *tokens, strict=True)
+        if ours != theirs
+    ]
+    notes += [
         f"{special} is {_quoted(ours)} for {names[0]} and {_quoted(theirs)} for {names[1]}"
         for special in _SPECIAL
         if (ours := getattr(used, special)) != (theirs := getattr(other, special))
@@ -62,7 +69,7 @@ def assert_same_vocabulary(
     Raises:
         ConfigError: Names the first differing id or special token.
     """
-    _check_shared_ids(tokenizer_a, tokenizer_b, names, allow_longer=False)
+    _check_shared_ids(tokenizer_a, tokenizer_b, names)
     for special in ("bos_token", "eos_token", "unk_token"):
         token_a, token_b = getattr(tokenizer_a, special), getattr(tokenizer_b, special)
         if token_a != token_b:
@@ -99,21 +106,26 @@ def _check_shared_ids(
     tokenizer_b: PreTrainedTokenizerBase,
     names: tuple[str, str],
     *,
-    allow_longer: bool = True,
+    may_differ: Collection[int] | None = None,
 ) -> None:
+    """Compares the token of every id; with ``may_differ``, of those ids that both have, but for these."""
     name_a, name_b = names
     ids_a, ids_b = ({id_: token for token, id_ in t.get_vocab().items()} for t in (tokenizer_a, tokenizer_b))
-    shared_end = min(max(ids_a), max(ids_b)) + 1 if allow_longer else None
+    shared_end = None if may_differ is None else min(max(ids_a), max(ids_b)) + 1
     for id_ in sorted(ids_a.keys() | ids_b.keys()):
         if shared_end is not None and id_ >= shared_end:
             return
         token_a, token_b = ids_a.get(id_), ids_b.get(id_)
-        if token_a != token_b:
+        if token_a != token_b and id_ not in (may_differ or ()):
             raise ConfigError(
                 f"{name_a} and {name_b} have different vocabularies ({len(ids_a)} and {len(ids_b)} tokens): id {id_} "
                 f"is {_quoted(token_a)} for {name_a} and {_quoted(token_b)} for {name_b}"
-                + ("; token-level distillation needs one tokenizer" if allow_longer else "")
+                + ("; token-level distillation needs one tokenizer" if may_differ is not None else "")
             )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _check_same_text(

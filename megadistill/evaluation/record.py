@@ -93,8 +93,7 @@ def read_record(path: Path) -> dict[str, Any]:
         return {"format": _FORMAT, "results": {}, "history": []}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        results = record["results"]
-        is_ours = all(isinstance(entry, dict) for by_set in results.values() for entry in by_set.values())
+        is_ours = _is_ours(record)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -144,16 +143,30 @@ def notes_on_rows(record: Mapping[str, Any], sets: Iterable[str]) -> list[str]:
     notes = []
     for name in sets:
         models_of: dict[str, list[str]] = {}
-        counts: dict[str, int] = {}
+        counts: dict[str, str] = {}
         for model, by_set in record["results"].items():
             checksum = by_set.get(name, {}).get("rows_checksum")
             if checksum:
                 models_of.setdefault(checksum, []).append(model)
-                counts[checksum] = len(by_set[name]["predictions"])
+                texts = by_set[name].get("predictions")
+                counts[checksum] = "" if texts is None else f": {len(texts)} rows"
         if len(models_of) > 1:
-            groups = "; ".join(f"{', '.join(models)}: {counts[key]} rows" for key, models in models_of.items())
+            groups = "; ".join(f"{', '.join(models)}{counts[key]}" for key, models in models_of.items())
             notes.append(f"not comparable: the models answered different rows of {name} ({groups})")
     return notes
+
+
+def _is_ours(record: Any) -> bool:
+    """Whether a file is one of this format or of the one before it, which had no entry ``format``.
+
+    What else it may be fails here as Python lets it fail: a list has no ``values``.
+    """
+    parts = [entry for by_set in record["results"].values() for entry in by_set.values()]
+    if "format" in record:
+        return record["format"] == _FORMAT and all(isinstance(part, dict) for part in (*parts, *record["history"]))
+    made_from = record.get("made_from", {})
+    parts += [record.get("models", {}), made_from.get("models", {}), made_from.get("settings", {})]
+    return set(record) <= {"models", "results", "made_from"} and all(isinstance(part, dict) for part in parts)
 
 
 def _of_earlier_version(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from megadistill.config.load import load_config
 from megadistill.config.shipped import find_config
-from megadistill.errors import ExitCode, MegadistillError
+from megadistill.errors import CheckpointError, ConfigError, ExitCode, MegadistillError
+from megadistill.files import os_errors_as
 from megadistill.observability.redact import keep_secrets, redact
 
 LOG = "launcher.log"
@@ -34,26 +35,28 @@ def main(words: Sequence[str]) -> int:
     keep_secrets()
     processes, port, program, *arguments = words
     log_file: Path | None = None
-    with suppress(OSError):  # the ranks say what is wrong with the folder
-        try:
+    handler: logging.Handler | None = None
+    try:
+        with suppress(OSError):  # the ranks say what is wrong with the folder
             log_file = _log_file(arguments)
-        except MegadistillError as error:
-            print(f"megadistill: {redact(str(error))}", file=sys.stderr, flush=True)
-            return ExitCode.USER_ERROR
-    # Its import speaks already.
-    if processes != "gpus":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if log_file is not None:
+            with os_errors_as(CheckpointError, log_file):
+                handler = logging.FileHandler(log_file, encoding="utf-8")
+        import torch
+
+        devices = _devices(processes, torch.cuda.device_count())
+    except MegadistillError as error:
+        print(f"megadistill: {redact(str(error))}", file=sys.stderr, flush=True)
+        return ExitCode.USER_ERROR
+    from megadistill.launch.world import name_accelerator
+
+    name_accelerator()  # before the next import, which speaks already
     from deepspeed.launcher import launch
     from deepspeed.utils import logger
 
-    if log_file is not None:
-        handler = logging.FileHandler(log_file, encoding="utf-8")
+    if handler is not None:
         handler.setFormatter(logging.Formatter(_FORMAT))
         logger.handlers = [handler]
-    devices = _devices(processes)
-    if not devices:
-        print("megadistill: torch finds no GPU here; NPROC=N starts N processes", file=sys.stderr, flush=True)
-        return ExitCode.USER_ERROR
     places = json.dumps({"localhost": devices}).encode()
     level = "error" if log_file is None else "info"
     sys.argv = [
@@ -97,16 +100,27 @@ def _log_file(arguments: Sequence[str]) -> Path | None:
     return run_dir / LOG
 
 
-def _devices(processes: str) -> list[int | str]:
-    """What each process gets: the devices of CUDA_VISIBLE_DEVICES, else the first ones."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    devices: list[int | str] = [int(name) if name.isdigit() else name for name in visible]
-    if processes == "gpus" and not devices:
-        import torch
+def _devices(processes: str, num_gpus: int) -> list[int | str]:
+    """What each process gets: the devices of CUDA_VISIBLE_DEVICES, else the first ones.
 
-        return list(range(torch.cuda.device_count()))
-    count = len(devices) if processes == "gpus" else int(processes)
-    return devices[:count] if len(devices) >= count else list(range(count))
+    Args:
+        processes: Their number, or "gpus".
+        num_gpus: GPUs that torch finds.
+
+    Raises:
+        ConfigError: The number is none, or larger than that of the GPUs of a machine that has some.
+    """
+    if processes == "gpus" and not num_gpus:
+        raise ConfigError("torch finds no GPU here; NPROC=N starts N processes")
+    if processes != "gpus" and not (processes.isdecimal() and int(processes) > 0):
+        raise ConfigError(f"NPROC={processes} is no number of processes; it must be 1 or more")
+    count = num_gpus if processes == "gpus" else int(processes)
+    if 0 < num_gpus < count:
+        raise ConfigError(f"NPROC={count}, but torch finds {num_gpus} GPUs here; every process needs one")
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if not num_gpus or len(visible) < count:
+        return list(range(count))
+    return [int(name) if name.isdigit() else name for name in visible[:count]]
 
 
 if __name__ == "__main__":

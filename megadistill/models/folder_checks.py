@@ -32,6 +32,22 @@ def is_sharded(path: str) -> bool:
     return (Path(path) / SHARDS).is_dir()
 
 
+def check_weights(path: str, where: str) -> None:
+    """Checks that a model has weights that transformers can read.
+
+    Args:
+        path: What the user named.
+        where: The key or option that names the model; errors begin with it.
+
+    Raises:
+        ConfigError: It is a configuration alone, or a sharded model.
+    """
+    if is_sharded(path):
+        raise ConfigError(f"{where}: {path} is a sharded model; use the model that it was made from")
+    if not has_weights(path):
+        raise ConfigError(f"{where}: {path} has no weights")
+
+
 def check_folder(path: str, where: str) -> None:
     """Checks that a folder holds a whole model; a configuration file and a hub name pass.
 

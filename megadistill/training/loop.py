@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megadistill.checkpoint.carried import Carried, carried_files, for_auto_tokenizer
-from megadistill.checkpoint.manifest import MANIFEST, point_to_best
+from megadistill.checkpoint.manifest import MANIFEST, point_to_best, point_to_latest
 from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
@@ -79,7 +79,7 @@ def _train(
 ) -> dict[str, Any]:
     config, context = components.config, components.context
     log, max_steps = get_logger(context.rank, "train"), components.length.max_steps
-    record, best = Record(start.run_dir, components), Best(config)
+    record, best = Record(start.run_dir, components), Best(config, data.valid, context.rank)
     hooks = _hooks(components, data, start.run_dir, record, best)
     first_step = _restore(components, hooks, start, best)
     if (reason := reason_to_end(config, components.length, first_step, best.found)) is not None:
@@ -104,7 +104,8 @@ def _train(
             writer.advance(status.writer)
             is_last = done == max_steps or status.is_over
             if is_last or status.stop_signal or status.is_best or _is_save_due(config, done):
-                writer.begin(done, _trainer_state(components, hooks), best.kept_step)
+                is_hurried = status.stop_signal is not None and not is_last
+                writer.begin(done, _trainer_state(components, hooks), best.kept_step, is_hurried=is_hurried)
                 hooks.saved(done)
             if is_last:
                 break
@@ -176,11 +177,10 @@ def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Re
 def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> int:
     """Makes the run directory, loads the checkpoint if there is one; returns the number of updates already done."""
     config, context = components.config, components.context
-    first_step = 0
+    first_step, loaded_from = 0, None
     if start.checkpoints:
-        folder, first_step, state = load_checkpoint(
+        loaded_from, first_step, state = load_checkpoint(
             start.checkpoints,
-            start.run_dir / "checkpoints",
             components.student,
             _trainer_state(components, hooks),
             context,
@@ -190,12 +190,14 @@ def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> i
             components.gate.load_state_dict(state["gate"])
         components.source.load_state_dict(state)
         hooks.load_state_dict(state)
-        get_logger(context.rank, "train").info(f"resumed from {folder} at step {first_step}")
+        get_logger(context.rank, "train").info(f"resumed from {loaded_from} at step {first_step}")
 
     def make() -> bool:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
         folder = start.run_dir / "checkpoints"
+        if loaded_from is not None and loaded_from.parent.resolve() == folder.resolve():
+            point_to_latest(loaded_from)  # only now: nothing has refused it; metrics.jsonl goes back to this step, too
         is_there = best.kept_step is not None and (folder / f"step_{best.kept_step}" / MANIFEST).is_file()
         point_to_best(folder, best.kept_step if is_there else None)
         return is_there

@@ -227,6 +227,11 @@ def _end_tokens(
                 f"{path} also names the end tokens {describe_end_tokens(ignored, tokenizer)}, which are not used"
                 + ("" if config.model.eos_tokens is None else f" (model.eos_tokens={config.model.eos_tokens})")
             )
+    if config.model.eos_tokens is not None and all(end_id not in ids for ids in ends.values()):
+        log.warning(
+            f"references end with {describe_end_tokens({end_id}, tokenizer)}, which is not among "
+            f"model.eos_tokens={config.model.eos_tokens}: what learns from them writes on after it"
+        )
     return ends
 
 

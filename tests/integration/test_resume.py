@@ -169,6 +169,19 @@ def test_going_back_by_the_same_words_happens_once(assets: Path, small: Path, tm
     assert [line["step"] for line in _numbers(run_dir)] == [1, 2, 3, 4]
 
 
+def test_a_way_back_that_is_refused_leaves_the_run_where_it_was(
+    assets: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(small, run_dir)
+    monkeypatch.setattr("megadistill.training.hooks.inputs.describe_inputs", lambda *_: {"the tokenizer": "other"})
+    words = f"train.resume={run_dir / 'checkpoints' / 'step_2'}"
+    with pytest.raises(RankError, match="the checkpoint was made with other inputs"):
+        run_layout(1, [(str(run_dir), [*_small_settings(assets), words])])
+    assert (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_4\n"
+    assert _numbers(run_dir) == _numbers(small)
+
+
 def test_the_start_is_planned_by_who_holds_the_folder(assets: Path, small: Path, tmp_path: Path) -> None:
     """What another job saved while this one loaded its models is not thrown away."""
     from megadistill.training import loop
@@ -191,6 +204,25 @@ def test_the_start_is_planned_by_who_holds_the_folder(assets: Path, small: Path,
         assert [start.checkpoints[0].name for start in seen] == ["step_4"]
 
     run_ranks(stale, 1)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_probe(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may be killed soon; any other first checkpoint is compared with the student."""
+    from megadistill.launch.stopping import StopRequest
+
+    def refuse(*_: object) -> None:
+        raise CheckpointError("compared")
+
+    monkeypatch.setattr("megadistill.checkpoint.writer.prove_student", refuse)
+    with pytest.raises(RankError, match="compared"):
+        run_layout(1, [(str(tmp_path / "whole"), [*_small_settings(assets), "train.max_steps=1"])])
+    asked = StopRequest()
+    asked.ask(15)
+    monkeypatch.setattr("megadistill.training.loop.StopRequest", lambda: asked)
+    run_layout(1, [(str(tmp_path / "stopped"), _small_settings(assets))])
+    assert _checkpoints(tmp_path / "stopped") == {"step_1"}
 
 
 def test_links_and_what_cannot_be_removed_do_not_fail_a_run(assets: Path, small: Path, tmp_path: Path) -> None:

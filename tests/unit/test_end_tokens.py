@@ -22,6 +22,7 @@ from megadistill.generation.teacher_cache import _open, _settings, teacher_respo
 from megadistill.models.end_tokens import cut_end, describe_end_tokens, end_tokens, named_end_tokens
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.components import Components
+from megadistill.training.setup import _end_tokens
 from megadistill.training.step import find_spans
 from tests.support.tokenizers import byte_level
 
@@ -84,6 +85,21 @@ def test_more_ids_join_and_asked_ones_replace(tmp_path: Path, source: Path, toke
     asked: list[int | str] = [TURN, 5, "T"]
     ids = {tokenizer.convert_tokens_to_ids(TURN), 5, tokenizer.convert_tokens_to_ids("T")}
     assert end_tokens(path, tokenizer, vocab_size=size, asked=asked, more=(9,)) == ids
+
+
+def test_references_that_end_otherwise_than_asked_are_warned_of(
+    tmp_path: Path, source: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"model.student.path": model(tmp_path / "student", source)}
+    turn, size = tokenizer.convert_tokens_to_ids(TURN), len(tokenizer)
+    for asked, is_warned in ((None, False), ((0, turn), False), ((0,), True)):
+        config: Any = SimpleNamespace(model=SimpleNamespace(eos_tokens=asked))
+        assert _end_tokens(config, paths, tokenizer, size, turn) == {
+            "model.student.path": {0, turn} - ({turn} if is_warned else set())
+        }
+        assert (
+            f"references end with {TURN} ({turn}), which is not among model.eos_tokens" in capsys.readouterr().out
+        ) == is_warned
 
 
 def test_a_text_that_encodes_to_one_token_may_be_asked_for(tmp_path: Path, source: Path, tokenizer: Any) -> None:

@@ -56,12 +56,32 @@ def test_a_file_of_before_is_continued(tmp_path: Path) -> None:
     assert record["history"][0]["model"] == {"name": "student", "path": "runs/a", "files": {}}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"results": [1]}', '{"results": {"a": {"b": 1}}}'])
+OURS = '"format": "megadistill evaluation 2"'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"a": 1}',
+        '{"results": [1]}',
+        '{"results": {"a": {"b": 1}}}',
+        '{"results": {"hellaswag": {"acc": {}}}, "versions": {}}',
+        '{"results": {}, "models": null}',
+        '{"results": {}, "made_from": ["x"]}',
+        f'{{{OURS}, "results": {{}}}}',
+        f'{{{OURS}, "results": {{}}, "history": null}}',
+        f'{{{OURS}, "results": {{}}, "history": [1]}}',
+        '{"format": "megadistill evaluation 3", "results": {}, "history": []}',
+    ],
+)
 def test_a_file_of_something_else_stays(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"mine\.json exists and holds no results of evaluate"):
-        add_results(path, {"student": {"test": entry_of()}})
+    for read in (read_record, lambda path: add_results(path, {"student": {"test": entry_of()}})):
+        with pytest.raises(ConfigError, match=r"mine\.json exists and holds no results of evaluate"):
+            read(path)
     assert path.read_text(encoding="utf-8") == text
 
 
@@ -74,6 +94,9 @@ def test_scores_of_different_rows_are_noted(tmp_path: Path) -> None:
     record, _ = add_results(path, {"c": {"test": entry_of(rows="other", n=1)}})
     (note,) = notes_on_rows(record, ["test"])
     assert note == "not comparable: the models answered different rows of test (a, b: 2 rows; c: 1 rows)"
+    for by_set in record["results"].values():
+        by_set["test"].pop("predictions", None)  # they are most of the file, and a user may take them out
+    assert notes_on_rows(record, ["test"]) == ["not comparable: the models answered different rows of test (a, b; c)"]
 
 
 def test_what_decides_the_numbers() -> None:

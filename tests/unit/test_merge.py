@@ -137,6 +137,46 @@ def test_several_files_and_the_adapters_tokenizer(tmp_path: Path, monkeypatch: p
     assert (target / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes()
 
 
+def test_what_the_base_has_beside_its_weights_comes_with_it(tmp_path: Path) -> None:
+    """Also a generation_config.json that transformers refuses to write: a temperature without do_sample."""
+    base, target = _base(tmp_path / "base", "llama"), tmp_path / "merged"
+    adapter = _adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    generation = {"temperature": 0.6, "eos_token_id": [7, 0], "pad_token_id": 3}
+    (base / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    (base / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja", "preprocessor_config.json", "LICENSE"):
+        (base / name).write_text(f"{{# {name} #}}", encoding="utf-8")
+    assert main(["merge", str(base), str(adapter), str(target)]) == 0
+    for name in (
+        "generation_config.json", "chat_template.jinja", "additional_chat_templates/rag.jinja", "LICENSE",
+        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    ):  # fmt: skip
+        assert (target / name).read_bytes() == (base / name).read_bytes(), name
+
+
+def test_a_base_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = _base(tmp_path / "base", "llama")
+    adapter = _adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    (base / "merges.txt").write_text("of a tokenizer", encoding="utf-8")
+    assert main(["merge", str(base), str(adapter), str(tmp_path / "merged")]) == 0
+    assert f"neither {adapter} nor {base} has a tokenizer that can be read" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "merges.txt").exists() and (tmp_path / "merged" / "generation_config.json").exists()
+
+
+def test_a_sharded_model_is_neither_merged_nor_sharded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, sharded = _base(tmp_path / "base", "llama"), tmp_path / "sharded"
+    adapter = _adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    assert main(["shard", str(base), str(sharded), "--tp-size", "1"]) == 0
+    for words in (["merge", str(sharded), str(adapter)], ["shard", str(sharded), "--tp-size", "1"]):
+        capsys.readouterr()
+        assert main([*words, str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
+        assert "sharded is a sharded model; use the model that it was made from" in capsys.readouterr().err
+
+
 def test_the_tools_together(tmp_path: Path) -> None:
     """The merged model is not the base; merged twice it is the same, by ``verify``."""
     base = _base(tmp_path / "base", "llama")

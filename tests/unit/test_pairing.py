@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
@@ -53,6 +53,26 @@ def test_special_tokens_may_differ_in_a_run(folders: Path) -> None:
         "eos_token is '<|endoftext|>' for base and '<s>' for instruct",
         "pad_token is '<|endoftext|>' for base and '<s>' for instruct",
     ]
+
+
+def test_a_reserved_special_token_may_have_another_name(folders: Path) -> None:
+    """As in Llama 3.0 and 3.1; a token of the vocabulary proper may not."""
+
+    def with_token(name: str, special: bool) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(folders / "byte_level")
+        tokenizer.add_tokens([AddedToken(name, special=special)])
+        return tokenizer
+
+    reserved, used = with_token("<|reserved_0|>", True), with_token("<|eom|>", True)
+    id_ = len(used) - 1
+    assert pair_tokenizers(reserved, used, NAMES) == [
+        f"the special token {id_} is '<|reserved_0|>' for base and '<|eom|>' for instruct"
+    ]
+    for other in (with_token("<|eom|>", False), with_token("word", False)):
+        with pytest.raises(ConfigError, match=rf"id {id_} is '<\|reserved_0\|>' for base and"):
+            pair_tokenizers(reserved, other, NAMES)
+    with pytest.raises(ConfigError, match=rf"id {id_} is '<\|reserved_0\|>' for teacher and '<\|eom\|>' for student"):
+        assert_same_vocabulary(reserved, used)
 
 
 def test_what_a_text_starts_with_may_differ_in_a_run(folders: Path, tmp_path: Path) -> None:

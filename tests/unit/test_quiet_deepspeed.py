@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megadistill.errors import ConfigError
 from megadistill.launch.launchers import is_launcher
 from megadistill.launch.quiet_deepspeed import _devices, main
 
@@ -54,10 +55,44 @@ def test_a_wrong_configuration_starts_nothing(
 
 
 def test_processes_get_the_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
-    assert _devices("gpus") == [2, 3, 5] and _devices("2") == [2, 3] and _devices("4") == [0, 1, 2, 3]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3,5")
+    assert _devices("gpus", 3) == [2, "GPU-3", 5] and _devices("2", 3) == [2, "GPU-3"]
+    assert _devices("4", 0) == [0, 1, 2, 3], "on the CPU they are only numbers"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert _devices("2") == [0, 1]
+    assert _devices("2", 8) == [0, 1] and _devices("gpus", 2) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "num_gpus", "message"),
+    [
+        ("gpus", 0, "torch finds no GPU here; NPROC=N starts N processes"),
+        ("4", 3, "NPROC=4, but torch finds 3 GPUs here; every process needs one"),
+        ("two", 3, "NPROC=two is no number of processes; it must be 1 or more"),
+        ("0", 0, "NPROC=0 is no number of processes; it must be 1 or more"),
+    ],
+)
+def test_numbers_of_processes_that_cannot_be(processes: str, num_gpus: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _devices(processes, num_gpus)
+    assert str(caught.value) == message
+
+
+def test_a_number_of_processes_leaves_the_gpus_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NPROC=N on a machine with GPUs starts N ranks on them, not on its CPU."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("deepspeed.launcher.launch.main", lambda: None)
+    monkeypatch.setattr("deepspeed.utils.logger.handlers", [])
+    monkeypatch.setattr(sys, "argv", [])
+    assert main(["2", "29999", "program", *SMOKE, f"run.dir={tmp_path}"]) == 0
+    assert "DS_ACCELERATOR" not in os.environ and "program" in sys.argv
+
+
+def test_a_log_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "launcher.log").mkdir()
+    assert main(["2", "29999", "program", *SMOKE, f"run.dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"megadistill: {tmp_path / 'launcher.log'} cannot be written: Is a directory\n"
 
 
 def test_its_death_is_that_of_a_launcher() -> None:

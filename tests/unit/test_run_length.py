@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from megadistill.checkpoint.model_folder import model_folder
 from megadistill.checkpoint.writer import _remove_old
 from megadistill.config.load import dump_resolved, load_config
 from megadistill.config.schema import RunConfig
+from megadistill.data.encode import TokenizedExample
 from megadistill.errors import CheckpointError, ConfigError, DataError
 from megadistill.training.hooks.best import Best, BestValidation, check_best
 from megadistill.training.hooks.progress import progress_words
@@ -22,6 +24,8 @@ from megadistill.training.words import data_warnings, end_lines, length_words, r
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ["run.dir=runs/mine", "model.teacher.path=t", "model.student.path=s"]
+
+ROWS = [TokenizedExample(0, (1, 2), (3,), ("x",), "p"), TokenizedExample(1, (1,), (4,), ("y",), "p")]
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -64,17 +68,19 @@ def test_the_best_validation_survives_a_resume() -> None:
     config = config_of(
         "checkpoint.keep_best=eval/rouge_l", "train.eval_every=1", "train.early_stopping=2", "data.valid_path=v"
     )
-    best, again = Best(config), Best(config)
+    best, again = Best(config, ROWS), Best(config, ROWS)
     assert best.state_dict() == {}
     best.validated(0, {"eval/rouge_l": 99.0})  # before the first step: there is no checkpoint
     for step, value in ((1, math.nan), (2, 10.0), (3, 12.0), (4, 12.0)):
         best.validated(step, {"eval/rouge_l": value, "eval/nll": 1.0})
-    assert best.found == BestValidation("eval/rouge_l", 12.0, 3, 1) and best.kept_step == 3 and not best.is_over
+    assert (
+        best.found == replace(best.found, value=12.0, step=3, num_since=1) and best.kept_step == 3 and not best.is_over
+    )
     again.load_state_dict(best.state_dict() | {"gate": {}})
     again.validated(5, {"eval/rouge_l": 11.0})
     assert again.is_over and again.summary()["stopped_early"]
     assert again.summary()["best_validation"]["checkpoint"] == "step_3"
-    by_likelihood = Best(config_of("checkpoint.keep_best=eval/nll", "train.eval_every=1", "data.valid_path=v"))
+    by_likelihood = Best(config_of("checkpoint.keep_best=eval/nll", "train.eval_every=1", "data.valid_path=v"), ROWS)
     by_likelihood.load_state_dict(best.state_dict())
     assert by_likelihood.found.step == 0, "another metric has another best"
     for step, value in ((1, 3.0), (2, 2.0), (3, 2.5)):
@@ -82,8 +88,22 @@ def test_the_best_validation_survives_a_resume() -> None:
     assert by_likelihood.kept_step == 2 and not by_likelihood.is_over
 
 
+def test_a_best_of_other_validation_rows_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    """data.valid_path and train.eval_rows may change when a run is continued; the two scores mean different things."""
+    words = ["checkpoint.keep_best=eval/nll", "train.eval_every=1", "data.valid_path=v"]
+    best = Best(config_of(*words), ROWS)
+    best.validated(1, {"eval/nll": 0.5})
+    for more, rows in (((), ROWS[:1]), (("train.eval_rows=1",), ROWS)):
+        again = Best(config_of(*words, *more), rows)
+        again.load_state_dict(best.state_dict())
+        assert again.kept_step is None and not again.continues(best.found)
+        assert "step 1, was by eval/nll on other rows; it does not count any more" in capsys.readouterr().out
+        again.validated(2, {"eval/nll": 0.9})
+        assert again.kept_step == 2
+
+
 def test_without_the_key_nothing_is_kept() -> None:
-    best = Best(config_of())
+    best = Best(config_of(), ROWS)
     best.validated(1, {"eval/nll": 1.0})
     assert best.kept_step is None and best.found.step == 1 and best.summary()["best_validation"]["checkpoint"] is None
 

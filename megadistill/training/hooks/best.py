@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
+from megadistill.data.fingerprint import rows_fingerprint
 from megadistill.errors import DataError
+from megadistill.observability.log import get_logger
 from megadistill.training.hooks.base import Hook
 
 _STATE = "best_validation"
@@ -26,20 +28,22 @@ class BestValidation:
         value: Its value; NaN where no validation has had a finite one.
         step: Its step; 0 before the first validation.
         num_since: Validations since then.
+        rows: Stands for the rows that are validated on.
     """
 
     metric: str
     value: float = math.nan
     step: int = 0
     num_since: int = 0
+    rows: str = ""
 
     def then(self, step: int, value: float) -> BestValidation:
         """The best one after another validation."""
         is_first = math.isnan(self.value) and math.isfinite(value)
         gain = self.value - value if self.metric in _LOWER_IS_BETTER else value - self.value
         if is_first or gain > 0:
-            return BestValidation(self.metric, value, step)
-        return BestValidation(self.metric, self.value, self.step, self.num_since + 1)
+            return replace(self, value=value, step=step, num_since=0)
+        return replace(self, num_since=self.num_since + 1)
 
     def ends(self, config: RunConfig) -> bool:
         """Whether ``train.early_stopping`` ends the run here."""
@@ -55,14 +59,17 @@ class Best(Hook):
 
     Args:
         config: The configuration of the run.
+        examples: Examples to validate on; the first ``train.eval_rows`` are used.
+        rank: Rank 0 logs that an earlier best one does not count.
 
     Attributes:
         found: The best validation so far.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self.found = BestValidation(config.checkpoint.keep_best or _DEFAULT_METRIC)
+    def __init__(self, config: RunConfig, examples: Sequence[TokenizedExample], rank: int = 0) -> None:
+        self._config, self._rank = config, rank
+        rows = rows_fingerprint(examples[: config.train.eval_rows])
+        self.found = BestValidation(config.checkpoint.keep_best or _DEFAULT_METRIC, rows=rows)
 
     @property
     def kept_step(self) -> int | None:
@@ -81,7 +88,7 @@ class Best(Hook):
 
     def forget(self) -> None:
         """Makes the next validation the best one."""
-        self.found = BestValidation(self.found.metric)
+        self.found = BestValidation(self.found.metric, rows=self.found.rows)
 
     def summary(self) -> dict[str, Any]:
         """The best validation, the checkpoint that is kept of it, and whether the run ended because of it."""
@@ -96,10 +103,21 @@ class Best(Hook):
         return {_STATE: asdict(self.found)} if self.found.step or self.found.num_since else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues with the saved one, where it is by the same metric."""
+        """Continues with the saved one, where it is by the same metric and of the same rows."""
         found = best_of(state)
-        if found is not None and found.metric == self.found.metric:
+        if found is None:
+            return
+        if self.continues(found):
             self.found = found
+        elif self._config.checkpoint.keep_best and found.step:
+            get_logger(self._rank, "train").warning(
+                f"the best validation so far, of step {found.step}, was by {found.metric} on "
+                f"{'the same' if found.rows == self.found.rows else 'other'} rows; it does not count any more"
+            )
+
+    def continues(self, found: BestValidation) -> bool:
+        """Whether the validations of this run can be compared with a saved one."""
+        return (found.metric, found.rows) == (self.found.metric, self.found.rows)
 
 
 def best_of(state: Mapping[str, Any]) -> BestValidation | None:

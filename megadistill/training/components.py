@@ -43,7 +43,7 @@ class Components:
         gate: The quantile gate and its optimizer; None where the losses do not use it.
         source: Where the text of a step comes from.
         decode_plan: How many examples are written at a time.
-        teacher_folder: Where the teacher was loaded from; None without one.
+        model_folders: Key of each model -> where it was loaded from.
         length: How many steps the run has.
     """
 
@@ -61,7 +61,7 @@ class Components:
     source: TextSource
     decode_plan: DecodeBatchPlan
     length: RunLength
-    teacher_folder: str | None = None
+    model_folders: dict[str, str]
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:

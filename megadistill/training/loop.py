@@ -12,6 +12,7 @@ import torch
 
 from megadistill.checkpoint.carried import Carried, carried_files, for_auto_tokenizer
 from megadistill.checkpoint.manifest import MANIFEST, point_to_best, point_to_latest
+from megadistill.checkpoint.run_settings import RESOLVED
 from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter
 from megadistill.config.load import dump_resolved
@@ -35,8 +36,8 @@ from megadistill.training.hooks.progress import Progress
 from megadistill.training.hooks.record import Record
 from megadistill.training.hooks.throughput import Throughput, num_parameters
 from megadistill.training.hooks.validation import Validation
-from megadistill.training.resume import RESOLVED, Start, plan_start
-from megadistill.training.setup import model_paths, tokenizer_paths
+from megadistill.training.resume import Start, plan_start
+from megadistill.training.setup import tokenizer_paths
 from megadistill.training.step import distillation_step
 from megadistill.training.words import data_warnings, early_words, end_lines, length_words, run_warnings
 
@@ -224,9 +225,11 @@ def _checkpoint_writer(components: Components, run_dir: Path) -> CheckpointWrite
     carried: list[Carried] = []  # on rank 0: the others need none of it
 
     def collect() -> None:
-        tokenizer_path, loaded = next(iter(tokenizer_paths(config).values())), components.student.loaded
-        student_path = model_paths(config)["model.student.path"]
-        files = carried_files(student_path, tokenizer_path, components.tokenizer, components.eos_ids, loaded.config)
+        folders, loaded = components.model_folders, components.student.loaded
+        tokenizer_path = next(iter(tokenizer_paths(config, folders).values()))
+        files = carried_files(
+            folders["model.student.path"], tokenizer_path, components.tokenizer, components.eos_ids, loaded.config
+        )
         carried.append(for_auto_tokenizer(files, loaded.config, tokenizer_path))
 
     context.run_on_rank0(collect)

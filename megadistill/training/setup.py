@@ -86,21 +86,24 @@ def check_models(config: RunConfig, world_size: int) -> int:
     return tp_size
 
 
-def tokenizer_paths(config: RunConfig) -> dict[str, str]:
+def tokenizer_paths(config: RunConfig, models: dict[str, str]) -> dict[str, str]:
     """Configuration key -> path of all tokenizers of a run, the one that it uses first.
 
     That is ``model.tokenizer``, else the student's, else the teacher's.
 
+    Args:
+        config: The configuration of the run.
+        models: From ``model_paths``.
+
     Raises:
         ConfigError: There is none.
     """
-    paths = {key: path for key, path in reversed(model_paths(config).items()) if has_tokenizer(path)}
+    paths = {key: path for key, path in reversed(models.items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
         paths = {"model.tokenizer": model_folder(config.model.tokenizer)} | paths
     if not paths:
         raise ConfigError(
-            f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in model_paths(config).items())} "
-            "bring none"
+            f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in models.items())} bring none"
         )
     return paths
 
@@ -113,7 +116,8 @@ def run_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
     Raises:
         ConfigError: There is none, teacher and student cannot be compared token by token, or a model has too few rows.
     """
-    paths = tokenizer_paths(config)
+    models = model_paths(config)
+    paths = tokenizer_paths(config, models)
     by_path = {path: load_tokenizer(path) for path in dict.fromkeys(paths.values())}
     first, *others = by_path
     used, log = by_path[first], get_logger(rank_of(os.environ), "train")
@@ -121,7 +125,7 @@ def run_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
         notes = pair_tokenizers(used, by_path[path], names=(first, path))
         if notes:
             log.info(f"tokenizers differ: {'; '.join(notes)}. The run uses the tokenizer of {first}.")
-    rows = {key: int(load_model_config(path, key).vocab_size) for key, path in model_paths(config).items()}
+    rows = {key: int(load_model_config(path, key).vocab_size) for key, path in models.items()}
     sizes = [vocabulary_size(tokenizer) for tokenizer in by_path.values()]
     return used, shared_vocab_size(rows.get("model.teacher.path"), rows["model.student.path"], sizes)
 
@@ -168,8 +172,8 @@ def build_components(
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
-    decode_plan = _plan_decode_batches(config, context)
     paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
+    decode_plan = _plan_decode_batches(config, paths, context)
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
     student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
     student, teacher = _engines(config, context, *load_models(config, paths, vocab_size, context.rank))
@@ -204,7 +208,7 @@ def build_components(
         gate=gate,
         source=source_class(config).build(inputs),
         decode_plan=decode_plan,
-        teacher_folder=paths.get("model.teacher.path"),
+        model_folders=paths,
         length=length,
     )
 
@@ -262,13 +266,13 @@ def _engines(
     return student, teacher
 
 
-def _plan_decode_batches(config: RunConfig, context: ParallelContext) -> DecodeBatchPlan:
+def _plan_decode_batches(config: RunConfig, paths: Mapping[str, str], context: ParallelContext) -> DecodeBatchPlan:
     """How many examples this run writes at a time (the same on every rank)."""
 
     def token_bytes(model: str | None) -> int:
         """Bytes of one token in the cache of "teacher" or "student"; 0 for None."""
         key = f"model.{model}.path"
-        path = model_paths(config).get(key)
+        path = paths.get(key)
         if path is None:
             return 0
         dtype = config.model.teacher.dtype if model == "teacher" else config.model.student.dtype

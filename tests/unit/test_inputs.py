@@ -32,7 +32,7 @@ def hook(folder: Path, data: TrainingData = DATA, *overrides: str, eos: str = "<
         config=config,
         context=context,
         tokenizer=chat_tokenizer(folder / "tokenizer", eos=eos),
-        teacher_folder=str(teacher),
+        model_folders={"model.teacher.path": str(teacher)},
         eos_ids=frozenset({2}),
     )
     return Inputs(components, data)

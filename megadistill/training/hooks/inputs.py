@@ -80,8 +80,9 @@ def describe_inputs(components: Components, data: TrainingData) -> dict[str, str
         described["data.prompts_path"] = rows_fingerprint(data.prompts)
     if "data.valid_path" in source_class(config).validation_settings():
         described["data.valid_path"] = rows_fingerprint(data.valid)
-    if components.teacher_folder is not None:
-        described["model.teacher.path"] = _teacher(components.teacher_folder)
+    teacher = components.model_folders.get("model.teacher.path")
+    if teacher is not None:
+        described["model.teacher.path"] = _teacher(teacher)
         described["the span parser"] = span_prior_version(config.data.span_prior)
     return described
 

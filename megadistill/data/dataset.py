@@ -13,6 +13,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from megadistill.config.data import DataSection
 from megadistill.data.chats import Chat, text_of, type_name
 from megadistill.data.columns import (
     FieldNames,
@@ -117,6 +118,27 @@ def load_examples(
         raise DataError(f"{path}: no usable row: {reason}")
     reader.check_columns()
     return LoadedExamples(examples, skipped, reader.description(len(examples)))
+
+
+def read_examples(path: str | Path, data: DataSection, *, prompts_only: bool = False) -> LoadedExamples:
+    """``load_examples`` as the section ``data`` of a configuration says.
+
+    Args:
+        path: A file, a folder or a hub name.
+        data: How it is read.
+        prompts_only: Its references are not used.
+
+    Raises:
+        DataError: As ``load_examples``.
+    """
+    return load_examples(
+        path,
+        fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
+        split=data.hub_split,
+        config_name=data.hub_config,
+        skip_bad_rows=data.skip_bad_rows,
+        prompts_only=prompts_only,
+    )
 
 
 class _Reader:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.config.data import DataSection
-from megadistill.data.columns import FieldNames
-from megadistill.data.dataset import Example, load_examples
+from megadistill.data.dataset import Example, read_examples
 from megadistill.data.encode import TokenizedExample, tokenize_examples
 from megadistill.data.prompts import PromptSettings
 from megadistill.errors import ConfigError, DataError
@@ -128,13 +127,7 @@ def load_eval_set(
     if suite is not None and suite not in SUITES:
         raise ConfigError(f"unknown suite {suite!r}; allowed: {', '.join(SUITES)}{did_you_mean(suite, SUITES)}")
     spec = SuiteSpec() if suite is None else SUITES[suite]
-    loaded = load_examples(
-        path,
-        fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
-        split=data.hub_split,
-        config_name=data.hub_config,
-        skip_bad_rows=data.skip_bad_rows,
-    )
+    loaded = read_examples(path, data)
     chosen = select_rows(loaded.examples, replace(spec, max_rows=None))
     tokenized = tokenize_examples(
         chosen,

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.config.data import DataSection
 from megadistill.config.schema import RunConfig
-from megadistill.data.columns import FieldNames
-from megadistill.data.dataset import LoadedExamples, load_examples
+from megadistill.data.dataset import read_examples
 from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples
 from megadistill.data.pairing import check_ids
 from megadistill.data.prompts import PromptSettings, choose_template
@@ -60,27 +58,6 @@ class TrainingData:
                 row = self.prompts[index]
                 samples.append(Sample(sequence_id, row.prompt_ids, row.prompt))
         return samples
-
-
-def read_examples(path: str, data: DataSection, *, prompts_only: bool = False) -> LoadedExamples:
-    """Reads one file as a run's settings say.
-
-    Args:
-        path: The file, or a data set of the hub.
-        data: How it is read.
-        prompts_only: Its references are not used.
-
-    Raises:
-        DataError: The file cannot be used.
-    """
-    return load_examples(
-        path,
-        fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
-        split=data.hub_split,
-        config_name=data.hub_config,
-        skip_bad_rows=data.skip_bad_rows,
-        prompts_only=prompts_only,
-    )
 
 
 def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TrainingData:

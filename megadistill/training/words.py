@@ -35,7 +35,7 @@ def data_warnings(config: RunConfig, report: Mapping[str, int]) -> Iterator[str]
 
     Args:
         config: The configuration of the run.
-        report: Counts as ``load_rows`` makes them: "train/rows", "train/dropped" ...
+        report: Counts as ``load_training_data`` makes them: "train/rows", "train/dropped" ...
     """
     for key, count in report.items():
         stream, _, what = key.partition("/")

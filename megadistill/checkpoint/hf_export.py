@@ -71,7 +71,7 @@ def _check_tensors(folder: Path, loaded: LoadedModel, dtype: torch.dtype) -> Non
         rows, *rest = whole.shape if export is None else export(name, whole).shape
         expected[name] = ([rows + (len(removed[name]) if name in removed else 0), *rest], dtype)
     written = HFWeights(folder)
-    found = {name: (written.shape(name), written.read(name).dtype) for name in written.names}
+    found = {name: (written.shape(name), written.torch_dtype(name)) for name in written.names}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(f"{folder}: {name} is {found.get(name)}, expected {expected.get(name)}")

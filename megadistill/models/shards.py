@@ -222,6 +222,10 @@ class HFWeights:
         """Type of a tensor in safetensors' words, such as "BF16"."""
         return cast(str, self._file[name].get_slice(name).get_dtype())
 
+    def torch_dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor in torch's words; none of its numbers are read."""
+        return cast(torch.Tensor, self._file[name].get_slice(name)[:0]).dtype
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor."""
         return cast(torch.Tensor, self._file[name].get_tensor(name))

@@ -18,7 +18,7 @@ from megadistill.data.columns import joined
 from megadistill.data.dataset import Example
 from megadistill.data.prompts import CHAT, EncodedRow
 from megadistill.data.readers import BadRow
-from megadistill.data.tokenize import decode_text
+from megadistill.data.tokenize import added_ids, decode_text
 from megadistill.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ class ChatTemplate:
         self._trains_all = train_on == "all"
         if self._trains_all and not tokenizer.is_fast:
             raise ConfigError("training on all turns needs a fast tokenizer", setting="data.train_on")
-        added = tokenizer.added_tokens_decoder.items()
-        self._added_ids = {id_ for id_, _ in added} | set(tokenizer.all_special_ids)
-        special = {token.content for _, token in added if token.special}
+        self._added_ids = added_ids(tokenizer)
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._control = _any_of(special | set(tokenizer.all_special_tokens))
         ending = self._ending()
         self._writes_end = ending is not None

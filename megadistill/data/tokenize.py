@@ -67,6 +67,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of special and added tokens: those that are no pieces of text."""
+    return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+
+
 def response_limit(prompt_length: int, *, max_new_tokens: int, max_tokens: int) -> int:
     """Longest response to a prompt, in tokens, where prompt and response together have at most ``max_tokens``."""
     return min(max_new_tokens, max_tokens - prompt_length)

@@ -2,7 +2,7 @@
 
 Instruct models have several: a turn ends in one, a document in another. The tokenizer names one of them,
 ``generation_config.json`` (where it names none: ``config.json``) often all. Any of them ends a response, of the model
-whose files they are. A reference ends in the tokenizer's.
+whose files they are. A reference ends in the tokenizer's, or as the chat template ends a turn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megadistill.data.tokenize import encode_texts, has_tokenizer
+from megadistill.data.tokenize import added_ids, encode_texts, has_tokenizer
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
 from megadistill.models.model_files import CONFIG, GENERATION_CONFIG, read_model_json
@@ -49,7 +49,7 @@ def end_tokens(
         return frozenset(_asked_id(token, tokenizer, vocab_size) for token in asked)
     named = set(named_end_tokens(model))
     if not has_tokenizer(model):
-        named &= set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        named &= added_ids(tokenizer)
     ids = frozenset(id_ for id_ in {tokenizer.eos_token_id, *named, *more} if id_ < vocab_size)
     if not ids:
         raise ConfigError(

@@ -25,8 +25,9 @@ FLOORS = {
     "generation": 7,
     "evaluation": 8,
     "training": 9,
-    "cli": 10,
-    "demo": 11,
+    "planning": 10,
+    "cli": 11,
+    "demo": 12,
 }
 # The parts that import a library, inside functions too: exactly these. Annotations alone (under TYPE_CHECKING) may name
 # any library. A library that is not here may be imported everywhere.

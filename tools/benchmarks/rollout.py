@@ -14,7 +14,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from megadistill.errors import ConfigError
 from tools.benchmarks.measure import at_least, clock, find_device, machine, save
 from tools.benchmarks.rollout_parallel import measure_parallel
+from tools.benchmarks.rollout_vllm import VllmRollout
 from tools.benchmarks.step_workers import MODELS, Sizes, model_config, num_parameters
 
 _LEGEND = """\
@@ -71,7 +74,7 @@ def main(arguments: list[str]) -> int:
         for rows in options.rows:
             print(f"measuring V={vocab}, {rows} rows", file=sys.stderr, flush=True)
             sizes = _sizes(options, vocab, rows)
-            record["rows"] += [asdict(row) for row in measure(sizes)]
+            record["rows"] += [asdict(row) for row in measure(sizes, options.vllm_python)]
         if not options.no_parallel and device.type == "cpu":
             print(f"measuring V={vocab}, two processes", file=sys.stderr, flush=True)
             sizes = _sizes(options, vocab, options.rows[0])
@@ -97,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the student")
     parser.add_argument("--models", choices=MODELS, default="small", help="shape of the student; tiny is for tests")
+    parser.add_argument(
+        "--vllm-python", type=Path, help="interpreter of an environment with vLLM: adds its line (wall time)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file; the tables go beside it as .md")
     return parser
 
@@ -108,8 +114,8 @@ def _sizes(options: argparse.Namespace, vocab: int, rows: int) -> Sizes:
     )  # fmt: skip
 
 
-def measure(sizes: Sizes) -> list[Row]:
-    """All lines of one size, in turn in one process."""
+def measure(sizes: Sizes, vllm_python: Path | None = None) -> list[Row]:
+    """All lines of one size, in turn in one process; vLLM's, where there is one, in a process of its own."""
     from megadistill.data.sample import Sample
     from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
     from megadistill.decoding.rollout import Correction, RolloutState
@@ -155,14 +161,34 @@ def measure(sizes: Sizes) -> list[Row]:
         "transformers generate, unequal prompts": lambda: generate(model, shorter, sizes.new_tokens),
         "megadistill rollout, unequal prompts": lambda: write("unequal", shorter, ours),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(sizes.rounds + 1):
-        for name, call in calls.items():
-            begin = now()
-            call()
-            seconds = now() - begin
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        timed: dict[str, Callable[[], float]] = {name: partial(_seconds, call, now) for name, call in calls.items()}
+        if vllm_python is not None:
+            vllm = VllmRollout(vllm_python, Path(folder), model, prompts, sizes.new_tokens, sizes.device)
+            stack.callback(vllm.close)
+            timed["vLLM"] = vllm.seconds
+        times = _rounds(timed, sizes.rounds)
+    return _as_rows(times, sizes)
+
+
+def _seconds(call: Callable[[], Any], now: Callable[[], float]) -> float:
+    begin = now()
+    call()
+    return now() - begin
+
+
+def _rounds(timed: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every line in every round, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for number in range(rounds + 1):
+        for name, call in timed.items():
+            seconds = call()
             if number:
                 times[name].append(seconds)
+    return times
+
+
+def _as_rows(times: dict[str, list[float]], sizes: Sizes) -> list[Row]:
     rows = []
     for name, mine in times.items():
         generated = times["transformers generate" + ", unequal prompts" * name.endswith("unequal prompts")]

@@ -46,6 +46,7 @@ class VllmRollout:
         with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [str(python), str(Path(__file__).resolve()), *words],
+                env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
             )  # fmt: skip
         if self._answer() != _READY:

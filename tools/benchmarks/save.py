@@ -109,9 +109,9 @@ def _steps(
     student: Student, carried: Carried, folder: Path, context: ParallelContext, steps: int, asynchronous: bool | None
 ) -> tuple[float, float]:
     """Wall seconds of a checkpoint and some steps after it, and how many of them training waited."""
-    from megadistill.checkpoint.writer import CheckpointWriter
+    from megadistill.checkpoint.writer import CheckpointWriter, Keep
 
-    writer = CheckpointWriter(folder, student, carried, context, keep_last=1, asynchronous=bool(asynchronous))
+    writer = CheckpointWriter(folder, student, carried, context, keep=Keep(1), asynchronous=bool(asynchronous))
     if asynchronous is not None:  # a run waits for its first checkpoint, which is compared with the student
         writer.begin(0, {})
         writer.finish()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megadistill.cli.parsing import Parser, config_of, value_of
 from megadistill.config.section import PositiveFloat
 from megadistill.errors import ExitCode
+
+if TYPE_CHECKING:
+    from megadistill.planning.findings import Finding
 
 FAILED = 1
 
@@ -22,13 +26,13 @@ def run(arguments: Sequence[str]) -> int:
         "  megadistill doctor\n"
         "  bash launchers/run.sh doctor --config configs/demo.yaml\n"
         "  sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 launchers/slurm.sbatch doctor --config FILE\n\n"
-        "An absent or hung rank is named after --timeout-s seconds. Nothing is written but two small files in\n"
+        "Absent and hung ranks are named. Nothing is written but two small files in\n"
         "run.dir, which are removed again.",
     )
     parser.add_config(required=False)
     parser.add_argument(
         "--timeout-s", type=value_of(PositiveFloat), default=30.0, metavar="S",
-        help="seconds that other ranks have for each stage; default: 30",
+        help="seconds that ranks have for each stage, and four times as many to come; default: 30",
     )  # fmt: skip
     parsed = parser.parse(arguments)
     if parsed.config is None and parsed.overrides:
@@ -39,16 +43,18 @@ def run(arguments: Sequence[str]) -> int:
 
     with place_in_job() as (rank, world_size, device):
         from megadistill.planning.doctor import examine
-        from megadistill.planning.findings import table
 
-        findings, failures, is_stuck = examine(config, rank, world_size, device, parsed.timeout_s)
-    if findings is not None:
-        from megadistill.observability.log import printable
-        from megadistill.observability.redact import redact
-
-        print(printable(redact(table(findings))), flush=True)
+        failures, is_stuck = examine(config, rank, world_size, device, parsed.timeout_s, _print)
     code = FAILED if failures else ExitCode.DONE
     if is_stuck:
         sys.stderr.flush()
         leave(code)
     return code
+
+
+def _print(findings: list[Finding]) -> None:
+    from megadistill.observability.log import printable
+    from megadistill.observability.redact import redact
+    from megadistill.planning.findings import table
+
+    print(printable(redact(table(findings))), flush=True)

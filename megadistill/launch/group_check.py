@@ -30,7 +30,7 @@ class GroupResult:
         ranks: Its ranks.
         bytes_per_s: Bus bandwidth of an all-reduce at two sizes, 2 (n-1)/n bytes / seconds.
         fault: What is wrong, for people; None: nothing.
-        is_stuck: A collective never ended: this process must not communicate any more.
+        is_stuck: A collective did not end, or may not: this process must end by ``leave``.
     """
 
     name: str
@@ -49,7 +49,7 @@ def check_groups(meeting: Meeting, tp_size: int, device: torch.device) -> list[d
         device: Where this rank computes.
 
     Returns:
-        ``GroupResult`` of each group as dictionaries. The default process group is left initialized.
+        ``GroupResult`` of each group as dictionaries.
     """
     rank, world_size = meeting.rank, meeting.world_size
     world = GroupResult("world", list(range(world_size)), [])
@@ -69,8 +69,10 @@ def check_groups(meeting: Meeting, tp_size: int, device: torch.device) -> list[d
             _check(meeting, result, group, device)
             if result.fault is not None:
                 break
+        within(meeting.timeout_s, dist.destroy_process_group)
     except MissingRanksError as error:
         results[-1].fault = f"{listed(error.ranks)} did not come to: {error.stage}"
+        results[-1].is_stuck = True
     except StuckError:
         results[-1].fault = f"a collective of {listed(results[-1].ranks)} did not end within {meeting.timeout_s:g} s"
         results[-1].is_stuck = True

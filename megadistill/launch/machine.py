@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import torch
 
+from megadistill.observability.log import get_logger
+from megadistill.parallel.context import ParallelContext
+
 _PACKAGES = ("megadistill", "torch", "deepspeed", "transformers", "safetensors")
 _PRODUCT, _SPEED_S = 256, 0.05
 
@@ -32,18 +35,14 @@ def versions(device: torch.device) -> dict[str, str]:
         found["megadistill"] = megadistill.__version__
     if device.type == "cuda":
         found |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
-        found |= {"driver": driver} if (driver := _driver()) else {}
     return found
 
 
 def facts_of(device: torch.device) -> dict[str, Any]:
     """This process's place, versions, and free memory, as plain JSON values. No communication, some milliseconds."""
     memory = psutil.virtual_memory()
-    facts: dict[str, Any] = {
-        "host": platform.node(),
+    facts: dict[str, Any] = _brief(device) | {
         "pid": os.getpid(),
-        "versions": versions(device),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "host_free": memory.available,
@@ -52,7 +51,30 @@ def facts_of(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         facts["device_free"], facts["device_total"] = torch.cuda.mem_get_info(device)
+        if (driver := _driver()) is not None:
+            facts["versions"]["driver"] = driver
     return facts
+
+
+def say_machines(context: ParallelContext) -> None:
+    """Logs what a run runs on, and a warning of versions that are not the same on all ranks.
+
+    Collective over the world: one object all-gather.
+    """
+    facts = dict(enumerate(context.gather_objects(_brief(context.device))))
+    log = get_logger(context.rank, "train")
+    log.info(summary(facts))
+    for line in differing_versions({rank: found["versions"] for rank, found in facts.items()}):
+        log.warning(f"{line}: ranks that run other code may compute other numbers, or wait for one another forever")
+
+
+def _brief(device: torch.device) -> dict[str, Any]:
+    """What costs nothing to know."""
+    return {
+        "host": platform.node(),
+        "versions": versions(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
 
 
 def speed(device: torch.device) -> float:

@@ -21,6 +21,7 @@ from megadistill.errors import TopologyError
 from megadistill.launch.rendezvous import open_store
 
 T = TypeVar("T")
+ARRIVAL = 4  # times as long as any other stage: importing the libraries may take minutes
 _POLL_S, _CLOCK_S = 0.02, 3.0
 
 
@@ -58,12 +59,12 @@ class Meeting:
     def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         try:
-            found = open_store(timedelta(seconds=timeout_s), waits=False)
+            found = open_store(timedelta(seconds=ARRIVAL * timeout_s), waits=False)
         except (dist.DistError, RuntimeError, TimeoutError):
             where = f"{os.environ['MASTER_ADDR']} port {os.environ['MASTER_PORT']}"
             raise TopologyError(
-                f"rank {rank} finds no rank 0 at {where} within {timeout_s:g} s: it has not started, or a firewall or "
-                "a wrong MASTER_ADDR is between them"
+                f"rank {rank} finds no rank 0 at {where} within {ARRIVAL * timeout_s:g} s: it has not started, or a "
+                "firewall or a wrong MASTER_ADDR is between them"
             ) from None
         self.store = dist.PrefixStore("doctor", found)
 

@@ -59,6 +59,7 @@ def place_in_job() -> Iterator[tuple[int, int, torch.device]]:
     Without a launcher the process is alone.
     """
     world_size = set_rank_variables()
+    name_accelerator()
     device = default_device()
     if world_size == 1:
         yield 0, 1, device

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from megadistill.config.schema import RunConfig
-from megadistill.errors import MegadistillError, TopologyError
+from megadistill.errors import MegadistillError
 from megadistill.files import reason_of
 from megadistill.launch.group_check import check_groups
 from megadistill.launch.machine import facts_of, speed
-from megadistill.launch.meeting import Meeting
+from megadistill.launch.meeting import ARRIVAL, Meeting
 from megadistill.planning.disk_check import existing_folder, mark_file, measure_disk, sees
 from megadistill.planning.findings import FAILED, OK, WARNING, Finding, Seen, judge
 from megadistill.planning.needs import Needs, needs_of
@@ -28,8 +28,13 @@ _MODELS_S = 240.0  # for rank 0 to read configurations and tokenizers, perhaps f
 
 
 def examine(
-    config: RunConfig | None, rank: int, world_size: int, device: torch.device, timeout_s: float
-) -> tuple[list[Finding] | None, int, bool]:
+    config: RunConfig | None,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    timeout_s: float,
+    report: Callable[[list[Finding]], None],
+) -> tuple[int, bool]:
     """Examines this rank's machine, and with the other ranks the job.
 
     Args:
@@ -37,29 +42,32 @@ def examine(
         rank: This rank.
         world_size: Number of ranks.
         device: Where this rank computes.
-        timeout_s: Seconds that the other ranks have for each stage.
+        timeout_s: Seconds that the other ranks have for each stage, and four times as many to come.
+        report: Gets the findings on rank 0, before any rank ends: launchers may end all when one has failed.
 
     Returns:
-        On rank 0 the findings, else None; the number of failures that rank 0 found, on every rank; whether this process
-        must end by ``os._exit`` because a collective never ended.
+        On every rank the number of failures that rank 0 found; whether this process must end by ``os._exit``, because a
+        collective never ended.
+
+    Raises:
+        TopologyError: Rank 0 is not there, or cannot listen.
     """
     if world_size == 1:
         seen = Seen({0: facts_of(device)}, 1, speeds={0: speed(device)})
         findings = [*_of_config(config, 1, seen), *judge(seen)]
-        return findings, _count(findings), False
-    try:
-        meeting = Meeting(rank, world_size, timeout_s)
-    except TopologyError as error:
-        return [Finding("ranks", FAILED, str(error), "")] if rank == 0 else None, 1, False
+        report(findings)
+        return _count(findings), False
+    meeting = Meeting(rank, world_size, timeout_s)
     meeting.post("facts", facts_of(device))
-    examined = _lead(config, meeting, device) if rank == 0 else _follow(meeting, device, timeout_s)
-    return examined
+    return _lead(config, meeting, device, report) if rank == 0 else _follow(meeting, device)
 
 
-def _lead(config: RunConfig | None, meeting: Meeting, device: torch.device) -> tuple[list[Finding], int, bool]:
+def _lead(
+    config: RunConfig | None, meeting: Meeting, device: torch.device, report: Callable[[list[Finding]], None]
+) -> tuple[int, bool]:
     """Rank 0's part."""
     world_size = meeting.world_size
-    facts = meeting.gather("facts", range(world_size))
+    facts = meeting.gather("facts", range(world_size), ARRIVAL * meeting.timeout_s)
     seen = Seen(facts, world_size)
     findings = _of_config(config, world_size, seen)
     mark = secrets.token_hex(4)
@@ -82,25 +90,27 @@ def _lead(config: RunConfig | None, meeting: Meeting, device: torch.device) -> t
     seen.places = meeting.gather("place", [rank for rank in facts if rank not in results], 0.0)
     seen.speeds = {rank: result["speed"] for rank, result in results.items()}
     findings += judge(seen)
+    report(findings)
     failures = _count(findings)
     meeting.post("verdict", failures)
     is_stuck = any(group["is_stuck"] for group in own["groups"])
     # Rank 0 keeps the store: the others need it until they have heard.
     meeting.gather("heard", [rank for rank in results if rank != 0], 5.0)
-    return findings, failures, is_stuck
+    return failures, is_stuck
 
 
-def _follow(meeting: Meeting, device: torch.device, timeout_s: float) -> tuple[None, int, bool]:
+def _follow(meeting: Meeting, device: torch.device) -> tuple[int, bool]:
     """The other ranks' part."""
-    plan = meeting.gather("plan", [0], 2 * timeout_s + _MODELS_S).get(0)
+    timeout_s = meeting.timeout_s
+    plan = meeting.gather("plan", [0], (1 + ARRIVAL) * timeout_s + _MODELS_S).get(0)
     if plan is None:
-        return None, 1, False
+        return 1, False
     own = _together(meeting, plan, device)
     meeting.post("results", own)
     failures = int(meeting.gather("verdict", [0], 8 * timeout_s).get(0, 1))
     with suppress(RuntimeError):  # rank 0 may be gone
         meeting.post("heard", True)
-    return None, failures, any(group["is_stuck"] for group in own["groups"])
+    return failures, any(group["is_stuck"] for group in own["groups"])
 
 
 def _together(meeting: Meeting, plan: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

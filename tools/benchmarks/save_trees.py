@@ -102,7 +102,7 @@ def _worker(folder: Path, saves: int, hidden: int, layers: int) -> list[dict[str
         )
         train = TrainSection(global_batch_size=2, micro_batch_size=2 // context.dp_size)
         student = trained_model(loaded, context, zero_stage=3, dtype="bf16", optim=OptimSection(), train=train)
-                is_old = "keep_last" in inspect.signature(CheckpointWriter.__init__).parameters
+        is_old = "keep_last" in inspect.signature(CheckpointWriter.__init__).parameters
         keep: dict[str, Any] = {"keep_last": 1}
         if not is_old:
             from megadistill.checkpoint.writer import Keep

@@ -70,7 +70,8 @@ def _turn(tree: Path, world_size: int, saves: int, shape: tuple[int, int]) -> li
             workers.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
         outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
-        raise RuntimeError(f"a worker of {tree} failed")
+        codes = [worker.returncode for worker in workers]
+        raise RuntimeError(f"the workers of {tree} ended with {codes}")
     rows: list[list[dict[str, float]]] = [json.loads(output.splitlines()[-1]) for output in outputs]
     joined = []
     for of_ranks in zip(*rows, strict=True):  # training goes on when the slowest rank does; CPU time adds up

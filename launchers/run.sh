@@ -5,7 +5,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x.%j.out
 """:"
-# Trains. bash runs this part up to exec; Python, which deepspeed starts on this same file, takes it for a docstring.
+# Trains, or with the word doctor in front examines the machines. bash runs this part up to exec; Python, which deepspeed starts on this same file, takes it for a docstring.
 #   deepspeed launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   bash launchers/run.sh --config configs/demo.yaml [section.field=value ...]
 #   sbatch --nodes=2 --gpus-per-node=8 launchers/run.sh --config configs/paper.yaml [section.field=value ...]
@@ -57,7 +57,12 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_size_of(os.environ))))
     from megadistill.cli.main import main as command
 
-    sys.exit(command(["train", *sys.argv[1:]]))
+    words = sys.argv[1:]
+    # The deepspeed launcher puts --local_rank=N before them.
+    verb = next((word for word in words if not word.startswith("--local_rank")), None)
+    if verb == "doctor":
+        words.remove(verb)
+    sys.exit(command(["doctor" if verb == "doctor" else "train", *words]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+_PIECE = 1 << 20
+
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file that is on the disk when this returns: a reader sees the old file or the whole new one.
@@ -38,6 +40,35 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
             partial.unlink()
         raise
     sync_folder(target.parent)
+
+
+def new_digest() -> hashlib.blake2b:
+    """The checksum that manifests hold of files."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def write_digested(path: str | os.PathLike[str], blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file that is on the disk when this returns, and takes its checksum on the way: nothing is read back.
+
+    Args:
+        path: The file; an existing one is written over.
+        blocks: Its content, in pieces of any size.
+
+    Returns:
+        Its entry in a manifest: ``bytes`` and ``blake2b`` of what was to be written.
+    """
+    total, size = new_digest(), 0
+    with Path(path).open("wb", buffering=0) as file:
+        for block in blocks:
+            rest = memoryview(block)
+            while rest:  # a piece at a time, while it is in the processor's cache
+                piece, rest = rest[:_PIECE], rest[_PIECE:]
+                total.update(piece)
+                size += len(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return {"bytes": size, "blake2b": total.hexdigest()}
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from megadistill.checkpoint.carried import Carried
+from megadistill.checkpoint.hf_files import INDEX, write_index, write_safetensors
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -25,7 +26,8 @@ from megadistill.errors import CheckpointError
 from megadistill.models.families import FAMILIES, Family, has_own_head
 from megadistill.models.folder_checks import is_sharded
 from megadistill.models.loading import DTYPES, LoadedModel, load_model_config, model_from_shards
-from megadistill.models.shards import MASTER, HFWeights, ShardReader, save_tensors
+from megadistill.models.shards import MASTER, HFWeights, ShardReader
+from megadistill.models.tensor_file import Entry
 from megadistill.observability.progress import progress_bar
 
 if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
@@ -33,45 +35,31 @@ if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
 
     from megadistill.engines.partitioned import PartitionedModel
 
-_MAX_SHARD_BYTES = 4 << 30
-_INDEX = "model.safetensors.index.json"
 
-
-def write_student(
-    shards: ShardReader,
-    student: PartitionedModel,
-    dtype: torch.dtype,
-    folder: Path,
-    carried: Carried,
+def complete_student(
+    student: PartitionedModel, entries: Mapping[str, Sequence[Entry]], folder: Path, carried: Carried
 ) -> None:
-    """Writes weights (safetensors, at most 4 GiB per file), configuration, and the files beside them.
+    """Adds to the files of weights what makes a model folder of them: index, configuration, and the files beside them.
 
-    It reads the files of all ranks: nothing communicates, and the weights of one file are in memory at a time.
+    Args:
+        student: The student.
+        entries: Name of each file -> the tensors that it should hold.
+        folder: Where they are.
+        carried: What goes beside them.
+
+    Raises:
+        CheckpointError: By the files' headers, a tensor is missing, left over, or of another shape or type.
     """
-    loaded = student.loaded
-    folder.mkdir(parents=True, exist_ok=True)
-    removed = loaded.removed_rows
-    weights = _standard_weights(shards, shards.shard_specs, loaded.family, dtype, lambda name, _: removed.get(name))
-    write_safetensors(weights, folder)
-    _check_tensors(folder, loaded, dtype)
-    _write_configuration(loaded, student, folder, carried)
+    write_index(folder, entries)
+    _check_headers(folder, entries)
+    _write_configuration(student.loaded, student, folder, carried)
     carried.write(folder)
 
 
-def _check_tensors(folder: Path, loaded: LoadedModel, dtype: torch.dtype) -> None:
-    """Compares names, shapes and types in the written files with the model as it was loaded.
-
-    Raises:
-        CheckpointError: A tensor is missing, left over, or of another shape or type.
-    """
-    export, removed = loaded.family.export, loaded.removed_rows
-    expected: dict[str, tuple[list[int], torch.dtype]] = {}
-    for name, shape in loaded.shapes.items():
-        whole = torch.empty(shape, device="meta")
-        rows, *rest = whole.shape if export is None else export(name, whole).shape
-        expected[name] = ([rows + (len(removed[name]) if name in removed else 0), *rest], dtype)
+def _check_headers(folder: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
+    expected = {entry.name: entry for held in entries.values() for entry in held}
     written = HFWeights(folder)
-    found = {name: (written.shape(name), written.torch_dtype(name)) for name in written.names}
+    found = {name: Entry(name, tuple(written.shape(name)), written.torch_dtype(name)) for name in written.names}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(f"{folder}: {name} is {found.get(name)}, expected {expected.get(name)}")
@@ -114,58 +102,6 @@ def set_tied(folder: Path, names: Collection[str]) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": not has_own_head(names)}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_safetensors(
-    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int | None = None
-) -> None:
-    """Writes ``model.safetensors``, or numbered files with an index where it would exceed ``max_shard_bytes`` (4 GiB).
-
-    Only the tensors of one file are in memory (``huggingface_hub`` would need all of them at once).
-    """
-    limit = max_shard_bytes or _MAX_SHARD_BYTES
-    files: list[Path] = []
-    weight_map: dict[str, int] = {}
-    current: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        files.append(folder / f"shard-{len(files)}.partial")
-        save_tensors(current, files[-1])
-        _check_read_back(current, files[-1])
-        current.clear()
-
-    for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if current and size + bytes_ > limit:
-            flush()
-            size = 0
-        current[name], weight_map[name] = tensor.contiguous(), len(files)
-        size, total = size + bytes_, total + bytes_
-    flush()
-    if len(files) == 1:
-        files[0].replace(folder / "model.safetensors")
-        return
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for file, name in zip(files, names, strict=True):
-        file.replace(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in weight_map.items()}}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_read_back(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Raises CheckpointError where a file does not hold, bit for bit, what was written to it."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as written:
-        for name, tensor in tensors.items():
-            # As bytes: NaN is not equal to itself.
-            if not torch.equal(_bytes(written.get_tensor(name)), _bytes(tensor)):
-                raise CheckpointError(f"{file} does not hold what was written to it ({name}): is the disk sound?")
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _standard_weights(
@@ -227,7 +163,7 @@ def export_checkpoint(
         for file in (source / HF_FOLDER).iterdir():
             if file.is_dir():  # of named chat templates
                 shutil.copytree(file, beside / file.name)
-            elif file.suffix != ".safetensors" and file.name != _INDEX:
+            elif file.suffix != ".safetensors" and file.name != INDEX:
                 shutil.copy2(file, beside)
         config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")

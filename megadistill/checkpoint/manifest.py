@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import CheckpointError
-from megadistill.files import write_atomically
+from megadistill.files import new_digest, write_atomically
 from megadistill.observability.progress import progress_bar
 
 MANIFEST = "manifest.json"
@@ -29,7 +28,7 @@ class OtherVersionError(CheckpointError):
 
 def digest(path: Path, *, sync: bool = False) -> dict[str, Any]:
     """Size in bytes and BLAKE2b checksum of one file. ``sync``: also wait until the file is on the disk."""
-    checksum = hashlib.blake2b(digest_size=16)
+    checksum = new_digest()
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megadistill.checkpoint.carried import Carried, carried_files, own_files
-from megadistill.checkpoint.hf_export import write_safetensors
+from megadistill.checkpoint.hf_files import write_safetensors
 from megadistill.checkpoint.manifest import new_folder
 from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
 from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size

@@ -37,7 +37,8 @@ from megadistill.models.families import Family, family_of, has_own_head, head_co
 from megadistill.models.folder_checks import SHARDS, check_weights
 from megadistill.models.loading import DTYPES, REMOVED_ROWS, load_model, load_model_config, whole_model
 from megadistill.models.shard_spec import ShardSpec
-from megadistill.models.shards import WEIGHT, ShardReader, rewrite, save_tensors, write_layout
+from megadistill.models.shards import WEIGHT, ShardReader, rewrite, write_layout
+from megadistill.models.tensor_file import save_tensors
 from megadistill.models.weights import load_weights
 from megadistill.observability.progress import progress_bar
 from megadistill.parallel.topology import divisors

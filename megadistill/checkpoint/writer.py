@@ -2,10 +2,10 @@
 
 A checkpoint of step N is made in three phases:
 
-1. *begin*: every rank copies its part to host memory. Training continues.
-2. A thread of every rank writes that part into ``step_N.partial``, with its checksum.
-3. When all have (the ranks learn this from the all-reduce that every step makes), rank 0's thread makes ``hf/`` from
-   the parts, writes the manifest, renames the folder, and points ``latest`` to it.
+1. *begin*: every rank copies its part to host memory, and what it is to write of ``hf/``. Training continues.
+2. A thread of every rank writes both into ``step_N.partial`` and takes their checksums on the way.
+3. When all have (the ranks learn this from the all-reduce that every step makes), rank 0's thread completes ``hf/``,
+   writes the manifest, renames the folder, and points ``latest`` to it.
 
 So ``latest`` always names a complete checkpoint, and a crash at any moment leaves the one before. So does ``best``,
 which names the checkpoint of the best validation where the run asks for it; that one is not removed.
@@ -19,13 +19,14 @@ import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megadistill.checkpoint.carried import Carried
-from megadistill.checkpoint.hf_export import prove_student, write_student
+from megadistill.checkpoint.hf_export import complete_student, prove_student
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     MANIFEST,
@@ -36,15 +37,31 @@ from megadistill.checkpoint.manifest import (
     point_to_latest,
     write_manifest,
 )
+from megadistill.checkpoint.whole_weights import Share, WholeWeights
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
-from megadistill.files import os_errors_as, reason_of, sync_folder
+from megadistill.files import os_errors_as, reason_of, sync_folder, write_digested
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
 
 TRAINER = "trainer.pt"
 IDLE, BUSY, FAILED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay.
+
+    Attributes:
+        last: So many.
+        every: Also those of every so many steps; 0: none.
+        weights_only: Of the latter, ``hf/`` alone, as ``weights_N``.
+    """
+
+    last: int
+    every: int = 0
+    weights_only: bool = False
 
 
 def layout_of(student: Student, trainer_state: dict[str, Any], context: ParallelContext) -> dict[str, Any]:
@@ -72,8 +89,7 @@ class CheckpointWriter:
         student: The student.
         carried: What the checkpoint's ``hf/`` has beside its weights; only rank 0 needs it.
         context: Ranks and groups.
-        keep_last: Number of checkpoints to keep.
-        keep_every: Also keep the checkpoints of every so many steps; 0: none.
+        keep: Which checkpoints stay.
         asynchronous: Where False, ``begin`` returns when the checkpoint is complete.
     """
 
@@ -84,12 +100,12 @@ class CheckpointWriter:
         carried: Carried | None,
         context: ParallelContext,
         *,
-        keep_last: int,
-        keep_every: int = 0,
+        keep: Keep,
         asynchronous: bool = True,
     ) -> None:
         self._folder, self._student, self._carried, self._context = folder, student, carried, context
-        self._keep, self._asynchronous = (keep_last, keep_every), asynchronous
+        self._weights = WholeWeights(student, context)
+        self._keep, self._asynchronous = keep, asynchronous
         self._job: _Job | None = None
         self._is_committing = False
         self._is_first, self._is_proved = True, False
@@ -123,10 +139,11 @@ class CheckpointWriter:
         self._step, self._best_step = step, best_step
         self._layout = layout_of(self._student, trainer_state, context)
         runs, steps = self._student.snapshot(), self._student.optimizer_steps
+        share = self._weights.collect(runs)
         state = io.BytesIO()
         if context.is_rank0:
             torch.save(trainer_state, state)  # now: the next step changes the tensors in it
-        self._job = _Job(lambda: self._write(beside, runs, steps, state.getvalue()))
+        self._job = _Job(lambda: self._write(beside, runs, share, steps, state.getvalue()))
         if not self._asynchronous or self._is_first:
             self.finish()
         self._is_first = False
@@ -180,30 +197,29 @@ class CheckpointWriter:
             for pattern in ("step_*.partial", "step_*.replaced"):  # what a killed run left
                 for stale in self._folder.glob(pattern):
                     shutil.rmtree(stale)
-            (beside / STUDENT_FOLDER).mkdir(parents=True)
+            for folder in (STUDENT_FOLDER, HF_FOLDER):
+                (beside / folder).mkdir(parents=True)
 
     def _write(
-        self, beside: Path, runs: dict[str, tuple[int, torch.Tensor]], steps: int, trainer: bytes
+        self, beside: Path, runs: dict[str, tuple[int, torch.Tensor]], share: Share, steps: int, trainer: bytes
     ) -> dict[str, dict[str, Any]]:
         """This rank's files; returns their entries of the manifest."""
         context, folder = self._context, beside / STUDENT_FOLDER
         name = shard_file(context.tp_rank, context.dp_rank)
-        write_shard(folder, name, runs)
-        written = [f"{STUDENT_FOLDER}/{name}"]
+        entries = {f"{STUDENT_FOLDER}/{name}": write_shard(folder, name, runs)}
+        entries |= {f"{HF_FOLDER}/{file}": entry for file, entry in share.write(beside / HF_FOLDER).items()}
         if context.is_rank0:
             write_layout(folder, self._student.shard_specs, **self._layout, optimizer_steps=steps)
-            (beside / TRAINER).write_bytes(trainer)
-        return {file: digest(beside / file, sync=True) for file in written}
+            entries[TRAINER] = write_digested(beside / TRAINER, [trainer])
+        return entries
 
     def _commit(self, beside: Path, digests: dict[str, dict[str, Any]]) -> None:
-        """On rank 0, when all parts are written: the Hugging Face folder, the manifest, the folder's name."""
-        student, target = self._student, self._folder / f"step_{self._step}"
-        dtype = next(student.module.parameters()).dtype
-        shards = ShardReader(beside / STUDENT_FOLDER)
+        """On rank 0, when all parts are written: what completes ``hf/``, the manifest, the folder's name."""
+        student, target, hf = self._student, self._folder / f"step_{self._step}", beside / HF_FOLDER
         assert self._carried is not None  # on rank 0
-        write_student(shards, student, dtype, beside / HF_FOLDER, self._carried)
+        complete_student(student, {file.name: file.entries for file in self._weights.files}, hf, self._carried)
         if self._is_proved:  # training waits: see begin
-            prove_student(shards, student.loaded.config, beside / HF_FOLDER, target)
+            prove_student(ShardReader(beside / STUDENT_FOLDER), student.loaded.config, hf, target)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}
         write_manifest(beside, self._step, self._layout, dict(sorted(digests.items())))
@@ -216,7 +232,7 @@ class CheckpointWriter:
         point_to_latest(target)
         point_to_best(self._folder, self._best_step)
         shutil.rmtree(replaced, ignore_errors=True)
-        _remove_old(self._folder, self._step, *self._keep, self._best_step)
+        _remove_old(self._folder, self._step, self._keep, self._best_step)
 
 
 class _Job:
@@ -242,22 +258,25 @@ class _Job:
             self.error = reason_of(error) if isinstance(error, OSError) else str(error) or type(error).__name__
 
 
-def _remove_old(folder: Path, step: int, keep_last: int, keep_every: int, best_step: int | None) -> None:
-    """Removes checkpoints up to ``step`` except the last ones, those of every ``keep_every`` steps, and the best one.
+def _remove_old(folder: Path, step: int, keep: Keep, best_step: int | None) -> None:
+    """Removes checkpoints up to ``step``, except those to keep and the best one.
 
     Later ones belong to a branch that an earlier resume left, and folders with other names to the user: both stay.
     """
     complete = (path for path in folder.iterdir() if (path / MANIFEST).is_file())
     named = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in complete)
     steps = sorted((int(match[1]), path) for match, path in named if match and int(match[1]) <= step)
-    for number, old in steps[:-keep_last]:
-        if number == best_step:
+    for number, old in steps[: -keep.last]:
+        is_kept = keep.every > 0 and number % keep.every == 0
+        if number == best_step or old.is_symlink() or (is_kept and not keep.weights_only):  # a link is the user's
             continue
-        if (not keep_every or number % keep_every) and not old.is_symlink():  # a link is the user's
-            try:
-                (old / MANIFEST).unlink()  # first: a folder that is half removed is not a checkpoint
-                shutil.rmtree(old)
-            except OSError as error:
-                get_logger(component="checkpoint").warning(
-                    f"old checkpoint {old} cannot be removed: {reason_of(error)}"
-                )
+        try:
+            (old / MANIFEST).unlink()  # first: a folder that is half removed is not a checkpoint
+            if is_kept:
+                weights = folder / f"weights_{number}"
+                if weights.exists():  # of a branch that an earlier resume left
+                    shutil.rmtree(weights)
+                (old / HF_FOLDER).replace(weights)
+            shutil.rmtree(old)
+        except OSError as error:
+            get_logger(component="checkpoint").warning(f"old checkpoint {old} cannot be removed: {reason_of(error)}")

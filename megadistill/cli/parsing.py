@@ -42,9 +42,9 @@ class Parser(argparse.ArgumentParser):
         """Raises ConfigError."""
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
-    def add_config(self) -> None:
+    def add_config(self, *, required: bool = True) -> None:
         """Adds ``--config FILE`` and ``section.field=value`` overrides."""
-        self.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+        self.add_argument("--config", required=required, metavar="FILE", help="YAML file of the run")
         self.add_settings("settings that win over the file; docs/configuration.md has all of them")
         # The deepspeed launcher adds it; the rank is taken from the environment.
         self.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)

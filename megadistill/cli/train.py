@@ -54,6 +54,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
 
         name_accelerator()
         from megadistill.launch.heartbeat import lost_ranks_reported
+        from megadistill.launch.machine import say_machines
         from megadistill.parallel.context import ParallelContext
         from megadistill.training.data import load_training_data
         from megadistill.training.finished import finished
@@ -80,6 +81,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     with distributed(config.parallel.timeout_s) as device:
         context = ParallelContext.build(tp_size, config.parallel.timeout_s, device)
         with lost_ranks_reported(context) as heartbeat:
+            say_machines(context)
             if (reason := finished(config, length, data.valid, context)) is not None:
                 get_logger(context.rank, "train").info(reason)
                 return ExitCode.DONE

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megadistill.config.checkpoint import CheckpointSection
 from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.loss import LossConfig
@@ -238,22 +239,6 @@ class EvalSection(SamplingOptions):
     greedy: bool = Field(True, description="Also evaluate greedy answers.")
     batch_size: PositiveInt = Field(16, description="Answers generated at a time on one data-parallel rank.")
     max_rows: PositiveInt | None = Field(None, description="Evaluate only the first rows; null: all rows.")
-
-
-class CheckpointSection(Section):
-    """Section ``checkpoint``."""
-
-    keep_last: PositiveInt = Field(2, description="Number of checkpoints to keep; older ones are removed.")
-    keep_every: NonNegativeInt = Field(0, description="Also keep the checkpoints of every so many steps; 0: none.")
-    keep_best: Literal["eval/nll", "eval/rouge_l", "eval/exact_match"] | None = Field(
-        None,
-        description="Also save and keep the checkpoint of the best validation by this metric, which "
-        "RUN/checkpoints/best names; null: none.",
-    )
-    asynchronous: bool = Field(
-        True,
-        description="Write during training, from a copy in host memory (12 bytes per parameter over all processes).",
-    )
 
 
 class RunConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -13,7 +13,7 @@ from torch import nn
 from megadistill.config.schema import OptimSection, TrainSection
 from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import use_head_fn_forward
-from megadistill.engines.local_state import local_parts, optimizer_steps, set_optimizer_steps
+from megadistill.engines.local_state import LocalPart, local_parts, optimizer_steps, set_optimizer_steps
 from megadistill.engines.partitioned import PartitionedModel, initialize
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shards import MASTER, MOMENTS, ShardReader
@@ -76,16 +76,19 @@ class Student(PartitionedModel):
             ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor). Each run of the model is in one
             rank's copies.
         """
-        runs: dict[str, tuple[int, torch.Tensor]] = {}
+        return {
+            f"{kind}/{part.name}": (part.start, tensor.detach().to("cpu", copy=True))
+            for part in self.parts_to_write()
+            for kind, tensor in part.tensors.items()
+        }
+
+    def parts_to_write(self) -> Iterator[LocalPart]:
+        """The parts that this rank is to write: each run of the model is among those of one rank. No communication."""
         context = self.context
         for i, part in enumerate(local_parts(self.engine)):
-            if part.is_shared and i % context.dp_size != context.dp_rank:
-                continue
-            if self.shard_specs[part.name].dim is None and context.tp_rank:
-                continue
-            for kind, tensor in part.tensors.items():
-                runs[f"{kind}/{part.name}"] = (part.start, tensor.detach().to("cpu", copy=True))
-        return runs
+            is_ours = not part.is_shared or i % context.dp_size == context.dp_rank
+            if is_ours and (self.shard_specs[part.name].dim is not None or not context.tp_rank):
+                yield part
 
     @property
     def optimizer_steps(self) -> int:

@@ -77,11 +77,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _log_file(arguments: Sequence[str]) -> Path | None:
-    """RUN/launcher.log, its folder made; None where the arguments name no configuration.
+    """RUN/launcher.log, its folder made; None where the arguments name no configuration or the verb doctor.
 
     Raises:
         MegadistillError: The configuration is wrong: no process needs to be started to say so.
     """
+    if arguments[:1] == ["doctor"]:
+        return None  # it examines run.dir and makes nothing in it
     config, overrides, rest = None, [], list(arguments)
     while rest:
         word = rest.pop(0)

@@ -27,14 +27,31 @@ def meeting_store(timeout: timedelta) -> torch.distributed.Store | None:
     Raises:
         TopologyError: Rank 0 cannot listen there.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
+    return None if _has_agent() else open_store(timeout)
+
+
+def open_store(timeout: timedelta, *, waits: bool = True) -> torch.distributed.TCPStore:
+    """The store at MASTER_ADDR and MASTER_PORT, which rank 0 (under torchrun its agent) keeps.
+
+    Args:
+        timeout: For the connection, and for what waits for a key.
+        waits: Rank 0 waits for all ranks.
+
+    Raises:
+        TopologyError: Rank 0 cannot listen there.
+    """
     host, port, world_size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
-    if os.environ["RANK"] != "0":
+    if os.environ["RANK"] != "0" or _has_agent():
         return torch.distributed.TCPStore(host, port, world_size, False, timeout)
     # The store closes what it listens on.
     listener = listen(host, port).detach()
-    return torch.distributed.TCPStore(host, port, world_size, True, timeout, master_listen_fd=listener)
+    return torch.distributed.TCPStore(
+        host, port, world_size, True, timeout, wait_for_workers=waits, master_listen_fd=listener
+    )
+
+
+def _has_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -52,6 +52,30 @@ def distributed(timeout_s: float) -> Iterator[torch.device]:
                 os.environ.pop(name, None)
 
 
+@contextmanager
+def place_in_job() -> Iterator[tuple[int, int, torch.device]]:
+    """This process's rank, the number of ranks, and its device; nothing communicates.
+
+    Without a launcher the process is alone.
+    """
+    world_size = set_rank_variables()
+    name_accelerator()
+    device = default_device()
+    if world_size == 1:
+        yield 0, 1, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    interfaces = name_interfaces(os.environ["MASTER_ADDR"])
+    os.environ |= interfaces
+    try:
+        yield int(os.environ["RANK"]), world_size, device
+    finally:
+        for name in interfaces:
+            os.environ.pop(name, None)
+
+
 def default_device() -> torch.device:
     """The device of a process on its own: the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

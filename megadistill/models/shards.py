@@ -21,6 +21,7 @@ import torch
 
 from megadistill.errors import CheckpointError
 from megadistill.models.shard_spec import ShardSpec
+from megadistill.models.tensor_file import save_tensors
 
 LAYOUT = "layout.json"
 MASTER, MOMENTS, WEIGHT = "master", ("exp_avg", "exp_avg_sq"), "weight"
@@ -48,8 +49,8 @@ def write_layout(folder: Path, specs: Mapping[str, ShardSpec], *, tp_size: int, 
     (folder / LAYOUT).write_text(text + "\n", encoding="utf-8")
 
 
-def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Tensor]]) -> None:
-    """Writes one rank's runs.
+def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Tensor]]) -> dict[str, Any]:
+    """Writes one rank's runs; returns the file's entry in a manifest.
 
     Args:
         folder: Where the file goes.
@@ -57,23 +58,7 @@ def write_shard(folder: Path, file: str, runs: Mapping[str, tuple[int, torch.Ten
         runs: ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor).
     """
     starts = json.dumps({key: start for key, (start, _) in runs.items()})
-    save_tensors({key: run for key, (_, run) in runs.items()}, folder / file, starts=starts)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, **metadata: str) -> None:
-    """Writes a safetensors file with the permissions of any other new file; the library's own are for the owner alone.
-
-    Args:
-        tensors: Name -> tensor.
-        path: The file.
-        metadata: Further entries of its header.
-    """
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
-    path.chmod(mode)
+    return save_tensors({key: run for key, (_, run) in runs.items()}, folder / file, starts=starts)
 
 
 class ShardReader:

@@ -5,7 +5,7 @@ Tensor-parallel ranks are consecutive (``rank = dp_rank * tp_size + tp_rank``), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -131,6 +131,23 @@ class ParallelContext:
     def gather_objects(self, item: T) -> list[T]:
         """The picklable ``item`` of every rank of the world (one object all-gather)."""
         return _gather_objects(item, self.world_size, None)
+
+    def exchange(self, given: torch.Tensor, given_sizes: Sequence[int], taken_sizes: Sequence[int]) -> torch.Tensor:
+        """Gives every rank of the world its part of ``given`` (one all-to-all; the identity in a world of one).
+
+        Args:
+            given: [sum of given_sizes], the parts for the ranks in their order.
+            given_sizes: Number of elements for each rank.
+            taken_sizes: Number of elements from each rank.
+
+        Returns:
+            [sum of taken_sizes], the parts from the ranks in their order.
+        """
+        if self.world_size == 1:
+            return given
+        taken = given.new_empty(sum(taken_sizes))
+        dist.all_to_all_single(taken, given, list(taken_sizes), list(given_sizes))
+        return taken
 
     def barrier(self) -> None:
         """Waits for every rank of the world."""

@@ -14,7 +14,7 @@ from megadistill.checkpoint.carried import Carried, carried_files, for_auto_toke
 from megadistill.checkpoint.manifest import MANIFEST, point_to_best, point_to_latest
 from megadistill.checkpoint.run_settings import RESOLVED
 from megadistill.checkpoint.save_load import load_checkpoint
-from megadistill.checkpoint.writer import CheckpointWriter
+from megadistill.checkpoint.writer import CheckpointWriter, Keep
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
 from megadistill.files import write_json
@@ -238,8 +238,7 @@ def _checkpoint_writer(components: Components, run_dir: Path) -> CheckpointWrite
         components.student,
         carried[0] if carried else None,
         context,
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
+        keep=Keep(settings.keep_last, settings.keep_every, settings.keep_every_weights_only),
         asynchronous=settings.asynchronous,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.checkpoint import hf_export
+from megadistill.checkpoint import hf_export, hf_files
 from tests.support.runs import run_layout, settings
 
 Shapes = dict[str, tuple[int, ...]]
@@ -169,7 +169,7 @@ def exports(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     f"model.student.dtype={dtype}")  # fmt: skip
             runs.append((str(out / "runs" / family / dtype), settings(assets, family, *more)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_export, "_MAX_SHARD_BYTES", LIMIT)
+        patch.setattr(hf_files, "_MAX_FILE_BYTES", LIMIT)
         run_layout(1, runs)
     for family in FAMILIES:
         run = out / "runs" / family
@@ -264,3 +264,39 @@ def test_verify_finds_exports_the_same(exports: Path, family: str, capsys: pytes
     assert "equal greedy texts" in capsys.readouterr().out
     assert verify(run / "fp32", exports / family / "cast", "--tolerance", "0") == 1
     assert "different: row" in capsys.readouterr().out
+
+
+def test_hf_of_several_ranks_is_what_they_hold(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``hf/`` comes from the ranks' memory and ``student/`` from the same moment: equal bit for bit, at every ZeRO
+    stage; several ranks write it, and the manifest's checksums, which were taken while writing, fit the files."""
+    import torch
+    from safetensors import safe_open
+
+    from megadistill.checkpoint.manifest import check_files, files_below, read_manifest
+    from megadistill.models.families import FAMILIES as PROJECT_FAMILIES
+    from megadistill.models.shards import MASTER, ShardReader
+
+    cases = [("gpt2", 1, "fp32"), ("llama", 3, "bf16"), ("qwen2", 0, "bf16")]
+    runs = []
+    for family, stage, dtype in cases:
+        more = ("parallel.tp_size=2", f"parallel.zero_stage={stage}", f"model.student.dtype={dtype}",
+                "train.max_steps=1", "generation.mode=dataset", "data.prompts_path=null",
+                "data.prompts_ratio=0")  # fmt: skip
+        runs.append((str(tmp_path / family), settings(assets, family, *more)))
+    monkeypatch.setattr(hf_files, "_MIN_SHARE_BYTES", 10_000)
+    run_layout(4, runs)
+    for family, _, dtype in cases:
+        step = tmp_path / family / "checkpoints" / "step_1"
+        manifest = read_manifest(step)
+        assert sorted(manifest["files"]) == files_below(step)
+        check_files(step, manifest, files_below(step))
+        _, places = _read(step / "hf")
+        assert len(set(places.values())) > 1
+        reader, export = ShardReader(step / "student"), PROJECT_FAMILIES[family].export
+        for name in reader.shard_specs:
+            expected = reader.whole(MASTER, name)
+            expected = expected if export is None else export(name, expected)
+            with safe_open(step / "hf" / places[name], framework="pt") as file:
+                found = file.get_tensor(name)
+            assert found.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+            assert torch.equal(found[: len(expected)], expected.to(found.dtype)), name

@@ -5,6 +5,7 @@ docs/reliability.md has the table that `FAULT_TABLE=FILE pytest tests/integratio
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -123,8 +124,13 @@ def goes_on(assets: Path, undisturbed: Path, run_dir: Path, *more: str) -> None:
     assert samples(run_dir) == samples(undisturbed)
 
 
-@pytest.mark.parametrize("place", ["start:1", "rollout:4", "backward:6", "save:2"])
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+@pytest.mark.parametrize(
+    ("place", "victim"),
+    [
+        *itertools.product(("start:1", "rollout:4", "backward:6", "save:2"), ("rank 0", "rank 1", "launcher")),
+        ("hf:2", "rank 0"),  # which writes all of so small a model
+    ],
+)
 def test_a_killed_process_ends_the_job(
     assets: Path, undisturbed: Path, tmp_path: Path, place: str, victim: str
 ) -> None:
@@ -179,7 +185,7 @@ def test_a_storm_of_signals_is_one_request(assets: Path, undisturbed: Path, tmp_
     goes_on(assets, undisturbed, job.run_dir)
 
 
-@pytest.mark.parametrize(("place", "rank"), [("save:2", 1), ("commit:2", 0)])
+@pytest.mark.parametrize(("place", "rank"), [("save:2", 1), ("hf:2", 0), ("commit:2", 0)])
 def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     assets: Path, undisturbed: Path, tmp_path: Path, place: str, rank: int
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megadistill.checkpoint.hf_export import check_export
 from megadistill.errors import ExitCode
 from tests.support.launched import alive, launch
 from tests.support.runs import ROOT, run_layout, samples, settings
@@ -119,6 +120,19 @@ def test_a_stopped_run_goes_on(assets: Path, run: Run) -> None:
 
 def test_checkpoints_of_every_so_many_steps_stay(assets: Path, tmp_path: Path) -> None:
     more = ("train.max_steps=7", "train.save_every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
-    run_layout(1, [(str(tmp_path / "run"), settings(assets, "llama", *more))])
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
-    assert kept == ["step_3", "step_6", "step_7"]
+    reduced = (*more, "checkpoint.keep_every_weights_only=true")
+    folders = [
+        (str(tmp_path / name), settings(assets, "llama", *words))
+        for name, words in (("run", more), ("reduced", reduced))
+    ]
+    run_layout(1, folders)
+    kept = {
+        name: sorted(path.name for path in (tmp_path / name / "checkpoints").glob("*_*")) for name in ("run", "reduced")
+    }
+    assert kept == {"run": ["step_3", "step_6", "step_7"], "reduced": ["step_6", "step_7", "weights_3"]}
+    weights = tmp_path / "reduced" / "checkpoints" / "weights_3"
+    check_export(weights)
+    same = tmp_path / "run" / "checkpoints" / "step_3" / "hf"
+    assert {file.name: file.read_bytes() for file in weights.iterdir()} == {
+        file.name: file.read_bytes() for file in same.iterdir()
+    }

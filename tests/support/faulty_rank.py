@@ -26,6 +26,7 @@ PLACES = {
     "rollout": ("megadistill.generation.sources.on_policy", "OnPolicy.samples"),
     "backward": ("megadistill.engines.student", "Student.backward"),
     "save": ("megadistill.checkpoint.writer", "write_shard"),
+    "hf": ("megadistill.checkpoint.whole_weights", "write_tensors"),
     "commit": ("megadistill.checkpoint.writer", "write_manifest"),
 }
 

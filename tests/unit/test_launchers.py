@@ -126,6 +126,8 @@ def test_run_from_python_is_the_train_verb(clone: Path) -> None:
     alone = run(*words, path=clone, LOCAL_SIZE="100000")
     assert alone.stdout == "['train', '--local_rank=1', '--config', 'a b', 'x.y=--z'] 1\n" and alone.returncode == 5
     assert run(*words, path=clone, OMP_NUM_THREADS="7").stdout.endswith(" 7\n")
+    doctor = run(*words[:4], "doctor", *words[4:], path=clone)  # as deepspeed starts it
+    assert doctor.stdout.startswith("['doctor', '--local_rank=1', '--config', 'a b', 'x.y=--z']")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert run(*words, path=clone).stdout.endswith(f" {cores}\n")
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megadistill.checkpoint import hf_export
+from megadistill.checkpoint import hf_files
 from megadistill.cli.main import main
 from tests.support.tokenizers import byte_level
 
@@ -125,7 +125,7 @@ def test_types(tmp_path: Path, dtype: str | None) -> None:
 
 
 def test_several_files_and_the_adapters_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_export, "_MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(hf_files, "_MAX_FILE_BYTES", 50_000)
     base, target = _base(tmp_path / "base", "gpt2"), tmp_path / "merged"
     adapter = _adapter(base, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     byte_level(adapter, bos=True)

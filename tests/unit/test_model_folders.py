@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megadistill.checkpoint import hf_export, merge, reshard
-from megadistill.checkpoint.hf_export import export_checkpoint, write_safetensors
+from megadistill.checkpoint import hf_export, hf_files, merge, reshard
+from megadistill.checkpoint.hf_export import export_checkpoint
+from megadistill.checkpoint.hf_files import write_safetensors
 from megadistill.checkpoint.model_folder import model_folder
 from megadistill.checkpoint.probe import check_same_logits, probe_logits
 from megadistill.checkpoint.reshard import shard_model
@@ -366,8 +367,8 @@ def test_a_wrong_merge_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_written_files_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.tensor([1.0, torch.nan]), "b": torch.tensor(3.0)}
     write_safetensors(tensors.items(), tmp_path)  # NaN is not equal to itself, and still what was written
-    save = hf_export.save_tensors
-    monkeypatch.setattr(hf_export, "save_tensors", lambda given, path: save({n: t + 1 for n, t in given.items()}, path))
+    save = hf_files.save_tensors
+    monkeypatch.setattr(hf_files, "save_tensors", lambda given, path: save({n: t + 1 for n, t in given.items()}, path))
     with pytest.raises(CheckpointError, match=r"does not hold what was written to it \(b\)"):
         write_safetensors([("b", torch.tensor(3.0))], tmp_path)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tools.benchmarks import save_trees
 from tools.benchmarks.measure import at_least, machine, save
 from tools.benchmarks.step_workers import Sizes, model_config
 
@@ -30,9 +31,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=at_least(1), default=5, help="every kind once per round (default: 5)")
     parser.add_argument("--steps", type=at_least(1), default=3, help="steps after each checkpoint (default: 3)")
     parser.add_argument("--vocab", type=at_least(100), default=8192)
+    parser.add_argument(
+        "--tree", type=Path, action="append", help="an older version's clone, to compare this one with instead"
+    )
+    parser.add_argument("--hidden", type=at_least(16), default=1024, help="of the model of --tree (default: 1024)")
+    parser.add_argument("--layers", type=at_least(1), default=18, help="of the model of --tree (default: 18)")
     parser.add_argument("--output", type=Path, help="JSON file; a table goes beside it")
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if parsed.tree:
+        found = save_trees.main(parsed)
+        print(save_trees.table(found))
+        if parsed.output is not None:
+            save(parsed.output, found, save_trees.table(found))
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         found = _measure(Path(folder), parsed.rounds, parsed.steps, parsed.vocab)
     table = _table(found)
@@ -109,9 +121,9 @@ def _steps(
     student: Student, carried: Carried, folder: Path, context: ParallelContext, steps: int, asynchronous: bool | None
 ) -> tuple[float, float]:
     """Wall seconds of a checkpoint and some steps after it, and how many of them training waited."""
-    from megadistill.checkpoint.writer import CheckpointWriter
+    from megadistill.checkpoint.writer import CheckpointWriter, Keep
 
-    writer = CheckpointWriter(folder, student, carried, context, keep_last=1, asynchronous=bool(asynchronous))
+    writer = CheckpointWriter(folder, student, carried, context, keep=Keep(1), asynchronous=bool(asynchronous))
     if asynchronous is not None:  # a run waits for its first checkpoint, which is compared with the student
         writer.begin(0, {})
         writer.finish()

@@ -30,8 +30,9 @@ class TrainSection(Section):
         "train.micro_batch_size: as many examples as fit, and at least one.",
     )
     padding_free: bool = Field(
-        False,
-        description="The sequences of a pass follow one another in one row instead of being padded to the longest.",
+        True,
+        description="The sequences of a pass follow one another in one row (losses and gradients are the same); false: "
+        "they are padded to the longest, and sorted by length first.",
     )
     save_every: NonNegativeInt = Field(
         0, description="Steps between checkpoints; 0: only at the end, so that a crash loses the whole run."

@@ -94,6 +94,8 @@ def _usual_attention(module: nn.Module) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if _is_eager(module):
+        if getattr(module, "reorder_and_upcast_attn", False):  # an option of GPT-2's
+            return lambda layer, q, k, v, mask, **_: layer._upcast_and_reordered_attn(q, k, v, mask)
         return sys.modules[type(module).__module__].eager_attention_forward
     return sdpa_attention_forward
 

@@ -21,7 +21,7 @@ step() { # NAME COMMAND ...
 }
 
 run_test() {
-    step tests "$python" -m pytest -q -n 4 tests/unit/test_losses_cuda.py tests/unit/test_decoding_cuda.py \
+    step tests "$python" -m pytest -q -n 4 tests/unit/test_losses_cuda.py tests/unit/test_decoding_cuda.py tests/unit/test_padding_free_cuda.py \
         tests/unit/test_losses_backends.py tests/unit/test_triton_compiles.py
 }
 

@@ -105,6 +105,36 @@ def test_losses_and_gradients_are_those_of_padded_rows(variant: str, attention: 
         assert float((a - b).abs().max()) <= tolerance * max(scale, 1.0)
 
 
+def _varlen(q: Any, k: Any, v: Any, bounds: Any, bounds_k: Any, longest: int, longest_k: int, **options: Any) -> Any:
+    """torch's ``varlen_attn`` as its documentation says, sequence by sequence."""
+    assert bounds is bounds_k and bounds.dtype == torch.int32 and longest == longest_k == int(bounds.diff().max())
+    assert options.pop("enable_gqa")
+    left, right = options.pop("window_size")
+    scale = options.pop("scale")
+    assert right == 0 and not options
+    outputs = []
+    for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= 0) & ((distance <= left) | (left < 0))
+        keys, values = (x[start:end].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
+        scores = q[start:end].transpose(0, 1) @ keys.transpose(1, 2) * scale
+        outputs.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("variant", ["llama", "grouped", "sliding", "opt", "gpt2"])
+def test_flash_attention_is_asked_for_the_same(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, samples = make_model(variant, "sdpa", torch.float64), make_samples(torch.float64)
+    use_padding_free_attention(model)
+    expected, gradients = losses_and_gradients(model, samples, padding_free=True)
+    monkeypatch.setattr("megadistill.models.attention._has_flash", lambda query: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen)
+    found, ours = losses_and_gradients(model, samples, padding_free=True)
+    assert found == pytest.approx(expected, rel=1e-10)
+    for a, b in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_the_whole_row_has_no_mask() -> None:
     """Memory: 40 sequences of 20 tokens are 640,000 pairs of columns, and nothing has as many elements."""
 

@@ -53,7 +53,7 @@ _MAX_TOKENS = "It limits prompt plus response; data.max_prompt_tokens limits the
 _ONE_PATH = "One file, folder or hub data set; a folder is read with all its files"
 _SPLIT = "Rows of their own: megadistill prepare --valid N sets them aside"
 _ROWS = "megadistill prepare --max-rows N keeps the first N rows"
-_PACKED = "there is no counterpart: rows are padded, not packed"
+_PACKED = "Sequences of a pass follow one another without padding; none is cut or joined with another"
 _ADAMW = "the optimizer is always AdamW, with the keys of the section optim"
 
 TRAINER = (
@@ -127,8 +127,8 @@ TRL = (
     Name("max_seq_length", ("data.max_tokens",), _MAX_TOKENS),
     Name("max_prompt_length", ("data.max_prompt_tokens",)),
     Name("truncation_mode", ("data.long_prompt",), "drop | truncate | error; long responses lose their end"),
-    Name("packing", (), _PACKED),
-    Name("padding_free", (), _PACKED),
+    Name("packing", ("train.padding_free",), _PACKED),
+    Name("padding_free", ("train.padding_free",)),
     Name("chat_template_path", ("data.chat_template",)),
     Name("eos_token", ("model.eos_tokens",)),
     Name("completion_only_loss", (), "no key is needed: the losses are on responses only"),
@@ -186,7 +186,7 @@ LLAMA_FACTORY = (
     Name("interleave_probs", ("data.prompts_ratio",), "The share of data.prompts_path in a global batch"),
     Name("train_on_prompt", (), "there is no counterpart: the losses are on responses only"),
     Name("mask_history", ("data.train_on",), "mask_history=true is data.train_on=last"),
-    Name("neat_packing", (), _PACKED),
+    Name("neat_packing", ("train.padding_free",), _PACKED),
     Name("streaming", (), "there is no counterpart: rows are tokenized before training and held in memory"),
     Name("preprocessing_num_workers", (), "no key is needed: megadistill prepare under mpirun shares the tokenization"),
     Name("flash_attn", ("model.attention",)),
@@ -205,7 +205,7 @@ TORCHTUNE = (
     Name("tokenizer.path", ("model.tokenizer",), "A folder or a hub name"),
     Name("tokenizer.max_seq_len", ("data.max_tokens",), _MAX_TOKENS),
     Name("tokenizer", ("model.tokenizer",), "A folder or a hub name"),
-    Name("dataset.packed", (), _PACKED),
+    Name("dataset.packed", ("train.padding_free",), _PACKED),
     Name("shuffle", (), "no key is needed: rows are always shuffled, by run.seed"),
     Name("batch_size", ("train.micro_batch_size", "train.global_batch_size"), "On one rank, and of a whole step"),
     Name("optimizer.lr", ("optim.lr",)),
@@ -251,6 +251,7 @@ VERL = (
     Name(f"{_ACTOR}.grad_clip", ("optim.gradient_clipping",)),
     Name(f"{_ACTOR}.ppo_mini_batch_size", ("train.global_batch_size",), _GLOBAL_BATCH),
     Name(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", ("train.micro_batch_size",)),
+    Name(f"{_ACTOR}.ppo_max_token_len_per_gpu", ("train.micro_batch_tokens",)),
     Name(f"{_ACTOR}.fsdp_config.param_offload", ("deepspeed",), "deepspeed.zero_optimization.offload_param"),
     Name(f"{_ACTOR}.fsdp_config.optimizer_offload", ("deepspeed",), "deepspeed.zero_optimization.offload_optimizer"),
     Name(f"{_ROLLOUT}.temperature", ("generation.sampling_temperature",)),

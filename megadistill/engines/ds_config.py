@@ -67,14 +67,19 @@ def student_config(
     family: Family,
     passed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The student's engine: gradient accumulation and clipping as the run asks for."""
+    """The student's engine: gradient accumulation and clipping as the run asks for.
+
+    With a budget of tokens DeepSpeed is told of the most passes that there can be, one for each example: what it keeps
+    for several is then there. It does not count passes by it (``Student.forward``).
+    """
+    rows = 1 if train.micro_batch_tokens is not None else train.micro_batch_size
     return engine_config(
         zero_stage=zero_stage,
         tp_size=tp_size,
         dtype=dtype,
         family=family,
-        micro_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.global_batch_size // (train.micro_batch_size * dp_size),
+        micro_batch_size=rows,
+        gradient_accumulation_steps=train.global_batch_size // (rows * dp_size),
         gradient_clipping=optim.gradient_clipping,
         passed=passed,
     )

@@ -24,13 +24,17 @@ HeadFn = Callable[[torch.Tensor, nn.Module], Any]
 def _forward(
     self: PreTrainedModel,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
     head_fn: HeadFn | None = None,
+    **sequences: Any,
 ) -> Any:
-    """Hidden states [B, S, H] of the decoder, or what ``head_fn(hidden, output embeddings)`` makes of them."""
+    """Hidden states [B, S, H] of the decoder, or what ``head_fn(hidden, output embeddings)`` makes of them.
+
+    Without ``attention_mask``, ``sequences`` are the lengths and bounds that ``models.attention`` takes.
+    """
     hidden = self.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **sequences
     ).last_hidden_state
     if head_fn is None:
         return hidden

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from megadistill.config.schema import OptimSection, TrainSection
+from megadistill.data.collate import SequenceBatch
 from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import LocalPart, local_parts, optimizer_steps, set_optimizer_steps
 from megadistill.engines.partitioned import PartitionedModel, initialize
+from megadistill.models.attention import use_padding_free_attention
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shards import MASTER, MOMENTS, ShardReader
 from megadistill.parallel.collectives import all_reduce_sum
@@ -25,7 +27,7 @@ from megadistill.parallel.output_head import OutputHead
 class Student(PartitionedModel):
     """A partitioned model with an optimizer.
 
-    Losses are sums divided by global counts, so gradients are summed over data-parallel ranks and micro-batches, never
+    Losses are sums divided by global counts, so gradients are summed over data-parallel ranks and passes, never
     averaged.
 
     Args:
@@ -96,19 +98,14 @@ class Student(PartitionedModel):
         return optimizer_steps(self.engine)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        loss_fn: Callable[[torch.Tensor, OutputHead], torch.Tensor],
+        self, batch: SequenceBatch, loss_fn: Callable[[torch.Tensor, OutputHead], torch.Tensor], *, is_last: bool
     ) -> torch.Tensor:
         """A forward pass with a loss.
 
         Args:
-            input_ids: [B, S] int64.
-            attention_mask: [B, S], 0 for padding.
-            position_ids: [B, S].
+            batch: What the model reads, [B, S].
             loss_fn: ``loss_fn(hidden [B, S, H], head)``, called inside the engine's forward, where the head is present.
+            is_last: No other forward pass of this step follows. All data-parallel ranks say so of the same pass.
 
         Returns:
             What ``loss_fn`` returned.
@@ -117,8 +114,16 @@ class Student(PartitionedModel):
         def head_fn(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
             return loss_fn(hidden, OutputHead.of(module, self.shard))
 
+        # Said before the pass, because ZeRO asks in the backward pass. DeepSpeed's own count expects equally many
+        # passes in every step.
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        reads = (
+            {"attention_mask": batch.attention_mask}
+            if batch.bounds is None
+            else {"attention_mask": None, "lengths": batch.lengths, "bounds": batch.bounds}
+        )
         loss: torch.Tensor = self.engine(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, head_fn=head_fn
+            input_ids=batch.input_ids, position_ids=batch.position_ids, head_fn=head_fn, **reads
         )
         return loss
 
@@ -129,13 +134,8 @@ class Student(PartitionedModel):
         """
         self.engine.backward(loss * self.context.dp_size, scale_wrt_gas=False)
 
-    def end_micro_step(self) -> None:
-        """Ends a micro-step that is not the last one of the global batch."""
-        assert not self.engine.is_gradient_accumulation_boundary()
-        self.engine.step()
-
     def step(self, lr: float, skip: bool = False) -> bool:
-        """Ends the last micro-step of the global batch: clips the gradient and updates.
+        """Clips the gradient of all passes and updates.
 
         Args:
             lr: The learning rate of this update.
@@ -198,6 +198,8 @@ def trained_model(
     """
     model = loaded.model
     use_head_fn_forward(model)
+    if train.padding_free:
+        use_padding_free_attention(model)
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from megadistill.data.collate import IGNORE_INDEX, SequenceBatch, right_padded
+from megadistill.data.collate import IGNORE_INDEX, SequenceBatch, concatenated, right_padded
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.losses import DistillOutput, Head, LossConfig, QuantileGate, cross_entropy, distill_loss
 from megadistill.parallel.output_head import OutputHead
@@ -38,13 +38,14 @@ class MicroBatch:
     """Tensors of one forward pass.
 
     Attributes:
-        batch: Right-padded sequences [B, S].
+        batch: Sequences [B, S].
         sft_index: [T_sft] positions of the flattened hidden states that predict references.
         sft_labels: [T_sft] the tokens that they predict.
         kd_index: [T_kd] positions that predict responses.
         kd_labels: [T_kd] the tokens that they predict.
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
+        num_tokens: Columns that are no padding.
     """
 
     batch: SequenceBatch
@@ -54,6 +55,7 @@ class MicroBatch:
     kd_labels: torch.Tensor
     pair_mask: torch.Tensor
     teacher_hidden: torch.Tensor | None
+    num_tokens: int
 
     @property
     def is_shared(self) -> bool:
@@ -61,8 +63,28 @@ class MicroBatch:
         return torch.equal(self.sft_index, self.kd_index)
 
 
-def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.device) -> MicroBatch:
-    """Collates samples; a response that is the reference is not repeated.
+def sequences_of(sample: Sample) -> list[tuple[TokenIds, TokenIds]]:
+    """(prompt, reference) and (prompt, response), where there is a loss on them.
+
+    A response that is the reference is not repeated.
+    """
+    sequences = []
+    if sample.reference_ids is not None:
+        sequences.append((sample.prompt_ids, sample.reference_ids))
+    if _has_response(sample) and sample.response_ids is not None and sample.response_ids is not sample.reference_ids:
+        sequences.append((sample.prompt_ids, sample.response_ids))
+    return sequences
+
+
+def _has_response(sample: Sample) -> bool:
+    """Whether the teacher's losses are computed on it."""
+    return sample.response_ids is not None and sample.teacher_hidden is not None
+
+
+def build_micro_batch(
+    samples: Sequence[Sample], *, pad_id: int, device: torch.device, padding_free: bool = False
+) -> MicroBatch:
+    """Collates samples.
 
     A batch without any loss has one padding token, because every rank makes the same number of forward passes.
 
@@ -70,59 +92,55 @@ def build_micro_batch(samples: Sequence[Sample], *, pad_id: int, device: torch.d
         samples: The samples of the micro-batch.
         pad_id: The padding token.
         device: Where the tensors go.
+        padding_free: The sequences follow one another in one row.
     """
     sequences: list[tuple[TokenIds, TokenIds]] = []
-    reference_at: dict[int, int] = {}  # sample -> its place in sequences
-    for i, sample in enumerate(samples):
+    for_sft: dict[int, Sequence[tuple[int, int]]] = {}  # place in sequences -> earlier turns that are predicted, too
+    for_kd: dict[int, Sequence[tuple[int, int]]] = {}
+    for sample in samples:
+        own = sequences_of(sample)
         if sample.reference_ids is not None:
-            reference_at[i] = len(sequences)
-            sequences.append((sample.prompt_ids, sample.reference_ids))
-    for_kd: list[int] = []
-    pair_mask: list[bool] = []
-    hidden: list[torch.Tensor] = []
-    for i, sample in enumerate(samples):
-        if sample.response_ids is None or sample.teacher_hidden is None:
-            continue
-        if sample.response_ids is sample.reference_ids:
-            for_kd.append(reference_at[i])
-        else:
-            for_kd.append(len(sequences))
-            sequences.append((sample.prompt_ids, sample.response_ids))
-        pair_mask.extend(sample.pair_mask)
-        hidden.append(sample.teacher_hidden)
-    batch = right_padded(sequences or [((pad_id,), ())], pad_id).to(device)
-    sft_labels_BS = _with_targets(batch, samples, reference_at)
-    sft_index, sft_labels = _predicting(sft_labels_BS, list(reference_at.values()))
-    kd_index, kd_labels = _predicting(batch.labels, for_kd)
+            for_sft[len(sequences)] = sample.targets
+        sequences += own
+        if _has_response(sample):
+            for_kd[len(sequences) - 1] = ()
+    read = sequences or [((pad_id,), ())]
+    batch = concatenated(read) if padding_free else right_padded(read, pad_id)
+    with_kd = [sample for sample in samples if _has_response(sample)]
+    pair_mask = [is_pair for sample in with_kd for is_pair in sample.pair_mask]
+    hidden = [sample.teacher_hidden for sample in with_kd if sample.teacher_hidden is not None]
+    sft_index, sft_labels = _predicting(batch, for_sft)
+    kd_index, kd_labels = _predicting(batch, for_kd)
     return MicroBatch(
-        batch,
-        sft_index,
-        sft_labels,
-        kd_index,
-        kd_labels,
+        batch.to(device),
+        sft_index.to(device),
+        sft_labels.to(device),
+        kd_index.to(device),
+        kd_labels.to(device),
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
+        num_tokens=sum(batch.lengths) if sequences else 0,
     )
 
 
-def _with_targets(batch: SequenceBatch, samples: Sequence[Sample], reference_at: Mapping[int, int]) -> torch.Tensor:
-    """Labels [B, S] that also have the earlier turns of the assistant, where samples have any (``Sample.targets``)."""
-    if not any(samples[i].targets for i in reference_at):
-        return batch.labels
-    labels = batch.labels.clone()
-    for i, sequence in reference_at.items():
-        for start, end in samples[i].targets:  # column c predicts the token in column c + 1
-            labels[sequence, max(start, 1) - 1 : end - 1] = batch.input_ids[sequence, max(start, 1) : end]
-    return labels
+def _predicting(
+    batch: SequenceBatch, sequences: Mapping[int, Sequence[tuple[int, int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions that predict a loss's tokens, and these tokens.
 
-
-def _predicting(labels_BS: torch.Tensor, sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions that predict the labels of some sequences, and the predicted tokens."""
-    width = labels_BS.shape[1]
-    wanted = torch.tensor(sequences, dtype=torch.int64, device=labels_BS.device)
-    labels = labels_BS[wanted]
-    sequence, column = torch.nonzero(labels != IGNORE_INDEX, as_tuple=True)
-    return wanted[sequence] * width + column, labels[sequence, column]
+    Args:
+        batch: The batch.
+        sequences: Sequences with the loss -> spans of theirs that have it besides the response (``Sample.targets``).
+    """
+    ids, labels, starts = batch.input_ids.flatten(), batch.labels.flatten().clone(), batch.starts
+    for i, spans in sequences.items():
+        for start, end in spans:  # column c predicts the token in column c + 1
+            first, last = starts[i] + max(start, 1), starts[i] + end
+            labels[first - 1 : last - 1] = ids[first:last]
+    columns = [torch.arange(starts[i], starts[i] + batch.lengths[i]) for i in sequences]
+    index = torch.cat([torch.empty(0, dtype=torch.int64), *columns])
+    index = index[labels[index] != IGNORE_INDEX]
+    return index, labels[index]
 
 
 @dataclass

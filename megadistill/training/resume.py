@@ -21,6 +21,8 @@ _MAY_CHANGE = (
     "train.epochs",
     "train.early_stopping",
     "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "train.padding_free",
     "train.save_every",
     "train.eval_every",
     "train.eval_rows",

@@ -82,7 +82,8 @@ def check_models(config: RunConfig, world_size: int) -> int:
         counts |= head_counts(model_config, key)
         check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
-    gradient_accumulation_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tp_size)
+    rows = config.train.micro_batch_size if config.train.micro_batch_tokens is None else 1
+    gradient_accumulation_steps(config.train.global_batch_size, rows, world_size // tp_size)
     return tp_size
 
 
@@ -172,6 +173,7 @@ def build_components(
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
+    _say_what_exceeds_the_budget(config, context)
     paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
     decode_plan = _plan_decode_batches(config, paths, context)
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
@@ -211,6 +213,16 @@ def build_components(
         model_folders=paths,
         length=length,
     )
+
+
+def _say_what_exceeds_the_budget(config: RunConfig, context: ParallelContext) -> None:
+    """One line where ``train.micro_batch_tokens`` may be less than a single example."""
+    budget, longest = config.train.micro_batch_tokens, 2 * config.data.max_tokens
+    if budget is not None and budget < longest:
+        get_logger(context.rank, "train").warning(
+            f"train.micro_batch_tokens={budget}: an example of up to {longest} tokens (reference and response, "
+            f"data.max_tokens={config.data.max_tokens} each) that is larger gets a pass of its own"
+        )
 
 
 def _end_tokens(

@@ -20,6 +20,7 @@ from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
+from megadistill.training.passes import plan_passes
 from megadistill.training.schedule import learning_rate
 
 _OF_THE_MASK = ("kept_mass", "gate/lower", "gate/upper")
@@ -63,9 +64,10 @@ def distillation_step(step: int, batch: Sequence[Sample], components: Components
     # 2. Global counts: the only normalization there is.
     counts = count_tokens(samples, components)
 
-    # 3. Token, span and reference losses, micro-batch by micro-batch; gradients are summed.
+    # 3. Token, span and reference losses, pass by pass, few columns of which are padding; gradients are summed.
     with timers("train"):
-        losses = accumulate_gradients(samples, counts, components)
+        passes = plan_passes(samples, components.config.train, components.context)
+        losses = accumulate_gradients(samples, passes, counts, components)
     metrics = loss_metrics(losses, samples, counts, components)
 
     # 4. One update of student and gate, unless a number in it is not finite.
@@ -77,8 +79,8 @@ def distillation_step(step: int, batch: Sequence[Sample], components: Components
     metrics |= source_metrics(source, components) | timers.seconds()
     finite = []
     if not is_updated:  # asking every loss waits for the device
-        flags, size = [loss.is_finite for loss in losses], components.config.train.micro_batch_size
-        finite = [flags[i // size] and sample.is_finite for i, sample in enumerate(samples)]
+        bad = {i for indices, loss in zip(passes, losses, strict=True) if not loss.is_finite for i in indices}
+        finite = [i not in bad and sample.is_finite for i, sample in enumerate(samples)]
     return StepResult(metrics, is_updated, samples, finite)
 
 
@@ -115,22 +117,21 @@ def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCou
 
 
 def accumulate_gradients(
-    samples: Sequence[Sample], counts: GlobalCounts, components: Components
+    samples: Sequence[Sample], passes: Sequence[Sequence[int]], counts: GlobalCounts, components: Components
 ) -> list[MicroBatchLoss]:
-    """Forward and backward of every micro-batch; both heads are gathered once for all of them."""
-    size, student, losses = components.config.train.micro_batch_size, components.student, []
+    """Forward and backward passes over the samples with these indices; both heads are gathered once for all of them."""
+    student, losses = components.student, []
     gate = components.gate.gate if components.gate is not None else None
     with components.heads() as teacher_head:
-        for start in range(0, len(samples), size):
+        for number, indices in enumerate(passes, start=1):
             micro_batch = build_micro_batch(
-                samples[start : start + size], pad_id=components.pad_id, device=components.context.device
+                [samples[i] for i in indices],
+                pad_id=components.pad_id,
+                device=components.context.device,
+                padding_free=components.config.train.padding_free,
             )
             loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head)
-            batch = micro_batch.batch
-            loss = student.forward(batch.input_ids, batch.attention_mask, batch.position_ids, loss_fn)
-            student.backward(loss)
-            if start + size < len(samples):
-                student.end_micro_step()
+            student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
             losses.append(loss_fn)
     return losses
 
@@ -153,6 +154,8 @@ def loss_metrics(
             for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
                 shares[name] += value
     shares |= _correction_counts(samples)
+    shares["num_columns"] = float(sum(loss.micro_batch.batch.input_ids.numel() for loss in losses))
+    shares["num_unpadded"] = float(sum(loss.micro_batch.num_tokens for loss in losses))
     local = torch.tensor(list(shares.values()), dtype=torch.float64, device=components.context.device)
     total = dict(zip(shares, components.context.sum_over_dp(local).tolist(), strict=True))
     config = components.loss
@@ -163,6 +166,7 @@ def loss_metrics(
         "num_tokens": counts.num_kd if components.teacher is not None else counts.num_sft,
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
+        "padding": 1 - total["num_unpadded"] / total["num_columns"],
     }
     # Without a mask they would be constants that look like measurements.
     has_mask = components.teacher is not None and config.is_clipped

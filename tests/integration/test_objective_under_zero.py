@@ -54,15 +54,15 @@ def test_the_head_is_gathered_once_a_batch(family: str, tmp_path: Path) -> None:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             return config
 
-        def watched(samples: Any, counts: Any, components: Any) -> Any:
+        def watched(samples: Any, passes: Any, counts: Any, components: Any) -> Any:
             student = components.student
             if not events:
                 _watch_head(student.module, events)
                 forward, backward = student.forward, student.backward
-                student.forward = lambda *arguments: (events.append("forward"), forward(*arguments))[1]
+                student.forward = lambda *given, **named: (events.append("forward"), forward(*given, **named))[1]
                 student.backward = lambda loss: (events.append("backward"), backward(loss))[1]
             events.append("step")
-            found = accumulate(samples, counts, components)
+            found = accumulate(samples, passes, counts, components)
             events.append("end")
             return found
 

@@ -31,7 +31,7 @@ def _settings(assets: Path, *more: str) -> list[str]:
     return settings(
         assets, "llama", "parallel.tp_size=2", "train.max_steps=20", "train.save_every=10", "train.eval_every=5",
         f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6", "generation.mode=mixed",
-        "generation.student_ratio=0.7", "generation.scrg.rounds=2", *more,
+        "generation.student_ratio=0.7", "generation.scrg.rounds=2", "train.micro_batch_tokens=150", *more,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megadistill.data.collate import IGNORE_INDEX, left_padded, right_padded
+from megadistill.data.collate import IGNORE_INDEX, concatenated, left_padded, right_padded
 
 SEQUENCES = [((5, 6, 7), (8, 9)), ((1,), (2, 3, 4, 0)), ((4, 4), None), ((3, 3, 3), ())]
 
@@ -15,7 +15,18 @@ def test_right_padded_by_hand():
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
     no = IGNORE_INDEX
     assert batch.labels.tolist() == [[no, no, 8, 9, no], [2, no, no, no, no]]
-    assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values())
+    assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
+    assert batch.lengths == (5, 2) and batch.starts == [0, 5] and batch.bounds is None
+
+
+def test_concatenated_by_hand():
+    batch = concatenated([((5, 6, 7), (8, 9)), ((1,), None), ((1,), (2,))])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1]]
+    no = IGNORE_INDEX
+    assert batch.labels.tolist() == [[no, no, 8, 9, no, no, 2, no]]
+    assert batch.lengths == (5, 1, 2) and batch.starts == [0, 5, 6]
+    assert batch.bounds is not None and batch.bounds.tolist() == [0, 5, 6, 8]
 
 
 def test_labels_are_the_next_input_token_on_response_positions_only():
@@ -49,5 +60,7 @@ def test_left_padded():
 def test_a_sequence_without_prompt_is_a_defect():
     with pytest.raises(AssertionError):
         right_padded([((), (1,))], pad_id=0)
+    with pytest.raises(AssertionError):
+        concatenated([((), (1,))])
     with pytest.raises(AssertionError):
         left_padded([()], pad_id=0)

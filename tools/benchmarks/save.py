@@ -122,21 +122,21 @@ def _steps(
 ) -> tuple[float, float]:
     """Wall seconds of a checkpoint and some steps after it, and how many of them training waited."""
     from megadistill.checkpoint.writer import CheckpointWriter, Keep
+    from megadistill.data.collate import right_padded
 
     writer = CheckpointWriter(folder, student, carried, context, keep=Keep(1), asynchronous=bool(asynchronous))
     if asynchronous is not None:  # a run waits for its first checkpoint, which is compared with the student
         writer.begin(0, {})
         writer.finish()
     tokens = torch.randint(0, 1000, (16, 256), generator=torch.Generator().manual_seed(0))
-    everything = torch.ones_like(tokens)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    batch = right_padded([(row, None) for row in tokens.tolist()], 0)
     begun, waiting = time.perf_counter(), 0.0
     for step in range(steps):
         if step == 0 and asynchronous is not None:
             started = time.perf_counter()
             writer.begin(1, {})
             waiting += time.perf_counter() - started
-        student.backward(student.forward(tokens, everything, positions, _cross_entropy(tokens)))
+        student.backward(student.forward(batch, _cross_entropy(tokens), is_last=True))
         student.step(1e-4)
         started = time.perf_counter()
         writer.advance(writer.status)

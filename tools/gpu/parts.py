@@ -11,6 +11,7 @@ _PYTHON = sys.executable
 _CUDA_TESTS = (
     "tests/unit/test_losses_cuda.py",
     "tests/unit/test_decoding_cuda.py",
+    "tests/unit/test_padding_free_cuda.py",
     "tests/unit/test_losses_backends.py",
     "tests/unit/test_triton_compiles.py",
 )

@@ -315,7 +315,8 @@ class PlanDecoder(PlanPrefiller):
             qkv = layer.qkv(x, rope)
             views.columns.select(3, column).copy_(self._keys_and_values(qkv).transpose(0, 1))
             if self._is_wide_on_cpu:
-                attn_out = self._attend_few(qkv, views.keys.narrow(2, 0, end), views.values.narrow(1, 0, end), mask)
+                keys, values = views.keys.narrow(2, 0, end), views.values.narrow(1, 0, end)
+                attn_out = self._attend_few(qkv, keys, values, mask, layer.scale)
             else:
                 keys, values = views.columns.narrow(3, 0, end)
                 attn_out = self._attend_grouped(qkv, keys, values, mask, layer.scale)
@@ -331,8 +332,8 @@ class PlanDecoder(PlanPrefiller):
         """[B, 2, key-value heads, D] of what ``Layer.qkv`` returns."""
         return qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
 
-    def _attend_few(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """One query an example, whose scale is 1: attention output [B, heads * D].
+    def _attend_few(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """One query an example: attention output [B, heads * D].
 
         Less than half the time of the general kernel on CPUs, which is made for many queries.
 
@@ -341,8 +342,10 @@ class PlanDecoder(PlanPrefiller):
             keys: [B * key-value heads, D, columns].
             values: [B * key-value heads, columns, D].
             mask: [B * key-value heads, 1, columns] added to the scores; None adds nothing.
+            scale: Factor on the scores, where the weights do not hold it.
         """
         query = qkv[:, : self.num_heads].reshape(len(keys), -1, self.plan.head_dim)
+        query = query if scale == 1 else query * scale
         scores = torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
         return torch.bmm(scores.softmax(-1), values).view(len(qkv), -1)
 

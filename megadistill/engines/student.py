@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megadistill.config.schema import OptimSection, TrainSection
+from megadistill.decoding.layouts import Setting
 from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import local_parts, optimizer_steps, set_optimizer_steps
@@ -46,9 +47,10 @@ class Student(PartitionedModel):
         loaded: LoadedModel,
         context: ParallelContext,
         adamw: _GuardedAdamW,
+        cpu_products: Setting = "auto",
     ) -> None:
         self._adamw = adamw
-        super().__init__(engine, loaded, context)
+        super().__init__(engine, loaded, context, cpu_products)
 
     def fill(self, shards: ShardReader, kind: str) -> None:
         """Loads the weights, the optimizer's float32 copies included, and its moments where the files have them.
@@ -177,6 +179,7 @@ def trained_model(
     train: TrainSection,
     gradient_checkpointing: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
+    cpu_products: Setting = "auto",
 ) -> Student:
     """Partitions a model together with its AdamW (collective over the world).
 
@@ -189,6 +192,7 @@ def trained_model(
         train: Settings of the batches.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         deepspeed_settings: The run's ``deepspeed`` section.
+        cpu_products: ``generation.cpu_products``.
 
     Raises:
         ConfigError: DeepSpeed refuses its settings.
@@ -209,7 +213,7 @@ def trained_model(
         passed=deepspeed_settings,
     )
     adamw = _adamw(model, optim)
-    return Student(initialize(model, config, context, adamw), loaded, context, adamw)
+    return Student(initialize(model, config, context, adamw), loaded, context, adamw, cpu_products)
 
 
 class _GuardedAdamW(torch.optim.AdamW):

@@ -141,6 +141,10 @@ class GenerationSection(SamplingOptions):
         2**33,
         description="Memory per process for keys and values. It limits how many responses are generated at a time.",
     )
+    cpu_products: Literal["auto", "packed", "plain"] = Field(
+        "auto",
+        description="float32 on CPUs: products by oneDNN (packed), torch (plain), or by what is faster (measured once).",
+    )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 
 

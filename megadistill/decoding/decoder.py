@@ -24,9 +24,11 @@ from torch.nn.attention import sdpa_kernel
 
 from megadistill.decoding.decode_graph import ATTENTION_KERNELS, DecodeGraph, StepInputs
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
-from megadistill.decoding.linear import FusedLinear, Logits, Norm, apply_rope
+from megadistill.decoding.layer import Layer
+from megadistill.decoding.linear import Logits, Norm
 from megadistill.decoding.packed_attention import Packing, kept_keys_and_values, pack_chunks, packed_attention
-from megadistill.decoding.plan import DecoderPlan, LayerPlan, bias_of, weight_of
+from megadistill.decoding.plan import DecoderPlan, weight_of
+from megadistill.decoding.products import PACKED, ProductLayouts
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
@@ -43,21 +45,6 @@ def all_present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-class _LayerWeights:
-    """The weights of one layer, laid out for its products."""
-
-    def __init__(self, plan: LayerPlan, is_sharded: bool) -> None:
-        self.attention_norm, self.mlp_norm = Norm(plan.attention_norm), Norm(plan.mlp_norm)
-        self.qkv, self.up = FusedLinear(plan.qkv), FusedLinear(plan.up)
-        # Where its inputs are sharded, a layer's bias is added once, after the sum over the shards.
-        self.out = FusedLinear([plan.out], has_bias=not is_sharded)
-        self.down = FusedLinear([plan.down], has_bias=not is_sharded)
-        self.out_bias = bias_of(plan.out) if is_sharded else None
-        self.down_bias = bias_of(plan.down) if is_sharded else None
-        self.q_norm = None if plan.q_norm is None else Norm(plan.q_norm)
-        self.k_norm = None if plan.k_norm is None else Norm(plan.k_norm)
-
-
 def _concatenated(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -70,17 +57,22 @@ class PlanPrefiller:
         shard: This rank's slice of the vocabulary; its group is the tensor-parallel group.
         device: Where the cache is made.
         present: ``present(modules)`` is a context in which the parameters of the modules are whole.
+        layouts: Of the weights.
     """
 
     keeps_cache = True
 
     def __init__(
-        self, plan: DecoderPlan, shard: VocabShard, device: torch.device, present: Present = all_present
+        self,
+        plan: DecoderPlan,
+        shard: VocabShard,
+        device: torch.device,
+        present: Present = all_present,
+        layouts: ProductLayouts = PACKED,
     ) -> None:
         tp_size = shard.tp_size
-        self.plan, self.shard, self.device, self._present = plan, shard, device, present
+        self.plan, self.shard, self.device, self._present, self._layouts = plan, shard, device, present, layouts
         self.num_heads, self.num_kv_heads = plan.num_heads // tp_size, plan.num_kv_heads // tp_size
-        self._scale = plan.head_dim**-0.5
         self._rope_table = torch.zeros(0, dtype=torch.complex64, device=device)
 
     @property
@@ -123,18 +115,20 @@ class PlanPrefiller:
             if chunks:
                 layer_cache = None if state is None else state.layers[i]
                 attend = partial(
-                    self._attend_chunks, layer_cache=layer_cache, chunks=chunks, offsets=offsets, packing=packing
-                )
+                    self._attend_chunks, scale=layer.scale, layer_cache=layer_cache, chunks=chunks, offsets=offsets,
+                    packing=packing,
+                )  # fmt: skip
                 x = _concatenated(list(self._run_layer(layer, x, rope, attend)))
         with self._final_norm() as norm:
             x = x if norm is None else norm(x)
         return list(x.split(sizes)) if chunks else []
 
-    def _layers(self) -> Iterator[_LayerWeights]:
+    def _layers(self) -> Iterator[Layer]:
         """One layer after the other, gathered and laid out while it is used."""
+        layouts = ProductLayouts.reading(self._layouts.read)
         for plan in self.plan.layers:
             with self._present([plan.module]):
-                yield _LayerWeights(plan, self.shard.tp_size > 1)
+                yield Layer(self.plan, plan, self.shard, layouts)
 
     @contextmanager
     def _final_norm(self) -> Iterator[Norm | None]:
@@ -149,7 +143,7 @@ class PlanPrefiller:
 
         One all-reduce where the embedding is sharded, as a tied head shards it.
         """
-        weight, shard = weight_of(self.plan.embedding), self.shard
+        weight, shard = weight_of(self.plan.embedding).detach(), self.shard
         if weight.shape[0] >= shard.total:  # an embedding that is not tied may have padded rows
             x = F.embedding(tokens, weight)
         else:
@@ -159,7 +153,7 @@ class PlanPrefiller:
             x = all_reduce_sum(x, shard.group)
         if self.plan.positions is not None:
             index = torch.full_like(tokens, positions) if isinstance(positions, int) else positions
-            x = x + F.embedding(index + self.plan.position_offset, weight_of(self.plan.positions))
+            x = x + F.embedding(index + self.plan.position_offset, weight_of(self.plan.positions).detach())
         return x
 
     def _rope(self, last: int, positions: Tensor | int) -> Tensor | None:
@@ -177,50 +171,20 @@ class PlanPrefiller:
         return self._rope_table[positions].unsqueeze(-2)
 
     def _run_layer(
-        self, layer: _LayerWeights, x: Tensor, rope: Tensor | None, attend: Callable[[Tensor], Tensor]
+        self, layer: Layer, x: Tensor, rope: Tensor | None, attend: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
         """The outputs of a layer for x [T, H]; outside of attention ``_MAX_TOKENS`` tokens at a time."""
         x_pieces = x.split(_MAX_TOKENS)
         rope_pieces: Sequence[Tensor | None] = [None] * len(x_pieces) if rope is None else rope.split(_MAX_TOKENS)
-        qkv = _concatenated([self._qkv(layer, *piece) for piece in zip(x_pieces, rope_pieces, strict=True)])
+        qkv = _concatenated([layer.qkv(*piece) for piece in zip(x_pieces, rope_pieces, strict=True)])
         for x_piece, attn_out in zip(x_pieces, attend(qkv).split(_MAX_TOKENS), strict=True):
-            yield self._after_attention(layer, x_piece, attn_out)
-
-    def _qkv(self, layer: _LayerWeights, x: Tensor, rope: Tensor | None) -> Tensor:
-        """Queries, keys and values [T, heads + 2 key-value heads, D] of x [T, H], rotary positions applied."""
-        plan, num_heads = self.plan, self.num_heads
-        qkv = layer.qkv(layer.attention_norm(x)).view(len(x), num_heads + 2 * self.num_kv_heads, plan.head_dim)
-        if layer.q_norm is None and rope is None:
-            return qkv
-        split = num_heads + self.num_kv_heads
-        qk = qkv[:, :split]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            qk = torch.cat([layer.q_norm(qk[:, :num_heads]), layer.k_norm(qk[:, num_heads:])], 1)
-        if rope is not None:
-            qk = apply_rope(qk, rope)
-        return torch.cat([qk, qkv[:, split:]], 1)
-
-    def _after_attention(self, layer: _LayerWeights, x: Tensor, attn_out: Tensor) -> Tensor:
-        """The rest of a layer: x [T, H], attention output [T, heads * D]."""
-        x = x + self._sum_over_shards(layer.out(attn_out), layer.out_bias)
-        up = layer.up(layer.mlp_norm(x))
-        if self.plan.is_gated:
-            gate, up = up.chunk(2, -1)
-            up = self.plan.activation(gate) * up
-        else:
-            up = self.plan.activation(up)
-        return x + self._sum_over_shards(layer.down(up), layer.down_bias)
-
-    def _sum_over_shards(self, partial_sum: Tensor, bias: Tensor | None) -> Tensor:
-        if self.shard.group is None:
-            return partial_sum
-        total = all_reduce_sum(partial_sum, self.shard.group)
-        return total if bias is None else total + bias
+            yield layer.after_attention(x_piece, attn_out)
 
     def _attend_chunks(
         self,
         qkv: Tensor,
         *,
+        scale: float,
         layer_cache: Tensor | None,
         chunks: Sequence[PrefillChunk],
         offsets: Sequence[int],
@@ -238,7 +202,7 @@ class PlanPrefiller:
             query, key, value = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
             if not is_fresh and layer_cache is not None:
                 key, value = kept_keys_and_values(layer_cache, chunks, offsets)
-            packed = packed_attention(query, key, value, packing, self._scale)
+            packed = packed_attention(query, key, value, packing, scale)
             return packed.reshape(len(qkv), self.num_heads * self.plan.head_dim)
         if is_fresh and len(set(sizes)) == 1:
             pieces = [qkv.view(len(chunks), sizes[0], *qkv.shape[1:])]
@@ -253,7 +217,7 @@ class PlanPrefiller:
                 mask = torch.ones(sizes[i], end - first, dtype=torch.bool, device=qkv.device)
                 mask = mask.tril(end - first - sizes[i])
             out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self._scale,
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale,
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )  # fmt: skip
             attn_out.append(out.transpose(1, 2).reshape(-1, self.num_heads * self.plan.head_dim))
@@ -273,18 +237,22 @@ class PlanDecoder(PlanPrefiller):
         plan: The modules that hold the weights.
         device: Where the cache is made.
         head: The output head, whose shard is this rank's slice of the vocabulary.
+        layouts: Of the weights.
     """
 
-    def __init__(self, plan: DecoderPlan, device: torch.device, head: OutputHead) -> None:
-        super().__init__(plan, head.shard, device)
+    def __init__(
+        self, plan: DecoderPlan, device: torch.device, head: OutputHead, layouts: ProductLayouts = PACKED
+    ) -> None:
+        super().__init__(plan, head.shard, device, layouts=layouts)
         self.head = head
         with torch.no_grad():
-            self._layer_weights = [_LayerWeights(layer, head.shard.tp_size > 1) for layer in plan.layers]
+            self._laid_out = [Layer(plan, layer, head.shard, layouts) for layer in plan.layers]
             self._norm = None if plan.final_norm is None else Norm(plan.final_norm)
-            self._logits = Logits(head.weight, head.bias)
+            self._logits = Logits(head.weight, head.bias, layouts.head)
+        self._is_wide_on_cpu = device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
 
-    def _layers(self) -> Iterator[_LayerWeights]:
-        return iter(self._layer_weights)
+    def _layers(self) -> Iterator[Layer]:
+        return iter(self._laid_out)
 
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
         """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``."""
@@ -303,7 +271,7 @@ class PlanDecoder(PlanPrefiller):
         """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H].
 
         On a GPU without tensor parallelism the third step of a cache is recorded as a CUDA graph and replayed from then
-        on: one launch per token instead of some forty per layer.
+        on: one launch per token instead of some twenty per layer.
         """
         if self.device.type != "cuda":
             return self._decode(state, tokens, column)
@@ -328,24 +296,31 @@ class PlanDecoder(PlanPrefiller):
         mask = mask.masked_fill(~is_attended[:, None, None], -torch.inf)
         positions = (inputs.column - inputs.starts).clamp_min(0)
         x, rope = self._embed(inputs.tokens, positions), self._rope(0, positions)
-        for layer, layer_cache in zip(self._layer_weights, state.layers, strict=True):
-            qkv = self._qkv(layer, x, rope)
-            layer_cache[:, slots, :, written] = qkv[:, self.num_heads :].view(num_slots, 2, self.num_kv_heads, -1)
+        for layer, layer_cache in zip(self._laid_out, state.layers, strict=True):
+            qkv = layer.qkv(x, rope)
+            layer_cache[:, slots, :, written] = self._keys_and_values(qkv)
             keys, values = layer_cache[:, :, :, :-1]
-            x = self._after_attention(layer, x, self._attend_grouped(qkv, keys, values, mask))
+            x = layer.after_attention(x, self._attend_grouped(qkv, keys, values, mask, layer.scale))
         return x if self._norm is None else self._norm(x)
 
     def _decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
-        starts = state.starts()
+        starts, end = state.starts(), column + 1
         positions = column if starts is None else column - starts[: len(tokens)]
         x = self._embed(tokens, positions)
         rope = self._rope(column, positions)
         if rope is not None and starts is None:
             rope = rope.unsqueeze(0)
-        padding = None if starts is None else state.padding()[: len(tokens), : column + 1]
-        for layer, layer_cache in zip(self._layer_weights, state.layers, strict=True):
-            qkv = self._qkv(layer, x, rope)
-            x = self._after_attention(layer, x, self._attend_column(qkv, layer_cache, column, padding))
+        mask = None if starts is None else state.mask(len(tokens), per_head=self._is_wide_on_cpu)[..., :end]
+        for layer, views in zip(self._laid_out, state.views(len(tokens)), strict=True):
+            qkv = layer.qkv(x, rope)
+            views.columns.select(3, column).copy_(self._keys_and_values(qkv).transpose(0, 1))
+            if self._is_wide_on_cpu:
+                keys, values = views.keys.narrow(2, 0, end), views.values.narrow(1, 0, end)
+                attn_out = self._attend_few(qkv, keys, values, mask, layer.scale)
+            else:
+                keys, values = views.columns.narrow(3, 0, end)
+                attn_out = self._attend_grouped(qkv, keys, values, mask, layer.scale)
+            x = layer.after_attention(x, attn_out)
         return x if self._norm is None else self._norm(x)
 
     @torch.inference_mode()
@@ -353,31 +328,33 @@ class PlanDecoder(PlanPrefiller):
         """This rank's logits [B, Vs] of hidden states [B, H]; float32 or better."""
         return self._logits(hidden)
 
-    def _attend_column(self, qkv: Tensor, layer_cache: Tensor, column: int, padding: Tensor | None) -> Tensor:
-        """One query an example [B, heads * D] against all columns up to ``column``; leaves out ``padding`` [B, S]."""
-        num_examples, num_heads, num_kv_heads = len(qkv), self.num_heads, self.num_kv_heads
-        split, head_dim = num_heads + num_kv_heads, self.plan.head_dim
-        keys = layer_cache[0, :num_examples, :, : column + 1]
-        values = layer_cache[1, :num_examples, :, : column + 1]
-        keys[:, :, column] = qkv[:, num_heads:split]
-        values[:, :, column] = qkv[:, split:]
-        if qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64):
-            # Less than half the time of the general kernel, which is made for many queries.
-            query = qkv[:, :num_heads].reshape(num_examples * num_kv_heads, num_heads // num_kv_heads, head_dim)
-            scores = torch.baddbmm(
-                query.new_zeros(1, 1, 1), query, keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=self._scale
-            )
-            if padding is not None:
-                scores.view(num_examples, -1, column + 1).masked_fill_(padding.unsqueeze(1), -torch.inf)
-            return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(num_examples, num_heads * head_dim)
-        return self._attend_grouped(qkv, keys, values, None if padding is None else ~padding[:, None, None])
+    def _keys_and_values(self, qkv: Tensor) -> Tensor:
+        """[B, 2, key-value heads, D] of what ``Layer.qkv`` returns."""
+        return qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
 
-    def _attend_grouped(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_few(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """One query an example: attention output [B, heads * D].
+
+        Less than half the time of the general kernel on CPUs, which is made for many queries.
+
+        Args:
+            qkv: As ``Layer.qkv`` returns it.
+            keys: [B * key-value heads, D, columns].
+            values: [B * key-value heads, columns, D].
+            mask: [B * key-value heads, 1, columns] added to the scores; None adds nothing.
+            scale: Factor on the scores, where the weights do not hold it.
+        """
+        query = qkv[:, : self.num_heads].reshape(len(keys), -1, self.plan.head_dim)
+        query = query if scale == 1 else query * scale
+        scores = torch.bmm(query, keys) if mask is None else torch.baddbmm(mask, query, keys)
+        return torch.bmm(scores.softmax(-1), values).view(len(qkv), -1)
+
+    def _attend_grouped(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """One query per example: attention output [B, heads * D].
 
         Heads that share their keys are one sequence of queries to the kernel, which then need not know of groups
         (kernels that take a mask do not).
         """
         query = qkv[:, : self.num_heads].reshape(len(qkv), self.num_kv_heads, -1, self.plan.head_dim)
-        attn_out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
+        attn_out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
         return attn_out.reshape(len(qkv), -1)

@@ -18,6 +18,7 @@ from megadistill.decoding.hf_cache import cache_over
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import Logits
 from megadistill.decoding.plan import DecoderPlan, key_value_shape
+from megadistill.decoding.products import PACKED, Layout, ProductLayouts
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def make_decoder(
-    model: PreTrainedModel, plan: DecoderPlan | None, shard: VocabShard, device: torch.device
+    model: PreTrainedModel,
+    plan: DecoderPlan | None,
+    shard: VocabShard,
+    device: torch.device,
+    layouts: ProductLayouts = PACKED,
 ) -> PlanDecoder | HFDecoder:
     """The project's decoder where the model has a plan, else one that runs the model's own forward pass.
 
@@ -35,9 +40,12 @@ def make_decoder(
         plan: How the project's decoder reads it.
         shard: This rank's slice of the vocabulary.
         device: Where the cache is made.
+        layouts: Of the weights; a model without a plan has only the head's.
     """
     head = OutputHead.of(model.get_output_embeddings(), shard)
-    return HFDecoder(model, device, head) if plan is None else PlanDecoder(plan, device, head)
+    if plan is None:
+        return HFDecoder(model, device, head, layouts.head)
+    return PlanDecoder(plan, device, head, layouts)
 
 
 class HFDecoder:
@@ -50,11 +58,14 @@ class HFDecoder:
         model: The model.
         device: Where the cache is made.
         head: The output head, whose shard is this rank's slice of the vocabulary.
+        layout: Of the head's weight.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, head: OutputHead) -> None:
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, head: OutputHead, layout: Layout = "packed"
+    ) -> None:
         self.model, self.shard, self.device, self.head = model, head.shard, device, head
-        self._logits = Logits(head.weight, head.bias)
+        self._logits = Logits(head.weight, head.bias, layout)
 
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
         """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``."""

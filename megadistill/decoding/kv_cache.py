@@ -25,6 +25,20 @@ class PrefillChunk(NamedTuple):
     tokens: Sequence[int]
 
 
+class LayerViews(NamedTuple):
+    """The first n slots of a layer's cache.
+
+    Attributes:
+        columns: [2 (keys, values), n, key-value heads, S, D].
+        keys: [n * key-value heads, D, S].
+        values: [n * key-value heads, S, D].
+    """
+
+    columns: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 class KVCache:
     """One buffer per layer for B examples and S columns.
 
@@ -68,8 +82,14 @@ class KVCache:
         size = (2, len(offsets), num_heads, columns, head_dim)
         self.layers = [make(size, dtype=dtype, device=device) for _ in range(num_layers)]
         self.offsets = list(offsets)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets what was derived from the places of examples and buffers."""
         self._starts: torch.Tensor | None = None
         self._padding: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+        self._views: list[LayerViews] = []
 
     def starts(self) -> torch.Tensor | None:
         """The offsets as a tensor [B]; None where all examples start in column 0 and no key needs to be masked."""
@@ -85,12 +105,33 @@ class KVCache:
             self._padding = columns[None] < starts[:, None]
         return self._padding
 
+    def mask(self, num_examples: int, *, per_head: bool) -> torch.Tensor:
+        """Zeros, and -inf in the columns before the first one of each example.
+
+        Args:
+            num_examples: n, the first slots.
+            per_head: [n * key-value heads, 1, S] instead of [n, 1, 1, S]; the same in all calls of a cache.
+        """
+        num_heads = self.layers[0].shape[2] if per_head else 1
+        if self._mask is None:
+            zeros = torch.zeros(self.padding().shape, dtype=self.layers[0].dtype, device=self.layers[0].device)
+            mask = zeros.masked_fill_(self.padding(), -torch.inf)
+            self._mask = mask.repeat_interleave(num_heads, 0).unsqueeze(1) if per_head else mask[:, None, None]
+        return self._mask[: num_examples * num_heads]
+
+    def views(self, num_examples: int) -> list[LayerViews]:
+        """What a decoding step of the first slots writes and reads, layer by layer; made once for several steps."""
+        if not self._views or self._views[0].columns.shape[1] != num_examples:
+            columns = [layer[:, :num_examples] for layer in self.layers]
+            self._views = [LayerViews(c, c[0].flatten(0, 1).transpose(1, 2), c[1].flatten(0, 1)) for c in columns]
+        return self._views
+
     def swap(self, a: int, b: int) -> None:
         """Exchanges the examples of two slots."""
         if a == b:
             return
         self.offsets[a], self.offsets[b] = self.offsets[b], self.offsets[a]
-        self._starts = self._padding = None
+        self._forget()
         for layer in self.layers:
             kept = layer[:, a].clone()
             layer[:, a] = layer[:, b]
@@ -105,7 +146,7 @@ class KVCache:
         if list(order) == list(range(len(order))):
             return
         self.offsets = [self.offsets[slot] for slot in order]
-        self._starts = self._padding = None
+        self._forget()
         slots = torch.tensor(list(order), device=self.layers[0].device)
         if self.spare is not None:
             for layer in self.layers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,7 +118,11 @@ class DecoderPlan:
 
 
 def _function(activation: Activation) -> Activation:
-    """An activation without the hooks that an engine may have registered on its module."""
+    """An activation without the hooks that an engine may have registered on its module; GELU as one operation."""
+    from transformers.activations import NewGELUActivation
+
+    if isinstance(activation, NewGELUActivation):  # written out there: eight operations
+        return partial(nn.functional.gelu, approximate="tanh")
     return activation.forward if isinstance(activation, nn.Module) else activation
 
 

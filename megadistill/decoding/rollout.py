@@ -20,8 +20,7 @@ import torch
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.decoding.nonfinite import OnNonFinite, logits_error
 from megadistill.decoding.protocols import Decoder
-from megadistill.decoding.sampling import NO_TOKEN, Sampling, draw_tokens
-from megadistill.parallel.rng import uniform
+from megadistill.decoding.sampling import NO_TOKEN, Sampling, draw_tokens, sampling_numbers
 
 MAX_EXAMPLES = 64
 
@@ -157,7 +156,7 @@ class RolloutState:
             if active is None:
                 active = torch.tensor(self._example_of[:num_active], device=self._model.device)
             column = self._width + position
-            hidden = self._model.decode(self._cache, self._tokens[active, position], column)
+            hidden = self._model.decode(self._cache, self._tokens[:, position].index_select(0, active), column)
             position += 1
             num_left = self._append(hidden, active, num_active, position, numbers)
             if num_left != num_active:
@@ -173,12 +172,12 @@ class RolloutState:
         tokens = draw_tokens(
             self._model.logits(hidden),
             self._model.shard,
-            None if numbers is None else numbers[active, position],
+            None if numbers is None else numbers[position].index_select(0, active),
             self._sampling,
         )
-        self._tokens[active, position] = tokens
+        self._tokens[:, position].index_copy_(0, active, tokens)
         if self._hidden is not None:
-            self._hidden[active, position] = hidden
+            self._hidden[:, position].index_copy_(0, active, hidden)
         ended = []
         for slot, token in enumerate(tokens.tolist()):
             example = self._example_of[slot]
@@ -202,13 +201,14 @@ class RolloutState:
         self._example_of[a], self._example_of[b] = self._example_of[b], self._example_of[a]
 
     def _numbers(self, stream: int) -> torch.Tensor | None:
-        """Random numbers [B, N] in (0, 1) of all N response positions, drawn at once; None for greedy decoding."""
+        """Random numbers [N, B] of all N response positions, drawn at once; None for greedy decoding."""
         if self._sampling.temperature == 0:
             return None
         num_examples = len(self._sequence_ids)
         ids = torch.tensor(self._sequence_ids, device=self._model.device).repeat_interleave(self._longest)
         positions = torch.arange(self._longest, device=ids.device).repeat(num_examples)
-        return uniform(self._sampling.seed, ids, positions, stream=stream).view(num_examples, self._longest)
+        numbers = sampling_numbers(self._sampling.seed, ids, positions, stream=stream)
+        return numbers.view(num_examples, self._longest).T.contiguous()
 
 
 def rollout(

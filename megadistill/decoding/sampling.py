@@ -105,8 +105,13 @@ def sample_tokens(
             f"sequence_ids {tuple(sequence_ids.shape)} and positions {tuple(positions.shape)} must be "
             f"({len(logits_shard)},)"
         )
-    numbers = None if temperature == 0 else uniform(seed, sequence_ids, positions, stream=stream)
+    numbers = None if temperature == 0 else sampling_numbers(seed, sequence_ids, positions, stream=stream)
     return draw_tokens(logits_shard, shard, numbers, Sampling(seed, temperature, _options(top_k=top_k, top_p=top_p)))
+
+
+def sampling_numbers(seed: int, sequence_ids: Tensor, positions: Tensor, *, stream: int = 0) -> Tensor:
+    """``uniform`` for ``draw_tokens``: [B] in (0, 1 - 2^-52], so that a product with a mass is below the mass."""
+    return uniform(seed, sequence_ids, positions, stream=stream).clamp_max_(1 - 2.0**-52)
 
 
 @torch.no_grad()
@@ -118,7 +123,7 @@ def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None,
     Args:
         logits_shard: [B, Vs] this rank's logits; -inf excludes a class.
         shard: This rank's slice of the vocabulary.
-        numbers: [B] in (0, 1); greedy sampling needs none.
+        numbers: [B] in (0, 1 - 2^-52] (``sampling_numbers``); greedy sampling needs none.
         sampling: How tokens are drawn; its seed is not used.
 
     Returns:
@@ -131,8 +136,11 @@ def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None,
     assert numbers is not None
     elements = _MAX_ELEMENTS_CPU if logits_shard.device.type == "cpu" else _MAX_ELEMENTS_ACCELERATOR
     size = min(max(1, elements // max(1, -(-shard.total // shard.tp_size))), max(1, len(logits_shard)))
-    # One buffer for all pieces: new memory of this size costs more than the exponentials on CPUs.
-    buffer = torch.empty(size, _groups(shard.size) * _GROUP, dtype=torch.float64, device=logits_shard.device)
+    # One buffer for all pieces: new memory of this size costs more than the exponentials on CPUs. Its last group is
+    # empty: what has no distribution is looked up there.
+    num_groups = _groups(shard.size) + 1
+    buffer = torch.empty(size, num_groups * _GROUP, dtype=torch.float64, device=logits_shard.device)
+    buffer[:, shard.size :] = 0
     pieces = zip(logits_shard.split(size), numbers.split(size), strict=True)
     drawn = [_sample(logits, shard, number, buffer, sampling) for logits, number in pieces]
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
@@ -146,7 +154,8 @@ def _sample(logits_shard: Tensor, shard: VocabShard, numbers: Tensor, buffer: Te
         scaled_BVs = _keep_top_k(scaled_BVs, shard, options.top_k)
     if options.top_p < 1:
         scaled_BVs = _keep_top_p(scaled_BVs.to(torch.float64), _ordered_bits(logits_shard), shard, options.top_p)
-    return _draw(scaled_BVs, shard, numbers, buffer)
+    draw = _draw_alone if shard.group is None else _draw
+    return draw(scaled_BVs, shard, numbers, buffer)
 
 
 def _options(**values: Any) -> SamplingOptions:
@@ -175,6 +184,14 @@ def _greedy(logits_BVs: Tensor, shard: VocabShard) -> Tensor:
     return _where_finite(best, all_gather_rows(candidate, shard.group).amin(0))
 
 
+def _draw_alone(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor) -> Tensor:
+    """``_draw`` of a vocabulary in one piece, with a third of its operations."""
+    largest = _largest(scaled_BVs)
+    mass_BGM, bounds_BG = _masses(scaled_BVs, largest, buffer)
+    total = bounds_BG[:, -1]  # NaN where no logit or no largest one is finite
+    return _find(mass_BGM, bounds_BG, number * total).masked_fill_(total.isnan(), NO_TOKEN)
+
+
 def _draw(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor) -> Tensor:
     """The class whose piece of the cumulative distribution holds number [B]."""
     largest = _largest(scaled_BVs).to(torch.float64)
@@ -184,14 +201,14 @@ def _draw(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor)
     best = gathered[..., 0].amax(0)
     scales = torch.exp(gathered[..., 0] - _finite(best))
     bounds = (gathered[..., 1] * scales).cumsum(0)
-    zero = torch.zeros_like(number)
-    target = torch.minimum(number * bounds[-1], torch.nextafter(bounds[-1], zero))
+    target = number * bounds[-1]
     owner = (bounds <= target).sum(0)
     if shard.size == 0:
         return _where_finite(best, all_reduce_sum(torch.zeros_like(owner), shard.group))
-    before = bounds[shard.tp_rank - 1] if shard.tp_rank else zero
+    before = bounds[shard.tp_rank - 1] if shard.tp_rank else torch.zeros_like(number)
     local_target = (target - before) / scales[shard.tp_rank]
-    index = _find(mass_BGM, bounds_BG, local_target)
+    # Inside this shard's mass, whatever round-off did to it; what lies outside is another rank's.
+    index = _find(mass_BGM, bounds_BG, _below(local_target, local_mass, bounds_BG[:, 0]).clamp_min_(0))
     token = torch.where(owner == shard.tp_rank, index.clamp_max(shard.size - 1) + shard.start, 0)
     return _where_finite(best, all_reduce_sum(token, shard.group))
 
@@ -206,30 +223,36 @@ def _groups(num_classes: int) -> int:
 
 
 def _masses(scaled_BVs: Tensor, largest: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scaled - largest) in groups of classes [B, G, M], and the mass up to the end of each group [B, G]."""
+    """exp(scaled - largest) in groups of classes [B, G + 1, M], the last one empty.
+
+    Also the mass before each group and the mass of all [B, G + 1].
+    """
     num_examples, num_classes = scaled_BVs.shape
-    num_groups, mass = _groups(num_classes), buffer[:num_examples]
-    mass[:, num_classes:] = 0
-    kept = mass[:, :num_classes]
-    torch.sub(scaled_BVs, largest.unsqueeze(-1), out=kept)
-    kept.exp_()
-    mass_BGM = mass.view(num_examples, num_groups, _GROUP)
-    return mass_BGM, mass_BGM.sum(-1).cumsum_(-1)
+    mass = buffer[:num_examples]
+    # One after the other: together they would convert while they compute, which takes longer.
+    mass[:, :num_classes].copy_(scaled_BVs).sub_(largest.unsqueeze(-1)).exp_()
+    mass_BGM = mass.view(num_examples, mass.shape[1] // _GROUP, _GROUP)
+    bounds = mass.new_zeros(num_examples, mass_BGM.shape[1])
+    torch.cumsum(mass_BGM[:, :-1].sum(-1), -1, out=bounds[:, 1:])
+    return mass_BGM, bounds
 
 
 def _find(mass_BGM: Tensor, bounds_BG: Tensor, target: Tensor) -> Tensor:
-    """[B] the class in whose piece of the shard's mass the target lies: first its group, then its place there."""
+    """[B] the class in whose piece of the mass the target lies, which is below the mass of all.
 
-    def first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
-        # Within the last piece with mass, whatever round-off did to the target.
-        wanted = torch.minimum(wanted, torch.nextafter(cumulative[:, -1], torch.zeros_like(wanted)))
-        index = torch.searchsorted(cumulative, wanted.unsqueeze(-1), right=True)
-        return index.clamp_max(cumulative.shape[1] - 1)
-
-    group = first_above(bounds_BG, target)
-    before = torch.where(group > 0, bounds_BG.gather(-1, (group - 1).clamp_min(0)), 0.0).squeeze(-1)
+    First its group, then its place there. A target that is not a number is in the empty group.
+    """
+    group = torch.searchsorted(bounds_BG, target.unsqueeze(-1), right=True).sub_(1)
     inside = mass_BGM.gather(1, group.unsqueeze(-1).expand(-1, 1, _GROUP)).squeeze(1).cumsum_(-1)
-    return group.squeeze(-1) * _GROUP + first_above(inside, target - before).squeeze(-1)
+    rest = target.unsqueeze(-1) - bounds_BG.gather(-1, group)
+    # Within the last class with mass, whatever round-off did to the target.
+    index = torch.searchsorted(inside, _below(rest, inside[:, -1:], bounds_BG[:, :1]), right=True)
+    return torch.add(index, group, alpha=_GROUP).squeeze(-1)
+
+
+def _below(value: Tensor, bound: Tensor, zero: Tensor) -> Tensor:
+    """The value, or the next number below the bound where it is not below."""
+    return torch.minimum(value, torch.nextafter(bound, zero))
 
 
 def _keep_top_k(scaled_BVs: Tensor, shard: VocabShard, top_k: int) -> Tensor:

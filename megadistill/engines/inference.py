@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from megadistill.decoding.decoder import PlanDecoder
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
+from megadistill.decoding.layouts import choose_layouts, product_shapes
+from megadistill.decoding.products import PACKED
 from megadistill.models.loading import load_model, whole_model
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.vocab import VocabShard
@@ -47,8 +49,12 @@ def open_model(
     )
     if context.world_size == 1:
         model = whole_model(loaded, context.device).requires_grad_(False)
-        shard = VocabShard(0, vocab_size, vocab_size, None)
-        yield make_decoder(model, loaded.family.plan(model), shard, context.device)
+        shard, plan = VocabShard(0, vocab_size, vocab_size, None), loaded.family.plan(model)
+        layouts = PACKED
+        if context.device.type == "cpu":
+            head = model.get_output_embeddings().weight
+            layouts = choose_layouts("auto", product_shapes(plan, head, lambda weight: weight.shape))
+        yield make_decoder(model, plan, shard, context.device, layouts)
         return
     from megadistill.engines.partitioned import frozen_model
 

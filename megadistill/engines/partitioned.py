@@ -16,6 +16,8 @@ from megadistill.data.collate import right_padded
 from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.layouts import Setting, choose_layouts, product_shapes
+from megadistill.decoding.products import PACKED
 from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
 from megadistill.engines.lm_forward import use_head_fn_forward
@@ -37,12 +39,14 @@ class PartitionedModel:
     """A DeepSpeed engine around a sharded model, and this rank's slice of its head.
 
     Implements ``decoding.protocols.TextModel``. Made on all ranks at once: how parameters are sharded is learned by one
-    object all-gather over the tensor-parallel group.
+    object all-gather over the tensor-parallel group, and on CPUs the layouts of products that rank 0 chooses are
+    broadcast.
 
     Args:
         engine: What ``initialize`` made of the model.
         loaded: The model as it was loaded.
         context: The grid of processes.
+        cpu_products: ``generation.cpu_products``.
 
     Attributes:
         engine: The engine.
@@ -52,7 +56,13 @@ class PartitionedModel:
         shard_specs: Name of each parameter -> how tensor parallelism shards it.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, loaded: LoadedModel, context: ParallelContext) -> None:
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        loaded: LoadedModel,
+        context: ParallelContext,
+        cpu_products: Setting = "auto",
+    ) -> None:
         self.engine, self.loaded, self.context = engine, loaded, context
         if context.tp_size > 1 and loaded.family.post_shard is not None:
             loaded.family.post_shard(engine.module, context.tp_size)
@@ -62,6 +72,10 @@ class PartitionedModel:
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
         self.shard_specs = _shard_specs(engine.module, loaded, context)
         self._plan = loaded.family.plan(engine.module)
+        self._layouts = PACKED
+        if context.device.type == "cpu":
+            shapes = product_shapes(self._plan, engine.module.get_output_embeddings().weight, shard_shape)
+            self._layouts = context.run_on_rank0(lambda: choose_layouts(cpu_products, shapes))
         if loaded.shards is not None:
             self.fill(ShardReader(loaded.shards), WEIGHT)
 
@@ -95,7 +109,7 @@ class PartitionedModel:
         with gathered_module(self.engine, runs_forward=self._plan is None) as module:
             module.eval()
             try:
-                yield make_decoder(module, self._plan, self.shard, self.context.device)
+                yield make_decoder(module, self._plan, self.shard, self.context.device, self._layouts)
             finally:
                 module.train(was_training)
 
@@ -117,7 +131,7 @@ class PartitionedModel:
         """
         if self._plan is None:
             return EnginePrefiller(self.engine, self.context.device, examples_per_pass)
-        return PlanPrefiller(self._plan, self.shard, self.context.device, _present)
+        return PlanPrefiller(self._plan, self.shard, self.context.device, _present, self._layouts)
 
 
 def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, ShardSpec]:
@@ -176,6 +190,7 @@ def frozen_model(
     zero_stage: int,
     dtype: str,
     deepspeed_settings: Mapping[str, Any] | None = None,
+    cpu_products: Setting = "auto",
 ) -> PartitionedModel:
     """Partitions a model that is never trained (collective over the world).
 
@@ -185,6 +200,7 @@ def frozen_model(
         zero_stage: ZeRO stage of the run.
         dtype: Type of the weights, "fp32" or "bf16".
         deepspeed_settings: The run's ``deepspeed`` section.
+        cpu_products: ``generation.cpu_products``.
 
     Raises:
         ConfigError: DeepSpeed refuses its settings.
@@ -202,7 +218,7 @@ def frozen_model(
     engine = initialize(model, config, context)
     # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
-    return PartitionedModel(engine, loaded, context)
+    return PartitionedModel(engine, loaded, context, cpu_products)
 
 
 def initialize(

@@ -12,6 +12,7 @@ from torch import nn
 
 from megadistill.config.schema import OptimSection, TrainSection
 from megadistill.data.collate import SequenceBatch
+from megadistill.decoding.layouts import Setting
 from megadistill.engines.ds_config import student_config
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import LocalPart, local_parts, optimizer_steps, set_optimizer_steps
@@ -48,9 +49,10 @@ class Student(PartitionedModel):
         loaded: LoadedModel,
         context: ParallelContext,
         adamw: _GuardedAdamW,
+        cpu_products: Setting = "auto",
     ) -> None:
         self._adamw = adamw
-        super().__init__(engine, loaded, context)
+        super().__init__(engine, loaded, context, cpu_products)
 
     def fill(self, shards: ShardReader, kind: str) -> None:
         """Loads the weights, the optimizer's float32 copies included, and its moments where the files have them.
@@ -180,6 +182,7 @@ def trained_model(
     train: TrainSection,
     gradient_checkpointing: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
+    cpu_products: Setting = "auto",
 ) -> Student:
     """Partitions a model together with its AdamW (collective over the world).
 
@@ -192,6 +195,7 @@ def trained_model(
         train: Settings of the batches.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         deepspeed_settings: The run's ``deepspeed`` section.
+        cpu_products: ``generation.cpu_products``.
 
     Raises:
         ConfigError: DeepSpeed refuses its settings.
@@ -214,7 +218,7 @@ def trained_model(
         passed=deepspeed_settings,
     )
     adamw = _adamw(model, optim)
-    return Student(initialize(model, config, context, adamw), loaded, context, adamw)
+    return Student(initialize(model, config, context, adamw), loaded, context, adamw, cpu_products)
 
 
 class _GuardedAdamW(torch.optim.AdamW):

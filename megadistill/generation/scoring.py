@@ -12,10 +12,10 @@ import torch
 
 from megadistill.config.loss import Backend
 from megadistill.decoding.protocols import TextModel
-from megadistill.decoding.sampling import draw_tokens
+from megadistill.decoding.sampling import draw_tokens, sampling_numbers
 from megadistill.losses import Head, token_kl
 from megadistill.parallel.output_head import OutputHead
-from megadistill.parallel.rng import Stream, uniform
+from megadistill.parallel.rng import Stream
 
 
 class TeacherScores(NamedTuple):
@@ -72,7 +72,7 @@ def score_responses(
     mask = (columns[None] >= first[:, None]) & (columns[None] < length[:, None])
     example, column = mask.nonzero(as_tuple=True)
     ids = torch.tensor(list(sequence_ids), device=device)[example]
-    numbers = uniform(seed, ids, column, stream=Stream.TEACHER_TOKEN + round_index)
+    numbers = sampling_numbers(seed, ids, column, stream=Stream.TEACHER_TOKEN + round_index)
     drawn = torch.zeros(len(example), dtype=torch.int64, device=device)
 
     def draw(chunk: slice, logits: torch.Tensor) -> None:

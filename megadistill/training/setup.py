@@ -264,6 +264,7 @@ def _engines(
             zero_stage=zero_stage,
             dtype=config.model.teacher.dtype,
             deepspeed_settings=config.deepspeed,
+            cpu_products=config.generation.cpu_products,
         )
     student = trained_model(
         student_model,
@@ -274,6 +275,7 @@ def _engines(
         train=config.train,
         gradient_checkpointing=config.model.gradient_checkpointing,
         deepspeed_settings=config.deepspeed,
+        cpu_products=config.generation.cpu_products,
     )
     return student, teacher
 

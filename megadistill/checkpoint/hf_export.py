@@ -64,11 +64,11 @@ def _check_tensors(folder: Path, loaded: LoadedModel, dtype: torch.dtype) -> Non
     Raises:
         CheckpointError: A tensor is missing, left over, or of another shape or type.
     """
-    export, removed = loaded.family.export, loaded.removed_rows
+    removed = loaded.removed_rows
     expected: dict[str, tuple[list[int], torch.dtype]] = {}
     for name, shape in loaded.shapes.items():
         whole = torch.empty(shape, device="meta")
-        rows, *rest = whole.shape if export is None else export(name, whole).shape
+        rows, *rest = loaded.family.export(name, whole).shape
         expected[name] = ([rows + (len(removed[name]) if name in removed else 0), *rest], dtype)
     written = HFWeights(folder)
     found = {name: (written.shape(name), written.torch_dtype(name)) for name in written.names}
@@ -181,8 +181,7 @@ def _standard_weights(
     trained; None without any.
     """
     for name in names:
-        tensor = shards.whole(MASTER, name)
-        tensor = tensor if family.export is None else family.export(name, tensor)
+        tensor = family.export(name, shards.whole(MASTER, name))
         rows = removed(name, len(tensor))
         yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 

@@ -73,6 +73,11 @@ class ModelSection(Section):
         description="Tokens that end a response, as texts or ids; null: the tokenizer's EOS and those that "
         "generation_config.json (else config.json) of the model that writes names.",
     )
+    read: Literal["map", "copy"] = Field(
+        "map",
+        description="How weights are read. map: mapped into memory, which all processes of a node share; copy: by one "
+        "process of each node, front to back, which sends them to the others, for file systems where mapping is slow.",
+    )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute the student's activations in the backward pass: less memory, more time."

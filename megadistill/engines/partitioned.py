@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -11,6 +12,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from megadistill.data.collate import right_padded
 from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
@@ -22,9 +24,9 @@ from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
-from megadistill.models.loading import LoadedModel
+from megadistill.models.loading import LoadedModel, WeightSource
 from megadistill.models.shard_spec import ShardSpec
-from megadistill.models.shards import WEIGHT, ShardReader
+from megadistill.models.shards import WEIGHT
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
@@ -62,25 +64,29 @@ class PartitionedModel:
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
         self.shard_specs = _shard_specs(engine.module, loaded, context)
         self._plan = loaded.family.plan(engine.module)
-        if loaded.shards is not None:
-            self.fill(ShardReader(loaded.shards), WEIGHT)
+        if loaded.weights is not None:
+            self.fill(loaded.weights, WEIGHT)
+            self.loaded = replace(loaded, weights=None)
 
-    def fill(self, shards: ShardReader, kind: str) -> None:
-        """Loads all weights from files of any layout. No communication.
+    def fill(self, weights: WeightSource, kind: str) -> None:
+        """Loads all weights, one parameter after the other, of each what this rank keeps.
+
+        Communicates only where a node reads its files once (``TensorReader.stream``).
 
         Args:
-            shards: The files.
+            weights: Whole tensors, or files of any layout.
             kind: Which tensors of theirs are the weights.
 
         Raises:
             CheckpointError: The files are those of another model, or incomplete.
         """
-        for name, parameter in self.module.named_parameters():
+        parameters = dict(self.module.named_parameters())
+        for name in weights.stream(parameters):
+            self._fill_parameter(name, parameters[name], weights, kind)
 
-            def read(start: int, end: int, name: str = name) -> torch.Tensor:
-                return shards.read(kind, name, self.shard_specs[name], self.context.tp_rank, start, end)
-
-            set_weights(parameter, read)
+    def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
+        spec, tp_rank = self.shard_specs[name], self.context.tp_rank
+        set_weights(parameter, lambda start, end: weights.read(kind, name, spec, tp_rank, start, end))
 
     @property
     def module(self) -> PreTrainedModel:
@@ -216,7 +222,7 @@ def initialize(
     Collective over the world.
 
     Args:
-        model: The whole model.
+        model: The whole model, whose weights are filled in afterwards.
         config: DeepSpeed's configuration (``ds_config``).
         context: The grid of processes, whose timeout DeepSpeed's own groups get, too.
         optimizer: The optimizer of a model that is trained.
@@ -227,7 +233,8 @@ def initialize(
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 put every angle off by one percent.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     try:
-        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+        with _NothingToCopy(model):
+            engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
     except ValidationError as error:
         raise ConfigError(_refused(error)) from None
     context.set_all_timeouts()
@@ -240,6 +247,25 @@ def initialize(
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(model, parameter)
     return engine
+
+
+class _NothingToCopy(TorchFunctionMode):
+    """Spares AutoTP's copies of its slices, as long as no weight is there: they are memory that nothing has touched.
+
+    Otherwise every rank would hold its whole tensor-parallel shard before ZeRO-3 takes it apart, one by one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._empty = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.to and kwargs.get("copy") and args[0].untyped_storage().data_ptr() in self._empty:
+            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[1])
+        return func(*args, **kwargs)
 
 
 def _refused(error: ValidationError) -> str:

@@ -75,8 +75,9 @@ class ModelSection(Section):
     )
     read: Literal["map", "copy"] = Field(
         "map",
-        description="How weights are read. map: mapped into memory, which all processes of a node share; copy: by one "
-        "process of each node, front to back, which sends them to the others, for file systems where mapping is slow.",
+        description="How a model's files are read. map: mapped into memory, which the processes of a node share; copy: front "
+        "to back by one process of each node, which sends them to the others, for file systems where mapping is slow. "
+        "Not for random weights and folders of megadistill shard.",
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(

@@ -91,7 +91,7 @@ class TensorReader:
                 return run[start - first : end - first]
         columns = torch.Size(spec.shard_shape(tp_rank)[1:]).numel()
         pieces = [self._piece(name, spec, tp_rank, rows, between) for rows, between in _rectangles(start, end, columns)]
-        run = torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        run = pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0, dtype=self._dtype), *pieces])
         self._last = ((name, spec, tp_rank), start, end, run)
         return run
 

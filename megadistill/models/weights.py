@@ -1,6 +1,6 @@
 """Which tensor of a model's files is which parameter; everything that transformers lets pass is refused or said.
 
-``placed_tensors`` is what models are loaded by. ``load_weights`` lets transformers load: for peft, and for what proves a
+Models are loaded by ``placed_tensors``. ``load_weights`` lets transformers load: for peft, and for the proof of a
 conversion by transformers alone. Tests hold the first to the second.
 """
 

@@ -75,9 +75,9 @@ class ModelSection(Section):
     )
     read: Literal["map", "copy"] = Field(
         "map",
-        description="How a model's files are read. map: mapped into memory, which the processes of a node share; copy: front "
-        "to back by one process of each node, which sends them to the others, for file systems where mapping is slow. "
-        "Not for random weights and folders of megadistill shard.",
+        description="How a model's files are read. map: mapped into memory, which a node's processes share; copy: "
+        "front to back by one process of a node, which sends them to the others, for slow file systems. "
+        "Random weights and folders of megadistill shard do not use it.",
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(

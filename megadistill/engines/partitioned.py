@@ -12,13 +12,13 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from megadistill.data.collate import right_padded
 from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.engines.ds_config import teacher_config
+from megadistill.engines.empty_weights import NothingToCopy
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape
@@ -233,7 +233,7 @@ def initialize(
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 put every angle off by one percent.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     try:
-        with _NothingToCopy(model):
+        with NothingToCopy(model):
             engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
     except ValidationError as error:
         raise ConfigError(_refused(error)) from None
@@ -247,25 +247,6 @@ def initialize(
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(model, parameter)
     return engine
-
-
-class _NothingToCopy(TorchFunctionMode):
-    """Spares AutoTP's copies of its slices, as long as no weight is there: they are memory that nothing has touched.
-
-    Otherwise every rank would hold its whole tensor-parallel shard before ZeRO-3 takes it apart, one by one.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._empty = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to and kwargs.get("copy") and args[0].untyped_storage().data_ptr() in self._empty:
-            return torch.empty(args[0].shape, dtype=args[0].dtype, device=args[1])
-        return func(*args, **kwargs)
 
 
 def _refused(error: ValidationError) -> str:

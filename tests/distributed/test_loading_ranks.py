@@ -117,6 +117,30 @@ def test_a_node_reads_its_files_once(folders: dict[str, Path], zero_stage: int) 
         assert ours["masters"] == theirs["masters"] and ours["weights"] == theirs["weights"]
 
 
+def test_shard_holds_one_share(folders: dict[str, Path], tmp_path: Path) -> None:
+    """float16 to bfloat16; the proof included, which reads the written model one module at a time."""
+    from tests.support.tokenizers import byte_level
+
+    for name in ("small", "fp16"):
+        byte_level(folders[name])
+
+    def body(rank: int) -> dict[str, float]:
+        from megadistill.checkpoint.reshard import shard_model
+        from tools.benchmarks.loading import peak_memory
+
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)
+        shard_model(str(folders["small"]), tmp_path / "small", tp_size=1, dp_size=1, dtype="bf16")
+        with peak_memory() as peak:
+            shard_model(str(folders["fp16"]), tmp_path / "big", tp_size=2, dp_size=2, dtype="bf16")
+        return peak
+
+    (peak,) = run_ranks(body, 1, timeout_s=600)
+    share = max(file.stat().st_size for file in (tmp_path / "big" / "shards").glob("tp*.safetensors"))
+    removed = (tmp_path / "big" / "shards" / "removed_rows.safetensors").stat().st_size
+    largest = SIZES["vocab"] * SIZES["hidden"] * 2
+    assert 0.9 * share < peak["anonymous"] <= share + removed + 2 * largest + _SLACK, peak
+
+
 # Hub names.
 
 
@@ -133,9 +157,9 @@ def _fake_hub(rank: int, source: Path, cache: Path, is_broken: bool) -> list[str
     asked: list[str] = []
     cached = transformers_hub.cached_files
 
-    def download(name: str, files: list[str], **options: Any) -> Any:
+    def download(path_or_repo_id: str, filenames: list[str], **options: Any) -> Any:
         """As transformers', which finds a file in the cache or asks the network for it."""
-        for file in files if not constants.HF_HUB_OFFLINE else []:
+        for file in filenames if not constants.HF_HUB_OFFLINE else []:
             asked.append(file)
             if is_broken:
                 raise OSError("403 Forbidden: the model is gated")
@@ -147,13 +171,13 @@ def _fake_hub(rank: int, source: Path, cache: Path, is_broken: bool) -> list[str
                 marker.touch()
         before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
         try:
-            return cached(name, files, **options | {"cache_dir": str(cache)})
+            return cached(path_or_repo_id, filenames, **options | {"cache_dir": str(cache)})
         finally:
             constants.HF_HUB_OFFLINE = before
 
+    config = loading.load_model_config(str(source), "x")
     constants.HF_HUB_OFFLINE = False
     transformers_hub.cached_files = download
-    config = loading.load_model_config(str(source), "x")
     loading.load_model_config = lambda path, where: config  # type: ignore[assignment]  # its files are small
     node = Node.build(ParallelContext.build(1, 60, torch.device("cpu")))
     loaded = loading.load_model_on_ranks(

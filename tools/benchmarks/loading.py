@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tools.benchmarks.measure import at_least, machine, save
+from tools.benchmarks.measure import at_least, machine, save, trim
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -80,14 +80,14 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, hidden: int, layers: int,
         if sum(each.numel() for each in (*groups[-1].values(), shape)) * dtype.itemsize > _FILE_BYTES and groups[-1]:
             groups.append({})
         groups[-1][name] = shape
+    block = torch.arange(1 << 16).mul(0.618).frac().sub(0.5).mul(0.04).to(dtype)
     weight_map = {}
     for number, group in enumerate(groups):
         file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(group, file)
         tensors = {}
         for name, shape in group.items():
-            values = torch.arange(shape.numel(), dtype=torch.float32).mul_(0.618).frac_().sub_(0.5).mul_(0.04)
-            tensors[name] = values.to(dtype).view(shape)
+            tensors[name] = block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape).clone()
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -98,6 +98,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
     """Samples this process's memory; the result has ``anonymous`` and ``mapped``: highest bytes above the start."""
     peak = {"anonymous": 0.0, "mapped": 0.0}
     gc.collect()
+    trim()
     base, done = _memory(), threading.Event()
 
     def sample() -> None:

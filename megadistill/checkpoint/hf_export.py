@@ -117,8 +117,7 @@ def _standard_weights(
     trained; None without any.
     """
     for name in names:
-        tensor = shards.whole(MASTER, name)
-        tensor = tensor if family.export is None else family.export(name, tensor)
+        tensor = family.export(name, shards.whole(MASTER, name))
         rows = removed(name, len(tensor))
         yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from megadistill.errors import CheckpointError, ConfigError
+from megadistill.models.loading import LoadedModel
+from megadistill.models.shard_spec import ShardSpec
+from megadistill.models.shards import WEIGHT
 from megadistill.models.weights import load_weights
 
 _NUM_TOKENS = 32
@@ -37,6 +41,36 @@ def probe_logits(model: Any, vocab_size: int) -> torch.Tensor:
     ids = torch.tensor([[(7919 * place * place + 31 * place + 1) % vocab_size for place in range(length)]])
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return torch.as_tensor(logits[0, :, :vocab_size]).float()
+
+
+def streamed_logits(loaded: LoadedModel, vocab_size: int) -> torch.Tensor:
+    """``probe_logits`` of a model whose weights are still to come: each module has its own only while it runs.
+
+    Args:
+        loaded: The model.
+        vocab_size: V.
+
+    Raises:
+        CheckpointError: Files are missing or damaged.
+    """
+    model, weights = loaded.model.eval(), loaded.weights
+    assert weights is not None
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def fill(module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            shape = loaded.shapes[names[parameter]]
+            run = weights.read(WEIGHT, names[parameter], ShardSpec(shape), 0, 0, parameter.numel())
+            parameter.data = run.view(shape).to(parameter.dtype)
+
+    def empty(module: nn.Module, _: Any, __: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty_like(parameter.data)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(empty)
+    return probe_logits(model, vocab_size)
 
 
 def folder_logits(folder: Path, vocab_size: int) -> torch.Tensor:

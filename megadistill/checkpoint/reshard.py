@@ -29,15 +29,15 @@ from megadistill.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from megadistill.checkpoint.probe import check_same_logits, probe_logits
+from megadistill.checkpoint.probe import check_same_logits, probe_logits, streamed_logits
 from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 from megadistill.errors import ConfigError, TopologyError
 from megadistill.models.end_tokens import end_tokens
 from megadistill.models.families import Family, family_of, has_own_head, head_counts
 from megadistill.models.folder_checks import SHARDS, check_weights
-from megadistill.models.loading import DTYPES, REMOVED_ROWS, load_model, load_model_config, whole_model
+from megadistill.models.loading import DTYPES, REMOVED_ROWS, load_model, load_model_config
 from megadistill.models.shard_spec import ShardSpec
-from megadistill.models.shards import WEIGHT, ShardReader, rewrite, write_layout
+from megadistill.models.shards import ShardReader, rewrite, write_layout
 from megadistill.models.tensor_file import save_tensors
 from megadistill.models.weights import load_weights
 from megadistill.observability.progress import progress_bar
@@ -116,30 +116,27 @@ def shard_model(
         raise ConfigError(f"MODEL: {path} has {config.vocab_size} vocabulary rows, the tokenizer needs {size}")
     carried = carried_files(path, tokenizer or path, words, end_tokens(path, words, vocab_size=size), config)
     with new_folder(Path(folder)) as beside:
-        expected, own = _source_logits(path, dtype, size)
+        expected, own = _source_logits(path, size)
         dtype = dtype or ("bf16" if own is torch.bfloat16 else "fp32")
         _write_model(path, beside, tp_size, dp_size, dtype, size)
         carried.write(beside)
         gc.collect()
         written = load_model(str(beside), dtype=dtype, vocab_size=size, seed=0, attention="sdpa", where=str(folder))
-        found = probe_logits(whole_model(written, torch.device("cpu")), size)
-        check_same_logits(expected, found, path, own, DTYPES[dtype])
+        check_same_logits(expected, streamed_logits(written, size), path, own, DTYPES[dtype])
 
 
-def _source_logits(path: str, dtype: str | None, vocab_size: int) -> tuple[torch.Tensor, torch.dtype]:
-    """Logits of the model that is sharded, by transformers alone, and the type that it was read in."""
-    wanted = "auto" if dtype is None else DTYPES[dtype]
-    model = load_weights(path, "MODEL", rank=1, dtype=wanted)  # rank 1 says nothing: _write_model loads it again
+def _source_logits(path: str, vocab_size: int) -> tuple[torch.Tensor, torch.dtype]:
+    """Logits of the model that is sharded, by transformers alone, and its type, in which the files stay mapped."""
+    model = load_weights(path, "MODEL", rank=1, dtype="auto")  # rank 1 says nothing: _write_model opens it again
     return probe_logits(model.eval(), vocab_size), model.dtype
 
 
 def _write_model(path: str, folder: Path, tp_size: int, dp_size: int, dtype: str, vocab_size: int) -> None:
-    """Weights and configuration of ``shard_model``'s folder; the model is in memory only here."""
+    """Weights and configuration of ``shard_model``'s folder; one rank's share is in memory at a time."""
     loaded = load_model(path, dtype=dtype, vocab_size=vocab_size, seed=0, attention="eager", where="MODEL")
-    weights = {name: parameter.data for name, parameter in loaded.model.named_parameters()}
     specs = family_shards(loaded.shapes, loaded.family, tp_size)
     info = {"tp_size": tp_size, "dp_size": dp_size, "model": loaded.fingerprint}
-    _write_shards(_Weights(weights), folder / SHARDS, specs, tp_size, dp_size, info)
+    _write_shards(loaded.weights, folder / SHARDS, specs, tp_size, dp_size, info)
     removed = {name: rows.contiguous() for name, rows in loaded.removed_rows.items()}
     save_tensors(removed, folder / SHARDS / REMOVED_ROWS)
     loaded.config.save_pretrained(folder)
@@ -163,19 +160,6 @@ def _check_tp_size(tp_size: int, config: Any, where: str) -> None:
             f"a tensor-parallel size of {tp_size} does not divide {undivided}; allowed: {', '.join(map(str, allowed))}",
             setting="parallel.tp_size",
         )
-
-
-class _Weights:
-    """Whole tensors, memory-mapped from their files, in place of a ShardReader."""
-
-    kinds = frozenset({WEIGHT})
-
-    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self._weights = weights
-
-    def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
-        """See ShardReader.read."""
-        return spec.shard(self._weights[name], tp_rank).reshape(-1)[start:end]
 
 
 def _write_shards(

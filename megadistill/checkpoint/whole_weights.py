@@ -37,7 +37,7 @@ def exported_entries(loaded: LoadedModel, dtype: torch.dtype) -> list[Entry]:
     export, removed, entries = loaded.family.export, loaded.removed_rows, []
     for name, shape in loaded.shapes.items():
         whole = torch.empty(shape, device="meta")
-        rows, *rest = whole.shape if export is None else export(name, whole).shape
+        rows, *rest = export(name, whole).shape
         entries.append(Entry(name, (rows + (len(removed[name]) if name in removed else 0), *rest), dtype))
     return entries
 
@@ -121,7 +121,7 @@ class Share(NamedTuple):
         export, removed = self.loaded.family.export, self.loaded.removed_rows
         for entry in file.entries:
             tensor = whole(self.specs[entry.name], self.runs[entry.name])
-            tensor = (tensor if export is None else export(entry.name, tensor)).to(entry.dtype)
+            tensor = export(entry.name, tensor).to(entry.dtype)
             rows = removed.get(entry.name)
             yield tensor if rows is None else torch.cat([tensor, rows.to(tensor)])
 

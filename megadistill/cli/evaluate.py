@@ -194,7 +194,7 @@ def _evaluate_model(
     nll: dict[str, float] = {}
     with open_model(
         folder, context, vocab_size=vocab_size, dtype=config.model.student.dtype, where=name,
-        attention=config.model.attention,
+        attention=config.model.attention, read=config.model.read,
     ) as model:  # fmt: skip
         for suite, eval_set in sets.items():
             passes = len(config.eval.seeds) + config.eval.greedy

@@ -74,6 +74,12 @@ class ModelSection(Section):
         description="Tokens that end a response, as texts or ids; null: the tokenizer's EOS and those that "
         "generation_config.json (else config.json) of the model that writes names.",
     )
+    read: Literal["map", "copy"] = Field(
+        "map",
+        description="How a model's files are read. map: mapped into memory, which a node's processes share; copy: "
+        "front to back by one process of a node, which sends them to the others, for slow file systems. "
+        "Random weights and folders of megadistill shard do not use it.",
+    )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute the student's activations in the backward pass: less memory, more time."
@@ -143,7 +149,7 @@ class GenerationSection(SamplingOptions):
     )
     cpu_products: Literal["auto", "packed", "plain"] = Field(
         "auto",
-        description="float32 on CPUs: products by oneDNN (packed), torch (plain), or by what is faster (measured once).",
+        description="float32 on CPUs: products by oneDNN (packed), torch (plain), or the faster (measured once).",
     )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 

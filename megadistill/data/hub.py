@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -76,3 +77,16 @@ def offline_if_needed(names: Iterable[str | None]) -> None:
     """Calls ``offline_if_unreachable`` where one of the names is not a local path."""
     if any(name is not None and not Path(name).exists() for name in names):
         offline_if_unreachable()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Cached files of the hub only, for as long as it is open."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -9,8 +9,10 @@ from megadistill.decoding.decoder import PlanDecoder
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.layouts import choose_layouts, product_shapes
 from megadistill.decoding.products import PACKED
-from megadistill.models.loading import load_model, whole_model
+from megadistill.models.loading import load_model_on_ranks, whole_model
+from megadistill.models.weight_files import ReadMode
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.node import Node
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -25,6 +27,7 @@ def open_model(
     attention: str = "sdpa",
     seed: int = 0,
     where: str = "model",
+    read: ReadMode = "map",
 ) -> Iterator[PlanDecoder | HFDecoder]:
     """A decoder with all parameters present, whose ``read`` and ``head`` serve for scoring.
 
@@ -39,13 +42,15 @@ def open_model(
         attention: Attention implementation of transformers.
         seed: Of random weights.
         where: The key or option that names the model; errors begin with it.
+        read: How the weights are read.
 
     Raises:
         ConfigError: The model cannot be loaded.
         CheckpointError: Files of a sharded model are missing or damaged.
     """
-    loaded = load_model(
-        path, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where, rank=context.rank
+    node = Node.build(context, has_group=read == "copy")
+    loaded = load_model_on_ranks(
+        path, node, dtype=dtype, vocab_size=vocab_size, seed=seed, attention=attention, where=where, read=read
     )
     if context.world_size == 1:
         model = whole_model(loaded, context.device).requires_grad_(False)

@@ -38,7 +38,7 @@ class LocalPart:
     tensors: dict[str, torch.Tensor]
 
 
-def shard_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def shard_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Shape of this rank's tensor-parallel shard, whose data ZeRO-3 may have taken away."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -84,16 +84,20 @@ def set_weights(parameter: nn.Parameter, read: Callable[[int, int], torch.Tensor
         parameter: The parameter. ZeRO-3 copies only the run of it that this rank keeps.
         read: ``read(start, end)`` gives a run of this rank's flat tensor-parallel shard.
     """
-    numel, partitioned = parameter.numel(), as_partitioned(parameter)
-    if partitioned is not None:
-        numel, kept = partitioned.ds_numel, partitioned.ds_tensor
-        start = _run_start(partitioned)
-        end = min(start + kept.numel(), numel)
-        if start < end:
-            kept.data[: end - start].copy_(read(start, end))
-        if partitioned.ds_status != ZeroParamStatus.AVAILABLE:  # small ones stay present on every rank
-            return
-    parameter.data.copy_(read(0, numel).view(parameter.shape))
+    partitioned = as_partitioned(parameter)
+    if partitioned is None:
+        parameter.data.copy_(read(0, parameter.numel()).view(parameter.shape))
+        return
+    kept, start = partitioned.ds_tensor, _run_start(partitioned)
+    end = min(start + kept.numel(), partitioned.ds_numel)
+    if partitioned.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay present on every rank
+        whole = read(0, partitioned.ds_numel)
+        parameter.data.copy_(whole.view(parameter.shape))
+        run = whole[start:end]
+    else:
+        run = read(start, end) if start < end else kept.data[:0]
+    if start < end:
+        kept.data[: end - start].copy_(run)
 
 
 def _run_start(parameter: ZeroParameter) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -19,14 +20,15 @@ from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.layouts import Setting, choose_layouts, product_shapes
 from megadistill.decoding.products import PACKED
 from megadistill.engines.ds_config import teacher_config
+from megadistill.engines.empty_weights import NothingToCopy
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
-from megadistill.models.loading import LoadedModel
+from megadistill.models.loading import LoadedModel, WeightSource
 from megadistill.models.shard_spec import ShardSpec
-from megadistill.models.shards import WEIGHT, ShardReader
+from megadistill.models.shards import WEIGHT
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
@@ -76,25 +78,29 @@ class PartitionedModel:
         if context.device.type == "cpu":
             shapes = product_shapes(self._plan, engine.module.get_output_embeddings().weight, shard_shape)
             self._layouts = context.run_on_rank0(lambda: choose_layouts(cpu_products, shapes))
-        if loaded.shards is not None:
-            self.fill(ShardReader(loaded.shards), WEIGHT)
+        if loaded.weights is not None:
+            self.fill(loaded.weights, WEIGHT)
+            self.loaded = replace(loaded, weights=None)
 
-    def fill(self, shards: ShardReader, kind: str) -> None:
-        """Loads all weights from files of any layout. No communication.
+    def fill(self, weights: WeightSource, kind: str) -> None:
+        """Loads all weights, one parameter after the other, of each what this rank keeps.
+
+        Communicates only where a node reads its files once (``TensorReader.stream``).
 
         Args:
-            shards: The files.
+            weights: Whole tensors, or files of any layout.
             kind: Which tensors of theirs are the weights.
 
         Raises:
             CheckpointError: The files are those of another model, or incomplete.
         """
-        for name, parameter in self.module.named_parameters():
+        parameters = dict(self.module.named_parameters())
+        for name in weights.stream(parameters):
+            self._fill_parameter(name, parameters[name], weights, kind)
 
-            def read(start: int, end: int, name: str = name) -> torch.Tensor:
-                return shards.read(kind, name, self.shard_specs[name], self.context.tp_rank, start, end)
-
-            set_weights(parameter, read)
+    def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
+        spec, tp_rank = self.shard_specs[name], self.context.tp_rank
+        set_weights(parameter, lambda start, end: weights.read(kind, name, spec, tp_rank, start, end))
 
     @property
     def module(self) -> PreTrainedModel:
@@ -232,7 +238,7 @@ def initialize(
     Collective over the world.
 
     Args:
-        model: The whole model.
+        model: The whole model, whose weights are filled in afterwards.
         config: DeepSpeed's configuration (``ds_config``).
         context: The grid of processes, whose timeout DeepSpeed's own groups get, too.
         optimizer: The optimizer of a model that is trained.
@@ -243,7 +249,8 @@ def initialize(
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 put every angle off by one percent.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     try:
-        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
+        with NothingToCopy(model):
+            engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
     except ValidationError as error:
         raise ConfigError(_refused(error)) from None
     context.set_all_timeouts()

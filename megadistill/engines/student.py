@@ -18,8 +18,8 @@ from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import LocalPart, local_parts, optimizer_steps, set_optimizer_steps
 from megadistill.engines.partitioned import PartitionedModel, initialize
 from megadistill.models.attention import use_padding_free_attention
-from megadistill.models.loading import LoadedModel
-from megadistill.models.shards import MASTER, MOMENTS, ShardReader
+from megadistill.models.loading import LoadedModel, WeightSource
+from megadistill.models.shards import MASTER, MOMENTS
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
@@ -52,26 +52,34 @@ class Student(PartitionedModel):
         cpu_products: Setting = "auto",
     ) -> None:
         self._adamw = adamw
+        self._parts: dict[str, LocalPart] = {}  # only while weights are filled in
         super().__init__(engine, loaded, context, cpu_products)
 
-    def fill(self, shards: ShardReader, kind: str) -> None:
+    def fill(self, weights: WeightSource, kind: str) -> None:
         """Loads the weights, the optimizer's float32 copies included, and its moments where the files have them.
 
         Args:
-            shards: Files of any layout.
+            weights: Whole tensors, or files of any layout.
             kind: Which tensors of theirs are the weights.
 
         Raises:
             CheckpointError: The files are those of another model, or incomplete.
         """
-        super().fill(shards, kind)
-        kinds = {MASTER: kind} | {moment: moment for moment in MOMENTS if moment in shards.kinds}
-        for part in local_parts(self.engine):
-            spec, end = self.shard_specs[part.name], part.start + part.numel
-            for ours, theirs in kinds.items():
-                part.tensors[ours].copy_(shards.read(theirs, part.name, spec, self.context.tp_rank, part.start, end))
-        if "optimizer_steps" in shards.info:
-            set_optimizer_steps(self.engine, shards.info["optimizer_steps"])
+        self._parts = {part.name: part for part in local_parts(self.engine)}
+        super().fill(weights, kind)
+        self._parts = {}
+        if "optimizer_steps" in weights.info:
+            set_optimizer_steps(self.engine, weights.info["optimizer_steps"])
+
+    def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
+        super()._fill_parameter(name, parameter, weights, kind)
+        part = self._parts.get(name)
+        if part is None:
+            return
+        spec, end = self.shard_specs[name], part.start + part.numel
+        kinds = {MASTER: kind} | {moment: moment for moment in MOMENTS if moment in weights.kinds}
+        for ours, theirs in kinds.items():
+            part.tensors[ours].copy_(weights.read(theirs, name, spec, self.context.tp_rank, part.start, end))
 
     def snapshot(self) -> dict[str, tuple[int, torch.Tensor]]:
         """Copies in host memory of what this rank is to write into its shard file.

@@ -35,7 +35,8 @@ class Family:
         partition_config: AutoTP's explicit plan, where DeepSpeed has none.
         prepare: Changes the model before it is sharded.
         post_shard: ``post_shard(model, tp_size)`` corrects what AutoTP forgets.
-        export: Turns a whole parameter (name, tensor) back into the family's standard layout.
+        transposed: Ends of the names of parameters that ``prepare`` transposes: the family's files have them as
+            [in, out].
     """
 
     head_counts: tuple[str, ...]
@@ -46,7 +47,11 @@ class Family:
     partition_config: dict[str, Any] | None = None
     prepare: Callable[[PreTrainedModel], None] | None = None
     post_shard: Callable[[PreTrainedModel, int], None] | None = None
-    export: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    transposed: tuple[str, ...] = ()
+
+    def export(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A whole parameter in the family's standard layout."""
+        return tensor.t().contiguous() if name.endswith(self.transposed) else tensor
 
     def blocks(self, name: str) -> int:
         """Number of parameters that lie fused along the sharded dimension of parameter ``name``."""
@@ -93,10 +98,6 @@ def _gpt2_split_sizes(model: PreTrainedModel, tp_size: int) -> None:
 _GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def _gpt2_export(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.t().contiguous() if name.endswith(_GPT2_TRANSPOSED) else tensor
-
-
 _GPT2_PARTITION = {
     "use_default_specs": False,
     "layer_specs": [
@@ -136,7 +137,7 @@ FAMILIES: dict[str, Family] = {
         partition_config=_GPT2_PARTITION,
         prepare=_gpt2_conv1d_to_linear,
         post_shard=_gpt2_split_sizes,
-        export=_gpt2_export,
+        transposed=_GPT2_TRANSPOSED,
     ),
 }
 

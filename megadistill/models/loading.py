@@ -1,30 +1,33 @@
 """Models from a folder, a hub name, or a configuration alone (random weights), ready to be sharded.
 
-Weights stay memory-mapped where the file's type is the run's type, so the ranks of a node share one copy of the file
-and each copies only the slice that tensor parallelism leaves it.
+Loading reads names and shapes and makes a model whose weights are memory that nothing has touched. Whoever has sharded
+it fills it from ``LoadedModel.weights``, one parameter after the other, with its own slices alone.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from megadistill.data.hub import check_name, offline_if_needed
+from megadistill.data.hub import check_name, is_hub_name, offline, offline_if_needed
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
 from megadistill.models.families import Family, family_of, has_own_head
 from megadistill.models.folder_checks import SHARDS, check_folder, check_not_quantized, has_weights, is_sharded
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
-from megadistill.models.weights import is_tied, load_weights
+from megadistill.models.tensor_reader import TensorReader
+from megadistill.models.weight_files import ReadMode, StoredTensor, open_tensors, weight_files
+from megadistill.models.weights import is_tied, placed_tensors
 from megadistill.observability.log import get_logger
+from megadistill.parallel.node import Node
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,20 +47,38 @@ _DROPOUTS = [
 REMOVED_ROWS = "removed_rows.safetensors"
 
 
+class WeightSource(Protocol):
+    """Where a model's weights come from: ``models.shards.ShardReader`` or ``models.tensor_reader.TensorReader``."""
+
+    info: dict[str, Any]
+
+    @property
+    def kinds(self) -> Collection[str]:
+        """Kinds of tensors that it has."""
+        ...
+
+    def stream(self, names: Iterable[str]) -> Iterator[str]:
+        """Names in the order in which they are read best; may be collective (``TensorReader.stream``)."""
+        ...
+
+    def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
+        """A run of a parameter's shard."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on the CPU before it is sharded.
+    """A model on the CPU before it is sharded, and where its weights come from.
 
     Attributes:
-        model: The model, with the first V rows of its head.
+        model: The model, with the first V rows of its head. Its weights are not filled in.
         family: Its family.
         config: The untouched configuration, for exports, but for ``tie_word_embeddings``, which is as the weights are.
         removed_rows: Parameter -> its padded vocabulary rows [rows - V, ...], so that an export has the shapes that
             the model was loaded with.
         shapes: Parameter -> whole shape.
         fingerprint: Stands for the shapes.
-        shards: The folder of per-rank files (docs/checkpoints.md) from which the weights are still to be filled, after
-            the model is sharded; None where the model has its weights.
+        weights: Where its weights come from; None where they have been filled in.
     """
 
     model: PreTrainedModel
@@ -66,7 +87,7 @@ class LoadedModel:
     removed_rows: dict[str, torch.Tensor]
     shapes: dict[str, tuple[int, ...]]
     fingerprint: str
-    shards: Path | None = None
+    weights: WeightSource | None
 
 
 def load_model_config(path: str, where: str) -> PreTrainedConfig:
@@ -117,9 +138,18 @@ def check_positions(config: PreTrainedConfig, max_tokens: int, what: str, where:
 
 
 def load_model(
-    path: str, *, dtype: str, vocab_size: int, seed: int, attention: str, where: str, rank: int = 0
+    path: str,
+    *,
+    dtype: str,
+    vocab_size: int,
+    seed: int,
+    attention: str,
+    where: str,
+    rank: int = 0,
+    read: ReadMode = "map",
+    node: Node | None = None,
 ) -> LoadedModel:
-    """Loads (or, from a configuration alone, randomly makes) a causal language model with dropout off.
+    """Opens (or, from a configuration alone, randomly makes) a causal language model with dropout off.
 
     Args:
         path: A model folder, a configuration file, or a hub name.
@@ -128,7 +158,9 @@ def load_model(
         seed: Determines random weights, which are therefore the same on every rank.
         attention: Attention implementation of transformers.
         where: The key or option that names the model; errors begin with it.
-        rank: Rank 0 logs that weights are random, and what of the file is not as config.json says.
+        rank: Rank 0 logs that weights are random, and what of the file is not as config.json says, and shows progress.
+        read: How the weights are read: mapped into memory, or by system calls.
+        node: With ``copy``, each tensor is read by one rank of the node, which sends it to the others.
 
     Raises:
         ConfigError: The model cannot be used.
@@ -139,41 +171,73 @@ def load_model(
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     config.use_cache = False
-    shards = Path(path) / SHARDS if is_sharded(path) else None
+    family, wanted = family_of(config, where), DTYPES[dtype]
+    shards = ShardReader(Path(path) / SHARDS) if is_sharded(path) else None
     if shards is not None:
-        config.tie_word_embeddings = not has_own_head(ShardReader(shards).shard_specs)
-        model = _empty_model(config, DTYPES[dtype], attention)
-    elif has_weights(path):
-        model = load_weights(path, where, rank=rank, config=config, dtype=DTYPES[dtype], attn_implementation=attention)
+        config.tie_word_embeddings = not has_own_head(shards.shard_specs)
+    tensors: dict[str, StoredTensor] = {}
+    if shards is not None or has_weights(path):
+        model = _weightless_model(config, wanted, attention)
     else:
         get_logger(rank, "model").info(f"{where}: {path} is a configuration file: its weights are random")
-        model = _random_model(config, DTYPES[dtype], attention, seed)
+        model = _random_model(config, wanted, attention, seed)
+    if shards is None and has_weights(path):
+        files = weight_files(path, where, getattr(config, "transformers_weights", None))
+        tensors = placed_tensors(model, open_tensors(files, path, where, read), path, where, rank=rank)
     pristine.tie_word_embeddings = is_tied(model)
-    family = family_of(config, where)
-    if family.prepare is not None:
-        family.prepare(model)
-    removed = _remove_padded_rows(model, vocab_size, where)
+    removed = _prepare(model, family, vocab_size, where)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
+    fingerprint = f"{pristine.model_type}-{checksum}"
+    weights: WeightSource
     if shards is not None:
         from safetensors.torch import load_file
 
-        removed = load_file(shards / REMOVED_ROWS)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
-    return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", shards)
+        weights, removed = shards, load_file(shards.folder / REMOVED_ROWS)
+    elif tensors:
+        sender = node if read == "copy" and node is not None and node.group is not None else None
+        weights = TensorReader(tensors, wanted, family.transposed, what=f"load {path}", rank=rank, node=sender)
+        removed = {name: tensors[name].content[vocab_size:].to(wanted, copy=True) for name in removed}
+    else:
+        weights = TensorReader(_in_memory(model), wanted)
+    _set_parameters(model, torch.empty_like, "cpu")
+    return LoadedModel(model, family, pristine, removed, shapes, fingerprint, weights)
+
+
+def load_model_on_ranks(path: str, node: Node, **options: Any) -> LoadedModel:
+    """``load_model`` on all ranks of a run, where each node downloads a hub name once.
+
+    Collective over the world for a hub name: the first rank of each node downloads, then the others read the cache.
+
+    Args:
+        path: As for ``load_model``.
+        node: The ranks of this machine.
+        options: As for ``load_model``.
+
+    Raises:
+        ConfigError: The model cannot be used; for a hub name, on all ranks.
+    """
+
+    def load() -> LoadedModel:
+        return load_model(path, rank=node.context.rank, node=node, **options)
+
+    return node.one_first(load, offline) if is_hub_name(path) else load()
 
 
 def whole_model(loaded: LoadedModel, device: torch.device) -> PreTrainedModel:
     """The model for one plain process, which does not shard it, with its weights and in evaluation mode.
 
+    On the CPU, weights of mapped files stay mapped where the files have the model's type.
+
     Args:
-        loaded: The model; per-rank files give their weights here.
+        loaded: The model.
         device: Where it goes.
 
     Raises:
         CheckpointError: Files are missing or damaged.
     """
-    if loaded.shards is not None:
-        _fill(loaded.model, ShardReader(loaded.shards), WEIGHT)
+    if loaded.weights is not None:
+        _fill(loaded.model, loaded.weights, WEIGHT, device)
     loaded.model.to(device)  # type: ignore[arg-type]  # transformers wraps it as if it were a plain function
     return loaded.model.eval()
 
@@ -192,21 +256,28 @@ def model_from_shards(config: PreTrainedConfig, shards: ShardReader, kind: str, 
     """
     config, where = copy.deepcopy(config), str(shards.folder)
     config.tie_word_embeddings = not has_own_head(shards.shard_specs)
-    model = _empty_model(config, dtype, "eager")
-    family = family_of(config, where)
-    if family.prepare is not None:
-        family.prepare(model)
+    model = _weightless_model(config, dtype, "eager")
     head: Any = model.get_output_embeddings()
     name = next(name for name, parameter in model.named_parameters() if parameter is head.weight)
-    _remove_padded_rows(model, shards.spec_of(name).shape[0], where)
-    _fill(model, shards, kind)
+    _prepare(model, family_of(config, where), shards.spec_of(name).shape[0], where)
+    _set_parameters(model, torch.empty_like, "cpu")
+    _fill(model, shards, kind, torch.device("cpu"))
     return model.eval()
 
 
-def _fill(model: PreTrainedModel, shards: ShardReader, kind: str) -> None:
-    for name, parameter in model.named_parameters():
-        run = shards.read(kind, name, ShardSpec(tuple(parameter.shape)), 0, 0, parameter.numel())
-        parameter.data.copy_(run.view_as(parameter))
+def _fill(model: PreTrainedModel, weights: WeightSource, kind: str, device: torch.device) -> None:
+    parameters = dict(model.named_parameters())
+    for name in weights.stream(parameters):
+        parameter = parameters[name]
+        run = weights.read(kind, name, ShardSpec(tuple(parameter.shape)), 0, 0, parameter.numel())
+        parameter.data = run.view(parameter.shape).to(device, parameter.dtype)
+
+
+def _in_memory(model: PreTrainedModel) -> dict[str, StoredTensor]:
+    return {
+        name: StoredTensor(name, tuple(parameter.shape), parameter.dtype, parameter.data)
+        for name, parameter in model.named_parameters()
+    }
 
 
 def _random_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int) -> PreTrainedModel:
@@ -220,17 +291,33 @@ def _random_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, 
     return model
 
 
-def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A model whose weights are memory that nothing has touched: none of it is used before it is sharded."""
+def _weightless_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model whose parameters have shape and type, and no memory."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
     model.tie_weights()
+    _set_parameters(model, lambda parameter, device: torch.empty_like(parameter, dtype=dtype, device=device), "meta")
     return model
+
+
+def _set_parameters(model: nn.Module, make: Callable[..., torch.Tensor], device: str) -> None:
+    """Gives a model other parameters, ``make(parameter, device=device)``; those that were one stay one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(make(parameter.data, device=device))
+            setattr(module, name, made[parameter])
+
+
+def _prepare(model: PreTrainedModel, family: Family, vocab_size: int, where: str) -> dict[str, torch.Tensor]:
+    """Makes transformers' model one that can be sharded; returns what ``_remove_padded_rows`` does."""
+    if family.prepare is not None:
+        family.prepare(model)
+    return _remove_padded_rows(model, vocab_size, where)
 
 
 def _remove_padded_rows(model: PreTrainedModel, vocab_size: int, where: str) -> dict[str, torch.Tensor]:

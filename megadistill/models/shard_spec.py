@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,18 @@ class ShardSpec:
         if self.dim is None:
             return self.shape
         return (*self.shape[: self.dim], self.sizes[tp_rank], *self.shape[self.dim + 1 :])
+
+    def whole_ranges(self, tp_rank: int, dim: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where indices [start, end) of one rank's shard are in the whole parameter, along one dimension, in order."""
+        if dim != self.dim:
+            yield start, end
+            return
+        width, whole = self.sizes[tp_rank] // self.blocks, self.shape[dim] // self.blocks
+        for block in range(self.blocks):
+            first = block * whole + sum(self.sizes[:tp_rank]) // self.blocks - block * width
+            low, high = max(start, block * width), min(end, (block + 1) * width)
+            if low < high:
+                yield first + low, first + high
 
     def shard(self, whole: torch.Tensor, tp_rank: int) -> torch.Tensor:
         """One rank's shard of the whole tensor."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -108,6 +108,10 @@ class ShardReader:
     def kinds(self) -> set[str]:
         """Kinds of tensors that the files have."""
         return {key.partition("/")[0] for _, key in self._runs}
+
+    def stream(self, names: Iterable[str]) -> Iterator[str]:
+        """The names as they are: any order will do."""
+        yield from names
 
     def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> torch.Tensor:
         """A run of a parameter's shard, whatever the folder's layout.

@@ -1,13 +1,21 @@
-"""A model's weights as transformers reads them, with everything that transformers lets pass refused or said."""
+"""Which tensor of a model's files is which parameter; everything that transformers lets pass is refused or said.
+
+Models are loaded by ``placed_tensors``. ``load_weights`` lets transformers load: for peft, and for the proof of a
+conversion by transformers alone. Tests hold the first to the second.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from megadistill.errors import ConfigError, first_line
+from megadistill.models.weight_files import StoredTensor
 from megadistill.observability.log import get_logger
 
 if TYPE_CHECKING:
@@ -42,18 +50,109 @@ def load_weights(path: str, where: str, *, rank: int = 0, **options: Any) -> Pre
         model, info = loaded
     except Exception as error:
         raise ConfigError(f"{where}: cannot load the weights in '{path}': {first_line(error)}") from error
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {names[0]} among them")
-    log = get_logger(rank, "model")
-    if unused := _unused_names(info["unexpected_keys"], model.config, path, where):
-        log.warning(f"{where}: '{path}' has {len(unused)} weights that its model does not use, {unused[0]} among them")
+    _refuse_missing(info["missing_keys"], path, where)
+    _report_unused(info["unexpected_keys"], model, path, where, rank)
     if model.config.tie_word_embeddings and not is_tied(model):
-        log.warning(
-            f"{where}: the config.json of '{path}' says tie_word_embeddings, but its own head is there and used"
-        )
+        _report_own_head(path, where, rank)
     model.config.tie_word_embeddings = is_tied(model)
     return model
+
+
+def placed_tensors(
+    model: PreTrainedModel, tensors: Mapping[str, StoredTensor], path: str, where: str, *, rank: int = 0
+) -> dict[str, StoredTensor]:
+    """Finds the tensor of each parameter, by the rules of transformers.
+
+    A tensor is called what the parameter is called, or lacks the prefix of the family's base model ("model.",
+    "transformer."), as in files that were saved from one. Head and embedding that the configuration ties stay apart
+    where the files hold two that differ: the head gets a parameter of its own, and ``config.tie_word_embeddings`` is
+    set to false.
+
+    Args:
+        model: The model, as transformers makes it of the configuration. Only names and shapes count.
+        tensors: Those of the files, by name.
+        path: What the user named.
+        where: The key or option that names the model; errors begin with it.
+        rank: Rank 0 logs what of the files is not as config.json says.
+
+    Returns:
+        Name of each parameter -> its tensor.
+
+    Raises:
+        ConfigError: A tensor is missing, has another shape, holds no floating-point numbers, or belongs to a layer that
+            has no place for it.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    prefix = f"{model.base_model_prefix}."
+    placed: dict[str, StoredTensor] = {}
+    unused = []
+    for key, stored in tensors.items():
+        name = key if key in shapes else prefix + key
+        if name in shapes:
+            placed[name] = stored
+        else:
+            unused.append(key)
+    for name, stored in placed.items():
+        _check_stored(name, stored, shapes[name], path, where)
+    if is_tied(model):
+        _place_tied(model, placed, path, where, rank)
+    names = [name for name, _ in model.named_parameters()]
+    _refuse_missing(set(names) - placed.keys(), path, where)
+    stale = model._keys_to_ignore_on_load_unexpected or ()
+    _report_unused([key for key in unused if not any(re.search(each, key) for each in stale)], model, path, where, rank)
+    return {name: placed[name] for name in names}
+
+
+def _check_stored(name: str, stored: StoredTensor, shape: tuple[int, ...], path: str, where: str) -> None:
+    if stored.shape != shape:
+        raise ConfigError(
+            f"{where}: in '{path}', {stored.key} has shape {list(stored.shape)}, but its config.json makes {name} "
+            f"{list(shape)}: one of the two is of another model"
+        )
+    if not stored.dtype.is_floating_point:
+        raise ConfigError(f"{where}: in '{path}', {stored.key} holds {stored.dtype}, not floating-point numbers")
+
+
+def _place_tied(model: PreTrainedModel, placed: dict[str, StoredTensor], path: str, where: str, rank: int) -> None:
+    """Embedding and head of a model that ties them: one tensor, or two that are equal; else the model is untied."""
+    head: Any = model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    own, shared = (f"{names[id(module)]}.weight" for module in (head, model.get_input_embeddings()))
+    if own not in placed:
+        return
+    if shared not in placed:
+        placed[shared] = placed[own]
+    elif not _are_equal(placed[own], placed[shared], head.weight.dtype):
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
+        model.config.tie_word_embeddings = False
+        _report_own_head(path, where, rank)
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether two matrices are equal in the type of the run; a few rows of them are in memory at a time."""
+    rows = max(1, 2**22 // max(1, one.shape[1]))
+    return all(
+        torch.equal(*(torch.as_tensor(each.content[start : start + rows]).to(dtype) for each in (one, other)))
+        for start in range(0, one.shape[0], rows)
+    )
+
+
+def _refuse_missing(names: Collection[str], path: str, where: str) -> None:
+    if names:
+        raise ConfigError(f"{where}: '{path}' lacks {len(names)} weights of its model, {min(names)} among them")
+
+
+def _report_unused(names: Collection[str], model: PreTrainedModel, path: str, where: str, rank: int) -> None:
+    if unused := _unused_names(names, model.config, path, where):
+        get_logger(rank, "model").warning(
+            f"{where}: '{path}' has {len(unused)} weights that its model does not use, {unused[0]} among them"
+        )
+
+
+def _report_own_head(path: str, where: str, rank: int) -> None:
+    get_logger(rank, "model").warning(
+        f"{where}: the config.json of '{path}' says tie_word_embeddings, but its own head is there and used"
+    )
 
 
 @contextmanager

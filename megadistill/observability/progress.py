@@ -8,6 +8,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 PLAIN_INTERVAL_S = 5.0
+BYTES_DELAY_S = 2.0
 
 
 class _Lines:
@@ -53,18 +54,23 @@ def progress_bar(
         description: What the bar begins with.
         total: Number of items; default: the length of ``iterable``.
         initial: Number of items that an earlier run has done.
-        unit: What an item is called.
+        unit: What an item is called; "B" for bytes: they are shown as kB, MB, GB, with their rate, and not at all where
+            all is done within ``BYTES_DELAY_S`` seconds.
         rank: Ranks other than 0 show nothing.
         stream: Default: standard error.
     """
     stream = sys.stderr if stream is None else stream
     common: dict[str, Any] = {"desc": description, "total": total, "unit": unit, "disable": rank != 0}
     common["initial"] = initial
+    if unit == "B":
+        common |= {"unit_scale": True, "delay": BYTES_DELAY_S}
     if stream.isatty() and _columns(stream) > 0:
         return tqdm(iterable, file=stream, dynamic_ncols=True, **common)
     layout = (
         "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {elapsed} elapsed, {remaining} remaining{postfix}"
     )
+    if unit == "B":
+        layout = layout.replace("{total_fmt} {unit}", "{total_fmt}{unit}").replace(" elapsed", " elapsed, {rate_fmt}")
     if total is None and not hasattr(iterable, "__len__"):
         layout = "{desc}: {n_fmt} {unit}, {elapsed} elapsed{postfix}"
     lines: Any = _Lines(stream)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
@@ -24,16 +24,18 @@ from megadistill.losses import QuantileGate
 from megadistill.losses.backends import check_backend
 from megadistill.models.end_tokens import describe_end_tokens, end_tokens, named_end_tokens
 from megadistill.models.families import head_counts
+from megadistill.models.folder_checks import has_weights
 from megadistill.models.loading import (
     DTYPES,
     LoadedModel,
     check_positions,
-    load_model,
     load_model_config,
+    load_model_on_ranks,
     shared_vocab_size,
 )
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
+from megadistill.parallel.node import Node
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData
@@ -131,28 +133,6 @@ def run_tokenizer(config: RunConfig) -> tuple[PreTrainedTokenizerBase, int]:
     return used, shared_vocab_size(rows.get("model.teacher.path"), rows["model.student.path"], sizes)
 
 
-def load_models(
-    config: RunConfig, paths: Mapping[str, str], vocab_size: int, rank: int = 0
-) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher on the CPU, with the V tokens that they share; ``paths`` are those of ``model_paths``."""
-
-    def load(key: str, dtype: str, seed: int) -> LoadedModel:
-        return load_model(
-            paths[key],
-            dtype=dtype,
-            vocab_size=vocab_size,
-            seed=config.run.seed * 1_000 + seed,
-            attention=config.model.attention,
-            where=key,
-            rank=rank,
-        )
-
-    student = load("model.student.path", config.model.student.dtype, _STUDENT_SEED)
-    if "model.teacher.path" not in paths:
-        return student, None
-    return student, load("model.teacher.path", config.model.teacher.dtype, _TEACHER_SEED)
-
-
 def build_components(
     config: RunConfig,
     context: ParallelContext,
@@ -178,7 +158,7 @@ def build_components(
     decode_plan = _plan_decode_batches(config, paths, context)
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
     student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
-    student, teacher = _engines(config, context, *load_models(config, paths, vocab_size, context.rank))
+    student, teacher = _engines(config, context, paths, vocab_size)
     gate = None
     if teacher is not None and loss.uses_gate:
         gate = GateTrainer(
@@ -252,30 +232,45 @@ def _end_tokens(
 
 
 def _engines(
-    config: RunConfig, context: ParallelContext, student_model: LoadedModel, teacher_model: LoadedModel | None
+    config: RunConfig, context: ParallelContext, paths: Mapping[str, str], vocab_size: int
 ) -> tuple[Student, PartitionedModel | None]:
-    """Both models partitioned, the teacher first (collective over the world)."""
-    zero_stage = config.parallel.zero_stage
-    teacher = None
-    if teacher_model is not None:
-        teacher = frozen_model(
-            teacher_model,
-            context,
-            zero_stage=zero_stage,
-            dtype=config.model.teacher.dtype,
-            deepspeed_settings=config.deepspeed,
-            cpu_products=config.generation.cpu_products,
+    """Both models loaded and partitioned, the teacher first (collective over the world).
+
+    The student's files are opened and checked before the teacher's are read. Random weights, which exist at once, are
+    not made before the teacher's are partitioned.
+    """
+    node = Node.build(context, has_group=config.model.read == "copy")
+
+    def load(model: str) -> LoadedModel:
+        key, is_teacher = f"model.{model}.path", model == "teacher"
+        return load_model_on_ranks(
+            paths[key],
+            node,
+            dtype=config.model.teacher.dtype if is_teacher else config.model.student.dtype,
+            vocab_size=vocab_size,
+            seed=config.run.seed * 1_000 + (_TEACHER_SEED if is_teacher else _STUDENT_SEED),
+            attention=config.model.attention,
+            where=key,
+            read=config.model.read,
         )
+
+    opened = load("student") if has_weights(paths["model.student.path"]) else None
+    common: dict[str, Any] = {
+        "zero_stage": config.parallel.zero_stage,
+        "deepspeed_settings": config.deepspeed,
+        "cpu_products": config.generation.cpu_products,
+    }
+    teacher = None
+    if "model.teacher.path" in paths:
+        teacher = frozen_model(load("teacher"), context, dtype=config.model.teacher.dtype, **common)
     student = trained_model(
-        student_model,
+        load("student") if opened is None else opened,
         context,
-        zero_stage=zero_stage,
         dtype=config.model.student.dtype,
         optim=config.optim,
         train=config.train,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        deepspeed_settings=config.deepspeed,
-        cpu_products=config.generation.cpu_products,
+        **common,
     )
     return student, teacher
 

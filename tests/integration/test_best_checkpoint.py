@@ -105,7 +105,7 @@ def test_a_run_stops_early_and_stays_so(
     words = [word.replace("parallel.tp_size=1", "parallel.tp_size=auto") for word in words]
     config = ["--config", str(ROOT / "configs" / "base.yaml"), f"run.dir={tmp_path / 'run'}"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("megadistill.training.setup.load_models", None)
+        patched.setattr("megadistill.training.setup._engines", None)
         assert main(["train", *config, *words]) == 0
         said = capsys.readouterr().out
         assert f"nothing to do: step {stop} of" in said and "Increase train.early_stopping" in said

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from megadistill.errors import ConfigError
-from megadistill.models.loading import check_positions, load_model, load_model_config, shared_vocab_size
+from megadistill.models.loading import check_positions, load_model, load_model_config, shared_vocab_size, whole_model
 
 TINY = {"vocab_size": 12, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
@@ -51,7 +51,8 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(torch.seed())
         loaded = load_model(file, dtype="fp32", vocab_size=12, seed=seed, attention="sdpa", where="x")
-        return torch.cat([parameter.detach().flatten() for parameter in loaded.model.parameters()])
+        model = whole_model(loaded, torch.device("cpu"))
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
     assert torch.equal(weights(3), weights(3)) and not torch.equal(weights(3), weights(4))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from megadistill.config.load import load_config
 from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, ConfigError
 from megadistill.models.folder_checks import quantization_of
-from megadistill.models.loading import load_model, load_model_config, whole_model
+from megadistill.models.loading import LoadedModel, load_model, load_model_config, whole_model
 from megadistill.models.shards import ShardReader
 from megadistill.models.weights import load_weights
 from tests.support.tokenizers import byte_level
@@ -58,12 +60,20 @@ def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Pa
 
 
 def _refusal(path: Path | str) -> str:
-    """The one line with which a model is refused before it is loaded, or while its weights are."""
-    with pytest.raises(ConfigError) as refused:
-        load_model_config(str(path), "model.x.path")
-        load_weights(str(path), "model.x.path")
-    assert "\n" not in str(refused.value) and str(refused.value).startswith("model.x.path: ")
-    return str(refused.value)
+    """The one line with which a model is refused, be it loaded by this project or by transformers."""
+    lines = []
+    for load in (partial(load_weights, where="model.x.path"), partial(_open, where="model.x.path")):
+        with pytest.raises(ConfigError) as refused:
+            load_model_config(str(path), "model.x.path")
+            load(str(path))
+        assert "\n" not in str(refused.value) and str(refused.value).startswith("model.x.path: ")
+        lines.append(str(refused.value))
+    assert lines[0] == lines[1] or all("cannot load the weights" in line for line in lines)
+    return lines[1]
+
+
+def _open(path: str, where: str = "x") -> LoadedModel:
+    return load_model(path, dtype="fp32", vocab_size=504, seed=0, attention="sdpa", where=where)
 
 
 def _is_tied(folder: Path) -> bool:
@@ -114,6 +124,7 @@ def test_one_matrix_is_tied_as_transformers_ties_it(tmp_path: Path, case: str) -
 
     _edit(folder, change)
     assert load_weights(str(folder), "x").config.tie_word_embeddings is True
+    assert _open(str(folder)).config.tie_word_embeddings is True
     shard_model(str(folder), tmp_path / "sharded", tp_size=1, dp_size=1)
     assert _is_tied(tmp_path / "sharded")
 
@@ -255,10 +266,12 @@ def test_harmless_weights_are_not_an_error(tmp_path: Path, capsys: pytest.Captur
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     _edit(folder, lambda weights: weights.update(buffer))
     load_weights(str(folder), "x")
+    _open(str(folder))
     assert capsys.readouterr().out == ""
     _edit(folder, lambda weights: weights.update({"v_head.summary.weight": torch.ones(1, 32)}))
-    load_weights(str(folder), "x")
-    assert "1 weights that its model does not use, v_head.summary.weight among them" in capsys.readouterr().out
+    for load in (partial(load_weights, where="x"), _open):
+        load(str(folder))
+        assert "1 weights that its model does not use, v_head.summary.weight among them" in capsys.readouterr().out
 
 
 # Runs are models.
@@ -343,7 +356,8 @@ def test_a_wrong_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def spoiled(path: str, **options: Any) -> Any:
         loaded = load(path, **options)
         if path == str(model):
-            loaded.model.lm_head.weight.data.copy_(loaded.model.lm_head.weight.data.flip(0))
+            stored = loaded.weights._tensors[HEAD]
+            loaded.weights._tensors[HEAD] = dataclasses.replace(stored, content=stored.content[:].flip(0))
         return loaded
 
     monkeypatch.setattr(reshard, "load_model", spoiled)

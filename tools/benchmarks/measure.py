@@ -64,7 +64,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - base
-    _trim()
+    trim()
     base = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the high-water mark back
     call()
@@ -105,7 +105,7 @@ def save(output: Path, record: dict[str, Any], table: str) -> None:
     output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
 
 
-def _trim() -> None:
+def trim() -> None:
     """Returns freed memory to the system, so that the call cannot use it unnoticed."""
     import ctypes
 

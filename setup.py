@@ -61,7 +61,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml>=6",
         "regex>=2025.10",
-        "safetensors>=0.5",
+        "safetensors>=0.8",  # reads without mapping
         "sentencepiece>=0.2",
         "tokenizers>=0.23",
         "tqdm>=4.66",

@@ -60,7 +60,7 @@ def weight_files(path: str, where: str, named: str | None = None) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return _downloaded(path, names, where)
-    found = next((name for name in names if (folder / name).is_file()), None)
+    found = next((name for name in names if _is_inside(name) and (folder / name).is_file()), None)
     if found is None:
         raise ConfigError(f"{where}: '{path}' has no weights: none of {', '.join(names)} is there")
     if not found.endswith(".index.json"):
@@ -68,6 +68,8 @@ def weight_files(path: str, where: str, named: str | None = None) -> list[Path]:
     try:
         listed = json.loads((folder / found).read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / name for name in sorted(set(listed))]
+        if not all(map(_is_inside, listed)):
+            raise ValueError("it names files outside of the folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: {folder / found} is damaged: {first_line(error)}") from None
     missing = [file for file in files if not file.is_file()]
@@ -78,6 +80,10 @@ def weight_files(path: str, where: str, named: str | None = None) -> list[Path]:
             "download or a copy interrupted?"
         )
     return files
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _downloaded(name: str, names: Sequence[str], where: str) -> list[Path]:

@@ -356,8 +356,9 @@ def test_a_wrong_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def spoiled(path: str, **options: Any) -> Any:
         loaded = load(path, **options)
         if path == str(model):
-            stored = loaded.weights._tensors[HEAD]
-            loaded.weights._tensors[HEAD] = dataclasses.replace(stored, content=stored.content[:].flip(0))
+            tensors: Any = loaded.weights._tensors
+            stored = tensors[HEAD]
+            tensors[HEAD] = dataclasses.replace(stored, content=stored.content[:].flip(0))
         return loaded
 
     monkeypatch.setattr(reshard, "load_model", spoiled)

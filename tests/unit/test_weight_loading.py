@@ -183,7 +183,7 @@ def test_a_folder_of_which_a_file_is_missing(tmp_path: Path) -> None:
     last.unlink()
     line = _refusal(folder)
     assert "of which 1 are missing" in line and last.name in line and "interrupted" in line
-    for content in ("{", "[]", '{"weight_map": 3}'):
+    for content in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../other/model.safetensors"}}'):
         (folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
         assert "model.safetensors.index.json is damaged" in _refusal(folder)
 
@@ -250,6 +250,8 @@ def test_progress_in_bytes_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = _write(tmp_path, "llama", False)
+    capsys.readouterr()
+    monkeypatch.setattr(progress, "BYTES_DELAY_S", 3600.0)
     whole_model(_load(folder), CPU)
     assert capsys.readouterr().err == "", "what is quick shows nothing"
     monkeypatch.setattr(progress, "BYTES_DELAY_S", 0.0)

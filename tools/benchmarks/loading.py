@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, hidden: int, layers: int,
             groups.append({})
         groups[-1][name] = shape
     block = torch.arange(1 << 16).mul(0.618).frac().sub(0.5).mul(0.04).to(dtype)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups):
         file = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(group, file)
@@ -134,6 +134,7 @@ def load_and_measure(context: Any, folder: Path, dtype: str, role: str, read: An
     from megadistill.config.schema import OptimSection, TrainSection
     from megadistill.engines.partitioned import frozen_model
     from megadistill.engines.student import trained_model
+    from megadistill.engines.zero_parameter import partitioned_ones
     from megadistill.models.loading import load_model_on_ranks
     from megadistill.parallel.node import Node
 
@@ -152,7 +153,7 @@ def load_and_measure(context: Any, folder: Path, dtype: str, role: str, read: An
             model = trained_model(loaded, context, zero_stage=3, dtype=dtype, optim=OptimSection(), train=train)
     stored = reader._tensors.values()
     numel = sum(torch.Size(spec.shard_shape(context.tp_rank)).numel() for spec in model.shard_specs.values())
-    kept = sum(p.ds_tensor.nbytes for p in model.module.parameters())
+    kept = sum(p.ds_tensor.nbytes for p in partitioned_ones(model.module.parameters()))
     in_files = next(iter(stored)).dtype.itemsize
     return {
         **peak, "read": reader.bytes_read, "kept": kept, "shard_in_files": numel * in_files,

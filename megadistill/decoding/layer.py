@@ -45,9 +45,7 @@ class Layer:
         self._is_paired = plan.inv_freq is not None and qkv.is_copy
         self._head_norms: HeadNorms | None = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            self._head_norms = HeadNorms(
-                layer.q_norm, layer.k_norm, num_heads, num_kv_heads, is_paired=self._is_paired
-            )
+            self._head_norms = HeadNorms(layer.q_norm, layer.k_norm, num_heads, num_kv_heads, is_paired=self._is_paired)
         if self._is_paired:
             qkv.pair(self._split, plan.head_dim)
         if qkv.is_copy and qkv.is_wide:
@@ -162,6 +160,4 @@ class _Joined:
 
     def products(self) -> list[Product]:
         """The products, of which there is one where weights were joined."""
-        return [
-            Product(weight, bias, self._layout) for weight, bias in zip(self._weights, self._biases, strict=True)
-        ]
+        return [Product(weight, bias, self._layout) for weight, bias in zip(self._weights, self._biases, strict=True)]

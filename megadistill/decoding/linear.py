@@ -12,6 +12,7 @@ from torch import Tensor
 from megadistill.decoding.plan import NormPlan, bias_of, weight_of
 from megadistill.decoding.products import Layout, Product
 
+
 class Logits:
     """An output head that gives float32 logits (float64 for a float64 head): bf16 ones would bias what is sampled.
 

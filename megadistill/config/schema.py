@@ -149,7 +149,7 @@ class GenerationSection(SamplingOptions):
     )
     cpu_products: Literal["auto", "packed", "plain"] = Field(
         "auto",
-        description="float32 on CPUs: products by oneDNN (packed), torch (plain), or the faster (measured once).",
+        description="float32 on CPUs: products by oneDNN (packed), torch (plain), or the faster one (measured once).",
     )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 
 from megadistill.data.sample import Sample
 from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.products import ProductLayouts
 from megadistill.decoding.rollout import Correction, RolloutState
 from megadistill.decoding.sampling import Sampling
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 from tests.support.spawn import run_ranks
 
 V, EOS, LIMIT, HEADS = 97, 3, 10, 12
+CHOSEN = ProductLayouts("transposed", "packed", "transposed", "transposed", "transposed", "plain")
 PROMPTS = ((5, 6, 7, 8, 9, 90), (96,), (12, 50, 14), (15, 66, 17, 18))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILY_CONFIGS},
@@ -41,7 +44,11 @@ def _write(folder: Path) -> None:
 
 
 def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
-    """Tokens of a sampled rollout, of a correction behind it and of a greedy rollout, and the prefiller's states."""
+    """Tokens of a sampled rollout, of a correction behind it and of a greedy rollout, and the prefiller's states.
+
+    On several ranks products are in the layout that rank 0 chooses, another one than that of one process.
+    """
+    from megadistill.engines import partitioned
     from megadistill.engines.inference import open_model
     from megadistill.engines.partitioned import frozen_model
     from megadistill.models.loading import load_model
@@ -58,7 +65,10 @@ def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
             continue
         context = ParallelContext.build(tp_size, 60, torch.device("cpu"))
         loaded = load_model(path, dtype="fp32", vocab_size=V, seed=0, attention="sdpa", where=name)
-        model = frozen_model(loaded, context, zero_stage=zero_stage, dtype="fp32")
+        chosen = CHOSEN if context.rank == 0 else None
+        with patch.object(partitioned, "choose_layouts", Mock(return_value=chosen)):
+            model = frozen_model(loaded, context, zero_stage=zero_stage, dtype="fp32")
+        assert model._layouts == CHOSEN
         states = model.prefiller(2).read(_chunks())
         with model.decoder() as decoder:
             results[name] = (*_rollouts(decoder, samples), [hidden[:, :4] for hidden in states])

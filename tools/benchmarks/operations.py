@@ -56,17 +56,18 @@ def token_operations(make: Callable[[int], PlanDecoder], sampling: Sampling) -> 
         sampling: How tokens are drawn.
     """
     prompts = ((5, 6, 7, 8), (5, 6))
-    tokens, width = torch.tensor([5, 6]), len(prompts[0])
+    width = len(prompts[0])
     totals = []
     for num_layers in (1, 2):
         decoder = make(num_layers)
+        tokens = torch.tensor([5, 6], device=decoder.device)
         state = decoder.new_state([width - len(prompt) for prompt in prompts], width + 2)
         decoder.prefill(state, prompts)
         decoder.decode(state, tokens, width)  # what is made once for many tokens
         with Operations() as operations:
             hidden = decoder.decode(state, tokens, width + 1)
         totals.append(operations.counted.total())
-    numbers = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    numbers = torch.tensor([0.3, 0.6], dtype=torch.float64, device=decoder.device)
     with Operations() as operations:
         draw_tokens(decoder.logits(hidden), decoder.shard, numbers, sampling)
     layer = totals[1] - totals[0]

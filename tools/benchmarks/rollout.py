@@ -25,6 +25,7 @@ import torch
 
 from megadistill.errors import ConfigError
 from tools.benchmarks.measure import at_least, clock, find_device, machine, save
+from tools.benchmarks.operations import TokenOperations, token_operations
 from tools.benchmarks.rollout_parallel import measure_parallel
 from tools.benchmarks.rollout_vllm import VllmRollout
 from tools.benchmarks.step_workers import MODELS, Sizes, model_config, num_parameters
@@ -69,12 +70,14 @@ def main(arguments: list[str]) -> int:
         "machine": machine(device) | {name: version(name) for name in ("transformers", "deepspeed")},
         "rows": [],
         "parallel": [],
+        "operations": {},
     }
     for vocab in options.vocab:
         for rows in options.rows:
             print(f"measuring V={vocab}, {rows} rows", file=sys.stderr, flush=True)
             sizes = _sizes(options, vocab, rows)
             record["rows"] += [asdict(row) for row in measure(sizes, options.vllm_python)]
+            record["operations"] = operations(sizes)._asdict()
         if not options.no_parallel and device.type == "cpu":
             print(f"measuring V={vocab}, two processes", file=sys.stderr, flush=True)
             sizes = _sizes(options, vocab, options.rows[0])
@@ -118,6 +121,8 @@ def measure(sizes: Sizes, vllm_python: Path | None = None) -> list[Row]:
     """All lines of one size, in turn in one process; vLLM's, where there is one, in a process of its own."""
     from megadistill.data.sample import Sample
     from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
+    from megadistill.decoding.layouts import choose_layouts, product_shapes
+    from megadistill.decoding.products import PACKED
     from megadistill.decoding.rollout import Correction, RolloutState
     from megadistill.decoding.sampling import Sampling
     from megadistill.models.families import FAMILIES
@@ -131,6 +136,9 @@ def measure(sizes: Sizes, vllm_python: Path | None = None) -> list[Row]:
     prompts = [tuple(chance.randrange(3, sizes.vocab) for _ in range(sizes.prompt_tokens)) for _ in range(sizes.rows)]
     shorter = [prompt[: chance.randint(-(-sizes.prompt_tokens // 2), sizes.prompt_tokens)] for prompt in prompts]
     head = OutputHead(model.lm_head.weight, None, shard)
+    plan = FAMILIES["llama"].plan(model)
+    is_cpu = device.type == "cpu"  # once a run, hence not part of the time
+    layouts = choose_layouts("auto", product_shapes(plan, head.weight, lambda w: w.shape)) if is_cpu else PACKED
     states: dict[str, RolloutState] = {}
 
     def write(name: str, texts: list[tuple[int, ...]], make: Callable[[], Any]) -> None:
@@ -143,7 +151,7 @@ def measure(sizes: Sizes, vllm_python: Path | None = None) -> list[Row]:
         states[name].write(0)
 
     def ours() -> Any:
-        return make_decoder(model, FAMILIES["llama"].plan(model), shard, device)
+        return make_decoder(model, plan, shard, device, layouts)
 
     def rewrite() -> None:
         positions = [(2 * i + 1) * sizes.new_tokens // (2 * sizes.rows) for i in range(sizes.rows)]
@@ -213,13 +221,34 @@ def _as_rows(times: dict[str, list[float]], sizes: Sizes) -> list[Row]:
     return rows
 
 
-def make_student(sizes: Sizes) -> Any:
-    """The student of the step benchmark, with random weights."""
+def make_student(sizes: Sizes, num_layers: int | None = None) -> Any:
+    """The student of the step benchmark, with random weights; ``num_layers`` in place of its own."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
+    config = model_config("student", sizes)
+    config.num_hidden_layers = num_layers or config.num_hidden_layers
     with torch.device(sizes.device):
-        return LlamaForCausalLM(model_config("student", sizes)).to(getattr(torch, sizes.dtype)).eval()
+        return LlamaForCausalLM(config).to(getattr(torch, sizes.dtype)).eval()
+
+
+def operations(sizes: Sizes) -> TokenOperations:
+    """Operations that a decoded token dispatches."""
+    from megadistill.decoding.decoder import PlanDecoder
+    from megadistill.decoding.sampling import Sampling
+    from megadistill.models.families import FAMILIES
+    from megadistill.parallel import VocabShard
+    from megadistill.parallel.output_head import OutputHead
+
+    shard = VocabShard(0, sizes.vocab, sizes.vocab)
+
+    def make(num_layers: int) -> PlanDecoder:
+        model = make_student(sizes, num_layers)
+        plan = FAMILIES["llama"].plan(model)
+        assert plan is not None
+        return PlanDecoder(plan, torch.device(sizes.device), OutputHead(model.lm_head.weight, None, shard))
+
+    return token_operations(make, Sampling(0))
 
 
 def generate(model: Any, prompts: list[tuple[int, ...]], new_tokens: int) -> None:
@@ -273,6 +302,11 @@ def table(record: dict[str, Any], options: Any) -> str:
             if (row["vocab"], row["rows"]) == (vocab, rows):
                 over = "" if row["over_generate"] is None else f"{row['over_generate']:.2f}"
                 lines.append(f"| {row['name']} | {row['milliseconds']:.0f} | {over} | {row['of_rollout']:.2f} |")
+    layer, outside, sampling = record["operations"].values()
+    lines += [
+        "",
+        f"Operations of a token: {layer} in each layer, {outside} outside of them, {sampling} for logits and drawing",
+    ]
     if record["parallel"]:
         lines += [
             "",

@@ -243,7 +243,9 @@ def _engines(
     config: RunConfig, context: ParallelContext, student_model: LoadedModel, teacher_model: LoadedModel | None
 ) -> tuple[Student, PartitionedModel | None]:
     """Both models partitioned, the teacher first (collective over the world)."""
-    zero_stage = config.parallel.zero_stage
+    zero_stage, offload = config.parallel.zero_stage, config.parallel.offload
+    if offload != "none" and context.device.type == "cpu":
+        get_logger(context.rank, "train").warning(f"parallel.offload={offload} saves nothing here: there is no GPU")
     teacher = None
     if teacher_model is not None:
         teacher = frozen_model(
@@ -251,6 +253,8 @@ def _engines(
             context,
             zero_stage=zero_stage,
             dtype=config.model.teacher.dtype,
+            zero=config.parallel.zero,
+            offload=config.parallel.offloads_teacher,
             deepspeed_settings=config.deepspeed,
         )
     student = trained_model(
@@ -261,6 +265,8 @@ def _engines(
         optim=config.optim,
         train=config.train,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        zero=config.parallel.zero,
+        offload=config.parallel.offloads_optimizer,
         deepspeed_settings=config.deepspeed,
     )
     return student, teacher

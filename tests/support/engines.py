@@ -58,16 +58,17 @@ def make_student(path: Path, context: Any, *, dtype: str, micro_batches: int = 1
     )
 
 
-def train_step(student: Any, rows: int, step: int = 0, lr: float = 1.0) -> list[float]:
-    """One update from ``rows`` random rows of this data-parallel rank, one a micro-batch; their losses."""
-    context, losses = student.context, []
-    for row in range(rows):
-        seed = (step * 1000 + context.dp_rank) * 1000 + row
-        tokens = torch.randint(0, V, (1, 9), generator=torch.Generator().manual_seed(seed))
-        loss = student.forward(tokens, torch.ones_like(tokens), torch.arange(9)[None], squares(tokens, context, rows))
+def train_step(student: Any, passes: int, step: int = 0, lr: float = 1.0, rows_a_pass: int = 1) -> list[float]:
+    """One update from random rows of this data-parallel rank, the same ones in any number of passes; their losses."""
+    context, losses, rows = student.context, [], passes * rows_a_pass
+    generator = torch.Generator().manual_seed(step * 1000 + context.dp_rank)
+    batch = torch.randint(0, V, (rows, 9), generator=generator)
+    for tokens in batch.split(rows_a_pass):
+        positions = torch.arange(9).expand_as(tokens)
+        loss = student.forward(tokens, torch.ones_like(tokens), positions, squares(tokens, context, rows))
         student.backward(loss)
-        losses.append(float(loss))
-        if row + 1 < rows:
+        losses.append(float(loss.detach()))
+        if len(losses) < passes:
             student.end_micro_step()
     student.step(lr)
     return losses

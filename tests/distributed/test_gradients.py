@@ -119,3 +119,30 @@ def test_stage_0_in_bfloat16_clips_as_stage_3(tmp_path: Path) -> None:
         norms, steps = zip(*found, strict=True)
         assert norms[0] > 1 and max(norms) - min(norms) < 1e-4 * norms[0]
         assert max(steps) - min(steps) < 1e-4 * steps[0]
+
+
+def test_a_gpu_gets_the_fused_adamw_from_the_same_state() -> None:
+    """One and the same update from a state that a checkpoint filled, whichever AdamW the machine has."""
+    from megadistill.config.optim import OptimSection
+    from megadistill.engines.local_state import _adamw_state
+    from megadistill.engines.student import _adamw
+
+    updated = []
+    for device in ("cpu", "cuda"):
+        model = torch.nn.Linear(8, 8)
+        torch.nn.init.constant_(model.weight, 0.5)
+        optimizer = _adamw(model, OptimSection(weight_decay=0.1), torch.device(device))
+        assert bool(optimizer.defaults["fused"]) == (device == "cuda")
+        for parameter in model.parameters():
+            state = _adamw_state(optimizer, parameter)
+            state["step"].fill_(7)
+            state["exp_avg"].fill_(0.2)
+            parameter.grad = torch.full_like(parameter, 0.3)
+        optimizer.step()
+        assert float(model.weight.detach().max()) == 0.5  # not allowed yet
+        optimizer.is_allowed = lambda: True
+        optimizer.step()
+        assert {int(state["step"]) for state in optimizer.state.values()} == {8}
+        updated.append(model.weight.detach().clone())
+    assert float((updated[0] - 0.5).abs().max()) > 1e-5
+    assert torch.allclose(updated[0], updated[1], rtol=1e-6, atol=0)

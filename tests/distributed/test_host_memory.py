@@ -45,7 +45,7 @@ def test_what_is_only_read_is_copied_once() -> None:
 
 
 def _train(rank: int, path: Path, tp_size: int, cases: list[tuple[int, str]]) -> list[dict[bool, Any]]:
-    """Per case, with and without a stay: losses and norms, snapshots in the middle and at the end, bytes of the state."""
+    """Per case, with and without a stay: losses, norms, snapshots in the middle and at the end, bytes of the state."""
     from megadistill.engines.local_state import optimizer_tensors
 
     context, found = on_grid(rank, tp_size), []

@@ -41,4 +41,4 @@ def load_resolved(run_dir: Path) -> RunConfig:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return load_config(run_dir / RESOLVED)
+        return load_config(run_dir / RESOLVED, is_record=True)

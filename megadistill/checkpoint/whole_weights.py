@@ -76,7 +76,8 @@ class WholeWeights:
         if context.world_size == 1:
             runs = {name: [Run(0, *snapshot[f"{MASTER}/{name}"])] for name in runs}
         else:
-            self._exchange(runs)
+            with self._student.state_present():
+                self._exchange(runs)
         return Share(files, runs, loaded, self._student.shard_specs)
 
     @torch.no_grad()

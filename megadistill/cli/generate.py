@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
 def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     """Writes to ``parsed.output``, or to ``stream`` where there is one."""
     from megadistill.checkpoint.model_folder import model_folder
-    from megadistill.config.schema import ParallelSection
+    from megadistill.config.parallel import ParallelSection
     from megadistill.data.encode import tokenize_examples
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.engines.inference import open_model

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from megadistill.config.aliases import other_name
+from megadistill.config.deepspeed import moved
 from megadistill.config.fields import nearest_key, nearest_sibling, walk
 from megadistill.config.schema import RunConfig
 from megadistill.config.section import CombinationError, Section, allowed, section_type
@@ -26,7 +27,7 @@ Tree = dict[str, Any]
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, is_record: bool = False) -> RunConfig:
     """Reads a configuration file, the files of its ``base:`` chain, and overrides; the later one wins.
 
     ``base:`` is relative to the file it stands in, or the name of a shipped file; every other relative path is relative
@@ -36,11 +37,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Args:
         path: The YAML file.
         overrides: ``section.field=value`` settings.
+        is_record: A run wrote the file, maybe one of an earlier version, whose keys for DeepSpeed are moved.
 
     Raises:
         ConfigError: In one line: file (or "command line"), key, what is allowed, nearest valid key.
     """
-    layers = [*_read_chain(Path(path), ()), *(_read_override(text) for text in overrides)]
+    files = _read_chain(Path(path), ())
+    if is_record:
+        files = [(source, moved(layer)) for source, layer in files]
+    layers = [*files, *(_read_override(text) for text in overrides)]
     sources = {key: source for source, layer in layers for key, _ in _nodes(layer)}
     try:
         merged = OmegaConf.merge(_defaults(RunConfig), *(layer for _, layer in layers))

@@ -8,13 +8,14 @@ from megadistill.config.checkpoint import CheckpointSection
 from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.loss import LossConfig
+from megadistill.config.optim import OptimSection
+from megadistill.config.parallel import ParallelSection
 from megadistill.config.sampling import SamplingOptions
 from megadistill.config.section import (
-    BelowOne,
+    DType,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Section,
     UnitInterval,
@@ -22,8 +23,6 @@ from megadistill.config.section import (
 )
 from megadistill.config.train import TrainSection
 from megadistill.files import did_you_mean
-
-DType = Literal["fp32", "bf16"]
 
 
 class RunSection(Section):
@@ -86,19 +85,6 @@ class ModelSection(Section):
     )
 
 
-class ParallelSection(Section):
-    """Section ``parallel``."""
-
-    tp_size: Literal["auto"] | PositiveInt = Field(
-        "auto",
-        description="Tensor-parallel ranks; auto: the largest number that divides the processes and all head counts.",
-    )
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(3, description="DeepSpeed ZeRO stage of teacher and student.")
-    timeout_s: PositiveInt = Field(
-        1800, description="Seconds after which a collective that has not completed ends the job."
-    )
-
-
 class ScrgSection(Section):
     """Section ``generation.scrg``."""
 
@@ -154,21 +140,6 @@ class GenerationSection(SamplingOptions):
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 
 
-class OptimSection(Section):
-    """Section ``optim``."""
-
-    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
-    min_lr_ratio: UnitInterval = Field(0.1, description="Final learning rate, as a share of the peak.")
-    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), strict=False, description="AdamW's two decay rates.")
-    eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
-    warmup_ratio: UnitInterval = Field(0.05, description="Share of all steps in which the learning rate rises.")
-    warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; overrides optim.warmup_ratio.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    gradient_clipping: NonNegativeFloat = Field(1.0, description="Largest norm of the gradient; 0: no clipping.")
-    gate_lr: PositiveFloat = Field(1e-3, description="Constant learning rate of the gate.")
-
-
 class EvalSection(SamplingOptions):
     """Section ``eval``."""
 
@@ -203,7 +174,7 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = Field(
         {},
         description="Passed through to DeepSpeed's configuration of both engines, merged over the generated one: "
-        "zero_optimization (overlap_comm, bucket sizes, prefetch, offload), aio, comms_logger, flops_profiler ...",
+        "zero_optimization (what parallel.zero does not have), comms_logger, flops_profiler ...",
     )
 
     @property
@@ -224,6 +195,22 @@ class RunConfig(Section):
             require_combination(
                 False, f"deepspeed.{unknown}: not passed on{hint or '; allowed: ' + ', '.join(PASSED)}", ("deepspeed",)
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_combinations(self) -> "RunConfig":
+        parallel = self.parallel
+        require_combination(
+            self.optim.gradient_dtype == "fp32" or self.model.student.dtype == "bf16",
+            "optim.gradient_dtype=bf16 needs model.student.dtype=bf16: gradients have at least the type of the weights",
+            ("optim.gradient_dtype", "model.student.dtype"),
+        )
+        require_combination(
+            self.needs_teacher or not parallel.offloads_teacher,
+            f"parallel.offload={parallel.offload}: this run has no teacher (loss.dac_kl=0 loss.span=0); use optimizer "
+            "or none",
+            ("parallel.offload", "loss.dac_kl", "loss.span"),
+        )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ OpenUnitInterval = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
+DType = Literal["fp32", "bf16"]
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 

@@ -6,7 +6,7 @@ snapshot to be cloned, copying into one restores it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,8 +48,7 @@ def local_parts(engine: deepspeed.DeepSpeedEngine) -> Iterator[LocalPart]:
 
     AdamW's moments are made where it has not made them yet. No communication.
     """
-    stage = engine.zero_optimization_stage()
-    flats, find = {0: _whole_parts, 1: _fragments, 2: _fragments, 3: _partitions}[stage](engine)
+    flats, find = _finder(engine)
     base = _base(engine)
     for flat in flats:  # also those of which this rank holds nothing but padding: AdamW counts updates in each
         _adamw_state(base, flat)
@@ -61,6 +60,29 @@ def local_parts(engine: deepspeed.DeepSpeedEngine) -> Iterator[LocalPart]:
         tensors = {MASTER: place.flat.detach(), **{kind: state[kind] for kind in MOMENTS}}
         runs = {kind: tensor.reshape(-1).narrow(0, place.offset, place.numel) for kind, tensor in tensors.items()}
         yield LocalPart(name, place.start, place.numel, place.is_shared, runs)
+
+
+def optimizer_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[torch.Tensor]:
+    """What only an update needs: float32 copies of the weights, and AdamW's moments as far as it has made them."""
+    flats, _ = _finder(engine)
+    base, weights = _base(engine), {id(parameter) for parameter in engine.module.parameters()}
+    for flat in flats:
+        if id(flat) not in weights:  # stage 0 in float32 updates the weights themselves
+            yield flat
+        state = base.state.get(flat, {})
+        yield from (state[kind] for kind in MOMENTS if kind in state)
+
+
+def weight_tensors(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """Where this rank keeps parameters: whole, or its runs of them; small ones that ZeRO-3 never releases left out."""
+    tensors = []
+    for parameter in parameters:
+        partitioned = as_partitioned(parameter)
+        if partitioned is None:
+            tensors.append(parameter.data)
+        elif not partitioned.ds_persist:
+            tensors.append(partitioned.ds_tensor)
+    return tensors
 
 
 def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
@@ -114,7 +136,8 @@ def _base(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 def _adamw_state(base: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
     state: dict[str, Any] = base.state[flat]
     if not state:
-        state |= {"step": torch.tensor(0.0)} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
+        counts_on = flat.device if base.defaults["fused"] else "cpu"  # as torch makes it
+        state |= {"step": torch.tensor(0.0, device=counts_on)} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
     return state
 
 
@@ -132,6 +155,11 @@ class _Place(NamedTuple):
 _Finder = tuple[list[torch.Tensor], Callable[[nn.Parameter], _Place | None]]
 
 
+def _finder(engine: deepspeed.DeepSpeedEngine) -> _Finder:
+    stage = engine.zero_optimization_stage()
+    return {0: _whole_parts, 1: _fragments, 2: _fragments, 3: _partitions}[stage](engine)
+
+
 def _whole_parts(engine: deepspeed.DeepSpeedEngine) -> _Finder:
     """Stage 0: whole parameters; in bfloat16 the optimizer keeps float32 copies."""
     optimizer, parameters = engine.optimizer, list(engine.module.parameters())
@@ -144,7 +172,9 @@ def _whole_parts(engine: deepspeed.DeepSpeedEngine) -> _Finder:
 
 def _fragments(engine: deepspeed.DeepSpeedEngine) -> _Finder:
     """Stages 1 and 2: each rank updates a run of a flat group of parameters, which may begin and end within one."""
-    flats = engine.optimizer.single_partition_of_fp32_groups
+    # Stage 1 with bfloat16 weights and float32 gradients is another class of DeepSpeed's.
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    flats = next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name))
 
     def find(parameter: nn.Parameter) -> _Place | None:
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed puts it there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
 
+from megadistill.config.parallel import ZeroSection
 from megadistill.data.collate import right_padded
-from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
+from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller, Present
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.layouts import Setting, choose_layouts, product_shapes
@@ -22,8 +23,9 @@ from megadistill.decoding.products import PACKED
 from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.empty_weights import NothingToCopy
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
+from megadistill.engines.host_memory import HostMemory
 from megadistill.engines.lm_forward import use_head_fn_forward
-from megadistill.engines.local_state import set_weights, shard_shape
+from megadistill.engines.local_state import set_weights, shard_shape, weight_tensors
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
 from megadistill.models.loading import LoadedModel, WeightSource
@@ -49,6 +51,7 @@ class PartitionedModel:
         loaded: The model as it was loaded.
         context: The grid of processes.
         cpu_products: ``generation.cpu_products``.
+        offload_weights: Keep the weights in host memory while they are not used. They must not change then.
 
     Attributes:
         engine: The engine.
@@ -64,6 +67,8 @@ class PartitionedModel:
         loaded: LoadedModel,
         context: ParallelContext,
         cpu_products: Setting = "auto",
+        *,
+        offload_weights: bool = False,
     ) -> None:
         self.engine, self.loaded, self.context = engine, loaded, context
         if context.tp_size > 1 and loaded.family.post_shard is not None:
@@ -81,6 +86,12 @@ class PartitionedModel:
         if loaded.weights is not None:
             self.fill(loaded.weights, WEIGHT)
             self.loaded = replace(loaded, weights=None)
+        self._weights: HostMemory | None = None
+        if offload_weights:
+            for parameter in engine.module.parameters():
+                if not parameter.untyped_storage().resizable():  # a file is mapped there
+                    parameter.data = parameter.data.clone()
+            self._weights = HostMemory(lambda: weight_tensors(engine.module.parameters()), writable=False)
 
     def fill(self, weights: WeightSource, kind: str) -> None:
         """Loads all weights, one parameter after the other, of each what this rank keeps.
@@ -111,8 +122,8 @@ class PartitionedModel:
     @contextmanager
     def decoder(self) -> Iterator[PlanDecoder | HFDecoder]:
         """A decoder with all parameters gathered once (over the data-parallel group) for as long as it is used."""
-        was_training = self.module.training
-        with gathered_module(self.engine, runs_forward=self._plan is None) as module:
+        was_training, runs_forward = self.module.training, self._plan is None
+        with self._brought_in([self.module]), gathered_module(self.engine, runs_forward=runs_forward) as module:
             module.eval()
             try:
                 yield make_decoder(module, self._plan, self.shard, self.context.device, self._layouts)
@@ -126,7 +137,7 @@ class PartitionedModel:
         Passes of the engine meanwhile neither gather nor release it.
         """
         module = self.module.get_output_embeddings()
-        with kept_parameters([module.weight, getattr(module, "bias", None)]):
+        with self._brought_in([module]), kept_parameters([module.weight, getattr(module, "bias", None)]):
             yield OutputHead.of(module, self.shard)
 
     def prefiller(self, examples_per_pass: int) -> PlanPrefiller | EnginePrefiller:
@@ -136,8 +147,18 @@ class PartitionedModel:
         ``examples_per_pass`` examples at a time by its own forward pass.
         """
         if self._plan is None:
-            return EnginePrefiller(self.engine, self.context.device, examples_per_pass)
-        return PlanPrefiller(self._plan, self.shard, self.context.device, _present, self._layouts)
+            return EnginePrefiller(self.engine, self.context.device, examples_per_pass, self._brought_in)
+        return PlanPrefiller(self._plan, self.shard, self.context.device, self._present, self._layouts)
+
+    @contextmanager
+    def _present(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """The parameters of some modules whole (one gathering over the data-parallel group)."""
+        with self._brought_in(modules), gathered_parameters(_parameters(modules)):
+            yield
+
+    def _brought_in(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """What this rank keeps of the parameters of some modules, on the device."""
+        return nullcontext() if self._weights is None else self._weights.present(weight_tensors(_parameters(modules)))
 
 
 def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContext) -> dict[str, ShardSpec]:
@@ -151,8 +172,8 @@ def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContex
     }
 
 
-def _present(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    return gathered_parameters([parameter for module in modules for parameter in module.parameters()])
+def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 class EnginePrefiller:
@@ -164,12 +185,16 @@ class EnginePrefiller:
         engine: The engine.
         device: Where its inputs go.
         examples_per_pass: Examples of one forward pass.
+        brought_in: ``brought_in(modules)`` is a context in which what this rank keeps of them is on the device.
     """
 
     keeps_cache = False
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, device: torch.device, examples_per_pass: int) -> None:
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, device: torch.device, examples_per_pass: int, brought_in: Present
+    ) -> None:
         self._engine, self._device, self._examples_per_pass = engine, device, examples_per_pass
+        self._brought_in = brought_in
 
     def new_state(self, offsets: Sequence[int], columns: int) -> Any:
         """There is none: this prefiller keeps nothing."""
@@ -182,9 +207,10 @@ class EnginePrefiller:
         for start in range(0, len(chunks), self._examples_per_pass):
             together = chunks[start : start + self._examples_per_pass]
             batch = right_padded([(chunk.tokens, None) for chunk in together], 0).to(self._device)
-            states = self._engine(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
-            )
+            with self._brought_in([self._engine.module]):
+                states = self._engine(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+                )
             hidden += [row[: len(chunk.tokens)] for row, chunk in zip(states, together, strict=True)]
         return hidden
 
@@ -195,6 +221,8 @@ def frozen_model(
     *,
     zero_stage: int,
     dtype: str,
+    zero: ZeroSection | None = None,
+    offload: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
     cpu_products: Setting = "auto",
 ) -> PartitionedModel:
@@ -205,6 +233,8 @@ def frozen_model(
         context: The grid of processes.
         zero_stage: ZeRO stage of the run.
         dtype: Type of the weights, "fp32" or "bf16".
+        zero: The run's ``parallel.zero``; None: its defaults.
+        offload: Keep its weights in host memory while they are not used.
         deepspeed_settings: The run's ``deepspeed`` section.
         cpu_products: ``generation.cpu_products``.
 
@@ -219,12 +249,14 @@ def frozen_model(
         tp_size=context.tp_size,
         dtype=dtype,
         family=loaded.family,
+        zero=zero or ZeroSection(),
+        device_type=context.device.type,
         passed=deepspeed_settings,
     )
     engine = initialize(model, config, context)
     # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
-    return PartitionedModel(engine, loaded, context, cpu_products)
+    return PartitionedModel(engine, loaded, context, cpu_products, offload_weights=offload)
 
 
 def initialize(

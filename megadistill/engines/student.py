@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 
-from megadistill.config.schema import OptimSection, TrainSection
+from megadistill.config.optim import OptimSection
+from megadistill.config.parallel import ZeroSection
+from megadistill.config.schema import TrainSection
 from megadistill.data.collate import SequenceBatch
 from megadistill.decoding.layouts import Setting
-from megadistill.engines.ds_config import student_config
+from megadistill.engines.ds_config import clips_itself, needs_wide_gradients, student_config
+from megadistill.engines.host_memory import HostMemory
 from megadistill.engines.lm_forward import use_head_fn_forward
-from megadistill.engines.local_state import LocalPart, local_parts, optimizer_steps, set_optimizer_steps
+from megadistill.engines.local_state import (
+    LocalPart,
+    local_parts,
+    optimizer_steps,
+    optimizer_tensors,
+    set_optimizer_steps,
+)
 from megadistill.engines.partitioned import PartitionedModel, initialize
 from megadistill.models.attention import use_padding_free_attention
 from megadistill.models.loading import LoadedModel, WeightSource
@@ -36,6 +46,8 @@ class Student(PartitionedModel):
         loaded: The model as it was loaded.
         context: The grid of processes.
         adamw: The optimizer inside the engine.
+        max_norm: Clips the gradient here, where DeepSpeed does not; 0: not here.
+        offload: Keep the optimizer's state in host memory between updates.
 
     Attributes:
         grad_norm: Norm of the last update's gradient, before clipping.
@@ -50,10 +62,16 @@ class Student(PartitionedModel):
         context: ParallelContext,
         adamw: _GuardedAdamW,
         cpu_products: Setting = "auto",
+        *,
+        max_norm: float = 0.0,
+        offload: bool = False,
     ) -> None:
-        self._adamw = adamw
+        self._adamw, self._max_norm = adamw, max_norm
         self._parts: dict[str, LocalPart] = {}  # only while weights are filled in
+        self._state: HostMemory | None = None
         super().__init__(engine, loaded, context, cpu_products)
+        if offload:
+            self._state = HostMemory(lambda: optimizer_tensors(engine), writable=True)
 
     def fill(self, weights: WeightSource, kind: str) -> None:
         """Loads the weights, the optimizer's float32 copies included, and its moments where the files have them.
@@ -65,9 +83,10 @@ class Student(PartitionedModel):
         Raises:
             CheckpointError: The files are those of another model, or incomplete.
         """
-        self._parts = {part.name: part for part in local_parts(self.engine)}
-        super().fill(weights, kind)
-        self._parts = {}
+        with self.state_present():
+            self._parts = {part.name: part for part in local_parts(self.engine)}
+            super().fill(weights, kind)
+            self._parts = {}
         if "optimizer_steps" in weights.info:
             set_optimizer_steps(self.engine, weights.info["optimizer_steps"])
 
@@ -88,19 +107,27 @@ class Student(PartitionedModel):
             ``KIND/NAME`` -> (first element in the tensor-parallel shard, flat tensor). Each run of the model is in one
             rank's copies.
         """
-        return {
-            f"{kind}/{part.name}": (part.start, tensor.detach().to("cpu", copy=True))
-            for part in self.parts_to_write()
-            for kind, tensor in part.tensors.items()
-        }
+        with self.state_present():
+            return {
+                f"{kind}/{part.name}": (part.start, tensor.detach().to("cpu", copy=True))
+                for part in self.parts_to_write()
+                for kind, tensor in part.tensors.items()
+            }
 
     def parts_to_write(self) -> Iterator[LocalPart]:
-        """The parts that this rank is to write: each run of the model is among those of one rank. No communication."""
+        """The parts that this rank is to write: each run of the model is among those of one rank.
+
+        Their tensors are there in ``state_present`` only. No communication.
+        """
         context = self.context
         for i, part in enumerate(local_parts(self.engine)):
             is_ours = not part.is_shared or i % context.dp_size == context.dp_rank
             if is_ours and (self.shard_specs[part.name].dim is not None or not context.tp_rank):
                 yield part
+
+    def state_present(self) -> AbstractContextManager[None]:
+        """The optimizer's state may be read and changed."""
+        return nullcontext() if self._state is None else self._state.present()
 
     @property
     def optimizer_steps(self) -> int:
@@ -142,7 +169,12 @@ class Student(PartitionedModel):
 
         DeepSpeed averages over the data-parallel group; multiplying by its size makes that a sum.
         """
-        self.engine.backward(loss * self.context.dp_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
+
+    @property
+    def loss_scale(self) -> int:
+        """What losses are multiplied by before the backward pass."""
+        return self.context.dp_size if getattr(self.engine.optimizer, "gradient_average", True) else 1
 
     def step(self, lr: float, skip: bool = False) -> bool:
         """Clips the gradient of all passes and updates.
@@ -158,10 +190,12 @@ class Student(PartitionedModel):
         assert self.engine.is_gradient_accumulation_boundary()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        # Stage 0 in float32 has no optimizer of DeepSpeed, which would know the norm.
-        plain_norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else self._plain_grad_norm()
+        # Stage 0 in float32 has no optimizer of DeepSpeed, which would know the norm; that of bfloat16 asks one shard.
+        plain_norm = None if self.engine.zero_optimization_stage() else self._plain_grad_norm()
         self._adamw.is_allowed = lambda: not skip and math.isfinite(self._norm(plain_norm))
-        self.engine.step()
+        self._adamw.clip = self._max_norm / plain_norm if plain_norm and plain_norm > self._max_norm > 0 else 1.0
+        with self.state_present():
+            self.engine.step()
         self.grad_norm = self._norm(plain_norm)
         return not skip and math.isfinite(self.grad_norm)
 
@@ -189,6 +223,8 @@ def trained_model(
     optim: OptimSection,
     train: TrainSection,
     gradient_checkpointing: bool = False,
+    zero: ZeroSection | None = None,
+    offload: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
     cpu_products: Setting = "auto",
 ) -> Student:
@@ -202,6 +238,8 @@ def trained_model(
         optim: Settings of AdamW.
         train: Settings of the batches.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        zero: The run's ``parallel.zero``; None: its defaults.
+        offload: Keep the optimizer's state in host memory between updates.
         deepspeed_settings: The run's ``deepspeed`` section.
         cpu_products: ``generation.cpu_products``.
 
@@ -223,27 +261,54 @@ def trained_model(
         dp_size=context.dp_size,
         dtype=dtype,
         family=loaded.family,
+        zero=zero or ZeroSection(),
+        device_type=context.device.type,
+        num_elements=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         passed=deepspeed_settings,
     )
-    adamw = _adamw(model, optim)
-    return Student(initialize(model, config, context, adamw), loaded, context, adamw, cpu_products)
+    adamw = _adamw(model, optim, context.device)
+    engine = initialize(model, config, context, adamw)
+    if needs_wide_gradients(dtype, optim):
+        if zero_stage == 0:
+            for parameter in engine.module.parameters():
+                parameter.grad_dtype = torch.float32  # where autograd adds up; DeepSpeed has no such setting here
+        elif zero_stage == 2:
+            engine.optimizer.gradient_average = False  # it would divide bfloat16 numbers: see Student.loss_scale
+    # Stage 0 in bfloat16 clips by the norm of one tensor-parallel shard.
+    max_norm = optim.gradient_clipping if clips_itself(zero_stage, dtype) else 0.0
+    return Student(engine, loaded, context, adamw, cpu_products, max_norm=max_norm, offload=offload)
 
 
 class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that asks ``is_allowed`` before an update: ZeRO stages 0 to 2 would use gradients that are not finite."""
+    """AdamW that asks ``is_allowed`` before an update: ZeRO stages 0 to 2 would use gradients that are not finite.
 
-    is_allowed: Callable[[], bool] = staticmethod(lambda: True)
+    Nor does DeepSpeed's own first call count, with which it makes the state of stage 0 in bfloat16.
+
+    Attributes:
+        clip: Gradients are multiplied by it.
+    """
+
+    is_allowed: Callable[[], bool] = staticmethod(lambda: False)
+    clip = 1.0
 
     def step(self, closure: Any = None) -> Any:
-        return super().step(closure) if self.is_allowed() else None
+        if not self.is_allowed():
+            return None
+        if self.clip != 1.0:
+            torch._foreach_mul_([p.grad for group in self.param_groups for p in group["params"]], self.clip)
+        return super().step(closure)
 
 
-def _adamw(model: nn.Module, optim: OptimSection) -> _GuardedAdamW:
-    """Weight decay on matrices only, as is usual; biases and norms are left alone."""
+def _adamw(model: nn.Module, optim: OptimSection, device: torch.device) -> _GuardedAdamW:
+    """Weight decay on matrices only, as is usual; biases and norms are left alone.
+
+    On GPUs an update is one kernel, without the temporary tensors of torch's default (8 bytes a number).
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return _GuardedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    is_fused = True if device.type == "cuda" else None
+    return _GuardedAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=is_fused)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from megadistill.config.schema import ParallelSection
+from megadistill.config.parallel import ParallelSection
 from megadistill.launch.heartbeat import lost_ranks_reported
 from megadistill.launch.ranks import set_rank_variables
 from megadistill.launch.world import default_device, distributed, name_accelerator

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
-from deepspeed.runtime import compiler
+from deepspeed.runtime import bf16_optimizer, compiler
 
 
 def disable_shm_op() -> None:
@@ -30,6 +30,11 @@ def skip_muon_compilation() -> None:
         return lambda function: function
 
     compiler.compile = compile_nothing
+
+
+def skip_memory_reports() -> None:
+    """Keeps an optimizer of DeepSpeed's (ZeRO-1, bfloat16) from printing memory use and resetting its peak."""
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def destroy_process_groups() -> None:

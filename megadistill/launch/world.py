@@ -97,10 +97,11 @@ def _initialize(device: torch.device, timeout: timedelta) -> None:
     name_accelerator()
     import deepspeed
 
-    from megadistill.launch.deepspeed_patches import disable_shm_op, skip_muon_compilation
+    from megadistill.launch.deepspeed_patches import disable_shm_op, skip_memory_reports, skip_muon_compilation
 
     disable_shm_op()
     skip_muon_compilation()
+    skip_memory_reports()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megadistill.config.schema import OptimSection
+from megadistill.config.optim import OptimSection
 
 
 def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:

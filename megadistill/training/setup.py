@@ -239,6 +239,9 @@ def _engines(
     The student's files are opened and checked before the teacher's are read. Random weights, which exist at once, are
     not made before the teacher's are partitioned.
     """
+    offload = config.parallel.offload
+    if offload != "none" and context.device.type == "cpu":
+        get_logger(context.rank, "train").warning(f"parallel.offload={offload} saves nothing here: there is no GPU")
     node = Node.build(context, has_group=config.model.read == "copy")
 
     def load(model: str) -> LoadedModel:
@@ -257,12 +260,19 @@ def _engines(
     opened = load("student") if has_weights(paths["model.student.path"]) else None
     common: dict[str, Any] = {
         "zero_stage": config.parallel.zero_stage,
+        "zero": config.parallel.zero,
         "deepspeed_settings": config.deepspeed,
         "cpu_products": config.generation.cpu_products,
     }
     teacher = None
     if "model.teacher.path" in paths:
-        teacher = frozen_model(load("teacher"), context, dtype=config.model.teacher.dtype, **common)
+        teacher = frozen_model(
+            load("teacher"),
+            context,
+            dtype=config.model.teacher.dtype,
+            offload=config.parallel.offloads_teacher,
+            **common,
+        )
     student = trained_model(
         load("student") if opened is None else opened,
         context,
@@ -270,6 +280,7 @@ def _engines(
         optim=config.optim,
         train=config.train,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        offload=config.parallel.offloads_optimizer,
         **common,
     )
     return student, teacher

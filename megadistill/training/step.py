@@ -189,7 +189,7 @@ def update(step: int, metrics: dict[str, float], components: Components) -> bool
     lr = learning_rate(config.optim, step, components.length.max_steps)
     is_finite = math.isfinite(metrics["loss"])
     if gate is not None:
-        is_finite &= gate.reduce(loss_scale=components.context.dp_size)
+        is_finite &= gate.reduce(loss_scale=student.loss_scale)
     is_updated = student.step(lr, skip=not is_finite)
     if gate is not None:
         gate.step(skip=not is_updated)

@@ -22,6 +22,7 @@ def _alone(rank: int) -> list[str]:
     """Rank 0 calls a collective of each group that a run has; rank 1 does not."""
     import deepspeed
 
+    from megadistill.config.parallel import ZeroSection
     from megadistill.engines.ds_config import engine_config
     from megadistill.models.families import FAMILIES
     from tests.support.runs import join_deepspeed
@@ -29,7 +30,8 @@ def _alone(rank: int) -> list[str]:
     join_deepspeed(rank)
     context = ParallelContext.build(2, 2, torch.device("cpu"))
     model = torch.nn.Linear(4, 4)
-    config = engine_config(zero_stage=3, tp_size=1, dtype="fp32", family=FAMILIES["llama"], micro_batch_size=1)
+    options = {"micro_batch_size": 1, "zero": ZeroSection(), "device_type": "cpu"}
+    config = engine_config(zero_stage=3, tp_size=1, dtype="fp32", family=FAMILIES["llama"], **options)
     deepspeed.initialize(model=model, config=config, optimizer=torch.optim.AdamW(model.parameters()))
     context.set_all_timeouts()
     groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_world_size(group) == 2]

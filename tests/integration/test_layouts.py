@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import FAMILY_CONFIGS, losses, run_layout, samples, settings, weights
+from tests.support.runs import FAMILY_CONFIGS, LARGE_MODEL, losses, run_layout, samples, settings, weights
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1)]
+RELEASING = [(1, 2), (2, 2)]  # ZeRO-3 as with a large model; in the others it releases nothing during a step
 STEPS = 20
 # Which token has the largest KL is a discrete choice: layouts agree on KL to 1e-6 of its value, so a run in which two
 # positions of one row come closer than that may go either way. In this seed's run they do not.
@@ -50,7 +51,8 @@ def _assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(("tp_size", "dp_size"), LAYOUTS)
 def test_layout_equals_one_process(assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int) -> None:
-    run_layout(tp_size * dp_size, _runs(assets, tmp_path, f"parallel.tp_size={tp_size}", BUDGET))
+    regime = LARGE_MODEL if (tp_size, dp_size) in RELEASING else ()
+    run_layout(tp_size * dp_size, _runs(assets, tmp_path, f"parallel.tp_size={tp_size}", BUDGET, *regime))
     for family in FAMILY_CONFIGS:
         _assert_same_weights(tmp_path / family, reference / family)
         assert samples(tmp_path / family) == samples(reference / family)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import runs
-from tests.support.runs import losses, settings, weights, write_assets
+from tests.support.runs import LARGE_MODEL, losses, settings, weights, write_assets
 from tests.support.spawn import run_ranks
 
 
@@ -41,18 +41,12 @@ def test_the_head_is_gathered_once_a_batch(family: str, tmp_path: Path) -> None:
     write_assets(tmp_path)
 
     def body(rank: int) -> tuple[list[str], list[int]]:
-        from megadistill.engines import ds_config
         from megadistill.losses import objective
         from megadistill.training import step
 
-        engine_config, accumulate = ds_config.engine_config, step.accumulate_gradients
+        accumulate = step.accumulate_gradients
         events: list[str] = []
         chunks: list[int] = []
-
-        def partitions_everything(**options: Any) -> dict[str, Any]:
-            config = engine_config(**options)
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            return config
 
         def watched(samples: Any, passes: Any, counts: Any, components: Any) -> Any:
             student = components.student
@@ -73,10 +67,10 @@ def test_the_head_is_gathered_once_a_batch(family: str, tmp_path: Path) -> None:
             chunks.append(len(found))
             return iter(found)
 
-        ds_config.engine_config, step.accumulate_gradients = partitions_everything, watched
+        step.accumulate_gradients = watched
         objective._FusedPass.chunks = counted
         more = ("train.max_steps=2", "train.global_batch_size=8", "loss.chunk_tokens=2", "parallel.tp_size=1")
-        run = (str(tmp_path / "run"), settings(tmp_path, family, *more))
+        run = (str(tmp_path / "run"), settings(tmp_path, family, *more, *LARGE_MODEL))
         runs.train_all(rank, [run], runs.ROOT / "configs" / "base.yaml")
         return events, chunks
 

@@ -13,7 +13,7 @@ import torch
 from megadistill.checkpoint.hf_export import check_export, export_checkpoint
 from megadistill.checkpoint.manifest import digest
 from megadistill.errors import CheckpointError
-from tests.support.runs import ROOT, run_layout, samples, settings, train_all, weights
+from tests.support.runs import LARGE_MODEL, ROOT, run_layout, samples, settings, train_all, weights
 from tests.support.spawn import RankError, run_ranks
 
 TIMES = ("time/", "memory/", "throughput/")
@@ -46,9 +46,12 @@ def _state(run_dir: Path, step: int) -> list[torch.Tensor]:
 
 
 def test_resume_is_bitwise_the_undisturbed_run(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Losses, tokens, weights and gate; the run directory is what a job that died after step 13 leaves behind."""
+    """Losses, tokens, weights and gate; the run directory is what a job that died after step 13 leaves behind.
+
+    It goes on with optimizer and teacher in host memory, which changes no bit.
+    """
     died = _died_after_ten(undisturbed, tmp_path / "died")
-    run_layout(4, [(str(died), _settings(assets))])
+    run_layout(4, [(str(died), _settings(assets, "parallel.offload=both"))])
     assert _numbers(died) == _numbers(undisturbed)
     assert samples(died) == samples(undisturbed)
     ours, theirs = weights(died, 20), weights(undisturbed, 20)
@@ -59,8 +62,9 @@ def test_resume_is_bitwise_the_undisturbed_run(assets: Path, undisturbed: Path, 
 
 
 def test_a_new_run_starts_from_a_named_checkpoint(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """It releases and gathers parameters as for a large model, which changes no bit either."""
     more = f"train.resume={undisturbed / 'checkpoints' / 'step_10'}"
-    run_layout(4, [(str(tmp_path / "forked"), _settings(assets, more))])
+    run_layout(4, [(str(tmp_path / "forked"), _settings(assets, more, *LARGE_MODEL))])
     assert _numbers(tmp_path / "forked") == _numbers(undisturbed)[10:]
 
 

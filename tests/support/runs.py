@@ -26,6 +26,15 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", "n_head": HEADS, "n_layer": 2, "n_positions": 128},
 }
 
+# ZeRO-3 as with a large model: nothing stays whole, and every layer is released after its forward and backward pass.
+LARGE_MODEL = (
+    "parallel.zero.max_reuse_distance=0",
+    "parallel.zero.param_persistence_threshold=0",
+    "parallel.zero.max_live_parameters=0",
+    "parallel.zero.prefetch_bucket_size=1000",
+    "parallel.zero.reduce_bucket_size=1000",
+)
+
 
 def write_assets(folder: Path) -> None:
     """A small corpus, a tokenizer of an odd size (uneven shards at every tp) and model configurations of all
@@ -98,12 +107,13 @@ def join_deepspeed(rank: int) -> None:
     """Makes a rank of ``run_ranks`` one of a launcher's, as DeepSpeed wants it."""
     import deepspeed
 
-    from megadistill.launch.deepspeed_patches import disable_shm_op
+    from megadistill.launch.deepspeed_patches import disable_shm_op, skip_muon_compilation
 
     world_size = str(torch.distributed.get_world_size())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
     disable_shm_op()
+    skip_muon_compilation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from megadistill.config.schema import GenerationSection, OptimSection, RunConfig
+from megadistill.config.optim import OptimSection
+from megadistill.config.schema import GenerationSection, RunConfig
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches

@@ -71,7 +71,8 @@ def _run(rank: int, task: Any, sizes: Sizes, folder: Path, store: str, results: 
 
 
 def _student(sizes: Sizes, folder: Path, tp_size: int, zero_stage: int) -> Student:
-    from megadistill.config.schema import OptimSection, TrainSection
+    from megadistill.config.optim import OptimSection
+    from megadistill.config.schema import TrainSection
     from megadistill.engines.student import trained_model
     from megadistill.models.loading import load_model
     from megadistill.parallel.context import ParallelContext

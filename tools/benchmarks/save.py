@@ -100,7 +100,8 @@ def _measure(folder: Path, rounds: int, steps: int, vocab: int) -> dict[str, Any
 
 
 def _student(folder: Path, sizes: Sizes, context: ParallelContext) -> Student:
-    from megadistill.config.schema import OptimSection, TrainSection
+    from megadistill.config.optim import OptimSection
+    from megadistill.config.schema import TrainSection
     from megadistill.engines.student import trained_model
     from megadistill.models.loading import load_model
 

@@ -100,8 +100,8 @@ def _usual_attention(module: nn.Module) -> Any:
     return sdpa_attention_forward
 
 
-def _is_eager(module: nn.Module) -> bool:
-    return bool(module.config._attn_implementation == _PREFIX + "eager")  # type: ignore[union-attr]
+def _is_eager(module: Any) -> bool:
+    return bool(module.config._attn_implementation == _PREFIX + "eager")
 
 
 def _has_flash(query: Tensor) -> bool:

@@ -153,7 +153,7 @@ def build_components(
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
-    _say_what_exceeds_the_budget(config, context)
+    say_what_exceeds_the_budget(config, context)
     paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
     decode_plan = _plan_decode_batches(config, paths, context)
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
@@ -195,7 +195,7 @@ def build_components(
     )
 
 
-def _say_what_exceeds_the_budget(config: RunConfig, context: ParallelContext) -> None:
+def say_what_exceeds_the_budget(config: RunConfig, context: ParallelContext) -> None:
     """One line where ``train.micro_batch_tokens`` may be less than a single example."""
     budget, longest = config.train.micro_batch_tokens, 2 * config.data.max_tokens
     if budget is not None and budget < longest:

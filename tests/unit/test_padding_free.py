@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megadistill.config.load import load_config
 from megadistill.config.loss import LossConfig
 from megadistill.config.train import TrainSection
 from megadistill.data.collate import concatenated
@@ -19,6 +21,7 @@ from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.passes import passes_of_equal_size, passes_within_budget, plan_passes
+from megadistill.training.setup import say_what_exceeds_the_budget
 from tests.support.runs import FAMILY_CONFIGS
 
 CPU, V, H = torch.device("cpu"), 101, 32
@@ -184,6 +187,19 @@ def test_a_budget_is_kept_unless_one_sample_exceeds_it(budget: int, padding_free
     for indices, following in zip(passes, passes[1:], strict=False):
         assert columns(lengths, [*indices, following[0]], padding_free) > budget
     assert passes_within_budget(lengths, budget, padding_free=padding_free) == passes
+
+
+@pytest.mark.parametrize(("budget", "is_said"), [("null", False), ("1023", True), ("1024", False)])
+def test_a_budget_below_the_longest_example_is_said(
+    budget: str, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("run: {dir: out}\nmodel: {teacher: {path: big}, student: {path: small}}\n", encoding="utf-8")
+    # A budget needs no whole number of micro-batches.
+    rows = "train.micro_batch_size=5" if budget != "null" else "train.micro_batch_size=4"
+    config = load_config(file, [f"train.micro_batch_tokens={budget}", rows, "data.max_tokens=512"])
+    say_what_exceeds_the_budget(config, ParallelContext.single())
+    assert ("train.micro_batch_tokens=1023: an example of up to 1024 tokens" in capsys.readouterr().out) is is_said
 
 
 def test_passes_of_equal_size() -> None:

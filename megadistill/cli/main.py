@@ -19,6 +19,7 @@ from megadistill.observability.redact import keep_secrets, redact
 
 VERBS = {
     "prepare": "turn instruction data into checked train and validation files",
+    "plan": "predict memory, communication and time of a step, without a GPU",
     "train": "distill a teacher into a student (what launchers/run.sh starts)",
     "generate": "write responses to a file of prompts",
     "evaluate": "score models on evaluation sets",

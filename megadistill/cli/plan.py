@@ -137,7 +137,7 @@ def _dry_run(case: Case) -> StepUse:
         gpu_memory=case.gpu_memory,
         prompt_tokens=case.prompt_tokens,
         response_tokens=case.response_tokens,
-        progress=lambda *words: print(*words, file=sys.stderr, flush=True),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
 
 

@@ -15,9 +15,9 @@ from megadistill.planning.shape import Linear, ModelShape
 
 Owners = Mapping[str, int]
 
-TEACHER, STUDENT, OPTIMIZER = "teacher weights", "student weights", "master weights, moments"
+TEACHER, STUDENT, OPTIMIZER = "teacher weights", "student weights", "optimizer states"
 GRADIENTS, BUCKET = "gradients", "reduce bucket"
-GATHERED, JOINED, CACHE = "gathered weights", "joined weights", "keys and values"
+GATHERED, JOINED, CACHE = "gathered parameters", "joined weights", "kv cache"
 HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES = "hidden states", "activations", "logits", "optimizer temporaries"
 OWNERS = (
     TEACHER, STUDENT, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, JOINED, CACHE, HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES
@@ -27,6 +27,10 @@ OWNERS = (
 PIECE_TOKENS = 8192
 MAX_JOINED_BYTES = 2**24
 _FP32 = 4
+# Tiles of temporaries between the products of the losses in eager torch on a GPU, and elements of the float64 copy from
+# which tokens are drawn (decoding/sampling.py).
+_TILES_OF_KL, _TILES_OF_CLIPPING = 4, 14
+_DRAWN_ELEMENTS = 2**22
 # Temporaries of torch's AdamW over lists of tensors: two of the size of the float32 weights.
 _FOREACH_TEMPORARIES = 2 * _FP32
 
@@ -36,7 +40,7 @@ def resident(case: Case) -> dict[str, int]:
     student, itemsize, dp_size, stage = case.student, case.student_bytes, case.dp_size, case.zero_stage
     owners: Counter[str] = Counter()
     if case.teacher is not None:
-        owners[TEACHER] = _weights(case, case.teacher, case.teacher_bytes)
+        owners[TEACHER] = _weights(case, case.teacher, case.teacher_bytes, keeps_small=False)
     owners[STUDENT] = _weights(case, student, itemsize)
     # A float32 copy of the weights, which only float32 without ZeRO does without, and two moments.
     numbers = 2 if stage == 0 and itemsize == _FP32 else 3
@@ -58,10 +62,11 @@ def _partitioned(sizes: Sequence[int], dp_size: int) -> int:
     return sum(-(-size // dp_size) for size in sizes)
 
 
-def _weights(case: Case, model: ModelShape, itemsize: int) -> int:
+def _weights(case: Case, model: ModelShape, itemsize: int, *, keeps_small: bool = True) -> int:
+    """Bytes of weights between steps. The teacher's small ones are released too: its engine runs no forward pass."""
     if case.zero_stage < 3:
         return itemsize * model.size
-    return itemsize * (_partitioned(model.sizes, case.dp_size) + _persistent(case, model))
+    return itemsize * (_partitioned(model.sizes, case.dp_size) + (_persistent(case, model) if keeps_small else 0))
 
 
 def _persistent(case: Case, model: ModelShape) -> int:
@@ -72,7 +77,7 @@ def _persistent(case: Case, model: ModelShape) -> int:
 
 def peaks(case: Case) -> dict[str, dict[str, int]]:
     """Phase -> owner -> bytes alive at its fullest moment, what is resident included."""
-    phases: dict[str, list[Owners]] = {}
+    phases: dict[str, Sequence[Owners]] = {}
     if case.teacher is not None:
         if case.writes:
             phases["rollout"] = [_read(case, case.student, case.prompt_tokens, _writing(case), case.student_bytes)]
@@ -148,7 +153,7 @@ def _read(case: Case, model: ModelShape, tokens: int, alive: Owners, itemsize: i
     return _sum(alive, {ACTIVATIONS: activations})
 
 
-def _teacher(case: Case, teacher: ModelShape) -> list[Owners]:
+def _teacher(case: Case, teacher: ModelShape) -> Sequence[Owners]:
     """The teacher's readings (generation/teacher_states.py)."""
     itemsize = case.teacher_bytes
     layer = {
@@ -174,6 +179,11 @@ def joins(parts: Sequence[Linear], itemsize: int) -> bool:
     return len(parts) == 1 or sum(part.size for part in parts) * itemsize <= MAX_JOINED_BYTES
 
 
+def uses_triton(case: Case) -> bool:
+    """Whether the losses make no temporaries as large as a tile of logits: by Triton's kernels, on CPUs in blocks."""
+    return not case.like_gpu or case.config.loss.backend in ("auto", "triton")
+
+
 def chunk_tokens(case: Case) -> int:
     """Tokens whose logits are held at once."""
     given = case.config.loss.chunk_tokens
@@ -188,13 +198,14 @@ def _score(case: Case, teacher: ModelShape) -> Owners:
     states = tokens * (case.student.hidden * case.student_bytes + teacher.hidden * case.teacher_bytes)
     chunk = min(chunk_tokens(case), tokens)
     read = _batch(case) * case.columns * teacher.hidden * case.teacher_bytes
+    drawn = 2 * 8 * min(_DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
     return _sum(
         _writing(case),
         _hidden_of_earlier_batches(case, teacher),
         {
             HIDDEN: read + states,
             GATHERED: _gathered(case, teacher.head, case.teacher_bytes),
-            LOGITS: 2 * _FP32 * chunk * case.student.classes,
+            LOGITS: _FP32 * chunk * case.student.classes * (2 + (0 if uses_triton(case) else _TILES_OF_KL)) + drawn,
         },
     )
 
@@ -232,7 +243,7 @@ def trained_parameters(case: Case) -> int:
     return min(whole - persistent, max(ahead, student.layer) + student.head)
 
 
-def _train(case: Case) -> list[Owners]:
+def _train(case: Case) -> Sequence[Owners]:
     """Moments of a micro-batch: the loss, the backward pass of the last layer, a full bucket, the end."""
     student, itemsize, size = case.student, case.student_bytes, case.student.size
     tokens = case.sequences * case.columns
@@ -287,6 +298,8 @@ def _losses(case: Case) -> tuple[Owners, int]:
     formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
     chunk = min(chunk_tokens(case), tokens)
     tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
+    if case.teacher is not None and case.config.loss.is_clipped and not uses_triton(case):
+        tiles += _TILES_OF_CLIPPING * _FP32 * chunk * student.classes
     hidden = terms * tokens * per_token
     logits = terms * weight + tiles
     if case.teacher is not None:
@@ -297,7 +310,7 @@ def _losses(case: Case) -> tuple[Owners, int]:
     return {HIDDEN: hidden, LOGITS: logits}, formed
 
 
-def _optimizer(case: Case) -> list[Owners]:
+def _optimizer(case: Case) -> Sequence[Owners]:
     """AdamW on a float32 copy of the gradient; stage 3 goes through it in groups of ``sub_group_size``."""
     part, itemsize = partition_size(case), case.student_bytes
     alive = {HIDDEN: teacher_states(case)}

@@ -145,10 +145,12 @@ def _regenerate(case: Case) -> Work:
 
 def _teacher(case: Case, teacher: ModelShape) -> Work:
     done, itemsize = Work(), case.teacher_bytes
-    outside = [size for size in teacher.sizes if teacher.is_tied or size != teacher.head]
     for examples in _batches(case):
         for reading in range(1 + case.rounds):
-            _gather(done, case, outside, itemsize)
+            for _ in range(teacher.num_layers):
+                _gather(done, case, teacher.layer_sizes, itemsize)
+            _gather(done, case, [teacher.embedding], itemsize)
+            _gather(done, case, [teacher.hidden] * (1 if teacher.is_rms else 2), itemsize)  # the last norm
             again = case.response_tokens / 2 if reading and case.keeps_teacher_cache else case.columns
             _read(done, case, teacher, examples, again, case.columns, itemsize)
     return done
@@ -238,7 +240,11 @@ def _optimizer(case: Case) -> Work:
     done, part = Work(), partition_size(case)
     done.operations = _UPDATE_PARAMETER * len(case.student.sizes)
     done.memory_bytes = 36 * part  # master and moments read and written, the gradient copied, weights written
-    if case.zero_stage in (1, 2) and case.dp_size > 1:
+    if case.zero_stage == 3 and case.dp_size > 1:
+        limit = int(case.zero("stage3_param_persistence_threshold"))
+        small = [size for size in case.student.sizes if size <= limit]
+        done.send("dp", "all_gather", len(small), sum(small) * case.student_bytes)
+    elif case.zero_stage > 0 and case.dp_size > 1:
         buckets = -(-case.student.size // 500_000_000)
         done.send("dp", "all_gather", buckets, case.student.size * case.student_bytes)
     return done
@@ -248,8 +254,6 @@ def _gather(done: Work, case: Case, sizes: Sequence[int], itemsize: int) -> None
     """Adds what ZeRO-3 gathers of parameters of these sizes; small ones go together (engines/gathered.py)."""
     if case.zero_stage < 3 or case.dp_size == 1:
         return
-    persistent = int(case.zero("stage3_param_persistence_threshold"))
-    released = [size for size in sizes if size > persistent]
-    small = sum(size * itemsize <= _SMALL_BYTES for size in released)
-    calls = len(released) - small + -(-small // _TOGETHER)
-    done.send("dp", "all_gather", calls, sum(released) * itemsize)
+    small = sum(size * itemsize <= _SMALL_BYTES for size in sizes)
+    calls = len(sizes) - small + -(-small // _TOGETHER)
+    done.send("dp", "all_gather", calls, sum(sizes) * itemsize)

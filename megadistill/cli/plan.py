@@ -51,6 +51,7 @@ def run(arguments: Sequence[str]) -> int:
             gpu_memory=parsed.gpu_memory or gpu.memory,
             prompt_tokens=parsed.prompt_tokens,
             response_tokens=parsed.response_tokens,
+            is_checked=not parsed.sweep,
         )
         plan = _planned(parsed, case, notes)
     _write(parsed, plan)
@@ -111,6 +112,10 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
         raise ConfigError("--exact runs one layout and --sweep compares all of them: give one of the two")
     gpu = GPUS[parsed.gpu]
     factors = {} if parsed.rates is None else measured_factors(Path(parsed.rates), gpu, case.gpus_per_node)
+    layouts = sweep(case, gpu, factors) if parsed.sweep else None
+    if layouts:
+        case = layouts[0].case
+    case.check()
     use = formula = step_use(case)
     if parsed.exact:
         use = _dry_run(case)
@@ -122,7 +127,7 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
         notes=notes,
         comparison=compare(formula, use) if parsed.exact else None,
         nearest=None if parsed.sweep or fits(case, use) else nearest(case, gpu, factors),
-        layouts=sweep(case, gpu, factors) if parsed.sweep else None,
+        layouts=layouts,
     )
 
 

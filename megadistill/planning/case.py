@@ -117,6 +117,7 @@ class Case:
         prompt_tokens: int | None = None,
         response_tokens: int | None = None,
         like_gpu: bool = True,
+        is_checked: bool = True,
     ) -> Case:
         """Checks settings as a run does, and resolves what they leave open.
 
@@ -129,13 +130,15 @@ class Case:
             prompt_tokens: Length of every prompt; None: the longest that is allowed.
             response_tokens: Length of every response and reference; None: the longest that is allowed.
             like_gpu: Plan what the code chooses on a GPU.
+            is_checked: Whether the layout must be a possible one; otherwise it only stands for what others share.
 
         Raises:
             ConfigError: Settings do not fit together.
             TopologyError: The processes cannot be divided like that.
         """
         source_class(config).check(config)
-        tp_size = resolve_tp_size(config.parallel.tp_size, nodes * gpus_per_node, models.head_counts())
+        asked = config.parallel.tp_size if is_checked else "auto"
+        tp_size = resolve_tp_size(asked, nodes * gpus_per_node, models.head_counts())
         data = config.data
         prompt = data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
         limit = config.generation.max_new_tokens if config.generation.mode in STUDENT_TEXT else data.max_tokens
@@ -144,7 +147,8 @@ class Case:
             changed(config, {"parallel.tp_size": tp_size}), models, nodes, gpus_per_node, prompt, max(1, response),
             gpu_memory, like_gpu,
         )  # fmt: skip
-        case.check()
+        if is_checked:
+            case.check()
         return case
 
     def check(self) -> None:

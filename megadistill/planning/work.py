@@ -17,7 +17,7 @@ from megadistill.planning.use import Group, Traffic
 # Operations that torch dispatches, views left out, counted from the code: one layer of decoding/decoder.py with joined
 # products and rotary positions; embedding, head and sampling of a token; a layer of transformers' forward pass, and of
 # its backward pass with DeepSpeed's hooks; a parameter's update and its copies.
-_DECODE_LAYER, _DECODE_TOKEN = 21, 75
+_DECODE_LAYER, _DECODE_TOKEN = 17, 29
 _READ_LAYER, _SCORE_CHUNK = 26, 200
 _FORWARD_LAYER, _BACKWARD_LAYER = 40, 90
 _LOSS_CHUNK, _UPDATE_PARAMETER = 120, 6

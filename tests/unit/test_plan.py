@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,19 @@ def test_shipped_runs_fit_their_machines(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["llama-13b_to_7b.yaml", "llama-13b_to_7b_2nodes.yaml"])
+def test_headers_predict_what_plan_predicts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    header = " ".join(line.strip("# \n") for line in (CONFIGS / name).open(encoding="utf-8") if line.startswith("#"))
+    command = re.search(rf"megadistill plan --config configs/{name}( --nodes \d)?", header)
+    told = re.search(r"needs ([\d.]+) of 80 GB, ([\d.]+) s a step", header)
+    assert command and told and "Predicted" in header
+    assert main(["plan", "--config", str(CONFIGS / name), *(command[1] or "").split()]) == 0
+    found = re.search(r"needs ([\d.]+) of 80 GB .*; ([\d.]+) s a step", capsys.readouterr().out)
+    assert found
+    assert float(found[1]) == pytest.approx(float(told[1]), rel=0.1)
+    assert float(found[2]) == pytest.approx(float(told[2]), rel=0.2)
+
+
 def test_shipped_shapes_are_those_of_hub_names_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shipped_shape("meta-llama/Llama-2-7b-hf") == CONFIGS / "models" / "meta-llama--Llama-2-7b-hf.json"
     assert shipped_shape("meta-llama/Llama-2-70b-hf") is None
@@ -355,6 +369,9 @@ def test_json_sweep_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     layouts = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["layouts"]
     assert layouts[0]["seconds"] == min(layout["seconds"] for layout in layouts)
     assert first[0] == str(layouts[0]["settings"]["parallel.tp_size"])
+    # The file's own layout need not be one on other machines.
+    assert run("--sweep", "--gpus-per-node", 2, "--gpu", "B200-180", "train.micro_batch_size=64") == 0
+    assert run("--sweep", "--gpu-memory", "2GB") == 1 and "no layout fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

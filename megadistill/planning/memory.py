@@ -45,6 +45,8 @@ def resident(case: Case) -> dict[str, int]:
     # A float32 copy of the weights, which only float32 without ZeRO does without, and two moments.
     numbers = 2 if stage == 0 and itemsize == _FP32 else 3
     owners[OPTIMIZER] = 0 if case.zero("offload_optimizer") else numbers * _FP32 * partition_size(case)
+    if stage == 1:  # DeepSpeed keeps them until the next ones are there
+        owners[GRADIENTS] = case.gradient_bytes * student.size
     if stage == 3:
         owners[GRADIENTS] = case.gradient_bytes * _partitioned(student.sizes, dp_size)
         owners[BUCKET] = itemsize * int(case.zero("reduce_bucket_size"))
@@ -198,14 +200,15 @@ def _score(case: Case, teacher: ModelShape) -> Owners:
     states = tokens * (case.student.hidden * case.student_bytes + teacher.hidden * case.teacher_bytes)
     chunk = min(chunk_tokens(case), tokens)
     read = _batch(case) * case.columns * teacher.hidden * case.teacher_bytes
-    drawn = 2 * 8 * min(_DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
+    drawn = 8 * min(_DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
+    temporaries = 0 if uses_triton(case) else _TILES_OF_KL * _FP32 * chunk * case.student.classes
     return _sum(
         _writing(case),
         _hidden_of_earlier_batches(case, teacher),
         {
             HIDDEN: read + states,
             GATHERED: _gathered(case, teacher.head, case.teacher_bytes),
-            LOGITS: _FP32 * chunk * case.student.classes * (2 + (0 if uses_triton(case) else _TILES_OF_KL)) + drawn,
+            LOGITS: 2 * _FP32 * chunk * case.student.classes + max(drawn, temporaries),
         },
     )
 
@@ -282,8 +285,8 @@ def _gradient_buffers(case: Case) -> Owners:
         return {GRADIENTS: wide * size}
     buckets = 2 if case.zero("overlap_comm") else 1
     part = partition_size(case)
-    whole = wide * size if case.zero_stage == 1 else (wide if case.passes > 1 else 0) * part
-    return {GRADIENTS: whole + itemsize * part, BUCKET: buckets * itemsize * int(case.zero("reduce_bucket_size"))}
+    gradients = wide * size if case.zero_stage == 1 else (wide * (2 if case.passes > 1 else 1)) * part
+    return {GRADIENTS: gradients, BUCKET: buckets * itemsize * int(case.zero("reduce_bucket_size"))}
 
 
 def _losses(case: Case) -> tuple[Owners, int]:

@@ -127,7 +127,8 @@ def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) 
 
 def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
-    _gather(done, case, model.sizes, case.student_bytes)
+    limit = int(case.zero("stage3_param_persistence_threshold"))
+    _gather(done, case, [size for size in model.sizes if size > limit], case.student_bytes)
     for examples in _batches(case):
         _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes)
         steps = case.response_tokens - 1

@@ -95,7 +95,7 @@ def test_recomputing_saves_the_activations_and_costs_a_quarter(models: Models) -
 
 def test_zero_stages_partition_more_and_more(models: Models) -> None:
     resident = [sum(step_use(planned(models, f"parallel.zero_stage={stage}")).resident.values()) for stage in range(4)]
-    assert resident[0] > resident[1] == resident[2] > resident[3] - 1 * GB
+    assert resident[0] > resident[1] > resident[2] > resident[3] - 2 * GB  # stage 3 has its buffers all the time
     moments = [step_use(planned(models, f"parallel.zero_stage={s}")).resident[memory.OPTIMIZER] for s in (0, 1)]
     assert moments[0] / moments[1] == pytest.approx(2, rel=0.01)  # tp 8 x dp 2
 
@@ -158,7 +158,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps() -> None:
     """A layer of each kind of MLP and norm, in bf16 and float32, by torch's own account."""
     from transformers import GPT2Config, LlamaConfig, OPTConfig
 
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
     configs = [
         LlamaConfig(hidden_size=64, intermediate_size=96, num_key_value_heads=4, **sizes),
         OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, dropout=0.0, attention_dropout=0.0, **sizes),
@@ -181,7 +181,7 @@ def _kept_by_one_more_layer(config: Any, dtype: torch.dtype) -> tuple[int, int]:
         model = AutoModelForCausalLM.from_config(config).to(dtype)
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         seen: dict[int, int] = {}
-        alive = []
+        alive: list[torch.Tensor] = []
 
         def keep(tensor: torch.Tensor, weights: set[int] = weights, seen: dict[int, int] = seen,
                  alive: list[torch.Tensor] = alive) -> torch.Tensor:  # fmt: skip

@@ -5,8 +5,9 @@ They are on a higher floor than this package: they are named here, and imported 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
+from typing import Any
 
 from megadistill.config.schema import RunConfig
 
@@ -16,6 +17,19 @@ PREPARERS = {
     "demo": "megadistill.demo.assets:ensure_assets",
     "smoke": "megadistill.demo.assets:ensure_assets",
 }
+# Value of run.prepare -> MODULE:FUNCTION. FUNCTION(config) tells the configurations of the models that would be made.
+SHAPES = {
+    "demo": "megadistill.demo.assets:model_configs",
+    "smoke": "megadistill.demo.assets:model_configs",
+}
+
+
+def models_to_make(config: RunConfig) -> Mapping[str, Mapping[str, Any]]:
+    """Path -> transformers configuration of the models that ``run.prepare`` makes."""
+    if config.run.prepare == "none":
+        return {}
+    made: Mapping[str, Mapping[str, Any]] = resolve_name(SHAPES[config.run.prepare])(config)
+    return made
 
 
 def prepare(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:

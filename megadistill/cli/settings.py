@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from megadistill.errors import MegadistillError
 
-_VERBS_WITH_KEYS = frozenset({"train", "evaluate", "demo", "doctor"})
+_VERBS_WITH_KEYS = frozenset({"train", "evaluate", "demo", "doctor", "plan"})
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "prepare": {
         "data.chat_template": "--chat-template",

@@ -74,6 +74,16 @@ def ensure_assets(config: RunConfig, is_stopping: Callable[[], bool]) -> bool:
     return True
 
 
+def model_configs(config: RunConfig) -> dict[str, dict[str, object]]:
+    """Path -> transformers configuration of the models that ``run.prepare`` names, with the largest vocabulary."""
+    name = config.run.prepare
+    folder, recipe = assets_folder(name, config.run.seed), RECIPES[name]
+    return {
+        str(folder / model): {**model_recipe.config, "vocab_size": recipe.vocab_size}
+        for model, model_recipe in recipe.models.items()
+    }
+
+
 def is_ready(folder: Path, name: str) -> bool:
     """Whether every part of a recipe is complete."""
     return all((folder / part).exists() for part in ("data", "tokenizer", *RECIPES[name].models))

@@ -67,13 +67,24 @@ def chunk_size(chunk_tokens: int | Literal["auto"], shard: VocabShard, device: t
         if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
             raise ConfigError(f"loss.chunk_tokens={chunk_tokens!r} must be 'auto' or an integer >= 1")
         return chunk_tokens
-    elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
-    elements = min(elements, _total_memory(device) // (_MEMORY_PARTS * 4))
-    widest = max(1, -(-shard.total // shard.tp_size))
-    size = min(max(elements // widest, _MIN_CHUNK), _MAX_CHUNK)
+    widest = -(-shard.total // shard.tp_size)
+    size = auto_chunk_size(widest, is_cpu=device.type == "cpu", memory=_total_memory(device))
     if shard.group is None:
         return size
     return -int(all_reduce_max(torch.tensor(-size, device=device), shard.group))
+
+
+def auto_chunk_size(widest: int, *, is_cpu: bool, memory: int) -> int:
+    """Tokens of a chunk on a device.
+
+    Args:
+        widest: Classes of the widest shard.
+        is_cpu: The device is a CPU.
+        memory: Its bytes.
+    """
+    elements = _TILE_ELEMENTS_CPU if is_cpu else _TILE_ELEMENTS_ACCELERATOR
+    elements = min(elements, memory // (_MEMORY_PARTS * 4))
+    return min(max(elements // max(1, widest), _MIN_CHUNK), _MAX_CHUNK)
 
 
 def _total_memory(device: torch.device) -> int:

@@ -120,6 +120,44 @@ def draw_runs(
     return target
 
 
+def stacked_bars(
+    bars: Mapping[str, Mapping[str, float]], target: Path, *, limit: float, limit_label: str, unit: str, title: str
+) -> Path:
+    """Draws bars of parts that lie on one another, and a line that they should not reach.
+
+    Args:
+        bars: Name of a bar -> part -> size.
+        target: The picture; its suffix names the format.
+        limit: Where the line is.
+        limit_label: What it is.
+        unit: Of the sizes.
+        title: Stands above.
+
+    Returns:
+        ``target``.
+    """
+    with needs_extra("plots", "the picture"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+    figure, place = pyplot.subplots(figsize=(1.6 * len(bars) + 4, 5), layout="constrained")
+    names, below = list(bars), [0.0] * len(bars)
+    palette = matplotlib.colormaps["tab20"]
+    for number, part in enumerate(dict.fromkeys(part for bar in bars.values() for part in bar)):
+        sizes = [bars[name].get(part, 0.0) for name in names]
+        place.bar(names, sizes, bottom=below, label=part, color=palette(number % palette.N))
+        below = [start + size for start, size in zip(below, sizes, strict=True)]
+    place.axhline(limit, linestyle="--", color="black", label=limit_label)
+    place.set(title=title, ylabel=unit, ylim=(0, 1.05 * max(limit, *below)))
+    place.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+    return target
+
+
 def _draw(place: Any, panel: Panel, records: Mapping[str, list[dict[str, Any]]], baseline_nll: float | None) -> None:
     """A color for each run, or for each series of a single run; a line style for each series of several."""
     for number, (name, rows) in enumerate(records.items()):

@@ -1,0 +1,293 @@
+"""What is planned: a run's settings on some machines, with the models' shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from megadistill.config.schema import RunConfig
+from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
+from megadistill.engines.ds_config import student_config
+from megadistill.generation.sources import source_class
+from megadistill.models.families import head_counts
+from megadistill.models.loading import DTYPES, check_positions, load_model_config
+from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
+from megadistill.planning.shape import ModelOutline, ModelShape
+
+# DeepSpeed's own values (deepspeed/runtime/zero/config.py) of what the project does not set.
+_ZERO_DEFAULTS: Mapping[str, Any] = {
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+    "overlap_comm": False,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed"})
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models of a run, whole.
+
+    Attributes:
+        student: The model that is trained.
+        teacher: The teacher; None for plain SFT.
+        on_rank0: Tensor-parallel size -> both models on rank 0, once they have been asked for.
+    """
+
+    student: ModelOutline
+    teacher: ModelOutline | None
+    on_rank0: dict[int, tuple[ModelShape, ModelShape | None]] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Models:
+        """Reads both configurations.
+
+        Raises:
+            ConfigError: There is none, or the family is not supported.
+        """
+
+        def outline(path: str, key: str) -> ModelOutline:
+            model_config = load_model_config(path, key)
+            check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
+            return ModelOutline.of(model_config, key)
+
+        teacher = config.model.teacher.path if config.needs_teacher else None
+        return cls(
+            outline(config.model.student.path, "model.student.path"),
+            None if teacher is None else outline(teacher, "model.teacher.path"),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """V: the rows that both models have; tokenizers, which may have fewer tokens, are not read."""
+        return min(self.student.rows, self.teacher.rows if self.teacher is not None else self.student.rows)
+
+    def shapes(self, tp_size: int) -> tuple[ModelShape, ModelShape | None]:
+        """Student and teacher on rank 0 of ``tp_size``."""
+        if tp_size not in self.on_rank0:
+            size = self.vocab_size
+            teacher = None if self.teacher is None else self.teacher.on_rank0(tp_size, size)
+            self.on_rank0[tp_size] = self.student.on_rank0(tp_size, size), teacher
+        return self.on_rank0[tp_size]
+
+    def head_counts(self) -> dict[str, int]:
+        """Counts of heads that the tensor-parallel size must divide."""
+        counts = head_counts(self.student.config, "model.student.path")
+        return counts if self.teacher is None else counts | head_counts(self.teacher.config, "model.teacher.path")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on some machines.
+
+    Attributes:
+        config: Its settings; ``parallel.tp_size`` is a number.
+        models: Its models.
+        nodes: Machines.
+        gpus_per_node: GPUs of a machine, each with one process.
+        prompt_tokens: Length of every prompt.
+        response_tokens: Length of every response and reference.
+        gpu_memory: Bytes of a GPU.
+        like_gpu: What the code chooses on a GPU; otherwise what it chooses on a CPU.
+    """
+
+    config: RunConfig
+    models: Models
+    nodes: int
+    gpus_per_node: int
+    prompt_tokens: int
+    response_tokens: int
+    gpu_memory: int
+    like_gpu: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        models: Models,
+        *,
+        nodes: int,
+        gpus_per_node: int,
+        gpu_memory: int,
+        prompt_tokens: int | None = None,
+        response_tokens: int | None = None,
+        like_gpu: bool = True,
+        is_checked: bool = True,
+    ) -> Case:
+        """Checks settings as a run does, and resolves what they leave open.
+
+        Args:
+            config: The settings.
+            models: From ``Models.of``.
+            nodes: Machines.
+            gpus_per_node: GPUs of a machine.
+            gpu_memory: Bytes of a GPU.
+            prompt_tokens: Length of every prompt; None: the longest that is allowed.
+            response_tokens: Length of every response and reference; None: the longest that is allowed.
+            like_gpu: Plan what the code chooses on a GPU.
+            is_checked: Whether the layout must be a possible one; otherwise it only stands for what others share.
+
+        Raises:
+            ConfigError: Settings do not fit together.
+            TopologyError: The processes cannot be divided like that.
+        """
+        source_class(config).check(config)
+        asked = config.parallel.tp_size if is_checked else "auto"
+        tp_size = resolve_tp_size(asked, nodes * gpus_per_node, models.head_counts())
+        data = config.data
+        prompt = data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
+        limit = config.generation.max_new_tokens if config.generation.mode in STUDENT_TEXT else data.max_tokens
+        response = min(limit, data.max_tokens - prompt) if response_tokens is None else response_tokens
+        case = cls(
+            changed(config, {"parallel.tp_size": tp_size}), models, nodes, gpus_per_node, prompt, max(1, response),
+            gpu_memory, like_gpu,
+        )  # fmt: skip
+        if is_checked:
+            case.check()
+        return case
+
+    def check(self) -> None:
+        """Raises TopologyError or ConfigError where examples cannot be shared or one does not fit its cache."""
+        train = self.config.train
+        gradient_accumulation_steps(train.global_batch_size, train.micro_batch_size, self.dp_size)
+        self.decode_plan  # noqa: B018  raises
+
+    def with_settings(self, settings: Mapping[str, Any], nodes: int | None = None) -> Case:
+        """The same with other settings (dotted keys) or another number of machines; not checked."""
+        return replace(self, config=changed(self.config, settings), nodes=self.nodes if nodes is None else nodes)
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def tp_size(self) -> int:
+        """Tensor-parallel size."""
+        assert isinstance(self.config.parallel.tp_size, int)
+        return self.config.parallel.tp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // self.tp_size
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage."""
+        return self.config.parallel.zero_stage
+
+    @property
+    def examples(self) -> int:
+        """Examples of a rank in a step."""
+        return self.config.train.global_batch_size // self.dp_size
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches of a rank in a step."""
+        return -(-self.examples // self.config.train.micro_batch_size)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the planned step's text is the student's, written in it."""
+        return self.models.teacher is not None and self.config.generation.mode in STUDENT_TEXT
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of correction."""
+        scrg = self.config.generation.scrg
+        return scrg.rounds if scrg.enabled and self.writes else 0
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a prompt and a response."""
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a micro-batch: references, and responses that are not references."""
+        has_both = self.models.teacher is not None and self.config.generation.mode != "dataset"
+        return self.config.train.micro_batch_size * (2 if has_both else 1)
+
+    @property
+    def student_bytes(self) -> int:
+        """Bytes of a number of the student."""
+        return DTYPES[self.config.model.student.dtype].itemsize
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Bytes of a number of the teacher."""
+        return DTYPES[self.config.model.teacher.dtype].itemsize
+
+    @property
+    def student(self) -> ModelShape:
+        """The student on rank 0."""
+        return self.models.shapes(self.tp_size)[0]
+
+    @property
+    def teacher(self) -> ModelShape | None:
+        """The teacher on rank 0."""
+        return self.models.shapes(self.tp_size)[1]
+
+    @cached_property
+    def deepspeed(self) -> Mapping[str, Any]:
+        """The configuration of the student's engine, as the engine gets it."""
+        config = self.config
+        return student_config(
+            config.optim,
+            config.train,
+            zero_stage=self.zero_stage,
+            tp_size=self.tp_size,
+            dp_size=self.dp_size,
+            dtype=config.model.student.dtype,
+            family=self.models.student.family,
+            passed=config.deepspeed,
+        )
+
+    def zero(self, key: str) -> Any:
+        """A setting of DeepSpeed's ``zero_optimization``."""
+        return self.deepspeed["zero_optimization"].get(key, _ZERO_DEFAULTS.get(key))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a number of the accumulated gradient."""
+        name = self.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+        return self.student_bytes if name is None else 4 if name in ("fp32", "float32") else 2
+
+    @cached_property
+    def decode_plan(self) -> DecodeBatchPlan:
+        """How many examples are written at a time, as ``training/setup.py`` plans it."""
+        data, generation = self.config.data, self.config.generation
+        longest = data.max_prompt_tokens + min(generation.max_new_tokens, data.max_tokens - 1)
+        return plan_decode_batches(
+            examples_per_rank=self.examples,
+            columns=longest,
+            example_columns=min(longest, data.max_tokens),
+            decoder_bytes=self.student.kv_bytes(self.student_bytes) if self.writes else 0,
+            prefiller_bytes=self.teacher.kv_bytes(self.teacher_bytes) if self.writes and self.teacher else 0,
+            max_cache_bytes=generation.max_cache_bytes,
+        )
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether a decoding step is recorded as a CUDA graph (decoding/decoder.py: ``new_state``)."""
+        return self.like_gpu and self.tp_size == 1
+
+    @property
+    def keeps_teacher_cache(self) -> bool:
+        """Whether the teacher's keys and values are kept between its readings."""
+        return self.rounds > 0 and self.decode_plan.keeps_teacher_cache
+
+
+def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A configuration with other values under dotted keys of two parts; they are not validated."""
+    for key, value in settings.items():
+        section, name = key.split(".")
+        inner = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: inner})
+    return config

@@ -1,0 +1,342 @@
+"""Closed formulas for the memory of one rank: what is resident, and what is alive at the fullest moments of a phase.
+
+Each phase has a few moments that can be its fullest one, each a table owner -> bytes; the fullest of them counts. The
+formulas follow the code that is named beside them, and are compared with a dry run of that code (``compare.py``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from megadistill.losses.fused import auto_chunk_size
+from megadistill.planning.case import Case
+from megadistill.planning.shape import Linear, ModelShape
+
+Owners = Mapping[str, int]
+
+TEACHER, STUDENT, OPTIMIZER = "teacher weights", "student weights", "optimizer states"
+GRADIENTS, BUCKET = "gradients", "reduce bucket"
+GATHERED, JOINED, CACHE = "gathered parameters", "joined weights", "kv cache"
+HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES = "hidden states", "activations", "logits", "optimizer temporaries"
+OWNERS = (
+    TEACHER, STUDENT, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, JOINED, CACHE, HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES
+)  # fmt: skip
+
+# decoding/decoder.py and decoding/linear.py; a test compares them.
+PIECE_TOKENS = 8192
+MAX_JOINED_BYTES = 2**24
+_FP32 = 4
+# Tiles of temporaries between the products of the losses in eager torch on a GPU, and elements of the float64 copy from
+# which tokens are drawn (decoding/sampling.py).
+_TILES_OF_KL, _TILES_OF_CLIPPING = 4, 14
+_DRAWN_ELEMENTS = 2**22
+# Temporaries of torch's AdamW over lists of tensors: two of the size of the float32 weights.
+_FOREACH_TEMPORARIES = 2 * _FP32
+
+
+def resident(case: Case) -> dict[str, int]:
+    """Owner -> bytes alive between steps, once AdamW has made its moments."""
+    student, itemsize, dp_size, stage = case.student, case.student_bytes, case.dp_size, case.zero_stage
+    owners: Counter[str] = Counter()
+    if case.teacher is not None:
+        owners[TEACHER] = _weights(case, case.teacher, case.teacher_bytes, keeps_small=False)
+    owners[STUDENT] = _weights(case, student, itemsize)
+    # A float32 copy of the weights, which only float32 without ZeRO does without, and two moments.
+    numbers = 2 if stage == 0 and itemsize == _FP32 else 3
+    owners[OPTIMIZER] = 0 if case.zero("offload_optimizer") else numbers * _FP32 * partition_size(case)
+    if stage == 1:  # DeepSpeed keeps them until the next ones are there
+        owners[GRADIENTS] = case.gradient_bytes * student.size
+    if stage == 3:
+        owners[GRADIENTS] = case.gradient_bytes * _partitioned(student.sizes, dp_size)
+        owners[BUCKET] = itemsize * int(case.zero("reduce_bucket_size"))
+    return dict(owners)
+
+
+def partition_size(case: Case) -> int:
+    """Elements that this rank's optimizer updates."""
+    if case.zero_stage == 0:
+        return case.student.size
+    return _partitioned(case.student.sizes, case.dp_size)
+
+
+def _partitioned(sizes: Sequence[int], dp_size: int) -> int:
+    return sum(-(-size // dp_size) for size in sizes)
+
+
+def _weights(case: Case, model: ModelShape, itemsize: int, *, keeps_small: bool = True) -> int:
+    """Bytes of weights between steps. The teacher's small ones are released too: its engine runs no forward pass."""
+    if case.zero_stage < 3:
+        return itemsize * model.size
+    return itemsize * (_partitioned(model.sizes, case.dp_size) + (_persistent(case, model) if keeps_small else 0))
+
+
+def _persistent(case: Case, model: ModelShape) -> int:
+    """Elements of the parameters that ZeRO-3 never releases."""
+    limit = int(case.zero("stage3_param_persistence_threshold"))
+    return sum(size for size in model.sizes if size <= limit) if case.dp_size > 1 else 0
+
+
+def peaks(case: Case) -> dict[str, dict[str, int]]:
+    """Phase -> owner -> bytes alive at its fullest moment, what is resident included."""
+    phases: dict[str, Sequence[Owners]] = {}
+    if case.teacher is not None:
+        if case.writes:
+            phases["rollout"] = [_read(case, case.student, case.prompt_tokens, _writing(case), case.student_bytes)]
+        phases["teacher"] = _teacher(case, case.teacher)
+        if case.rounds:
+            phases["score"] = [_score(case, case.teacher)]
+            phases["regenerate"] = [_regenerate(case)]
+    phases["train"] = _train(case)
+    phases["optimizer"] = _optimizer(case)
+    always = resident(case)
+    return {name: max((_sum(always, moment) for moment in moments), key=_total) for name, moments in phases.items()}
+
+
+def _sum(*tables: Owners) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for table in tables:
+        total.update(table)
+    return {owner: total[owner] for owner in OWNERS if total[owner]}
+
+
+def _total(owners: Owners) -> int:
+    return sum(owners.values())
+
+
+def _gathered(case: Case, elements: int, itemsize: int) -> int:
+    # DeepSpeed copies nothing where one rank has everything.
+    return itemsize * elements if case.zero_stage == 3 and case.dp_size > 1 else 0
+
+
+def _batch(case: Case) -> int:
+    """Examples that are written together."""
+    return case.decode_plan.batch_size
+
+
+def _writing(case: Case) -> Owners:
+    """What is alive while student text is written and scored (generation/sources/on_policy.py: ``_write``)."""
+    student, itemsize, batch = case.student, case.student_bytes, _batch(case)
+    columns = case.columns
+    if case.records_steps:
+        columns = -(-columns // 8) * 8 + 1  # the spare column of a recorded step
+    owners = Counter({
+        GATHERED: _gathered(case, student.size - _persistent(case, student), itemsize),
+        JOINED: student.joined_bytes(itemsize, MAX_JOINED_BYTES),
+        CACHE: batch * columns * student.kv_bytes(itemsize),
+    })  # fmt: skip
+    if case.rounds:
+        owners[HIDDEN] = batch * case.response_tokens * student.hidden * itemsize
+    if case.keeps_teacher_cache and case.teacher is not None:
+        owners[CACHE] += batch * case.columns * case.teacher.kv_bytes(case.teacher_bytes)
+    return owners
+
+
+def _read(case: Case, model: ModelShape, tokens: int, alive: Owners, itemsize: int) -> Owners:
+    """Reading ``tokens`` of each example at once, layer by layer (decoding/decoder.py: ``PlanPrefiller.read``)."""
+    total = _batch(case) * tokens if case.writes else case.examples * tokens
+    piece, pieces = min(total, PIECE_TOKENS), -(-total // PIECE_TOKENS)
+    qkv = model.query + 2 * model.key_value
+    # On a GPU a norm is one kernel; elsewhere two float32 tensors are made.
+    norm = itemsize if case.like_gpu else itemsize + 4 if itemsize == _FP32 else itemsize + 8
+    rotated = model.query + model.key_value if model.has_rotary else 0
+    # float32 and complex copies of queries and keys, the result, and all three side by side.
+    before = piece * (norm * model.hidden + itemsize * 2 * qkv + (12 + itemsize) * rotated)
+    width = model.down.inputs * len(model.up)
+    mlp = itemsize * (width * (1 if joins(model.up, itemsize) else 2) + model.down.inputs)
+    after = piece * max((norm + 2 * itemsize) * model.hidden, mlp + 2 * itemsize * model.hidden)
+    whole = itemsize * total
+    joined = whole * qkv * (2 if pieces > 1 else 1)
+    # The layer's input, queries to values, the attention's output and what is done of the layer's output.
+    attention = whole * (model.hidden + qkv + 2 * model.query)
+    outputs = whole * (model.hidden + qkv + model.query + model.hidden * (1 if pieces == 1 else 2))
+    rope = total * 4 * model.head_dim if model.has_rotary else 0
+    activations = rope + max(whole * model.hidden + joined + before, attention, outputs + after)
+    return _sum(alive, {ACTIVATIONS: activations})
+
+
+def _teacher(case: Case, teacher: ModelShape) -> Sequence[Owners]:
+    """The teacher's readings (generation/teacher_states.py)."""
+    itemsize = case.teacher_bytes
+    layer = {
+        GATHERED: _gathered(case, teacher.layer, itemsize),
+        JOINED: teacher.joined_layer_bytes(itemsize, MAX_JOINED_BYTES),
+    }
+    alive = _sum(_writing(case), layer) if case.writes else layer
+    earlier = _hidden_of_earlier_batches(case, teacher)
+    moments = [_sum(earlier, _read(case, teacher, case.columns, alive, itemsize))]
+    if case.rounds and not case.keeps_teacher_cache:  # everything once more, beside what was read before
+        moments.append(_sum(moments[0], {HIDDEN: _batch(case) * case.columns * teacher.hidden * itemsize}))
+    return moments
+
+
+def _hidden_of_earlier_batches(case: Case, teacher: ModelShape) -> Owners:
+    """The teacher's states of what was written before; prompts are kept with them."""
+    others = case.examples - _batch(case) if case.writes else 0
+    return {HIDDEN: others * case.columns * teacher.hidden * case.teacher_bytes}
+
+
+def joins(parts: Sequence[Linear], itemsize: int) -> bool:
+    """Whether linear layers of one input are one product when text is written or read."""
+    return len(parts) == 1 or sum(part.size for part in parts) * itemsize <= MAX_JOINED_BYTES
+
+
+def uses_triton(case: Case) -> bool:
+    """Whether the losses make no temporaries as large as a tile of logits: by Triton's kernels, on CPUs in blocks."""
+    return not case.like_gpu or case.config.loss.backend in ("auto", "triton")
+
+
+def chunk_tokens(case: Case) -> int:
+    """Tokens whose logits are held at once."""
+    given = case.config.loss.chunk_tokens
+    if given != "auto":
+        return int(given)
+    return auto_chunk_size(case.student.classes, is_cpu=not case.like_gpu, memory=case.gpu_memory)
+
+
+def _score(case: Case, teacher: ModelShape) -> Owners:
+    """Both models' states side by side and two tiles of logits (generation/scoring.py, losses/token_kl.py)."""
+    tokens = _batch(case) * case.response_tokens
+    states = tokens * (case.student.hidden * case.student_bytes + teacher.hidden * case.teacher_bytes)
+    chunk = min(chunk_tokens(case), tokens)
+    read = _batch(case) * case.columns * teacher.hidden * case.teacher_bytes
+    drawn = 8 * min(_DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
+    temporaries = 0 if uses_triton(case) else _TILES_OF_KL * _FP32 * chunk * case.student.classes
+    return _sum(
+        _writing(case),
+        _hidden_of_earlier_batches(case, teacher),
+        {
+            HIDDEN: read + states,
+            GATHERED: _gathered(case, teacher.head, case.teacher_bytes),
+            LOGITS: 2 * _FP32 * chunk * case.student.classes + max(drawn, temporaries),
+        },
+    )
+
+
+def _regenerate(case: Case) -> Owners:
+    teacher = case.teacher
+    assert teacher is not None
+    kept = case.examples * case.columns * teacher.hidden * case.teacher_bytes
+    # The cache is sorted layer by layer, into a spare one.
+    spare = _batch(case) * case.columns * case.student.kv_bytes(case.student_bytes) // case.student.num_layers
+    return _sum(_writing(case), {HIDDEN: kept, CACHE: spare})
+
+
+def teacher_states(case: Case) -> int:
+    """Bytes of the teacher's states of a rank's examples, from the correction to the update."""
+    if case.teacher is None:
+        return 0
+    # A reading of everything keeps the prompts' states with the others; a later one of what is new replaces them.
+    tokens = case.response_tokens if case.keeps_teacher_cache else case.columns
+    return case.examples * tokens * case.teacher.hidden * case.teacher_bytes
+
+
+def trained_parameters(case: Case) -> int:
+    """Elements of the student's parameters that ZeRO-3 holds whole at once while it trains.
+
+    It prefetches up to ``stage3_max_live_parameters``; without prefetching it keeps what is used again within
+    ``stage3_max_reuse_distance``, which counts forward and backward pass.
+    """
+    if case.zero_stage < 3:
+        return 0
+    student = case.student
+    whole, persistent = student.size, _persistent(case, student)
+    live, reuse = int(case.zero("stage3_max_live_parameters")), int(case.zero("stage3_max_reuse_distance"))
+    ahead = live if int(case.zero("stage3_prefetch_bucket_size")) and reuse else min(live, reuse // 2)
+    return min(whole - persistent, max(ahead, student.layer) + student.head)
+
+
+def _train(case: Case) -> Sequence[Owners]:
+    """Moments of a micro-batch: the loss, the backward pass of the last layer, a full bucket, the end."""
+    student, itemsize, size = case.student, case.student_bytes, case.student.size
+    tokens = case.sequences * case.columns
+    kept = tokens * student.kept_by_layer(itemsize)
+    inputs = tokens * student.hidden * itemsize
+    is_checkpointed = case.config.model.gradient_checkpointing
+    stored = inputs * (student.num_layers + 1) if is_checkpointed else kept * student.num_layers + inputs
+    backward = tokens * student.backward_of_layer(itemsize)
+    loss_owners, formed = _losses(case)
+    always = _sum(
+        {HIDDEN: teacher_states(case), GATHERED: _gathered(case, trained_parameters(case), itemsize)},
+        {GATHERED: _gathered(case, case.teacher.head, case.teacher_bytes) if case.teacher else 0},
+        _gradient_buffers(case),
+    )
+    final_norm = tokens * student.hidden * ((4 + 2 * itemsize) if student.is_rms else 2 * itemsize)
+    at_loss = _sum(always, {ACTIVATIONS: stored + final_norm}, loss_owners)
+    recomputed = kept if is_checkpointed else 0
+    at_last_layer = _sum(
+        always, {ACTIVATIONS: stored + recomputed + backward, LOGITS: formed, GRADIENTS: student.layer * itemsize}
+    )
+    if case.zero_stage < 3:
+        return [at_loss, at_last_layer]
+    # A full bucket is laid out once more for its ranks (DeepSpeed's reduce_scatter_coalesced).
+    bucket = min(size, int(case.zero("reduce_bucket_size")))
+    left = int(stored * (1 - bucket / size))
+    at_bucket = _sum(always, {ACTIVATIONS: left + recomputed + backward, BUCKET: itemsize * bucket})
+    return [at_loss, at_last_layer, at_bucket]
+
+
+def _gradient_buffers(case: Case) -> Owners:
+    """What stages 0 to 2 hold of the gradient during training; stage 3 has its buffers all the time."""
+    size, itemsize, wide = case.student.size, case.student_bytes, case.gradient_bytes
+    if case.zero_stage == 3:
+        return {}
+    if case.zero_stage == 0:
+        return {GRADIENTS: wide * size}
+    buckets = 2 if case.zero("overlap_comm") else 1
+    part = partition_size(case)
+    gradients = wide * size if case.zero_stage == 1 else (wide * (2 if case.passes > 1 else 1)) * part
+    return {GRADIENTS: gradients, BUCKET: buckets * itemsize * int(case.zero("reduce_bucket_size"))}
+
+
+def _losses(case: Case) -> tuple[Owners, int]:
+    """What the losses hold at their fullest moment, and the gradients that they leave for the backward pass."""
+    student, itemsize = case.student, case.student_bytes
+    tokens = case.config.train.micro_batch_size * case.response_tokens
+    mixed = case.like_gpu and itemsize == 2  # products read bf16 as it is; elsewhere float32 copies are made
+    copied = 0 if mixed or itemsize == _FP32 else _FP32
+    per_token = student.hidden * (itemsize + copied + _FP32)  # selected states, their copy, their gradient
+    weight = student.head * (copied + _FP32)
+    terms = 1 if case.teacher is None or case.sequences == case.config.train.micro_batch_size else 2
+    formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
+    chunk = min(chunk_tokens(case), tokens)
+    tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
+    if case.teacher is not None and case.config.loss.is_clipped and not uses_triton(case):
+        tiles += _TILES_OF_CLIPPING * _FP32 * chunk * student.classes
+    hidden = terms * tokens * per_token
+    logits = terms * weight + tiles
+    if case.teacher is not None:
+        wide = case.teacher_bytes + (0 if mixed or case.teacher_bytes == _FP32 else _FP32)
+        hidden += tokens * case.teacher.hidden * (case.teacher_bytes + wide)  # collated, and those that count
+        logits += _FP32 * chunk * student.classes
+        logits += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.teacher.head
+    return {HIDDEN: hidden, LOGITS: logits}, formed
+
+
+def _optimizer(case: Case) -> Sequence[Owners]:
+    """AdamW on a float32 copy of the gradient; stage 3 goes through it in groups of ``sub_group_size``."""
+    part, itemsize = partition_size(case), case.student_bytes
+    alive = {HIDDEN: teacher_states(case)}
+    if case.zero_stage == 3:
+        part = min(part, int(case.zero("sub_group_size")))
+    else:
+        alive[GRADIENTS] = case.gradient_bytes * part
+    wide = 0 if case.zero_stage == 0 and itemsize == _FP32 else _FP32 * part
+    if case.zero("offload_optimizer"):
+        return [_sum(alive, {TEMPORARIES: wide})]
+    flat = case.gradient_bytes * part if case.zero_stage else 0
+    return [
+        _sum(alive, {TEMPORARIES: wide + flat}),
+        _sum(alive, {TEMPORARIES: wide + _FOREACH_TEMPORARIES * part}),
+    ]
+
+
+def host_while_loading(case: Case) -> int:
+    """Bytes of a process in host memory: its slice of one model, and the two largest tensors that it is cut from."""
+    models = [(case.student, case.student_bytes), (case.teacher, case.teacher_bytes)]
+    return max(itemsize * (model.size + 2 * model.largest_tensor) for model, itemsize in models if model is not None)
+
+
+def host_while_saving(case: Case) -> int:
+    """Bytes of a process's copy of weights and moments, from which a checkpoint is written."""
+    return 3 * _FP32 * -(-case.models.student.size // case.world_size)

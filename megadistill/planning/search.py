@@ -1,0 +1,141 @@
+"""Layouts that were not asked for: all that fit, by predicted time, and the nearest one to what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megadistill.errors import ConfigError
+from megadistill.parallel.topology import divisors
+from megadistill.planning.case import Case
+from megadistill.planning.formulas import step_use
+from megadistill.planning.gpus import Gpu
+from megadistill.planning.times import phase_times, step_seconds
+from megadistill.planning.use import StepUse
+
+# What the caching allocator loses to fragmentation, and what it does not see: the CUDA context, the buffers of NCCL for
+# three or four groups, the workspaces of cuBLAS. [est]
+FRAGMENTATION, OUTSIDE_BYTES = 1.10, 1_500_000_000
+
+TP, ZERO, MICRO = "parallel.tp_size", "parallel.zero_stage", "train.micro_batch_size"
+CHECKPOINTING, CACHE = "model.gradient_checkpointing", "generation.max_cache_bytes"
+_MOST_TIMES_NODES = 8
+_NODES_ARE_WORTH = 10  # changed settings: another machine is the last thing to suggest
+
+
+def needed_bytes(use: StepUse) -> int:
+    """Bytes of a GPU that a step needs, with what the predicted peak leaves out."""
+    return int(use.peak * FRAGMENTATION) + OUTSIDE_BYTES
+
+
+def fits(case: Case, use: StepUse) -> bool:
+    """Whether a step fits into a GPU."""
+    return needed_bytes(use) <= case.gpu_memory
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits.
+
+    Attributes:
+        case: The run with it.
+        use: What a rank uses.
+        seconds: Predicted seconds of a step.
+    """
+
+    case: Case
+    use: StepUse
+    seconds: float
+
+    def settings(self) -> dict[str, Any]:
+        """Its settings, by key."""
+        return _settings(self.case)
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    config = case.config
+    return {
+        TP: case.tp_size,
+        ZERO: case.zero_stage,
+        MICRO: config.train.micro_batch_size,
+        CHECKPOINTING: config.model.gradient_checkpointing,
+        CACHE: config.generation.max_cache_bytes,
+    }
+
+
+def changes(case: Case, to: Case) -> dict[str, Any]:
+    """Key -> value of the settings in which ``to`` differs; ``--nodes`` among them."""
+    before, after = _settings(case), _settings(to)
+    nodes = {} if to.nodes == case.nodes else {"--nodes": to.nodes}
+    return nodes | {key: value for key, value in after.items() if value != before[key]}
+
+
+def sweep(case: Case, gpu: Gpu, factors: Mapping[str, float] | None = None) -> list[Candidate]:
+    """All layouts of tp, dp, ZeRO stage, micro-batch and checkpointing on the given machines that fit, fastest first.
+
+    Args:
+        case: The run and the machines.
+        gpu: The GPU.
+        factors: As of ``phase_times``.
+    """
+    found = [candidate for candidate in _fitting(_layouts(case), gpu, factors)]
+    return sorted(found, key=lambda candidate: (candidate.seconds, candidate.use.peak))
+
+
+def nearest(case: Case, gpu: Gpu, factors: Mapping[str, float] | None = None) -> Candidate | None:
+    """The layout that fits with the fewest changed settings, the fastest of these; None where none fits.
+
+    Tried are checkpointing, smaller micro-batches and caches, other tensor-parallel sizes, higher ZeRO stages, and up
+    to eight times the machines.
+
+    Args:
+        case: A run that does not fit.
+        gpu: The GPU.
+        factors: As of ``phase_times``.
+    """
+    before = _settings(case)
+    times_nodes = 1
+    while times_nodes <= _MOST_TIMES_NODES:
+        wide = case.with_settings({}, nodes=case.nodes * times_nodes)
+        tried = (
+            layout.with_settings({CACHE: before[CACHE] // part})
+            for layout in _layouts(wide)
+            for part in (1, 4)
+            if layout.config.train.micro_batch_size <= before[MICRO]
+            and layout.zero_stage >= before[ZERO]
+            and layout.config.model.gradient_checkpointing >= before[CHECKPOINTING]
+        )
+        found = list(_fitting(tried, gpu, factors))
+        if found:
+            return min(found, key=lambda candidate: (len(changes(case, candidate.case)), candidate.seconds))
+        times_nodes *= 2
+    return None
+
+
+def _layouts(case: Case) -> Iterator[Case]:
+    """Every layout of a run on its machines; groups of tensor parallelism stay within a machine."""
+    global_batch = case.config.train.global_batch_size
+    counts = case.models.head_counts().values()
+    for tp_size in divisors(case.gpus_per_node):
+        dp_size = case.world_size // tp_size
+        if any(count % tp_size for count in counts) or global_batch % dp_size:
+            continue
+        # Alone in its group, a rank has nothing to partition.
+        stages = range(4) if dp_size > 1 else [case.zero_stage]
+        for stage in stages:
+            for micro_batch in divisors(global_batch // dp_size):
+                for is_checkpointed in (False, True):
+                    settings = {TP: tp_size, ZERO: stage, MICRO: micro_batch, CHECKPOINTING: is_checkpointed}
+                    yield case.with_settings(settings)
+
+
+def _fitting(layouts: Iterator[Case], gpu: Gpu, factors: Mapping[str, float] | None) -> Iterator[Candidate]:
+    for layout in layouts:
+        try:
+            layout.check()
+        except ConfigError:  # one example does not fit the cache
+            continue
+        use = step_use(layout)
+        if fits(layout, use):
+            yield Candidate(layout, use, step_seconds(phase_times(layout, use, gpu, factors)))

@@ -1,0 +1,269 @@
+"""What a model is made of, whole and as one tensor-parallel rank holds it: read off the family's real parameters.
+
+Suffix-free sizes are elements. H hidden size, D head size, V classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from megadistill.decoding.plan import key_value_shape, weight_of
+from megadistill.models.families import Family, family_of, has_own_head
+from megadistill.models.meta import meta_model
+from megadistill.models.shard_spec import ShardSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Intermediate results of an ungated MLP that autograd keeps, the input of its last layer included.
+_KEPT_OF_ACTIVATION = {"relu": 1, "gelu_new": 5}
+_KEPT_OF_OTHER_ACTIVATIONS = 2
+_KEPT_OF_GATED_MLP = 4  # gate, up, activation(gate), product
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer on one rank, without its bias.
+
+    Attributes:
+        inputs: Width of its input.
+        outputs: Width of its output.
+    """
+
+    inputs: int
+    outputs: int
+
+    @property
+    def size(self) -> int:
+        """Elements of the weight."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model on tensor-parallel rank 0, whose shards are the largest.
+
+    Attributes:
+        sizes: Elements of each parameter.
+        largest_tensor: Elements of the largest parameter of the whole model.
+        qkv: The linear layers before attention, of one layer.
+        out: The one after attention.
+        up: The first ones of the MLP; two where it is gated.
+        down: The last one of the MLP.
+        layer_sizes: Elements of each parameter of one layer.
+        num_layers: Number of layers.
+        hidden: H.
+        heads: Attention heads of this rank.
+        kv_heads: Key-value heads of this rank.
+        head_dim: D.
+        classes: This rank's classes.
+        embedding: Elements of all embeddings, positions included; the head's where it is tied.
+        is_tied: Embedding and head are one parameter, which is sharded.
+        has_rotary: Positions are rotary.
+        is_rms: Norms are of the root-mean-square kind.
+        has_head_norms: Queries and keys have norms of their own.
+        kept_of_mlp: Intermediate results of the MLP, each as wide as ``down`` has inputs, that autograd keeps.
+    """
+
+    sizes: tuple[int, ...]
+    largest_tensor: int
+    qkv: tuple[Linear, ...]
+    out: Linear
+    up: tuple[Linear, ...]
+    down: Linear
+    layer_sizes: tuple[int, ...]
+    num_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    classes: int
+    embedding: int
+    is_tied: bool
+    has_rotary: bool
+    is_rms: bool
+    has_head_norms: bool
+    kept_of_mlp: int
+
+    @property
+    def size(self) -> int:
+        """Elements of all parameters."""
+        return sum(self.sizes)
+
+    @property
+    def layer(self) -> int:
+        """Elements of one layer."""
+        return sum(self.layer_sizes)
+
+    @property
+    def head(self) -> int:
+        """Elements of the head's weight."""
+        return self.classes * self.hidden
+
+    @property
+    def products(self) -> int:
+        """Elements of the weights that a token is multiplied with in all layers."""
+        return self.num_layers * sum(linear.size for linear in (*self.qkv, self.out, *self.up, self.down))
+
+    @property
+    def query(self) -> int:
+        """Width of this rank's queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        """Width of this rank's keys; that of its values is the same."""
+        return self.kv_heads * self.head_dim
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.key_value * itemsize
+
+    def joined_bytes(self, itemsize: int, limit: int) -> int:
+        """Bytes of the copies that ``decoding/linear.py`` makes of layers with one input, up to ``limit`` each."""
+        return self.num_layers * self.joined_layer_bytes(itemsize, limit)
+
+    def joined_layer_bytes(self, itemsize: int, limit: int) -> int:
+        """``joined_bytes`` of one layer."""
+        together = (sum(part.size for part in parts) * itemsize for parts in (self.qkv, self.up) if len(parts) > 1)
+        return sum(size for size in together if size <= limit)
+
+    def kept_by_layer(self, itemsize: int) -> int:
+        """Bytes that autograd keeps of one layer for each token."""
+        # RMS norms of transformers: the input in float32, the normalized one, the output; torch's layer norm: in, out.
+        norm = (4 + 2 * itemsize if self.is_rms else 2 * itemsize) * self.hidden
+        # Keys and values are repeated where heads share them, because batches have masks.
+        attention = 4 * self.query if self.heads != self.kv_heads else 2 * self.query + 2 * self.key_value
+        head_norms = (4 + itemsize) * (self.query + self.key_value) if self.has_head_norms else 0
+        mlp = self.kept_of_mlp * self.down.inputs
+        return 2 * norm + itemsize * (attention + mlp) + head_norms + 4 * self.heads
+
+    def backward_of_layer(self, itemsize: int) -> int:
+        """Bytes of the gradients that exist at once in the backward pass of a layer, for each token."""
+        # Through an RMS norm: two float32 gradients; the residual stream's and the one that joins it.
+        return ((8 if self.is_rms else itemsize) + 2 * itemsize) * self.hidden
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """A whole model.
+
+    Attributes:
+        config: Its transformers configuration.
+        family: Its family.
+        shapes: Parameter -> shape, padded rows of the head included.
+        head_name: The head's weight; the embedding's where both are one.
+        layer_names: Parameters of the first layer.
+        embedding_names: Parameters of the embeddings, those of learned positions included.
+        is_rms: Norms are of the root-mean-square kind.
+    """
+
+    config: PreTrainedConfig
+    family: Family
+    shapes: Mapping[str, tuple[int, ...]]
+    head_name: str
+    layer_names: tuple[str, ...]
+    embedding_names: tuple[str, ...]
+    is_rms: bool
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, where: str) -> ModelOutline:
+        """Reads the parameters off a model on the meta device.
+
+        Args:
+            config: The configuration.
+            where: The key or option that names the model; errors begin with it.
+
+        Raises:
+            ConfigError: The family is not supported.
+        """
+        model = meta_model(config, where)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        modules = list(model.modules())
+        layers = next(m for m in modules if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
+        return cls(
+            config=config,
+            family=family_of(config, where),
+            shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+            head_name=names[id(weight_of(model.get_output_embeddings()))],
+            layer_names=tuple(names[id(parameter)] for parameter in layers[0].parameters()),
+            embedding_names=tuple(names[id(m.weight)] for m in modules if isinstance(m, nn.Embedding)),
+            is_rms=not any(isinstance(module, nn.LayerNorm) for module in modules),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the head."""
+        return self.shapes[self.head_name][0]
+
+    @property
+    def size(self) -> int:
+        """Elements of all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def on_rank0(self, tp_size: int, vocab_size: int) -> ModelShape:
+        """The model on rank 0 of ``tp_size``.
+
+        Args:
+            tp_size: Tensor-parallel size; it divides the counts of heads.
+            vocab_size: V: the head, and an embedding tied to it, keep so many rows.
+        """
+        is_tied = not has_own_head(self.shapes)
+        of_head = {self.head_name, self.head_name.removesuffix("weight") + "bias"}
+        shards: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes.items():
+            whole = (vocab_size, *shape[1:]) if name in of_head else shape
+            dim = self.family.shard_dim(name, is_tied=is_tied)
+            shards[name] = ShardSpec.even(whole, dim, self.family.blocks(name), tp_size).shard_shape(0)
+        qkv, out, up, down = self._linears(shards)
+        num_kv_heads, head_dim = key_value_shape(self.config)
+        return ModelShape(
+            sizes=tuple(math.prod(shape) for shape in shards.values()),
+            largest_tensor=max(math.prod(shape) for shape in self.shapes.values()),
+            qkv=qkv,
+            out=out,
+            up=up,
+            down=down,
+            layer_sizes=tuple(math.prod(shards[name]) for name in self.layer_names),
+            num_layers=int(self.config.num_hidden_layers),
+            hidden=shards[self.head_name][1],
+            heads=int(self.config.num_attention_heads) // tp_size,
+            kv_heads=num_kv_heads // tp_size,
+            head_dim=head_dim,
+            classes=shards[self.head_name][0],
+            embedding=sum(math.prod(shards[name]) for name in self.embedding_names),
+            is_tied=is_tied,
+            has_rotary=len(self.embedding_names) == 1,
+            is_rms=self.is_rms,
+            has_head_norms=any(name.endswith("q_norm.weight") for name in self.layer_names),
+            kept_of_mlp=self._kept_of_mlp(is_gated=len(up) == 2),
+        )
+
+    def _linears(
+        self, shards: Mapping[str, tuple[int, ...]]
+    ) -> tuple[tuple[Linear, ...], Linear, tuple[Linear, ...], Linear]:
+        """A layer is column-parallel layers and a row-parallel one, twice: attention and MLP."""
+        halves: list[list[Linear]] = [[], []]
+        rows: list[Linear] = []
+        for name in self.layer_names:
+            dim = self.family.shard_dim(name, is_tied=False)
+            if dim is None or not name.endswith("weight"):
+                continue
+            linear = Linear(*reversed(shards[name]))
+            if dim == 0:
+                halves[len(rows)].append(linear)
+            else:
+                rows.append(linear)
+        (out, down), (qkv, up) = rows, halves
+        return tuple(qkv), out, tuple(up), down
+
+    def _kept_of_mlp(self, *, is_gated: bool) -> int:
+        if is_gated:
+            return _KEPT_OF_GATED_MLP
+        name = getattr(self.config, "activation_function", None) or getattr(self.config, "hidden_act", None)
+        return _KEPT_OF_ACTIVATION.get(str(name), _KEPT_OF_OTHER_ACTIVATIONS)

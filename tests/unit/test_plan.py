@@ -1,0 +1,412 @@
+"""``megadistill plan``: closed formulas against a dry run of the code, the search for layouts, the verb."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megadistill.cli.main import main
+from megadistill.config.load import load_config
+from megadistill.decoding import decoder, linear
+from megadistill.planning import memory
+from megadistill.planning.case import Case, Models
+from megadistill.planning.compare import compare
+from megadistill.planning.formulas import step_use
+from megadistill.planning.gpus import GPUS
+from megadistill.planning.known import shipped_shape
+from megadistill.planning.search import Candidate, changes, fits, nearest, sweep
+from megadistill.planning.shape import ModelOutline
+from megadistill.planning.times import measured_factors, phase_times, step_seconds
+from tests.support.runs import FAMILY_CONFIGS
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+GB = 1e9
+H100 = GPUS["H100-80"]
+LARGE = ["run.dir=x", "data.max_prompt_tokens=256", "data.max_tokens=512", "generation.max_new_tokens=256"]
+LARGE += [f"model.teacher.path={CONFIGS / 'models' / 'meta-llama--Llama-2-13b-hf.json'}", "model.teacher.dtype=bf16"]
+LARGE += [f"model.student.path={CONFIGS / 'models' / 'meta-llama--Llama-2-7b-hf.json'}", "model.student.dtype=bf16"]
+LARGE += ["train.global_batch_size=64", "train.micro_batch_size=8", "model.gradient_checkpointing=true"]
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    """LLaMA 2 13B and 7B."""
+    return Models.of(load_config(CONFIGS / "base.yaml", LARGE))
+
+
+def planned(models: Models, *settings: str, nodes: int = 2, memory_gb: float = 80, **more: Any) -> Case:
+    """The large pair on nodes of eight GPUs."""
+    config = load_config(CONFIGS / "base.yaml", [*LARGE, *settings])
+    return Case.of(config, models, nodes=nodes, gpus_per_node=8, gpu_memory=int(memory_gb * GB), **more)
+
+
+def above(case: Case) -> dict[str, float]:
+    """Phase -> GB of its peak above what is resident."""
+    use = step_use(case)
+    return {phase.name: (phase.peak - sum(use.resident.values())) / GB for phase in use.phases}
+
+
+# Of a dry run of this pair at tp 8 x dp 2, ZeRO-3, on an older tree: one that made the teacher's cache (1.68 GB) after
+# the rollout. Its norms were those of CPUs, which make float32 copies.
+def test_memory_of_the_large_pair_is_that_of_a_dry_run(models: Models) -> None:
+    case = planned(models, "parallel.tp_size=8")
+    dry = {"rollout": 3.90 + 1.68, "teacher": 6.23, "score": 5.63, "train": 5.69, "optimizer": 5.91}
+    resident = sum(step_use(case).resident.values()) / GB
+    assert resident == pytest.approx(10.43, rel=0.005)
+    formulas = above(case)
+    for phase, expected in dry.items():
+        assert formulas[phase] == pytest.approx(expected, rel=0.15), phase
+
+
+@pytest.mark.parametrize(("sequences", "expected"), [(16, 23.8), (8, 12.8), (2, 4.5)])
+def test_unchecked_training_is_that_of_a_dry_run(models: Models, sequences: int, expected: float) -> None:
+    more = [f"train.micro_batch_size={sequences}", f"train.global_batch_size={2 * sequences}"]
+    case = planned(models, "parallel.tp_size=8", "generation.mode=dataset", "model.gradient_checkpointing=false", *more)
+    assert above(case)["train"] == pytest.approx(expected, rel=0.15)
+
+
+def test_work_of_the_large_pair_is_that_of_a_dry_run(models: Models) -> None:
+    phases = {phase.name: phase for phase in step_use(planned(models, "parallel.tp_size=8")).phases}
+    assert phases["teacher"].flops / 1e12 == pytest.approx(64.8, rel=0.05)
+    assert phases["train"].flops / 1e12 == pytest.approx(201, rel=0.05)
+    reductions = [t for t in phases["train"].traffic if (t.group, t.op) == ("tp", "all_reduce")]
+    assert reductions[0].bytes / GB == pytest.approx(69, rel=0.02)
+    assert reductions[0].calls == pytest.approx(1040, rel=0.02)
+
+
+def test_recomputing_saves_the_activations_and_costs_a_quarter(models: Models) -> None:
+    stored, recomputed = (
+        planned(models, "parallel.tp_size=8", f"model.gradient_checkpointing={value}") for value in ("false", "true")
+    )
+    assert above(stored)["train"] > 4 * above(recomputed)["train"]
+    flops = [
+        next(phase.flops for phase in step_use(case).phases if phase.name == "train") for case in (stored, recomputed)
+    ]
+    assert flops[1] / flops[0] == pytest.approx(50.4 / 40.1, rel=0.03)
+
+
+def test_zero_stages_partition_more_and_more(models: Models) -> None:
+    resident = [sum(step_use(planned(models, f"parallel.zero_stage={stage}")).resident.values()) for stage in range(4)]
+    assert resident[0] > resident[1] > resident[2] > resident[3] - 2 * GB  # stage 3 has its buffers all the time
+    moments = [step_use(planned(models, f"parallel.zero_stage={s}")).resident[memory.OPTIMIZER] for s in (0, 1)]
+    assert moments[0] / moments[1] == pytest.approx(2, rel=0.01)  # tp 8 x dp 2
+
+
+def test_deepspeed_settings_are_followed(models: Models) -> None:
+    key, alone = "deepspeed.zero_optimization", ("parallel.tp_size=1", "train.micro_batch_size=4")
+    small = step_use(planned(models, f"{key}.reduce_bucket_size=1000"))
+    assert small.resident[memory.BUCKET] == 2000
+    released = planned(
+        models, f"{key}.stage3_max_live_parameters=0", f"{key}.stage3_max_reuse_distance=0",
+        f"{key}.stage3_prefetch_bucket_size=0", *alone,
+    )  # fmt: skip
+    assert memory.trained_parameters(released) < 0.5 * memory.trained_parameters(planned(models, *alone))
+    offloaded = step_use(planned(models, f"{key}.offload_optimizer.device=cpu"))
+    assert offloaded.resident.get(memory.OPTIMIZER, 0) == 0
+
+
+def test_a_cache_that_is_too_small_for_both_is_the_students(models: Models) -> None:
+    wide, narrow = (planned(models, f"generation.max_cache_bytes={2**shift}", nodes=1) for shift in (33, 30))
+    assert wide.keeps_teacher_cache and not narrow.keeps_teacher_cache
+    of_wide, of_narrow = (step_use(case).phases[0].owners[memory.CACHE] for case in (wide, narrow))
+    assert of_narrow <= 2**30 < of_wide
+    assert step_use(narrow).decode_steps > step_use(wide).decode_steps  # several batches one after the other
+
+
+def test_owners_sum_to_the_peak(models: Models) -> None:
+    use = step_use(planned(models))
+    assert all(sum(phase.owners.values()) == phase.peak for phase in use.phases)
+    assert use.peak == max(phase.peak for phase in use.phases)
+
+
+def test_constants_are_those_of_the_code() -> None:
+    assert memory.PIECE_TOKENS == decoder._MAX_TOKENS
+    assert memory.MAX_JOINED_BYTES == linear._MAX_JOINED_BYTES
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_shapes_are_those_of_the_family(family: str, tp_size: int) -> None:
+    """Parts of a layer and of the whole are all parameters but norms, biases and embeddings."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    width = {"gpt2": {"n_embd": 32}, "opt": {"hidden_size": 32, "word_embed_proj_dim": 32}}.get(family)
+    tree = FAMILY_CONFIGS[family] | (width or {"hidden_size": 32}) | {"vocab_size": 404}
+    config = AutoConfig.for_model(tree.pop("model_type"), **tree)
+    outline = ModelOutline.of(config, family)
+    model = AutoModelForCausalLM.from_config(config)
+    assert outline.size == sum(parameter.numel() for parameter in model.parameters())
+    whole, shape = outline.on_rank0(1, 404), outline.on_rank0(tp_size, 404)
+    assert whole.size == outline.size
+    assert shape.products * tp_size == whole.products
+    embeddings = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)]
+    assert whole.embedding == sum(embeddings)
+    small = [size for size in whole.layer_sizes if size < 8 * 32 * 4]
+    assert whole.layer == whole.products // whole.num_layers + sum(small)
+    assert shape.query * tp_size == whole.query and shape.classes == -(-404 // tp_size)
+
+
+def test_activations_of_a_layer_are_what_autograd_keeps() -> None:
+    """A layer of each kind of MLP and norm, in bf16 and float32, by torch's own account."""
+    from transformers import GPT2Config, LlamaConfig, OPTConfig
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    configs = [
+        LlamaConfig(hidden_size=64, intermediate_size=96, num_key_value_heads=4, **sizes),
+        OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, dropout=0.0, attention_dropout=0.0, **sizes),
+        GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=64, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0),
+    ]
+    for config in configs:
+        for dtype in (torch.float32, torch.bfloat16):
+            found, tokens = _kept_by_one_more_layer(config, dtype)
+            formula = ModelOutline.of(config, "x").on_rank0(1, 64).kept_by_layer(dtype.itemsize)
+            assert found / tokens == pytest.approx(formula, rel=0.12), (config.model_type, dtype)
+
+
+def _kept_by_one_more_layer(config: Any, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that autograd keeps of a layer for a batch, without weights, and the tokens of the batch."""
+    from transformers import AutoModelForCausalLM
+
+    kept = []
+    for num_layers in (1, 2):
+        config.num_hidden_layers = num_layers
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        seen: dict[int, int] = {}
+        alive: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, weights: set[int] = weights, seen: dict[int, int] = seen,
+                 alive: list[torch.Tensor] = alive) -> torch.Tensor:  # fmt: skip
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                alive.append(tensor)
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.zeros(2, 24, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum()
+        kept.append(sum(seen.values()))
+    config.num_hidden_layers = 1
+    return kept[1] - kept[0], ids.numel()
+
+
+def test_sweep_begins_with_the_fastest_that_fits(models: Models) -> None:
+    case = planned(models, nodes=1)
+    found = sweep(case, H100)
+    assert len(found) > 20 and all(fits(candidate.case, candidate.use) for candidate in found)
+    seconds = [step_seconds(phase_times(c.case, step_use(c.case), H100)) for c in found]
+    assert seconds == sorted(seconds)
+    assert {candidate.case.tp_size for candidate in found} == {1, 2, 4, 8}
+    assert all(candidate.case.world_size == 8 for candidate in found)
+    smaller = sweep(replace(case, gpu_memory=int(40 * GB)), H100)
+    assert 0 < len(smaller) < len(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory_gb"),
+    [
+        (("model.gradient_checkpointing=false", "parallel.tp_size=2"), 50),
+        (("train.micro_batch_size=32", "parallel.tp_size=8", "parallel.zero_stage=1"), 24),
+        (("parallel.tp_size=1", "parallel.zero_stage=0", "train.micro_batch_size=1"), 80),
+        (("parallel.tp_size=8",), 15),
+    ],
+)
+def test_the_nearest_setting_fits(models: Models, settings: tuple[str, ...], memory_gb: float) -> None:
+    case = planned(models, *settings, memory_gb=memory_gb)
+    assert not fits(case, step_use(case))
+    found = nearest(case, H100)
+    assert found is not None
+    named = changes(case, found.case)
+    assert named
+    again = case.with_settings({k: v for k, v in named.items() if not k.startswith("--")}, nodes=named.get("--nodes"))
+    again.check()
+    assert fits(again, step_use(again)) and again.world_size == found.case.world_size
+    if "--nodes" not in named:  # nothing with fewer changes fits
+        assert len(named) <= min(len(changes(case, candidate.case)) for candidate in _tried(case))
+
+
+def _tried(case: Case) -> list[Candidate]:
+    """Layouts of the same machines that fit, as ``nearest`` allows them."""
+    config = case.config
+    return [
+        candidate
+        for candidate in sweep(case, H100)
+        if candidate.case.config.train.micro_batch_size <= config.train.micro_batch_size
+        and candidate.case.zero_stage >= case.zero_stage
+        and candidate.case.config.model.gradient_checkpointing >= config.model.gradient_checkpointing
+    ]
+
+
+def test_nothing_fits_a_watch(models: Models) -> None:
+    assert nearest(planned(models, memory_gb=0.5), H100) is None
+
+
+def test_a_comparison_names_what_differs(models: Models) -> None:
+    use = step_use(planned(models))
+    same = compare(use, use)
+    assert all(row.ratio == 1 for row in same.rows) and "peak of train" in str(same)
+    phases = [replace(p, peak=2 * p.peak) if p.name == "train" else p for p in use.phases]
+    assert compare(use, replace(use, phases=tuple(phases))).worst_memory().what == "peak of train"
+
+
+def test_times_follow_rates_and_links(models: Models) -> None:
+    case = planned(models, "parallel.tp_size=2", "train.micro_batch_size=4")
+    use = step_use(case)
+    usual = phase_times(case, use, H100)
+    assert usual["train"].dp > 3 * phase_times(replace(case, nodes=1, gpus_per_node=16), use, H100)["train"].dp
+    faster = phase_times(case, use, replace(H100, bf16=2 * H100.bf16))
+    assert faster["train"].products == pytest.approx(usual["train"].products / 2)
+    alone = planned(models, "parallel.tp_size=1", "train.micro_batch_size=4")  # decoding steps are recorded there
+    assert phase_times(alone, step_use(alone), H100)["rollout"].launches < 0.5 * usual["rollout"].launches
+    slow = phase_times(case, use, H100, {"train": 2.0})
+    assert slow["train"].seconds == pytest.approx(2 * usual["train"].seconds)
+
+
+def test_rates_of_a_run_correct_the_times(tmp_path: Path) -> None:
+    config = [f"run.dir={tmp_path}", *LARGE[1:], "parallel.tp_size=8"]
+    from megadistill.config.load import dump_resolved
+
+    loaded = load_config(CONFIGS / "base.yaml", config)
+    dump_resolved(loaded, tmp_path / "resolved.yaml")
+    (tmp_path / "summary.json").write_text(json.dumps({"processes": 16}), encoding="utf-8")
+    case = Case.of(loaded, Models.of(loaded), nodes=2, gpus_per_node=8, gpu_memory=H100.memory)
+    predicted = phase_times(case, step_use(case), H100)
+    lines = [{"step": 1, "time/train_s": 99.0}, {"step": 2, "time/train_s": 99.0}]
+    lines += [{"step": 3 + i, "time/train_s": 3 * predicted["train"].seconds} for i in range(3)]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert measured_factors(metrics, H100, 8) == {"train": pytest.approx(3)}
+
+
+# The GPUs that each file is written for.
+SHIPPED = {
+    "demo.yaml": 2, "demo_sft.yaml": 2, "smoke.yaml": 2, "gpt2-xl_to_gpt2.yaml": 1, "opt-6.7b_to_opt-1.3b.yaml": 4,
+    "open_llama_7b_to_3b.yaml": 4, "llama-13b_to_7b.yaml": 8, "llama-13b_to_7b_2nodes.yaml": 8,
+    "qwen2.5-1.5b_to_0.5b.yaml": 1, "qwen3-8b_to_1.7b.yaml": 4,
+}  # fmt: skip
+
+
+def test_every_shipped_run_is_planned_here() -> None:
+    assert set(SHIPPED) == {file.name for file in CONFIGS.glob("*.yaml")} - {"base.yaml", "paper.yaml"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_runs_fit_their_machines(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # nothing has been made here
+    machines = ["--gpus-per-node", str(SHIPPED[name]), "--nodes", "2" if "2nodes" in name else "1"]
+    assert main(["plan", "--config", str(CONFIGS / name), *machines]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 160
+    assert "\nfits: needs " in shown and "[est]" in shown and "optimizer" in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama-13b_to_7b.yaml", "llama-13b_to_7b_2nodes.yaml"])
+def test_headers_predict_what_plan_predicts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    header = " ".join(line.strip("# \n") for line in (CONFIGS / name).open(encoding="utf-8") if line.startswith("#"))
+    command = re.search(rf"megadistill plan --config configs/{name}( --nodes \d)?", header)
+    told = re.search(r"needs ([\d.]+) of 80 GB, ([\d.]+) s a step", header)
+    assert command and told and "Predicted" in header
+    assert main(["plan", "--config", str(CONFIGS / name), *(command[1] or "").split()]) == 0
+    found = re.search(r"needs ([\d.]+) of 80 GB .*; ([\d.]+) s a step", capsys.readouterr().out)
+    assert found
+    assert float(found[1]) == pytest.approx(float(told[1]), rel=0.1)
+    assert float(found[2]) == pytest.approx(float(told[2]), rel=0.2)
+
+
+def test_shipped_shapes_are_those_of_hub_names_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shipped_shape("meta-llama/Llama-2-7b-hf") == CONFIGS / "models" / "meta-llama--Llama-2-7b-hf.json"
+    assert shipped_shape("meta-llama/Llama-2-70b-hf") is None
+    (tmp_path / "meta-llama" / "Llama-2-7b-hf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert shipped_shape("meta-llama/Llama-2-7b-hf") is None
+    sizes = {"meta-llama--Llama-2-13b-hf": 13_015_864_320, "Qwen--Qwen3-8B": 8_190_735_360,
+             "Qwen--Qwen2.5-0.5B": 494_032_768, "openai-community--gpt2-xl": 1_557_611_200,
+             "facebook--opt-1.3b": 1_315_758_080, "openlm-research--open_llama_3b_v2": 3_426_473_600}  # fmt: skip
+    from transformers import AutoConfig
+
+    for name, size in sizes.items():
+        assert ModelOutline.of(AutoConfig.from_pretrained(CONFIGS / "models" / f"{name}.json"), name).size == size
+
+
+def run(*words: object) -> int:
+    return main(["plan", "--config", str(CONFIGS / "llama-13b_to_7b.yaml"), *map(str, words)])
+
+
+def test_what_does_not_fit_says_so_and_names_what_does(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["train.micro_batch_size=8", "model.gradient_checkpointing=false", "parallel.tp_size=1"]
+    assert run("--gpu-memory", "60GB", *settings) == 1
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    advice = next(line for line in shown.splitlines() if line.startswith("nearest that fits: "))
+    words = advice.removeprefix("nearest that fits: ").partition(" (")[0].split()
+    kept = [s for s in settings if s.partition("=")[0] not in advice]
+    assert run("--gpu-memory", "60GB", *kept, *words) == 0
+
+
+def test_json_sweep_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run("--json", "-", "--plot", tmp_path / "memory.png") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["use"]["source"] == "formulas" and plan["layout"]["tp_size"] >= 1
+    assert plan["seconds"] == pytest.approx(sum(time["seconds"] for time in plan["times"].values()))
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    assert run("--sweep", "--json", tmp_path / "plan.json") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = next(row for i, row in enumerate(rows) if i and rows[i - 1] and set(rows[i - 1][0]) == {"-"})
+    layouts = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["layouts"]
+    assert layouts[0]["seconds"] == min(layout["seconds"] for layout in layouts)
+    assert first[0] == str(layouts[0]["settings"]["parallel.tp_size"])
+    # The file's own layout need not be one on other machines.
+    assert run("--sweep", "--gpus-per-node", 2, "--gpu", "B200-180", "train.micro_batch_size=64") == 0
+    assert run("--sweep", "--gpu-memory", "2GB") == 1 and "no layout fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpu", "H100"], "invalid choice: 'H100'"),
+        (["--gpu-memory", "80 things"], "is not a size"),
+        (["--nodes", "0"], "0 is not a whole number >= 1"),
+        (["--gpus-per-node", "three"], "three is not a whole number"),
+        (["--gpus-per-node", "3", "parallel.tp_size=2"], "does not divide the number of processes, 3"),
+        (["parallel.tp_size=16", "--nodes", "2"], "does not divide the 40 attention heads"),
+        (["parallel.tp_size=1", "train.global_batch_size=20", "train.micro_batch_size=5"], "cannot be shared by 8"),
+        (["train.micro_batch_sise=5"], "did you mean train.micro_batch_size?"),
+        (["model.student.path=nowhere/at/all"], "no such file or folder: nowhere/at/all"),
+        (["data.max_tokens=5000"], "reads at most 4096 positions"),
+        (["generation.max_cache_bytes=1000"], "is too small: one example of 512 tokens"),
+        (["--rates", "nowhere/metrics.jsonl"], "nowhere/metrics.jsonl is missing"),
+        (["--plot", "memory.gif"], "must end in .png or .pdf or .svg"),
+        (["--json", "."], "a file is needed"),
+        (["--exact", "--sweep"], "give one of the two"),
+        (["loss.dac_kl=0", "loss.span=0"], "no loss would be computed on its text"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_damaged_rates_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "time/train_s": 1.0}\n', encoding="utf-8")
+    (tmp_path / "resolved.yaml").write_text("run: {dir: x}\n", encoding="utf-8")
+    assert run("--rates", metrics) == 2 and "summary.json is missing" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text("{", encoding="utf-8")
+    assert run("--rates", metrics) == 2 and "is damaged" in capsys.readouterr().err
+    (tmp_path / "summary.json").write_text('{"processes": 2}', encoding="utf-8")
+    assert run("--rates", metrics) == 2 and "has 1 steps; at least 3 are needed" in capsys.readouterr().err

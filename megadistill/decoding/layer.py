@@ -58,7 +58,8 @@ class Layer:
         self._before_mlp, self._up = up.after(Norm(layer.mlp_norm)), up.products()
         # Where its inputs are sharded, a layer's bias is added once, after the sum over the shards.
         biases = (bias_of(layer.out), bias_of(layer.down))
-        here, self._late_biases = (biases, (None, None)) if shard.group is None else ((None, None), biases)
+        none: tuple[Tensor | None, Tensor | None] = (None, None)
+        here, self._late_biases = (biases, none) if shard.group is None else (none, biases)
         self._out = Product(weight_of(layer.out), here[0], layouts.out)
         self._down = Product(weight_of(layer.down), here[1], layouts.down)
 

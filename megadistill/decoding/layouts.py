@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ Shape = tuple[int, ...]
 
 
 def product_shapes(
-    plan: DecoderPlan | None, head: Tensor, shape_of: Callable[[Tensor], Sequence[int]]
+    plan: DecoderPlan | None, head: nn.Parameter, shape_of: Callable[[nn.Parameter], Sequence[int]]
 ) -> dict[str, Shape]:
     """The weight of each product of a decoder, by its field of ``ProductLayouts``; only the head's without a plan.
 
@@ -54,7 +54,7 @@ def product_shapes(
         return shapes
 
     def joined(modules: Sequence[nn.Module]) -> Shape:
-        found = [tuple(shape_of(weight_of(module))) for module in modules]
+        found = [tuple(shape_of(cast(nn.Parameter, weight_of(module)))) for module in modules]
         return (sum(shape[0] for shape in found), found[0][1])
 
     layer = plan.layers[0]
@@ -82,7 +82,7 @@ def choose_layouts(setting: Setting, shapes: Mapping[str, Shape], file: Path | N
     file = file or _cache_folder() / "products.json"
     known = _remembered(file)
     key = f"{_processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {sorted(measured.items())}"
-    found = known.get(key)
+    found: dict[str, Layout] = known.get(key, {})
     if not _is_choice(found, measured):
         found = _measure(measured)
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed.runtime import compiler
+from deepspeed.runtime.zero import utils as zero_utils
 
 
 def disable_shm_op() -> None:
@@ -30,6 +31,18 @@ def skip_muon_compilation() -> None:
         return lambda function: function
 
     compiler.compile = compile_nothing
+
+
+def trust_other_ranks() -> None:
+    """Makes DeepSpeed take for granted that all ranks hold the same lists, for a dry run, which has no other ranks.
+
+    Where ZeRO-3 asserts it, all ranks but the first get the list from rank 0.
+    """
+
+    def own_list(numbers: list[int]) -> list[int]:
+        return numbers
+
+    zero_utils.get_lst_from_rank0 = own_list
 
 
 def destroy_process_groups() -> None:

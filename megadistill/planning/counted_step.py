@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import torch
-
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample, TokenIds
@@ -41,8 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROMPT_ID, _REFERENCE_ID, _CORRECTED_ID = 0, 1, 2
-# Length of prompts, references and responses of the first step, which is not counted.
-_WARM_UP = 2
+# Steps before the one that is counted, and their length of prompts, references and responses.
+_WARM_UP_STEPS, _WARM_UP = 2, 2
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,12 @@ def counted_step(
     vocab_size: int,
     skips_decoding: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    inspect: Callable[[Components], None] | None = None,
 ) -> StepUse:
-    """Builds a run and counts its second step (collective over the world). Call it where ``counter`` counts.
+    """Builds a run and counts its third step (collective over the world). Call it where ``counter`` counts.
 
-    The first step is short: it makes what is made once, such as AdamW's moments and the order in which ZeRO-3 gathers.
+    The steps before it are short: they make what is made once, such as AdamW's moments and the order in which ZeRO-3
+    gathers, which it knows after two micro-batches.
 
     Args:
         config: From ``plannable``.
@@ -122,14 +122,49 @@ def counted_step(
         vocab_size: V.
         skips_decoding: Count most decoding steps from a few of them.
         progress: Told what begins.
+        inspect: Gets the run after the step.
 
     Raises:
         MegadistillError: The rows do not fit the configuration, or the step did not do what was to be counted.
     """
     _check_lengths(config, lengths)
     counter.groups = Groups(context)
-    size, data = config.train.global_batch_size // context.dp_size, config.data
+    progress("building the engines")
     limit = _Limit(_WARM_UP)
+    components, writer = _build(config, context, counter, limit, vocab_size, skips_decoding)
+    progress("the first steps, in short")
+    for step in range(_WARM_UP_STEPS):
+        _step(step, _rows(components, Lengths(_WARM_UP, _WARM_UP)), components, counter)
+    _name_owners(components, counter)
+    resident = counter.owners()
+    limit.tokens, writer.num_steps = lengths.response, 0
+    counter.start()
+    progress("the step that is counted")
+    result = _step(_WARM_UP_STEPS, _rows(components, lengths), components, counter)
+    _check_step(result, config, lengths)
+    if inspect is not None:
+        inspect(components)
+    return StepUse(
+        source=source,
+        rank=context.rank,
+        world_size=context.world_size,
+        tp_size=context.tp_size,
+        zero_stage=config.parallel.zero_stage,
+        resident=resident,
+        phases=counter.phases(),
+        decode_steps=writer.num_steps,
+    )
+
+
+def _build(
+    config: RunConfig,
+    context: ParallelContext,
+    counter: Counter,
+    limit: _Limit,
+    vocab_size: int,
+    skips_decoding: bool,
+) -> tuple[Components, CountedWriter]:
+    """The run's components, and the writer that its text source has in place of the student."""
     writers: list[CountedWriter] = []
 
     def adapt(inputs: SourceInputs) -> SourceInputs:
@@ -138,7 +173,6 @@ def counted_step(
         changed = {"student": writers[0], "eos_ids": frozenset(), "teacher_eos_ids": frozenset()}
         return _CountedInputs(**given | changed | {"find_corrections": _spread_corrections, "limit": limit})
 
-    progress("building the engines")
     components = build_components(
         config,
         context,
@@ -148,28 +182,7 @@ def counted_step(
         RunLength(max_steps=1_000, num_rows=1_000, rows_per_step=config.train.global_batch_size),
         adapt,
     )
-    components = replace(components, eos_ids=frozenset(), teacher_eos_ids=frozenset())
-    num_prompts = int(size * data.prompts_ratio)
-    progress("the first step, in short")
-    _step(0, _rows(size, num_prompts, Lengths(_WARM_UP, _WARM_UP)), components, counter)
-    _name_owners(components, counter)
-    resident = counter.owners()
-    limit.tokens, writers[0].num_steps = lengths.response, 0
-    counter.start()
-    progress("the step that is counted")
-    result = _step(1, _rows(size, num_prompts, lengths), components, counter)
-    _check_step(result, config, lengths)
-    phases = counter.phases()
-    return StepUse(
-        source=source,
-        rank=context.rank,
-        world_size=context.world_size,
-        tp_size=context.tp_size,
-        zero_stage=config.parallel.zero_stage,
-        resident=resident,
-        phases=phases,
-        decode_steps=writers[0].num_steps,
-    )
+    return replace(components, eos_ids=frozenset(), teacher_eos_ids=frozenset()), writers[0]
 
 
 def measured_step(config: RunConfig, context: ParallelContext, lengths: Lengths, *, vocab_size: int) -> StepUse:
@@ -233,12 +246,13 @@ def _step(step: int, rows: Sequence[Sample], components: Components, counter: Co
     return distillation_step(step, rows, components, _CountedTimers(counter))
 
 
-def _rows(number: int, num_prompts: int, lengths: Lengths) -> list[Sample]:
-    """Rows with references, and ``num_prompts`` without, as those of ``data.prompts_path``."""
+def _rows(components: Components, lengths: Lengths) -> list[Sample]:
+    """This rank's rows of a step; the share of ``data.prompts_path`` has no references."""
+    config = components.config
+    number = config.train.global_batch_size // components.context.dp_size
+    with_reference = number - int(number * config.data.prompts_ratio)
     prompt, reference = (_PROMPT_ID,) * lengths.prompt, (_REFERENCE_ID,) * lengths.response
-    return [
-        Sample(i, prompt, reference_ids=None if i >= number - num_prompts else tuple(reference)) for i in range(number)
-    ]
+    return [Sample(i, prompt, reference_ids=reference if i < with_reference else None) for i in range(number)]
 
 
 def _example() -> TokenizedExample:
@@ -294,5 +308,3 @@ def _check_step(result: StepResult, config: RunConfig, lengths: Lengths) -> None
 def vocabulary(config: RunConfig) -> int:
     """V without a tokenizer: the rows that both models have."""
     return min(int(load_model_config(path, key).vocab_size) for key, path in model_paths(config).items())
-
-

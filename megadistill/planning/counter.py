@@ -1,7 +1,7 @@
-"""Counts what code uses while it runs: live bytes by owner, floating-point operations, dispatched operations, traffic.
+"""Counts what code uses while it runs: live bytes by owner, FLOPs, dispatched operations, collective calls.
 
-``Counting`` is a TorchDispatchMode, so it sees every operation below autograd, those of DeepSpeed and of backward passes
-too. Memory is live storage, rounded as CUDA's allocator rounds it: what ``torch.cuda.memory_allocated`` would say.
+``Counting`` is a TorchDispatchMode, so it sees every operation below autograd, those of DeepSpeed and of backward
+passes too. Memory is live storage, rounded as CUDA's allocator rounds it: what ``torch.cuda.memory_allocated`` says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _BLOCK_BYTES = 512
 _OWNED_BYTES = 2**14
 # Not views by their schema, but no launch on a GPU either.
 _NO_LAUNCH = frozenset(
-    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view lift lift_fresh resize_ set_".split()
+    ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift", "lift_fresh")
+    + ("resize_", "set_")
 )
 
 

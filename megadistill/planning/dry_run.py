@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -27,10 +27,13 @@ from megadistill.parallel.context import ParallelContext, Shapes
 from megadistill.parallel.vocab import VocabShard
 from megadistill.planning.use import PhaseUse, StepUse, Traffic
 
+if TYPE_CHECKING:
+    from megadistill.training.components import Components
+
 T = TypeVar("T")
 _OVERHEAD = (
-    "memory is what torch.cuda.memory_allocated counts: NCCL's buffers (about 1 GB), the CUDA context (0.5 GB) and what "
-    "the allocator cannot reuse (take a tenth) come on top"
+    "memory is what torch.cuda.memory_allocated counts: NCCL's buffers (about 1 GB), the CUDA context (0.5 GB) and "
+    "what the allocator cannot reuse (take a tenth) come on top"
 )
 
 
@@ -68,7 +71,7 @@ class DryContext(ParallelContext):
                     for size, total in zip(shape, whole, strict=True)
                 )
             if ranks[self.tp_rank][name] != shape:
-                raise TopologyError(f"{name} of shape {whole} is sharded into {shape}: a dry run does not know the rule")
+                raise TopologyError(f"{name} of shape {whole} is sharded into {shape}: no rule of a dry run's")
         return list(ranks)
 
 
@@ -83,8 +86,9 @@ def dry_run(
     response_tokens: int,
     progress: Callable[[str], None] | None = None,
     skips_decoding: bool = True,
+    inspect: Callable[[Components], None] | None = None,
 ) -> StepUse:
-    """Counts the second step of one rank, from configurations alone.
+    """Counts a step of one rank, from configurations alone.
 
     It makes this process a rank of a world that is not there, for good: use ``dry_run_in_process`` anywhere else.
 
@@ -98,12 +102,15 @@ def dry_run(
         response_tokens: Tokens of every reference and of what the student writes.
         progress: Told what begins.
         skips_decoding: Count most decoding steps from a few of them, which gives the same numbers.
+        inspect: Gets the run after the step.
 
     Raises:
         ConfigError: A model cannot be used.
         TopologyError: The processes cannot be divided like that, or there is no such rank.
         MegadistillError: The rows do not fit the configuration.
     """
+    if not 0 <= rank < world_size:
+        raise TopologyError(f"rank {rank} does not exist among {world_size} processes")
     from megadistill.launch.dry_world import dry_world
     from megadistill.planning.counted_step import Lengths, counted_step, models_as_files, plannable, vocabulary
     from megadistill.planning.counter import Counter
@@ -111,8 +118,6 @@ def dry_run(
     from megadistill.planning.pretend_cuda import pretend_cuda
     from megadistill.training.setup import check_models
 
-    if not 0 <= rank < world_size:
-        raise TopologyError(f"rank {rank} does not exist among {world_size} processes")
     torch.set_num_threads(1)
     with ExitStack() as stack:
         config = models_as_files(config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
@@ -133,6 +138,7 @@ def dry_run(
             vocab_size=vocab_size,
             skips_decoding=skips_decoding,
             progress=progress or (lambda line: None),
+            inspect=inspect,
         )
     lengths = f"every prompt has {prompt_tokens} tokens, every reference and response {response_tokens}"
     return replace(use, assumptions=(lengths, *notes, *([_OVERHEAD] if like_gpu else [])))

@@ -12,7 +12,7 @@ _aten = torch.ops.aten
 
 
 def _linear_pointwise(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """oneDNN's product with a packed weight."""
+    """OneDNN's product with a packed weight."""
     return 2 * x.numel() * weight.shape[0]
 
 

@@ -22,7 +22,7 @@ from megadistill.planning.counter import Counter, Counting, is_view
 _aten = torch.ops.aten
 # Float storages up to this many elements have contents: factories fill them, so that numbers can be read from them.
 _FILLED = 4096
-_FACTORIES = frozenset("zeros ones full rand randn normal uniform".split())
+_FACTORIES = frozenset(("zeros", "ones", "full", "rand", "randn"))
 _PLAIN_WRITES = frozenset((_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.copy_.default))
 _STORAGE_WRITES = frozenset(("aten::set_", "aten::resize_"))
 _DATA_DEPENDENT = frozenset(("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"))
@@ -125,16 +125,17 @@ def _number(tensor: Tensor) -> Any:
 
 def _created(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A factory's tensor; large floats are not written to."""
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    if kind.short in _FACTORIES and dtype.is_floating_point | dtype.is_complex and math.prod(args[0]) > _FILLED:
-        if not (kind.short == "full" and kwargs.get("dtype") is None and not isinstance(args[1], float)):
-            return torch.empty(args[0], dtype=dtype, device="cpu")
-    return func(*args, **kwargs)
+    if kind.short not in _FACTORIES or math.prod(args[0]) <= _FILLED:
+        return func(*args, **kwargs)
+    filled_with = args[1] if kind.short == "full" else 0.0
+    dtype = kwargs.get("dtype") or (torch.get_default_dtype() if isinstance(filled_with, float) else torch.int64)
+    is_float = dtype.is_floating_point or dtype.is_complex
+    return torch.empty(args[0], dtype=dtype) if is_float else func(*args, **kwargs)
 
 
 def _written(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation in place or with ``out=``: what it writes keeps its contents, but for plain writes to small tensors."""
-    targets = [args[i] if i < len(args) else kwargs[name] for i, name in kind.written if i < len(args) or name in kwargs]
+    """In place or with ``out=``: what is written keeps its contents, but for plain writes to small tensors."""
+    targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written]
     if func in _PLAIN_WRITES and args[0].untyped_storage().nbytes() <= _FILLED * args[0].element_size():
         return func(*args, **kwargs)
     for target in tree_leaves(targets):

@@ -68,7 +68,10 @@ class Ghost(Counting):
             for out in tree_leaves(args[0]):
                 if out.numel() % inputs[0].numel() == 0:
                     out.view(-1, inputs[0].numel()).copy_(inputs[0].reshape(1, -1))
-        return func(*args, **kwargs)
+        # The fake group copies what is gathered, which would touch the memory of ghosts: it gets none of it.
+        hollow = tree_map(lambda x: x.new_empty(0) if isinstance(x, Tensor) and is_ghost(x) else x, args)
+        result = func(*hollow, **kwargs)
+        return (args[0], *result[1:]) if isinstance(result, tuple) else result
 
     def _unknown(self, func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """New tensors of the right shapes."""
@@ -116,10 +119,10 @@ def is_ghost(tensor: Tensor) -> bool:
 def _number(tensor: Tensor) -> Any:
     """A single element as Python's number; a float is finite."""
     if not tensor.is_floating_point():
-        return tensor.tolist()
+        return tensor.reshape(()).tolist()
     if tensor.untyped_storage().nbytes() > _FILLED * tensor.element_size():
         return 1.0
-    value = float(tensor.tolist())
+    value = float(tensor.reshape(()).tolist())
     return value if math.isfinite(value) else 1.0
 
 

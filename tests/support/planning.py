@@ -89,7 +89,7 @@ def settings(models: Path, layout: Layout) -> RunConfig:
     }
     for section, values in layout.more:
         tree[section] = tree.get(section, {}) | values
-    return RunConfig(**tree)
+    return RunConfig.model_validate(tree)
 
 
 def forked(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from megadistill.decoding.linear import Norm, is_packable
+from megadistill.decoding.plan import NormPlan
 from megadistill.errors import MegadistillError, TopologyError
+from megadistill.losses.fused import chunk_size
+from megadistill.parallel.vocab import VocabShard
 from megadistill.planning.counter import Counter, Counting
 from megadistill.planning.dry_run import dry_run, dry_run_in_process, step_use
 from megadistill.planning.ghost_mode import Ghost
 from megadistill.planning.owners import OWNERS
+from megadistill.planning.pretend_cuda import pretend_cuda
 from megadistill.planning.use import PHASES, StepUse
 from tests.support.planning import PROMPT, RESPONSE, Layout, forked, ghost, settings, write_models
 
@@ -180,6 +185,31 @@ def test_a_gpu_makes_other_choices(models: Path) -> None:
     assert gpu["train"].operations < cpu["train"].operations  # no blocks that fit a cache
     assert [phase.traffic for phase in as_cpu.phases] == [phase.traffic for phase in as_gpu.phases]
     assert any("NCCL" in line for line in as_gpu.assumptions)
+
+
+def test_only_this_package_takes_tensors_for_a_gpus() -> None:
+    counter, weight = Counter(), torch.nn.LayerNorm(64)
+    with Ghost(counter), pretend_cuda(counter, 2**34) as device:
+        x = torch.empty(1000, 64, device=device)
+        assert x.device.type == "cpu" and not x.is_cuda
+        before = counter.tally.copy()
+        Norm(NormPlan(weight, is_rms=True, eps=1e-5))(x)
+        assert counter.since(before).operations == 1  # as on CUDA; on CPUs it is several
+        assert not is_packable(x) and chunk_size("auto", VocabShard(0, 1000, 1000), x.device) > 0
+    assert is_packable(x)
+
+
+def test_a_recorded_graph_is_one_launch_with_all_that_was_recorded() -> None:
+    counter = Counter()
+    with Ghost(counter), pretend_cuda(counter, 2**34), counter.phase("rollout"):
+        x, graph = torch.empty(100, 100), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = (x @ x).relu() @ x
+        graph.replay()
+        graph.replay()
+        del y
+    rollout = counter.phases()[0]
+    assert (rollout.operations, rollout.flops) == (2, 2 * 2 * 2 * 100**3)
 
 
 # Large worlds.

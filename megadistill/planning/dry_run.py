@@ -209,7 +209,9 @@ def main() -> None:
     logging.disable(logging.WARNING)  # weights are random, and so on: true, and of no use here
     order = json.load(sys.stdin)
     try:
-        use = dry_run(RunConfig.model_validate(order["config"]), progress=lambda line: say("progress", line), **order["arguments"])
+        use = dry_run(
+            RunConfig.model_validate(order["config"]), progress=lambda line: say("progress", line), **order["arguments"]
+        )
     except MegadistillError as error:
         say("error", {"message": first_line(error), "setting": error.setting})
     else:

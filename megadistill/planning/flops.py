@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def _expanded(query: Any, key: Any) -> tuple[int, ...]:
 
 
 # What torch's own table leaves out because it counts for CUDA.
-_OURS = {
+_OURS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.mkldnn._linear_pointwise: _linear_pointwise,
@@ -76,8 +77,7 @@ def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
 
 def _packed_attention(query: Any, key: Any, value: Any, *rest: Any) -> int:
     """Sequences one after the other, of which only the sum and the longest are known here: an upper bound."""
-    max_queries, max_keys = rest[2], rest[3]
+    max_keys = rest[3]
     num_heads, head_dim = query.shape[-2:]
     num_queries = math.prod(query.shape[:-2])
-    del max_queries
     return 4 * num_queries * max_keys * num_heads * head_dim

@@ -118,12 +118,10 @@ def is_ghost(tensor: Tensor) -> bool:
 
 def _number(tensor: Tensor) -> Any:
     """A single element as Python's number; a float is finite."""
-    if not tensor.is_floating_point():
-        return tensor.reshape(()).tolist()
-    if tensor.untyped_storage().nbytes() > _FILLED * tensor.element_size():
+    if tensor.is_floating_point() and tensor.untyped_storage().nbytes() > _FILLED * tensor.element_size():
         return 1.0
-    value = float(tensor.reshape(()).tolist())
-    return value if math.isfinite(value) else 1.0
+    value: Any = tensor.reshape(()).tolist()
+    return 1.0 if tensor.is_floating_point() and not math.isfinite(value) else value
 
 
 def _created(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

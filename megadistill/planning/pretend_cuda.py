@@ -42,7 +42,7 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
     Yields:
         The device.
     """
-    table = {
+    table: dict[str, Any] = {
         "synchronize": lambda *_, **__: None,
         "get_device_properties": lambda *_, **__: SimpleNamespace(total_memory=memory, name="dry run"),
         "get_device_capability": lambda *_, **__: _CAPABILITY,

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megadistill.planning.flops import count_flops
 from megadistill.planning.owners import OTHER, owner_of_frame
+from megadistill.planning.tensors import tensors_in
 from megadistill.planning.traffic import Groups, call_of
 from megadistill.planning.use import PHASES, PhaseUse, Traffic
 
@@ -260,9 +260,8 @@ class Counting(TorchDispatchMode):
                 return self._collective(func, args, kwargs)
             out = self.compute(func, args, kwargs)
             self.counter.count(count_flops(func, args, kwargs, out), int(_launches(func)))
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    self.counter.track(tensor)
+            for tensor in tensors_in(out):
+                self.counter.track(tensor)
             return out
 
     def compute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

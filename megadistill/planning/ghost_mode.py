@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from megadistill.errors import MegadistillError
 from megadistill.planning.counter import Counter, Counting, is_view
+from megadistill.planning.tensors import tensors_in
 
 _aten = torch.ops.aten
 # Float storages up to this many elements have contents: factories fill them, so that numbers can be read from them.
@@ -50,7 +51,7 @@ class Ghost(Counting):
             return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return _number(args[0])
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = list(tensors_in(*args, *kwargs.values()))
         if not tensors:
             return _created(func, kind, args, kwargs)
         if not any(map(is_ghost, tensors)):
@@ -63,9 +64,9 @@ class Ghost(Counting):
 
     def communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The collective, with this rank's integers in the place of the other ranks'."""
-        inputs = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)] if len(args) > 1 else []
+        inputs = list(tensors_in(args[1])) if len(args) > 1 else []
         if len(inputs) == 1 and not is_ghost(inputs[0]) and inputs[0].numel():
-            for out in tree_leaves(args[0]):
+            for out in tensors_in(args[0]):
                 if out.numel() % inputs[0].numel() == 0:
                     out.view(-1, inputs[0].numel()).copy_(inputs[0].reshape(1, -1))
         # The fake group copies what is gathered, which would touch the memory of ghosts: it gets none of it.
@@ -139,9 +140,8 @@ def _written(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, An
     targets = [args[i] if i < len(args) else kwargs.get(name) for i, name in kind.written]
     if func in _PLAIN_WRITES and args[0].untyped_storage().nbytes() <= _FILLED * args[0].element_size():
         return func(*args, **kwargs)
-    for target in tree_leaves(targets):
-        is_number = isinstance(target, Tensor) and target.is_floating_point() and not is_ghost(target)
-        if is_number:
+    for target in tensors_in(*targets):
+        if target.is_floating_point() and not is_ghost(target):
             target.fill_(1.0)
     if kind.num_returns == 0:
         return None

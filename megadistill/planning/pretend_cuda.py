@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from megadistill.planning.counter import Counter, Tally
 
@@ -27,6 +26,7 @@ CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _ASKERS = ("megadistill.", "torch.optim.")
 _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_RMS_NORMS = (F.rms_norm, torch.rms_norm)
 # Compute capability of the cards that the project is made for (A100 and later).
 _CAPABILITY = (9, 0)
 
@@ -70,11 +70,12 @@ class _SaysCuda(TorchFunctionMode):
             if asker.startswith(_ASKERS):
                 return True if func is _IS_CUDA else CUDA
             return func(*args, **kwargs)
-        if func is F.rms_norm and _asker().startswith(_ASKERS):
+        if func in _RMS_NORMS and _asker().startswith(_ASKERS):
             return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]  # one kernel on CUDA, several on CPUs
-        args, kwargs = tree_map_only(torch.device, _on_cpu, (args, kwargs))
-        if isinstance(kwargs.get("device"), str):
-            kwargs["device"] = _on_cpu(torch.device(kwargs["device"]))
+        if any(isinstance(arg, torch.device) for arg in args):
+            args = tuple(_on_cpu(arg) if isinstance(arg, torch.device) else arg for arg in args)
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": _on_cpu(torch.device(kwargs["device"]))}
         return func(*args, **kwargs)
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves
 
 from megadistill.parallel.context import ParallelContext
+from megadistill.planning.tensors import tensors_in
 from megadistill.planning.use import Group
 
 # Operation of torch -> collective. Barriers carry no data and are not counted.
@@ -65,7 +65,7 @@ def _group(arg: Any) -> dist.ProcessGroup | None:
 
 
 def _num_bytes(arg: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(arg) if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors_in(arg))
 
 
 class Groups:

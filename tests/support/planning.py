@@ -118,7 +118,7 @@ def measure(models: Path, layouts: Sequence[Layout]) -> list[list[StepUse]]:
     """The measured steps of layouts of one world size: for each layout those of all ranks."""
     import deepspeed  # noqa: F401  imported once, before the forks
 
-    ranks = run_ranks(_measured, layouts[0].world_size, models, layouts, timeout_s=400.0)
+    ranks = run_ranks(_measured, layouts[0].world_size, models, layouts, timeout_s=1500.0)
     return [list(of_layout) for of_layout in zip(*ranks, strict=True)]
 
 

@@ -65,13 +65,14 @@ class _SaysCuda(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _IS_CUDA or func is _DEVICE:
+        if func in (_IS_CUDA, _DEVICE):
             asker = sys._getframe(1).f_globals.get("__name__", "")
             if asker.startswith(_ASKERS):
-                return True if func is _IS_CUDA else CUDA
+                return True if func == _IS_CUDA else CUDA
             return func(*args, **kwargs)
         if func in _RMS_NORMS and _asker().startswith(_ASKERS):
-            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]  # one kernel on CUDA, several on CPUs
+            # One kernel on CUDA, several on CPUs: a product reads and writes as much.
+            return args[0] * (kwargs["weight"] if "weight" in kwargs else args[2])
         if any(isinstance(arg, torch.device) for arg in args):
             args = tuple(_on_cpu(arg) if isinstance(arg, torch.device) else arg for arg in args)
         if kwargs.get("device") is not None:

@@ -19,6 +19,10 @@ from megadistill.parallel.vocab import VocabShard
 from megadistill.planning.counter import Counter, Tally
 
 
+# The first steps of a cache always run: on GPUs a decoder records one of them.
+_FIRST_STEPS = 5
+
+
 class _Step(NamedTuple):
     column: int
     made: Tally
@@ -66,7 +70,7 @@ class _SampledDecoder:
 
     def __init__(self, decoder: Decoder, writer: CountedWriter) -> None:
         self._decoder, self._writer = decoder, writer
-        self._last_column = 0
+        self._last_column = self._num_run = 0
         self._steps: dict[int, list[_Step]] = {}  # rows -> the last two steps that ran
         self._hidden: dict[int, torch.Tensor] = {}
 
@@ -76,6 +80,7 @@ class _SampledDecoder:
     def new_state(self, offsets: Sequence[int], columns: int) -> Any:
         """As the decoder's; steps of another cache are not like those of this one."""
         self._steps.clear()
+        self._num_run = 0
         self._last_column = columns - 2  # the last token of a row is written and not read
         return self._decoder.new_state(offsets, columns)
 
@@ -84,10 +89,10 @@ class _SampledDecoder:
         writer, rows = self._writer, len(tokens)
         writer.num_steps += 1
         known = self._steps.setdefault(rows, [])
-        if writer.skips and column < self._last_column and _is_known(known):
+        if writer.skips and self._num_run >= _FIRST_STEPS and column < self._last_column and _is_known(known):
             writer.counter.repeat(_extrapolated(known, column))
             return torch.empty_like(self._hidden[rows])
-        writer.num_run += 1
+        writer.num_run, self._num_run = writer.num_run + 1, self._num_run + 1
         before = writer.counter.tally.copy()
         hidden = self._decoder.decode(state, tokens, column)
         known.append(_Step(column, writer.counter.since(before)))

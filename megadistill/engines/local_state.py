@@ -85,6 +85,32 @@ def weight_tensors(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     return tensors
 
 
+def kept_tensors(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[torch.Tensor]]:
+    """What an engine keeps between steps, by what it is; kinds that its ZeRO stage does not have are absent.
+
+    Returns:
+        "weights": what forward passes read; "optimizer": masters and moments; "gradients": where they are summed;
+        "bucket": what they are reduced through.
+    """
+    weights = []
+    for parameter in engine.module.parameters():
+        partitioned = as_partitioned(parameter)
+        weights += [parameter.data] if partitioned is None else [parameter.data, partitioned.ds_tensor]
+    optimizer = engine.optimizer
+    kept: dict[str, list[torch.Tensor]] = {"weights": weights}
+    if optimizer is None or not hasattr(_base(engine), "state"):  # of a model that is never trained
+        return kept
+    base = _base(engine)
+    flats = [flat for group in base.param_groups for flat in group["params"]]
+    ids = {id(parameter) for parameter in engine.module.parameters()}
+    masters = [flat.data for flat in flats if id(flat) not in ids]
+    moments = [x for state in base.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    kept["optimizer"] = [*masters, *getattr(optimizer, "fp32_partitioned_groups_flat", []), *moments]
+    kept["gradients"] = [x for x in [getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None]
+    kept["bucket"] = [x.buffer for x in getattr(optimizer, "ipg_buckets", {}).values() if torch.is_tensor(x.buffer)]
+    return kept
+
+
 def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> int:
     """Updates that AdamW has made."""
     steps = {int(state["step"]) for state in _base(engine).state.values() if state}

@@ -165,7 +165,7 @@ def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContex
     """How DeepSpeed sharded every parameter (one object all-gather over the tensor-parallel group)."""
     shapes = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
     assert list(shapes) == list(loaded.shapes), "AutoTP renamed parameters"
-    ranks = context.gather_objects_over_tp(shapes)
+    ranks = context.gather_shapes_over_tp(shapes, loaded.shapes)
     return {
         name: ShardSpec.from_shard_shapes(whole, [rank[name] for rank in ranks], loaded.family.blocks(name))
         for name, whole in loaded.shapes.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 from deepspeed.runtime import bf16_optimizer, compiler
+from deepspeed.runtime.zero import utils as zero_utils
 
 
 def disable_shm_op() -> None:
@@ -35,6 +36,21 @@ def skip_muon_compilation() -> None:
 def skip_memory_reports() -> None:
     """Keeps an optimizer of DeepSpeed's (ZeRO-1, bfloat16) from printing memory use and resetting its peak."""
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
+def trust_other_ranks() -> None:
+    """Makes DeepSpeed take for granted that all ranks hold the same lists, for a dry run, which has no other ranks.
+
+    ZeRO-3 asserts it by asking rank 0.
+    """
+
+    def own_list(numbers: list[int]) -> list[int]:
+        return numbers
+
+    def any_length(numbers: list[int]) -> None:
+        pass
+
+    zero_utils.get_lst_from_rank0, zero_utils.assert_lst_len_same_as_other_ranks = own_list, any_length
 
 
 def destroy_process_groups() -> None:

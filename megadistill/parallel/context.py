@@ -5,7 +5,7 @@ Tensor-parallel ranks are consecutive (``rank = dp_rank * tp_size + tp_rank``), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from megadistill.parallel.topology import divisors
 from megadistill.parallel.vocab import VocabShard
 
 T = TypeVar("T")
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,15 @@ class ParallelContext:
     def gather_objects_over_tp(self, item: T) -> list[T]:
         """The picklable ``item`` of every tensor-parallel rank, in rank order (one object all-gather)."""
         return _gather_objects(item, self.tp_size, self.tp_group)
+
+    def gather_shapes_over_tp(self, ours: Shapes, wholes: Shapes) -> list[Shapes]:
+        """The shapes of every tensor-parallel rank's shards, in rank order (one object all-gather).
+
+        Args:
+            ours: Name -> shape of this rank's shard.
+            wholes: Name -> whole shape; a context without other ranks tells theirs from it (``planning``).
+        """
+        return self.gather_objects_over_tp(ours)
 
     def gather_objects(self, item: T) -> list[T]:
         """The picklable ``item`` of every rank of the world (one object all-gather)."""

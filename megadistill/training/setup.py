@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from megadistill.checkpoint.model_folder import model_folder
@@ -140,6 +140,7 @@ def build_components(
     vocab_size: int,
     data: TrainingData,
     length: RunLength,
+    adapt: Callable[[SourceInputs], SourceInputs] = lambda inputs: inputs,
 ) -> Components:
     """Loads and partitions both models, makes the gate and the text source (collective over the world).
 
@@ -150,6 +151,7 @@ def build_components(
         vocab_size: V, the number of tokens that both models have.
         data: What the run trains on: a source may write its text before the first step.
         length: How many steps the run has.
+        adapt: Changes what the text source is made of: a dry run (``planning``) has no text to look at.
     """
     loss = config.loss
     check_backend(loss.backend, context.device)
@@ -188,7 +190,7 @@ def build_components(
         student=student,
         teacher=teacher,
         gate=gate,
-        source=source_class(config).build(inputs),
+        source=source_class(config).build(adapt(inputs)),
         decode_plan=decode_plan,
         model_folders=paths,
         length=length,

@@ -44,16 +44,19 @@ class StepResult:
     finite: list[bool] = field(default_factory=list)
 
 
-def distillation_step(step: int, batch: Sequence[Sample], components: Components) -> StepResult:
+def distillation_step(
+    step: int, batch: Sequence[Sample], components: Components, timers: Timers | None = None
+) -> StepResult:
     """Runs one update.
 
     Args:
         step: The update, 0-based.
         batch: This data-parallel rank's share of the global batch.
         components: What the run is made of.
+        timers: Told of the phases; None: the metrics have their seconds.
     """
     device = components.context.device
-    timers = Timers(torch.cuda.synchronize if device.type == "cuda" else None)
+    timers = timers or Timers(torch.cuda.synchronize if device.type == "cuda" else None)
 
     # 1. Sequence level: the responses to train on, the teacher's hidden states of them, and their spans.
     source = components.source.choose(step)

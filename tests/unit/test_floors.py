@@ -49,7 +49,7 @@ FENCES = {
     "spacy": {"data"},
     "textblob": {"data", "demo"},
     "tokenizers": {"demo"},
-    "torch.distributed": {"engines", "launch", "parallel"},
+    "torch.distributed": {"engines", "launch", "parallel", "planning"},
     "tqdm": {"observability"},
     "transformers": {"checkpoint", "data", "decoding", "demo", "models"},
     "triton": {"losses"},

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
-from megadistill.data.sample import Sample
+from megadistill.data.sample import Sample, TokenIds
 from megadistill.data.tokenize import response_limit
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.protocols import TextModel
+from megadistill.decoding.rollout import Correction
 from megadistill.errors import ConfigError
+from megadistill.generation.scoring import TeacherScores
+from megadistill.generation.scrg import find_corrections
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
 
@@ -49,6 +52,7 @@ class SourceInputs:
         teacher_folder: Where the teacher was loaded from; None without one.
         max_steps: Steps of the run.
         teacher_eos_ids: Tokens that end a response of the teacher.
+        find_corrections: Which tokens of responses the teacher replaces.
     """
 
     config: RunConfig
@@ -61,6 +65,7 @@ class SourceInputs:
     teacher_folder: str | None = None
     max_steps: int = field(kw_only=True)
     teacher_eos_ids: frozenset[int] = frozenset()
+    find_corrections: Callable[[Sequence[TokenIds], TeacherScores], list[Correction]] = find_corrections
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""

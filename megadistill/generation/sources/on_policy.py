@@ -15,7 +15,6 @@ from megadistill.decoding.protocols import Decoder, TextModel
 from megadistill.decoding.rollout import RolloutState
 from megadistill.decoding.sampling import Sampling
 from megadistill.generation.scoring import TeacherScores, score_responses
-from megadistill.generation.scrg import find_corrections
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
 from megadistill.generation.teacher_states import TeacherStates
 from megadistill.observability.timers import Timers
@@ -86,7 +85,7 @@ class OnPolicy(TextSource):
             # Where do they disagree most, and what would the teacher have written there?
             with timers("score"):
                 scores = self._score(samples, responses, starts, rollout, decoder.head, teacher_states, round_index)
-                corrections = find_corrections(responses, scores)
+                corrections = self._inputs.find_corrections(responses, scores)
             # Its token goes in, and the student continues from there.
             with timers("regenerate"):
                 rollout.rewrite(corrections, Stream.CONTINUATION + round_index, self._inputs.teacher_eos_ids)

@@ -1,0 +1,47 @@
+"""A world of any size in one process: this process is one of its ranks, and collectives go nowhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def dry_world(rank: int, world_size: int) -> Iterator[None]:
+    """Initializes torch.distributed with torch's "fake" backend, and DeepSpeed above it.
+
+    For a process that does nothing else: DeepSpeed's checks of what other ranks hold are switched off for good.
+
+    Args:
+        rank: Which rank this process is.
+        world_size: Processes in all.
+    """
+    ours = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_SIZE": 1}
+    os.environ |= {name: str(value) for name, value in ours.items()}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megadistill.launch.deepspeed_patches import (
+        destroy_process_groups,
+        disable_shm_op,
+        skip_muon_compilation,
+        trust_other_ranks,
+    )
+
+    disable_shm_op()
+    skip_muon_compilation()
+    trust_other_ranks()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    try:
+        yield
+    finally:
+        destroy_process_groups()

@@ -65,3 +65,21 @@ def test_numbers_that_do_not_fit() -> None:
     assert shared_vocab_size(11, 16, [12, 10]) == 11 and shared_vocab_size(16, 16, [10, 12]) == 12
     with pytest.raises(ConfigError, match="model.teacher: 9 vocabulary rows"):
         shared_vocab_size(9, 12, [10])
+
+
+def test_only_weights_that_never_came_are_not_copied() -> None:
+    """An address that a freed weight had may be a real tensor's later, on some ranks only."""
+    from megadistill.engines.empty_weights import NothingToCopy
+
+    memory = bytearray(2_400)
+    layer = torch.nn.Linear(20, 30, bias=False)
+    layer.weight.data = torch.frombuffer(memory, dtype=torch.float32).view(30, 20)
+    with NothingToCopy(layer):
+        assert layer.weight.data.view(torch.uint8).numel() == 0
+        sliced = layer.weight.data[:10].to("cpu", copy=True)
+        assert sliced.shape == (10, 20) and sliced.view(torch.uint8).numel() == 0
+        address = layer.weight.data_ptr()
+        layer.weight.data = torch.empty(0)
+        later = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0).view(30, 20)
+        assert later.data_ptr() == address and later.view(torch.uint8).numel() == 2_400
+        assert torch.equal(later.to("cpu", copy=True), later)

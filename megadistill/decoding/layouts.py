@@ -88,8 +88,8 @@ def choose_layouts(setting: Setting, shapes: Mapping[str, Shape], file: Path | N
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, known | {key: found})
-        except OSError:  # it is measured again next time
-            pass
+        except OSError:  # measured again, it might be another one: a resumed run would differ in the last bits
+            return PACKED
     return PACKED._replace(**found)
 
 

@@ -148,7 +148,7 @@ def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     choose_layouts("auto", SHAPES)
     assert (tmp_path / "user" / "megadistill" / "products.json").is_file()
     monkeypatch.setattr(layouts, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
-    choose_layouts("auto", SHAPES, tmp_path / "other.json")
+    assert choose_layouts("auto", SHAPES, tmp_path / "other.json") == PACKED  # a choice that the next start repeats
     assert len(calls) == 7
 
 

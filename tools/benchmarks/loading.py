@@ -147,10 +147,12 @@ def load_and_measure(context: Any, folder: Path, dtype: str, role: str, read: An
         )
         reader: Any = loaded.weights
         if role == "teacher":
-            model = frozen_model(loaded, context, zero_stage=3, dtype=dtype)
+            model = frozen_model(loaded, context, zero_stage=3, dtype=dtype, cpu_products="packed")
         else:
             train = TrainSection(global_batch_size=context.dp_size, micro_batch_size=1)
-            model = trained_model(loaded, context, zero_stage=3, dtype=dtype, optim=OptimSection(), train=train)
+            model = trained_model(
+                loaded, context, zero_stage=3, dtype=dtype, optim=OptimSection(), train=train, cpu_products="packed"
+            )
     stored = reader._tensors.values()
     numel = sum(torch.Size(spec.shard_shape(context.tp_rank)).numel() for spec in model.shard_specs.values())
     kept = sum(p.ds_tensor.nbytes for p in partitioned_ones(model.module.parameters()))

@@ -112,7 +112,7 @@ def _measure(shapes: Mapping[str, Shape]) -> dict[str, Layout]:
         is_usable = seconds[1] < seconds[0] and is_independent(transposed, x)
         found[name] = "transposed" if is_usable else "packed"
         if name != "head":  # a copy in another layout is made whenever text is read
-            seconds = _seconds(lambda w=weight, x=x: Product(w, None, "packed")(x), partial(plain, x))  # type: ignore[misc]
+            seconds = _seconds(partial(_packed_product, weight, x), partial(plain, x))
             reading = [total + more for total, more in zip(reading, seconds, strict=True)]
     found["read"] = "packed" if reading[0] <= reading[1] else "plain"
     return found
@@ -128,6 +128,10 @@ def is_independent(product: Product, x: Tensor) -> bool:
 def _each(product: Product, inputs: Sequence[Tensor]) -> None:
     for x in inputs:
         product(x)
+
+
+def _packed_product(weight: Tensor, x: Tensor) -> Tensor:
+    return Product(weight, None, "packed")(x)
 
 
 def _seconds(*calls: Callable[[], object]) -> list[float]:

@@ -18,7 +18,6 @@ from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 from megadistill.planning.counter import Counter, Tally
 
-
 # The first steps of a cache always run: on GPUs a decoder records one of them.
 _FIRST_STEPS = 5
 

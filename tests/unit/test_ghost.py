@@ -227,11 +227,11 @@ def test_every_parameter_has_one_owner_on_1024_ranks(models: Path) -> None:
             length = -(-numel // 512)
             expected = (dp_rank * length, min(length, numel - dp_rank * length))
             assert runs.get(name) == (expected if expected[1] > 0 else None), (name, shape, tp_dim, tp_rank)
-        # All ranks' runs together are every element of a shard once.
-        for _, _, numel in shards.values():
-            length = -(-numel // 512)
-            owned = [range(i * length, min(numel, (i + 1) * length)) for i in range(512)]
-            assert [x for run in owned for x in run] == list(range(numel))
+    # By that rule all ranks' runs together are every element of a shard once.
+    for _, _, numel in shards.values():
+        length = -(-numel // 512)
+        owned = [range(i * length, min(numel, (i + 1) * length)) for i in range(512)]
+        assert [x for run in owned for x in run] == list(range(numel))
 
 
 def _runs(config: Any, rank: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

@@ -269,14 +269,19 @@ def trained_model(
     adamw = _adamw(model, optim, context.device)
     engine = initialize(model, config, context, adamw)
     if needs_wide_gradients(dtype, optim):
-        if zero_stage == 0:
-            for parameter in engine.module.parameters():
-                parameter.grad_dtype = torch.float32  # where autograd adds up; DeepSpeed has no such setting here
-        elif zero_stage == 2:
-            engine.optimizer.gradient_average = False  # it would divide bfloat16 numbers: see Student.loss_scale
+        _sum_in_float32(engine, zero_stage)
     # Stage 0 in bfloat16 clips by the norm of one tensor-parallel shard.
     max_norm = optim.gradient_clipping if clips_itself(zero_stage, dtype) else 0.0
     return Student(engine, loaded, context, adamw, cpu_products, max_norm=max_norm, offload=offload)
+
+
+def _sum_in_float32(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> None:
+    """What DeepSpeed has no settings for."""
+    if zero_stage == 0:
+        for parameter in engine.module.parameters():
+            parameter.grad_dtype = torch.float32  # where autograd adds up
+    elif zero_stage == 2:
+        engine.optimizer.gradient_average = False  # it would divide bfloat16 numbers: see Student.loss_scale
 
 
 class _GuardedAdamW(torch.optim.AdamW):

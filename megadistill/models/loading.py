@@ -166,11 +166,7 @@ def load_model(
         ConfigError: The model cannot be used.
     """
     pristine = load_model_config(path, where)
-    config = copy.deepcopy(pristine)
-    for name in _DROPOUTS:
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
-    config.use_cache = False
+    config = _without_dropout(pristine)
     family, wanted = family_of(config, where), DTYPES[dtype]
     shards = ShardReader(Path(path) / SHARDS) if is_sharded(path) else None
     if shards is not None:
@@ -188,7 +184,6 @@ def load_model(
     removed = _prepare(model, family, vocab_size, where)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
-    fingerprint = f"{pristine.model_type}-{checksum}"
     weights: WeightSource
     if shards is not None:
         from safetensors.torch import load_file
@@ -201,7 +196,16 @@ def load_model(
     else:
         weights = TensorReader(_in_memory(model), wanted)
     _set_parameters(model, torch.empty_like, "cpu")
-    return LoadedModel(model, family, pristine, removed, shapes, fingerprint, weights)
+    return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", weights)
+
+
+def _without_dropout(pristine: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(pristine)
+    for name in _DROPOUTS:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    return config
 
 
 def load_model_on_ranks(path: str, node: Node, **options: Any) -> LoadedModel:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,7 @@ from megadistill.planning.flops import count_flops
 from megadistill.planning.owners import OTHER, owner_of_frame
 from megadistill.planning.tensors import tensors_in
 from megadistill.planning.traffic import Groups, call_of
-from megadistill.planning.use import PHASES, PhaseUse, Traffic
+from megadistill.planning.use import PHASES, Group, PhaseUse, Traffic
 
 # What CUDA's caching allocator rounds a block up to.
 _BLOCK_BYTES = 512
@@ -208,7 +208,7 @@ def _merge(into: _Phase, other: _Phase) -> None:
 
 def _phase_use(name: str, phase: _Phase) -> PhaseUse:
     traffic = (
-        Traffic(group, op, calls, num_bytes)  # type: ignore[arg-type]  # a group of ``Groups``
+        Traffic(cast(Group, group), op, calls, num_bytes)
         for (group, op), (calls, num_bytes) in sorted(phase.tally.traffic.items())
         if calls
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,8 @@ from megadistill.planning.counter import Counter, Tally
 CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _ASKERS = ("megadistill.", "torch.optim.")
-_DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_TENSOR: Any = torch.Tensor  # its attributes are descriptors, which mypy takes for their values
+_DEVICE, _IS_CUDA = _TENSOR.device.__get__, _TENSOR.is_cuda.__get__
 _RMS_NORMS = (F.rms_norm, torch.rms_norm)
 # Compute capability of the cards that the project is made for (A100 and later).
 _CAPABILITY = (9, 0)
@@ -82,12 +83,12 @@ class _SaysCuda(TorchFunctionMode):
 
 def _asker() -> str:
     """Module of the innermost code that is not torch's own but for its optimizers."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if not name.startswith("torch.") or name.startswith(_ASKERS):
             return name
-        frame = frame.f_back  # type: ignore[assignment]  # the outermost frame is not torch's
+        frame = frame.f_back
     return ""
 
 

@@ -160,11 +160,6 @@ def build_components(
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
     student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
     student, teacher = _engines(config, context, paths, vocab_size)
-    gate = None
-    if teacher is not None and config.loss.uses_gate:
-        gate = GateTrainer(
-            QuantileGate.from_config(config.loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
-        )
     inputs = SourceInputs(
         config=config,
         context=context,
@@ -188,12 +183,19 @@ def build_components(
         loss=config.loss,
         student=student,
         teacher=teacher,
-        gate=gate,
+        gate=None if teacher is None else _gate(config, context),
         source=source_class(config).build(adapt(inputs)),
         decode_plan=decode_plan,
         model_folders=paths,
         length=length,
     )
+
+
+def _gate(config: RunConfig, context: ParallelContext) -> GateTrainer | None:
+    if not config.loss.uses_gate:
+        return None
+    gate = QuantileGate.from_config(config.loss, seed=config.run.seed)
+    return GateTrainer(gate, lr=config.optim.gate_lr, context=context)
 
 
 def say_what_exceeds_the_budget(config: RunConfig, context: ParallelContext) -> None:

@@ -1,9 +1,7 @@
-"""Model folders coming in and going out: what is refused, what is tied, and conversions that prove themselves."""
+"""Model folders coming in: what is refused, and what is tied."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -13,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from megadistill.checkpoint import hf_export, hf_files, merge, reshard
-from megadistill.checkpoint.hf_export import export_checkpoint
-from megadistill.checkpoint.hf_files import write_safetensors
 from megadistill.checkpoint.model_folder import model_folder
-from megadistill.checkpoint.probe import check_same_logits, probe_logits
+from megadistill.checkpoint.probe import probe_logits
 from megadistill.checkpoint.reshard import shard_model
 from megadistill.cli.main import main
 from megadistill.config.load import load_config
@@ -27,29 +22,11 @@ from megadistill.config.schema import RunConfig
 from megadistill.errors import CheckpointError, ConfigError
 from megadistill.models.folder_checks import quantization_of
 from megadistill.models.loading import LoadedModel, load_model, load_model_config, whole_model
-from megadistill.models.shards import ShardReader
 from megadistill.models.weights import load_weights
+from tests.support.model_folders import EMBEDDING, HEAD, adapter_folder, configure, is_tied, llama_folder
 from tests.support.tokenizers import byte_level
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {
-    "vocab_size": 504, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def _model(folder: Path, *, seed: int = 1, **more: Any) -> Path:
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**{**SIZES, **more})).save_pretrained(folder)
-    byte_level(folder)
-    return folder
-
-
-def _configure(folder: Path, **more: Any) -> Path:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | more), encoding="utf-8")
-    return folder
 
 
 def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -76,23 +53,13 @@ def _open(path: str, where: str = "x") -> LoadedModel:
     return load_model(path, dtype="fp32", vocab_size=504, seed=0, attention="sdpa", where=where)
 
 
-def _is_tied(folder: Path) -> bool:
-    """What config.json says, which must be what the file holds."""
-    says = json.loads((folder / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
-    if (folder / "shards").is_dir():
-        assert says == (HEAD not in ShardReader(folder / "shards").shard_specs)
-    else:
-        assert says == (HEAD not in load_file(folder / "model.safetensors"))
-    return bool(says)
-
-
 # Tied by what the weights say.
 
 
 @pytest.fixture
 def lying(tmp_path: Path) -> Path:
     """Two matrices under a configuration that says there is one."""
-    return _configure(_model(tmp_path / "lying"), tie_word_embeddings=True)
+    return configure(llama_folder(tmp_path / "lying"), tie_word_embeddings=True)
 
 
 def test_a_head_of_its_own_is_kept_whatever_config_says(
@@ -103,9 +70,9 @@ def test_a_head_of_its_own_is_kept_whatever_config_says(
     assert loaded.config.tie_word_embeddings is loaded.model.config.tie_word_embeddings is False
     assert "its own head is there and used" in capsys.readouterr().out
     shard_model(str(lying), tmp_path / "sharded", tp_size=2, dp_size=1)
-    assert not _is_tied(tmp_path / "sharded")
+    assert not is_tied(tmp_path / "sharded")
     # Also where an older version wrote the setting as it found it.
-    _configure(tmp_path / "sharded", tie_word_embeddings=True)
+    configure(tmp_path / "sharded", tie_word_embeddings=True)
     loaded = load_model(str(tmp_path / "sharded"), dtype="fp32", vocab_size=493, seed=0, attention="sdpa", where="x")
     found = probe_logits(whole_model(loaded, torch.device("cpu")), 493)
     assert torch.allclose(found, plain, atol=1e-4)
@@ -114,7 +81,7 @@ def test_a_head_of_its_own_is_kept_whatever_config_says(
 
 @pytest.mark.parametrize("case", ["equal", "head only", "embedding only"])
 def test_one_matrix_is_tied_as_transformers_ties_it(tmp_path: Path, case: str) -> None:
-    folder = _model(tmp_path / "m", tie_word_embeddings=True)
+    folder = llama_folder(tmp_path / "m", tie_word_embeddings=True)
 
     def change(weights: dict[str, torch.Tensor]) -> None:
         if case != "embedding only":
@@ -126,26 +93,13 @@ def test_one_matrix_is_tied_as_transformers_ties_it(tmp_path: Path, case: str) -
     assert load_weights(str(folder), "x").config.tie_word_embeddings is True
     assert _open(str(folder)).config.tie_word_embeddings is True
     shard_model(str(folder), tmp_path / "sharded", tp_size=1, dp_size=1)
-    assert _is_tied(tmp_path / "sharded")
+    assert is_tied(tmp_path / "sharded")
 
 
 def test_merge_of_a_base_whose_config_is_wrong(lying: Path, tmp_path: Path) -> None:
-    adapter = _adapter(lying, tmp_path / "adapter")
+    adapter = adapter_folder(lying, tmp_path / "adapter")
     assert main(["merge", str(lying), str(adapter), str(tmp_path / "merged")]) == 0
-    assert not _is_tied(tmp_path / "merged")
-
-
-def _adapter(base: Path, folder: Path) -> Path:
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-    )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return folder
+    assert not is_tied(tmp_path / "merged")
 
 
 # Quantized models.
@@ -162,26 +116,26 @@ def _adapter(base: Path, folder: Path) -> Path:
     ],
 )
 def test_quantized_models_are_refused_with_their_method(tmp_path: Path, settings: dict[str, Any], method: str) -> None:
-    folder = _configure(_model(tmp_path / "m"), quantization_config=settings)
+    folder = configure(llama_folder(tmp_path / "m"), quantization_config=settings)
     for path in (folder, folder / "config.json"):
         line = _refusal(path)
         assert f"is quantized ({method})" in line and "use the unquantized model" in line
 
 
 def test_quantization_that_is_named_elsewhere(tmp_path: Path) -> None:
-    folder = _model(tmp_path / "m")
+    folder = llama_folder(tmp_path / "m")
     assert quantization_of({"quantization_config": None}) is None
     (folder / "quantize_config.json").write_text("{}", encoding="utf-8")
     assert "is quantized (gptq)" in _refusal(folder)
     (folder / "quantize_config.json").unlink()
-    _configure(folder, compression_config={"quant_method": "sparseml"})
+    configure(folder, compression_config={"quant_method": "sparseml"})
     assert "is quantized (sparseml)" in _refusal(folder)
 
 
 def test_every_verb_refuses_a_quantized_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = _model(tmp_path / "m")
-    adapter, good = _adapter(folder, tmp_path / "adapter"), shutil.copytree(folder, tmp_path / "good")
-    _configure(folder, quantization_config={"quant_method": "fp8"})
+    folder = llama_folder(tmp_path / "m")
+    adapter, good = adapter_folder(folder, tmp_path / "adapter"), shutil.copytree(folder, tmp_path / "good")
+    configure(folder, quantization_config={"quant_method": "fp8"})
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "Name a river.", "output": "Seine."}\n', encoding="utf-8")
     base = ["--config", str(ROOT / "configs" / "base.yaml"), f"run.dir={tmp_path / 'run'}", f"data.train_path={rows}"]
@@ -211,7 +165,7 @@ def test_every_verb_refuses_a_quantized_model(tmp_path: Path, capsys: pytest.Cap
 def test_a_folder_without_weights_is_refused_and_a_file_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = _model(tmp_path / "m")
+    folder = llama_folder(tmp_path / "m")
     (folder / "model.safetensors").unlink()
     line = _refusal(folder)
     assert "no weights" in line and "interrupted" in line and line.endswith(str(folder / "config.json"))
@@ -222,22 +176,22 @@ def test_a_folder_without_weights_is_refused_and_a_file_is_not(
 
 
 def test_git_lfs_pointers_are_named(tmp_path: Path) -> None:
-    folder = _model(tmp_path / "m")
+    folder = llama_folder(tmp_path / "m")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
     (folder / "model.safetensors").write_text(pointer, encoding="utf-8")
     assert "model.safetensors is a Git LFS pointer" in _refusal(folder) and "git lfs pull" in _refusal(folder)
 
 
 def test_truncated_weights_are_one_line(tmp_path: Path) -> None:
-    folder = _model(tmp_path / "m")
+    folder = llama_folder(tmp_path / "m")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "cannot load the weights" in _refusal(folder)
 
 
 def test_adapters_name_the_command_that_merges_them(tmp_path: Path) -> None:
-    base = _model(tmp_path / "base")
-    adapter = _adapter(base, tmp_path / "adapter")
+    base = llama_folder(tmp_path / "base")
+    adapter = adapter_folder(base, tmp_path / "adapter")
     assert f"megadistill merge {base} {adapter} FOLDER" in _refusal(adapter)
     shutil.copy(base / "config.json", adapter)  # as some trainers save it
     assert "megadistill merge" in _refusal(adapter)
@@ -249,20 +203,20 @@ def test_adapters_name_the_command_that_merges_them(tmp_path: Path) -> None:
 
 
 def test_more_layers_than_the_configuration_has(tmp_path: Path) -> None:
-    folder = _configure(_model(tmp_path / "m"), num_hidden_layers=1)
+    folder = configure(llama_folder(tmp_path / "m"), num_hidden_layers=1)
     line = _refusal(folder)
     assert "has weights of layer 1" in line and "has 1 layers" in line
 
 
 def test_weights_that_a_layer_has_no_place_for(tmp_path: Path) -> None:
-    folder = _model(tmp_path / "m")
+    folder = llama_folder(tmp_path / "m")
     name = "model.layers.0.self_attn.q_proj.bias"
     _edit(folder, lambda weights: weights.update({name: torch.ones(32)}))
     assert "1 weights that have no place" in _refusal(folder) and name in _refusal(folder)
 
 
 def test_harmless_weights_are_not_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = _model(tmp_path / "m")
+    folder = llama_folder(tmp_path / "m")
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     _edit(folder, lambda weights: weights.update(buffer))
     load_weights(str(folder), "x")
@@ -281,7 +235,7 @@ def test_harmless_weights_are_not_an_error(tmp_path: Path, capsys: pytest.Captur
 def run_dir(tmp_path: Path) -> Path:
     """A run with two checkpoints, of which model and names alone are there."""
     for step in (1, 2):
-        _model(tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf", seed=step)
+        llama_folder(tmp_path / "run" / "checkpoints" / f"step_{step}" / "hf", seed=step)
         (tmp_path / "run" / "checkpoints" / f"step_{step}" / "manifest.json").write_text("{}", encoding="utf-8")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_2\n", encoding="utf-8")
     return tmp_path / "run"
@@ -313,7 +267,7 @@ def test_runs_are_models_for_training(run_dir: Path, tmp_path: Path) -> None:
 def test_runs_are_tokenizers_of_verbs(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "Name a river.", "output": "Seine."}\n', encoding="utf-8")
-    model = _model(tmp_path / "m")
+    model = llama_folder(tmp_path / "m")
     for file in model.glob("tokenizer*"):
         file.unlink()
     limits = ["--max-prompt-tokens", "32", "--template", "plain"]
@@ -330,86 +284,3 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_1.partial").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         model_folder(str(tmp_path / "run"))
-
-
-# Conversions prove themselves.
-
-
-def test_the_probe_sees_another_model_and_not_rounding(tmp_path: Path) -> None:
-    model, other = (AutoModelForCausalLM.from_pretrained(_model(tmp_path / str(i), seed=i)).eval() for i in (1, 2))
-    expected = probe_logits(model, 500)
-    assert expected.shape == (32, 500)
-    check_same_logits(expected, expected + 3, "m", torch.float32)  # softmax does not see a constant
-    check_same_logits(expected, probe_logits(model.bfloat16(), 500), "m", torch.float32, torch.bfloat16)
-    for found, dtype in ((probe_logits(other, 500), torch.bfloat16), (expected * 1.01, torch.float32)):
-        with pytest.raises(CheckpointError, match="m: what was written is another model"):
-            check_same_logits(expected, found, "m", dtype)
-    check_same_logits(expected * torch.nan, expected * torch.nan, "m", torch.float32)  # the model's own fault
-    for one, two in ((expected * torch.nan, expected), (expected, expected * torch.nan)):
-        with pytest.raises(CheckpointError):
-            check_same_logits(one, two, "m", torch.bfloat16)
-
-
-def test_a_wrong_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, load = _model(tmp_path / "m"), reshard.load_model
-
-    def spoiled(path: str, **options: Any) -> Any:
-        loaded = load(path, **options)
-        if path == str(model):
-            tensors: Any = loaded.weights._tensors
-            stored = tensors[HEAD]
-            tensors[HEAD] = dataclasses.replace(stored, content=stored.content[:].flip(0))
-        return loaded
-
-    monkeypatch.setattr(reshard, "load_model", spoiled)
-    with pytest.raises(CheckpointError, match="is another model"):
-        shard_model(str(model), tmp_path / "sharded", tp_size=1, dp_size=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
-def test_a_wrong_merge_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = _model(tmp_path / "base")
-    adapter = _adapter(base, tmp_path / "adapter")
-    tensors = merge._tensors
-    monkeypatch.setattr(
-        merge, "_tensors", lambda *given: ((n, t * 2 if "q_proj" in n else t) for n, t in tensors(*given))
-    )
-    with pytest.raises(CheckpointError, match="is another model"):
-        merge.merge_adapter(str(base), adapter, tmp_path / "merged")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_written_files_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"a": torch.tensor([1.0, torch.nan]), "b": torch.tensor(3.0)}
-    write_safetensors(tensors.items(), tmp_path)  # NaN is not equal to itself, and still what was written
-    save = hf_files.save_tensors
-    monkeypatch.setattr(hf_files, "save_tensors", lambda given, path: save({n: t + 1 for n, t in given.items()}, path))
-    with pytest.raises(CheckpointError, match=r"does not hold what was written to it \(b\)"):
-        write_safetensors([("b", torch.tensor(3.0))], tmp_path)
-
-
-def test_export_is_compared_with_the_student_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its ``hf/`` and a layout of one rank are all that an export reads."""
-    from megadistill.checkpoint.manifest import digest, files_below, write_manifest
-    from megadistill.models.shard_spec import ShardSpec
-    from megadistill.models.shards import MASTER, shard_file, write_layout, write_shard
-
-    step = tmp_path / "step_1"
-    hf = _configure(_model(step / "hf"), tie_word_embeddings=True)  # as older versions wrote it beside two matrices
-    weights = load_file(hf / "model.safetensors")
-    (step / "student").mkdir()
-    specs = {name: ShardSpec(tuple(tensor.shape)) for name, tensor in weights.items()}
-    write_layout(step / "student", specs, tp_size=1, dp_size=1)
-    runs = {f"{MASTER}/{name}": (0, tensor.flatten()) for name, tensor in weights.items()}
-    write_shard(step / "student", shard_file(0, 0), runs)
-    layout = {"tp_size": 1, "dp_size": 1, "zero_stage": 0, "model": "m", "gate": 0}
-    write_manifest(step, 1, layout, {name: digest(step / name) for name in files_below(step)})
-    export_checkpoint(step, tmp_path / "good")
-    assert not _is_tied(tmp_path / "good")
-    written = hf_export._standard_weights
-    monkeypatch.setattr(
-        hf_export, "_standard_weights", lambda *a: ((n, t.flip(0) if n == HEAD else t) for n, t in written(*a))
-    )
-    with pytest.raises(CheckpointError, match="is another model"):
-        export_checkpoint(step, tmp_path / "bad")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "step_1"]

@@ -44,7 +44,7 @@ def resident(case: Case) -> dict[str, int]:
     owners[STUDENT] = _weights(case, student, itemsize)
     # A float32 copy of the weights, which only float32 without ZeRO does without, and two moments.
     numbers = 2 if stage == 0 and itemsize == _FP32 else 3
-    owners[OPTIMIZER] = 0 if case.zero("offload_optimizer") else numbers * _FP32 * partition_size(case)
+    owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else numbers * _FP32 * partition_size(case)
     if stage == 1:  # DeepSpeed keeps them until the next ones are there
         owners[GRADIENTS] = case.gradient_bytes * student.size
     if stage == 3:
@@ -292,12 +292,12 @@ def _gradient_buffers(case: Case) -> Owners:
 def _losses(case: Case) -> tuple[Owners, int]:
     """What the losses hold at their fullest moment, and the gradients that they leave for the backward pass."""
     student, itemsize = case.student, case.student_bytes
-    tokens = case.config.train.micro_batch_size * case.response_tokens
+    tokens = case.rows * case.response_tokens
     mixed = case.like_gpu and itemsize == 2  # products read bf16 as it is; elsewhere float32 copies are made
     copied = 0 if mixed or itemsize == _FP32 else _FP32
     per_token = student.hidden * (itemsize + copied + _FP32)  # selected states, their copy, their gradient
     weight = student.head * (copied + _FP32)
-    terms = 1 if case.teacher is None or case.sequences == case.config.train.micro_batch_size else 2
+    terms = 1 if case.teacher is None or case.sequences == case.rows else 2
     formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
     chunk = min(chunk_tokens(case), tokens)
     tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
@@ -322,7 +322,7 @@ def _optimizer(case: Case) -> Sequence[Owners]:
     else:
         alive[GRADIENTS] = case.gradient_bytes * part
     wide = 0 if case.zero_stage == 0 and itemsize == _FP32 else _FP32 * part
-    if case.zero("offload_optimizer"):
+    if case.config.parallel.offloads_optimizer:
         return [_sum(alive, {TEMPORARIES: wide})]
     flat = case.gradient_bytes * part if case.zero_stage else 0
     return [

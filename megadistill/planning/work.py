@@ -200,9 +200,9 @@ def _train(case: Case) -> Work:
 def _losses(done: Work, case: Case) -> None:
     """The objective of all micro-batches: three products of the student's head and one of the teacher's."""
     student, teacher = case.student, case.teacher
-    tokens = case.passes * case.config.train.micro_batch_size * case.response_tokens
+    tokens = case.passes * case.rows * case.response_tokens
     terms = [teacher.hidden if teacher is not None else 0]
-    if teacher is not None and case.sequences > case.config.train.micro_batch_size and case.config.loss.sft > 0:
+    if teacher is not None and case.sequences > case.rows and case.config.loss.sft > 0:
         terms.append(0)
     for teacher_hidden in terms:
         chunks = case.passes * -(-tokens // (case.passes * chunk_tokens(case)))

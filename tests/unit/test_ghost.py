@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.decoding.linear import Norm, is_packable
+from megadistill.decoding.linear import Norm
 from megadistill.decoding.plan import NormPlan
+from megadistill.decoding.products import is_packable
 from megadistill.errors import MegadistillError, TopologyError
 from megadistill.losses.fused import chunk_size
 from megadistill.parallel.vocab import VocabShard

@@ -25,6 +25,9 @@ from megadistill.config.schema import RunConfig
 from megadistill.errors import MegadistillError, TopologyError, first_line
 from megadistill.parallel.context import ParallelContext, Shapes
 from megadistill.parallel.vocab import VocabShard
+from megadistill.planning.counter import Counter
+from megadistill.planning.ghost_mode import Ghost
+from megadistill.planning.pretend_cuda import pretend_cuda
 from megadistill.planning.use import PhaseUse, StepUse, Traffic
 
 if TYPE_CHECKING:
@@ -113,9 +116,6 @@ def dry_run(
         raise TopologyError(f"rank {rank} does not exist among {world_size} processes")
     from megadistill.launch.dry_world import dry_world
     from megadistill.planning.counted_step import Lengths, counted_step, models_as_files, plannable, vocabulary
-    from megadistill.planning.counter import Counter
-    from megadistill.planning.ghost_mode import Ghost
-    from megadistill.planning.pretend_cuda import pretend_cuda
     from megadistill.training.setup import check_models
 
     torch.set_num_threads(1)
@@ -130,16 +130,10 @@ def dry_run(
         stack.enter_context(Ghost(counter))
         context = DryContext.build(tp_size, config.parallel.timeout_s, device)
         use = counted_step(
-            config,
-            context,
-            counter,
-            Lengths(prompt_tokens, response_tokens),
-            source="dry run",
-            vocab_size=vocab_size,
-            skips_decoding=skips_decoding,
-            progress=progress or (lambda line: None),
+            config, context, counter, Lengths(prompt_tokens, response_tokens), source="dry run",
+            vocab_size=vocab_size, skips_decoding=skips_decoding, progress=progress or (lambda line: None),
             inspect=inspect,
-        )
+        )  # fmt: skip
     lengths = f"every prompt has {prompt_tokens} tokens, every reference and response {response_tokens}"
     return replace(use, assumptions=(lengths, *notes, *([_OVERHEAD] if like_gpu else [])))
 

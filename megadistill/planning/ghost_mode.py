@@ -27,6 +27,7 @@ _FACTORIES = frozenset(("zeros", "ones", "full", "rand", "randn"))
 _PLAIN_WRITES = frozenset((_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.copy_.default))
 _STORAGE_WRITES = frozenset(("aten::set_", "aten::resize_"))
 _DATA_DEPENDENT = frozenset(("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"))
+_PLACES = frozenset(("aten::searchsorted", "aten::bucketize"))
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
@@ -86,7 +87,8 @@ class Ghost(Counting):
             if key is not None:
                 self._layouts[key] = layouts
         truth = kind.is_pointwise and any(dtype == torch.bool for _, _, dtype in layouts)
-        value = _answer(func, args, kwargs) if truth else 0
+        # Code that looks for a place may take one from it: 1 is a place, with something before it.
+        value = _answer(func, args, kwargs) if truth else int(kind.name in _PLACES)
         outs = [_new(layout, value) for layout in layouts]
         return outs[0] if kind.is_single else outs if kind.gives_list else tuple(outs)
 

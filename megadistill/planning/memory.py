@@ -23,7 +23,7 @@ OWNERS = (
     TEACHER, STUDENT, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, JOINED, CACHE, HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES
 )  # fmt: skip
 
-# decoding/decoder.py and decoding/linear.py; a test compares them.
+# decoding/decoder.py and decoding/layer.py; a test compares them.
 PIECE_TOKENS = 8192
 MAX_JOINED_BYTES = 2**24
 _FP32 = 4

@@ -153,8 +153,7 @@ def build_components(
         length: How many steps the run has.
         adapt: Changes what the text source is made of: a dry run (``planning``) has no text to look at.
     """
-    loss = config.loss
-    check_backend(loss.backend, context.device)
+    check_backend(config.loss.backend, context.device)
     say_what_exceeds_the_budget(config, context)
     paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
     decode_plan = _plan_decode_batches(config, paths, context)
@@ -162,9 +161,9 @@ def build_components(
     student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
     student, teacher = _engines(config, context, paths, vocab_size)
     gate = None
-    if teacher is not None and loss.uses_gate:
+    if teacher is not None and config.loss.uses_gate:
         gate = GateTrainer(
-            QuantileGate.from_config(loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
+            QuantileGate.from_config(config.loss, seed=config.run.seed), lr=config.optim.gate_lr, context=context
         )
     inputs = SourceInputs(
         config=config,
@@ -186,7 +185,7 @@ def build_components(
         eos_ids=student_ends,
         teacher_eos_ids=teacher_ends,
         span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
-        loss=loss,
+        loss=config.loss,
         student=student,
         teacher=teacher,
         gate=gate,

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from megadistill.errors import MegadistillError
 from megadistill.planning.counter import Counter, Counting, is_view
+from megadistill.planning.flops import packed_weight
 from megadistill.planning.tensors import tensors_in
 
 _aten = torch.ops.aten
@@ -153,7 +154,7 @@ def _written(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, An
 def _infer(kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[_Layout], bool]:
     """Shapes, strides and types of the results, and whether it is one tensor."""
     if kind.name == "mkldnn::_linear_pointwise":
-        shape = (*args[0].shape[:-1], args[1].shape[0])
+        shape = (*args[0].shape[:-1], packed_weight(args).shape[0])
         out: Any = torch.empty(shape, dtype=args[0].dtype, device="meta")
     elif kind.name == "mkldnn::_reorder_linear_weight":
         out = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")

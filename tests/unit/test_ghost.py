@@ -124,6 +124,34 @@ def test_products_are_counted_forward_and_backward() -> None:
     assert counter.phases()[0].flops == 3 * 2 * 10 * 20 * 30 + 2 * 2 * 2 * 3 * 8 * 8 * 16
 
 
+@pytest.mark.parametrize("is_ghost", [False, True])
+def test_products_are_counted_however_they_are_written(is_ghost: bool) -> None:
+    """In place, into a tensor, joined with a sum, and as inference mode dispatches them: in one piece."""
+    counter, x, weight = Counter(), torch.ones(10, 30), torch.ones(20, 30)
+    y, total = torch.empty(10, 20), torch.zeros(10, 20)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    products = [
+        lambda: onednn(x, packed, None, "none", [], ""), lambda: onednn(x, packed, weight[:, 0], "none", [], ""),
+        lambda: onednn.binary(x, total, packed, None, "add"), lambda: torch.mm(x, weight.T, out=y), lambda: total.addmm_(x, weight.T), lambda: x @ weight.T,
+        lambda: torch.nn.functional.linear(x, weight), lambda: torch.nn.functional.linear(x, weight, weight[:, 0]),
+        lambda: torch.baddbmm(total[None], x[None], weight.T[None]), lambda: total[None].baddbmm_(x[None], weight.T[None]),
+    ]  # fmt: skip
+    for mode in (torch.inference_mode, torch.no_grad):
+        with Ghost(counter) if is_ghost else Counting(counter), mode():
+            for i, product in enumerate(products):
+                before = counter.tally.copy()
+                product()
+                assert counter.since(before).flops == 2 * 10 * 20 * 30, (mode, i)
+
+
+def test_attention_of_decoding_is_counted() -> None:
+    counter, query = Counter(), torch.ones(2, 3, 8, 16)
+    with Counting(counter), torch.inference_mode():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.tally.flops == 2 * 2 * 2 * 3 * 8 * 8 * 16
+
+
 def test_owners_are_what_they_say(models: Path, use: StepUse) -> None:
     assert {owner for phase in use.phases for owner in phase.owners} <= set(OWNERS)
     assert [phase.name for phase in use.phases] == list(PHASES)

@@ -49,7 +49,7 @@ def resident(case: Case) -> dict[str, int]:
         owners[GRADIENTS] = case.gradient_bytes * student.size
     if stage == 3:
         owners[GRADIENTS] = case.gradient_bytes * _partitioned(student.sizes, dp_size)
-        owners[BUCKET] = itemsize * int(case.zero("reduce_bucket_size"))
+        owners[BUCKET] = case.gradient_bytes * int(case.zero("reduce_bucket_size"))
     return dict(owners)
 
 
@@ -73,8 +73,13 @@ def _weights(case: Case, model: ModelShape, itemsize: int, *, keeps_small: bool 
 
 def _persistent(case: Case, model: ModelShape) -> int:
     """Elements of the parameters that ZeRO-3 never releases."""
-    limit = int(case.zero("stage3_param_persistence_threshold"))
-    return sum(size for size in model.sizes if size <= limit) if case.dp_size > 1 else 0
+    return model.size - sum(released(case, model)) if case.zero_stage == 3 and case.dp_size > 1 else 0
+
+
+def released(case: Case, model: ModelShape) -> list[int]:
+    """Elements of each parameter that ZeRO-3 releases after its use."""
+    limit = case.config.parallel.zero.param_persistence_threshold
+    return [size for size in model.sizes if size > limit]
 
 
 def peaks(case: Case) -> dict[str, dict[str, int]]:
@@ -321,14 +326,13 @@ def _optimizer(case: Case) -> Sequence[Owners]:
         part = min(part, int(case.zero("sub_group_size")))
     else:
         alive[GRADIENTS] = case.gradient_bytes * part
+    is_flat = case.zero_stage > 0
     wide = 0 if case.zero_stage == 0 and itemsize == _FP32 else _FP32 * part
-    if case.config.parallel.offloads_optimizer:
-        return [_sum(alive, {TEMPORARIES: wide})]
-    flat = case.gradient_bytes * part if case.zero_stage else 0
-    return [
-        _sum(alive, {TEMPORARIES: wide + flat}),
-        _sum(alive, {TEMPORARIES: wide + _FOREACH_TEMPORARIES * part}),
-    ]
+    flat = case.gradient_bytes * part if is_flat and case.gradient_bytes < _FP32 else 0
+    moments = [_sum(alive, {TEMPORARIES: wide + flat})]
+    if not case.like_gpu:  # on a GPU the update is one kernel
+        moments.append(_sum(alive, {TEMPORARIES: wide + _FOREACH_TEMPORARIES * part}))
+    return moments
 
 
 def host_while_loading(case: Case) -> int:

@@ -106,7 +106,9 @@ def kept_tensors(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[torch.Tens
     masters = [flat.data for flat in flats if id(flat) not in ids]
     moments = [x for state in base.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     kept["optimizer"] = [*masters, *getattr(optimizer, "fp32_partitioned_groups_flat", []), *moments]
-    kept["gradients"] = [x for x in [getattr(optimizer, "grad_partitions_flat_buffer", None)] if x is not None]
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)  # stage 3
+    # Stage 1 with bfloat16 weights and float32 gradients: those of all parameters, all the time.
+    kept["gradients"] = getattr(optimizer, "fp32_groups_gradients_flat", []) if flat is None else [flat]
     kept["bucket"] = [x.buffer for x in getattr(optimizer, "ipg_buckets", {}).values() if torch.is_tensor(x.buffer)]
     return kept
 

@@ -9,23 +9,15 @@ from typing import Any
 
 from megadistill.config.schema import RunConfig
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
-from megadistill.engines.ds_config import student_config
+from megadistill.engines.ds_config import needs_wide_gradients, student_config
 from megadistill.generation.sources import source_class
 from megadistill.models.families import head_counts
 from megadistill.models.loading import DTYPES, check_positions, load_model_config
 from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
 from megadistill.planning.shape import ModelOutline, ModelShape
 
-# DeepSpeed's own values (deepspeed/runtime/zero/config.py) of what the project does not set.
-_ZERO_DEFAULTS: Mapping[str, Any] = {
-    "reduce_bucket_size": 500_000_000,
-    "sub_group_size": 1_000_000_000,
-    "overlap_comm": False,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "stage3_max_reuse_distance": 1_000_000_000,
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-}
+# DeepSpeed's own value (deepspeed/runtime/zero/config.py) of what the project does not set.
+_ZERO_DEFAULTS: Mapping[str, Any] = {"sub_group_size": 1_000_000_000}
 STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed"})
 
 
@@ -188,9 +180,17 @@ class Case:
         return self.config.train.global_batch_size // self.dp_size
 
     @property
+    def rows(self) -> int:
+        """Examples of a pass of training (training/passes.py), all of them being as long as can be."""
+        budget = self.config.train.micro_batch_tokens
+        if budget is None:
+            return self.config.train.micro_batch_size
+        return min(self.examples, max(1, budget // (self.columns * self.sequences_of_example)))
+
+    @property
     def passes(self) -> int:
-        """Micro-batches of a rank in a step."""
-        return -(-self.examples // self.config.train.micro_batch_size)
+        """Forward and backward passes of a rank in a step."""
+        return -(-self.examples // self.rows)
 
     @property
     def writes(self) -> bool:
@@ -209,10 +209,15 @@ class Case:
         return self.prompt_tokens + self.response_tokens
 
     @property
-    def sequences(self) -> int:
-        """Sequences of a micro-batch: references, and responses that are not references."""
+    def sequences_of_example(self) -> int:
+        """A reference, and a response that is not the reference."""
         has_both = self.models.teacher is not None and self.config.generation.mode != "dataset"
-        return self.config.train.micro_batch_size * (2 if has_both else 1)
+        return 2 if has_both else 1
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a pass of training."""
+        return self.rows * self.sequences_of_example
 
     @property
     def student_bytes(self) -> int:
@@ -246,6 +251,9 @@ class Case:
             dp_size=self.dp_size,
             dtype=config.model.student.dtype,
             family=self.models.student.family,
+            zero=config.parallel.zero,
+            device_type="cuda" if self.like_gpu else "cpu",
+            num_elements=self.models.shapes(1)[0].size,
             passed=config.deepspeed,
         )
 
@@ -256,8 +264,8 @@ class Case:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of a number of the accumulated gradient."""
-        name = self.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-        return self.student_bytes if name is None else 4 if name in ("fp32", "float32") else 2
+        is_wide = needs_wide_gradients(self.config.model.student.dtype, self.config.optim)
+        return 4 if is_wide else self.student_bytes
 
     @cached_property
     def decode_plan(self) -> DecodeBatchPlan:

@@ -239,6 +239,17 @@ def _launches(func: Any) -> bool:
     return known
 
 
+_composite: dict[Any, bool] = {}
+
+
+def _is_composite(func: Any) -> bool:
+    known = _composite.get(func)
+    if known is None:
+        key = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
+        known = _composite[func] = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)  # type: ignore[attr-defined]
+    return known
+
+
 class Counting(TorchDispatchMode):
     """Counts what runs in its context; this class runs it for real.
 
@@ -258,6 +269,9 @@ class Counting(TorchDispatchMode):
         with torch._C.DisableTorchFunction():  # what tensors answer here must be the truth
             if func.namespace == "c10d":
                 return self._collective(func, args, kwargs)
+            if _is_composite(func):  # autograd takes it apart before it comes here, inference mode does not
+                with self:
+                    return func.decompose(*args, **kwargs)
             out = self.compute(func, args, kwargs)
             self.counter.count(count_flops(func, args, kwargs, out), int(_launches(func)))
             for tensor in tensors_in(out):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,14 @@ from torch.utils import flop_counter
 _aten = torch.ops.aten
 
 
-def _linear_pointwise(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+def packed_weight(args: Sequence[Any]) -> Any:
+    """The weight [outputs, inputs] among the arguments of oneDNN's product, which may add to its second one."""
+    return args[1] if args[2] is None or args[2].dim() == 1 else args[2]
+
+
+def _linear_pointwise(*args: Any, **_: Any) -> int:
     """OneDNN's product with a packed weight."""
-    return 2 * x.numel() * weight.shape[0]
+    return int(2 * args[0].numel() * packed_weight(args).shape[0])
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -59,11 +64,11 @@ def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
         return ours(*args, **kwargs)
     if packet is _aten.mm:
         return 2 * args[0].numel() * args[1].shape[1]
-    if packet is _aten.addmm:
+    if packet in (_aten.addmm, _aten.addmm_):
         return 2 * args[1].numel() * args[2].shape[1]
     if packet is _aten.bmm:
         return 2 * args[0].numel() * args[1].shape[2]
-    if packet is _aten.baddbmm:
+    if packet in (_aten.baddbmm, _aten.baddbmm_):
         return 2 * args[1].numel() * args[2].shape[2]
     if packet is _aten.mv:
         return 2 * args[0].numel()

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from megadistill.errors import MegadistillError
 from megadistill.planning.counter import Counter, Counting, is_view
+from megadistill.planning.flops import packed_weight
 from megadistill.planning.tensors import tensors_in
 
 _aten = torch.ops.aten
@@ -27,6 +28,7 @@ _FACTORIES = frozenset(("zeros", "ones", "full", "rand", "randn"))
 _PLAIN_WRITES = frozenset((_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.copy_.default))
 _STORAGE_WRITES = frozenset(("aten::set_", "aten::resize_"))
 _DATA_DEPENDENT = frozenset(("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"))
+_PLACES = frozenset(("aten::searchsorted", "aten::bucketize"))
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
@@ -86,7 +88,8 @@ class Ghost(Counting):
             if key is not None:
                 self._layouts[key] = layouts
         truth = kind.is_pointwise and any(dtype == torch.bool for _, _, dtype in layouts)
-        value = _answer(func, args, kwargs) if truth else 0
+        # Code that looks for a place may take one from it: 1 is a place, with something before it.
+        value = _answer(func, args, kwargs) if truth else int(kind.name in _PLACES)
         outs = [_new(layout, value) for layout in layouts]
         return outs[0] if kind.is_single else outs if kind.gives_list else tuple(outs)
 
@@ -151,7 +154,7 @@ def _written(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, An
 def _infer(kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[_Layout], bool]:
     """Shapes, strides and types of the results, and whether it is one tensor."""
     if kind.name == "mkldnn::_linear_pointwise":
-        shape = (*args[0].shape[:-1], args[1].shape[0])
+        shape = (*args[0].shape[:-1], packed_weight(args).shape[0])
         out: Any = torch.empty(shape, dtype=args[0].dtype, device="meta")
     elif kind.name == "mkldnn::_reorder_linear_weight":
         out = torch.empty(args[0].shape, dtype=args[0].dtype, device="meta")

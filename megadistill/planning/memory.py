@@ -23,7 +23,7 @@ OWNERS = (
     TEACHER, STUDENT, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, JOINED, CACHE, HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES
 )  # fmt: skip
 
-# decoding/decoder.py and decoding/linear.py; a test compares them.
+# decoding/decoder.py and decoding/layer.py; a test compares them.
 PIECE_TOKENS = 8192
 MAX_JOINED_BYTES = 2**24
 _FP32 = 4
@@ -44,12 +44,12 @@ def resident(case: Case) -> dict[str, int]:
     owners[STUDENT] = _weights(case, student, itemsize)
     # A float32 copy of the weights, which only float32 without ZeRO does without, and two moments.
     numbers = 2 if stage == 0 and itemsize == _FP32 else 3
-    owners[OPTIMIZER] = 0 if case.zero("offload_optimizer") else numbers * _FP32 * partition_size(case)
+    owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else numbers * _FP32 * partition_size(case)
     if stage == 1:  # DeepSpeed keeps them until the next ones are there
         owners[GRADIENTS] = case.gradient_bytes * student.size
     if stage == 3:
         owners[GRADIENTS] = case.gradient_bytes * _partitioned(student.sizes, dp_size)
-        owners[BUCKET] = itemsize * int(case.zero("reduce_bucket_size"))
+        owners[BUCKET] = case.gradient_bytes * int(case.zero("reduce_bucket_size"))
     return dict(owners)
 
 
@@ -73,8 +73,13 @@ def _weights(case: Case, model: ModelShape, itemsize: int, *, keeps_small: bool 
 
 def _persistent(case: Case, model: ModelShape) -> int:
     """Elements of the parameters that ZeRO-3 never releases."""
-    limit = int(case.zero("stage3_param_persistence_threshold"))
-    return sum(size for size in model.sizes if size <= limit) if case.dp_size > 1 else 0
+    return model.size - sum(released(case, model)) if case.zero_stage == 3 and case.dp_size > 1 else 0
+
+
+def released(case: Case, model: ModelShape) -> list[int]:
+    """Elements of each parameter that ZeRO-3 releases after its use."""
+    limit = case.config.parallel.zero.param_persistence_threshold
+    return [size for size in model.sizes if size > limit]
 
 
 def peaks(case: Case) -> dict[str, dict[str, int]]:
@@ -292,12 +297,12 @@ def _gradient_buffers(case: Case) -> Owners:
 def _losses(case: Case) -> tuple[Owners, int]:
     """What the losses hold at their fullest moment, and the gradients that they leave for the backward pass."""
     student, itemsize = case.student, case.student_bytes
-    tokens = case.config.train.micro_batch_size * case.response_tokens
+    tokens = case.rows * case.response_tokens
     mixed = case.like_gpu and itemsize == 2  # products read bf16 as it is; elsewhere float32 copies are made
     copied = 0 if mixed or itemsize == _FP32 else _FP32
     per_token = student.hidden * (itemsize + copied + _FP32)  # selected states, their copy, their gradient
     weight = student.head * (copied + _FP32)
-    terms = 1 if case.teacher is None or case.sequences == case.config.train.micro_batch_size else 2
+    terms = 1 if case.teacher is None or case.sequences == case.rows else 2
     formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
     chunk = min(chunk_tokens(case), tokens)
     tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
@@ -321,14 +326,13 @@ def _optimizer(case: Case) -> Sequence[Owners]:
         part = min(part, int(case.zero("sub_group_size")))
     else:
         alive[GRADIENTS] = case.gradient_bytes * part
+    is_flat = case.zero_stage > 0
     wide = 0 if case.zero_stage == 0 and itemsize == _FP32 else _FP32 * part
-    if case.zero("offload_optimizer"):
-        return [_sum(alive, {TEMPORARIES: wide})]
-    flat = case.gradient_bytes * part if case.zero_stage else 0
-    return [
-        _sum(alive, {TEMPORARIES: wide + flat}),
-        _sum(alive, {TEMPORARIES: wide + _FOREACH_TEMPORARIES * part}),
-    ]
+    flat = case.gradient_bytes * part if is_flat and case.gradient_bytes < _FP32 else 0
+    moments = [_sum(alive, {TEMPORARIES: wide + flat})]
+    if not case.like_gpu:  # on a GPU the update is one kernel
+        moments.append(_sum(alive, {TEMPORARIES: wide + _FOREACH_TEMPORARIES * part}))
+    return moments
 
 
 def host_while_loading(case: Case) -> int:

@@ -73,7 +73,8 @@ class _SaysCuda(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _RMS_NORMS and _asker().startswith(_ASKERS):
             # One kernel on CUDA, several on CPUs: a product reads and writes as much.
-            return args[0] * (kwargs["weight"] if "weight" in kwargs else args[2])
+            weight = kwargs["weight"] if "weight" in kwargs else args[2]
+            return args[0] * (2.0 if weight is None else weight)
         if any(isinstance(arg, torch.device) for arg in args):
             args = tuple(_on_cpu(arg) if isinstance(arg, torch.device) else arg for arg in args)
         if kwargs.get("device") is not None:

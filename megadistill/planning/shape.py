@@ -125,7 +125,7 @@ class ModelShape:
         return 2 * self.num_layers * self.key_value * itemsize
 
     def joined_bytes(self, itemsize: int, limit: int) -> int:
-        """Bytes of the copies that ``decoding/linear.py`` makes of layers with one input, up to ``limit`` each."""
+        """Bytes of the copies that ``decoding/layer.py`` makes of layers with one input, up to ``limit`` each."""
         return self.num_layers * self.joined_layer_bytes(itemsize, limit)
 
     def joined_layer_bytes(self, itemsize: int, limit: int) -> int:

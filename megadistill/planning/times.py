@@ -15,7 +15,7 @@ from megadistill.planning.case import Case, Models
 from megadistill.planning.formulas import step_use
 from megadistill.planning.gpus import COLLECTIVE_S, LAUNCH_S, LINK_SHARE, MFU, NETWORK_SHARE, RECORDED_LAUNCH_S, Gpu
 from megadistill.planning.use import Group, PhaseUse, StepUse, Traffic
-from megadistill.planning.work import work
+from megadistill.planning.work import Work, work
 
 _WARM_UP_STEPS = 2
 
@@ -64,7 +64,7 @@ def phase_times(case: Case, use: StepUse, gpu: Gpu, factors: Mapping[str, float]
     """
     done, measured = work(case), factors or {}
     return {
-        phase.name: _phase_time(case, phase, gpu, done[phase.name].memory_bytes, measured.get(phase.name, 1.0))
+        phase.name: _phase_time(case, phase, gpu, done[phase.name], measured.get(phase.name, 1.0))
         for phase in use.phases
         if phase.name in done
     }
@@ -75,16 +75,14 @@ def step_seconds(times: Mapping[str, PhaseTime]) -> float:
     return sum(time.seconds for time in times.values())
 
 
-def _phase_time(case: Case, phase: PhaseUse, gpu: Gpu, memory_bytes: float, factor: float) -> PhaseTime:
+def _phase_time(case: Case, phase: PhaseUse, gpu: Gpu, done: Work, factor: float) -> PhaseTime:
     itemsize = case.teacher_bytes if phase.name == "teacher" else case.student_bytes
     peak = gpu.bf16 if itemsize == 2 else gpu.fp32
-    is_recorded = case.records_steps and phase.name in ("rollout", "regenerate")
-    launch_s = RECORDED_LAUNCH_S if is_recorded else LAUNCH_S
     sent = {group: sum(_seconds(case, t, gpu) for t in phase.traffic if t.group == group) for group in ("tp", "dp")}
     return PhaseTime(
         phase.flops / (peak * MFU),
-        memory_bytes / gpu.bandwidth,
-        phase.operations * launch_s,
+        done.memory_bytes / gpu.bandwidth,
+        phase.operations * LAUNCH_S + done.recorded * RECORDED_LAUNCH_S,
         sent["tp"],
         sent["dp"],
         factor,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megadistill.planning.case import Case
-from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size
+from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 
@@ -32,13 +32,15 @@ class Work:
 
     Attributes:
         flops: Of products and attention.
-        operations: What torch dispatches, without views.
+        operations: What torch dispatches, without views; a recorded decoding step is one.
+        recorded: Kernels of recorded decoding steps.
         memory_bytes: Read from and written to the GPU's memory by products and elementwise passes, about.
         sent: (group, op) -> [calls, bytes].
     """
 
     flops: float = 0
     operations: float = 0
+    recorded: float = 0
     memory_bytes: float = 0
     sent: dict[tuple[Group, str], list[int]] = field(default_factory=dict)
 
@@ -114,9 +116,14 @@ def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) 
     """Adds ``steps`` decoding steps in which ``tokens`` tokens are written to ``done``."""
     model, itemsize = case.student, case.student_bytes
     columns = case.prompt_tokens + _KV_READS * case.response_tokens
+    if case.records_steps:  # every step is that of all slots and columns
+        tokens, columns = examples * steps, case.columns
     done.flops += 2 * (model.products + model.head) * tokens + _attention(model, tokens, columns)
     unjoined = sum(2 * len(parts) - 2 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
-    done.operations += steps * (model.num_layers * (_DECODE_LAYER + unjoined) + _DECODE_TOKEN)
+    kernels = steps * model.num_layers * (_DECODE_LAYER + unjoined)
+    if case.records_steps:
+        done.recorded += kernels
+    done.operations += steps * _DECODE_TOKEN + (0 if case.records_steps else kernels)
     weights = itemsize * (model.num_layers * model.layer + model.head)
     done.memory_bytes += steps * weights + tokens * columns * model.kv_bytes(itemsize)
     if case.tp_size > 1:
@@ -127,8 +134,7 @@ def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) 
 
 def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
-    limit = int(case.zero("stage3_param_persistence_threshold"))
-    _gather(done, case, [size for size in model.sizes if size > limit], case.student_bytes)
+    _gather(done, case, released(case, model), case.student_bytes)
     for examples in _batches(case):
         _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes)
         steps = case.response_tokens - 1
@@ -200,9 +206,9 @@ def _train(case: Case) -> Work:
 def _losses(done: Work, case: Case) -> None:
     """The objective of all micro-batches: three products of the student's head and one of the teacher's."""
     student, teacher = case.student, case.teacher
-    tokens = case.passes * case.config.train.micro_batch_size * case.response_tokens
+    tokens = case.passes * case.rows * case.response_tokens
     terms = [teacher.hidden if teacher is not None else 0]
-    if teacher is not None and case.sequences > case.config.train.micro_batch_size and case.config.loss.sft > 0:
+    if teacher is not None and case.sequences > case.rows and case.config.loss.sft > 0:
         terms.append(0)
     for teacher_hidden in terms:
         chunks = case.passes * -(-tokens // (case.passes * chunk_tokens(case)))
@@ -224,13 +230,15 @@ def _exchange(done: Work, case: Case) -> None:
     if case.dp_size == 1:
         return
     if case.zero_stage == 3:
-        persistent = int(case.zero("stage3_param_persistence_threshold"))
-        sizes = [size for size in student.sizes if size > persistent]
-        whole, kept = sum(sizes), int(case.zero("stage3_max_reuse_distance")) // 2
+        sizes, kept = released(case, student), int(case.zero("stage3_max_reuse_distance")) // 2
+        whole = sum(sizes) - student.head  # which is gathered once for all passes
         times = 1 + max(0.0, 1 - kept / max(1, whole))  # what was released is gathered again to go back
-        done.send("dp", "all_gather", passes * len(sizes) * times, passes * times * whole * itemsize)
+        ahead = int(case.zero("stage3_prefetch_bucket_size"))
+        calls = min(len(sizes), -(-whole // ahead)) if ahead else len(sizes)
+        done.send("dp", "all_gather", passes * calls * times, passes * times * whole * itemsize)
+        _gather(done, case, [student.head], itemsize)
         buckets = -(-student.size // int(case.zero("reduce_bucket_size")))
-        done.send("dp", "reduce_scatter", passes * buckets, passes * student.size * itemsize)
+        done.send("dp", "reduce_scatter", passes * buckets, passes * student.size * case.gradient_bytes)
         return
     times = passes if case.zero_stage == 2 else 1
     buckets = -(-student.size // int(case.zero("reduce_bucket_size")))
@@ -242,9 +250,8 @@ def _optimizer(case: Case) -> Work:
     done.operations = _UPDATE_PARAMETER * len(case.student.sizes)
     done.memory_bytes = 36 * part  # master and moments read and written, the gradient copied, weights written
     if case.zero_stage == 3 and case.dp_size > 1:
-        limit = int(case.zero("stage3_param_persistence_threshold"))
-        small = [size for size in case.student.sizes if size <= limit]
-        done.send("dp", "all_gather", len(small), sum(small) * case.student_bytes)
+        small = case.student.size - sum(released(case, case.student))
+        done.send("dp", "all_gather", 1, small * case.student_bytes)
     elif case.zero_stage > 0 and case.dp_size > 1:
         buckets = -(-case.student.size // 500_000_000)
         done.send("dp", "all_gather", buckets, case.student.size * case.student_bytes)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.decoding.linear import Norm, is_packable
+from megadistill.decoding.linear import Norm
 from megadistill.decoding.plan import NormPlan
+from megadistill.decoding.products import is_packable
 from megadistill.errors import MegadistillError, TopologyError
 from megadistill.losses.fused import chunk_size
 from megadistill.parallel.vocab import VocabShard
+from megadistill.planning.case import Models
 from megadistill.planning.counter import Counter, Counting
 from megadistill.planning.dry_run import dry_run, dry_run_in_process, step_use
 from megadistill.planning.ghost_mode import Ghost
@@ -122,6 +124,34 @@ def test_products_are_counted_forward_and_backward() -> None:
     assert counter.phases()[0].flops == 3 * 2 * 10 * 20 * 30 + 2 * 2 * 2 * 3 * 8 * 8 * 16
 
 
+@pytest.mark.parametrize("is_ghost", [False, True])
+def test_products_are_counted_however_they_are_written(is_ghost: bool) -> None:
+    """In place, into a tensor, joined with a sum, and as inference mode dispatches them: in one piece."""
+    counter, x, weight = Counter(), torch.ones(10, 30), torch.ones(20, 30)
+    y, total = torch.empty(10, 20), torch.zeros(10, 20)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    products = [
+        lambda: onednn(x, packed, None, "none", [], ""), lambda: onednn(x, packed, weight[:, 0], "none", [], ""),
+        lambda: onednn.binary(x, total, packed, None, "add"), lambda: torch.mm(x, weight.T, out=y), lambda: total.addmm_(x, weight.T), lambda: x @ weight.T,
+        lambda: torch.nn.functional.linear(x, weight), lambda: torch.nn.functional.linear(x, weight, weight[:, 0]),
+        lambda: torch.baddbmm(total[None], x[None], weight.T[None]), lambda: total[None].baddbmm_(x[None], weight.T[None]),
+    ]  # fmt: skip
+    for mode in (torch.inference_mode, torch.no_grad):
+        with Ghost(counter) if is_ghost else Counting(counter), mode():
+            for i, product in enumerate(products):
+                before = counter.tally.copy()
+                product()
+                assert counter.since(before).flops == 2 * 10 * 20 * 30, (mode, i)
+
+
+def test_attention_of_decoding_is_counted() -> None:
+    counter, query = Counter(), torch.ones(2, 3, 8, 16)
+    with Counting(counter), torch.inference_mode():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.tally.flops == 2 * 2 * 2 * 3 * 8 * 8 * 16
+
+
 def test_owners_are_what_they_say(models: Path, use: StepUse) -> None:
     assert {owner for phase in use.phases for owner in phase.owners} <= set(OWNERS)
     assert [phase.name for phase in use.phases] == list(PHASES)
@@ -130,7 +160,7 @@ def test_owners_are_what_they_say(models: Path, use: StepUse) -> None:
     # Both are there at once where the teacher reads; the student's alone while it writes.
     assert use.phases[1].owners["kv cache"] == 2 * layers * 2 * rows * heads * columns * head_dim * 4
     assert use.resident["optimizer states"] == pytest.approx(3 * use.resident["gradients"], rel=0.05)
-    assert use.resident["reduce bucket"] == 4 * 500_000_000
+    assert use.resident["reduce bucket"] == 4 * Models.of(settings(models, TP2)).student.size
     assert use.resident["teacher weights"] > use.resident["student weights"] > 0
     assert sum(use.resident.values()) < rollout.peak < use.peak
 

@@ -58,6 +58,11 @@ class MicroBatch:
     num_tokens: int
 
     @property
+    def num_columns(self) -> int:
+        """Columns of all rows, padding included."""
+        return self.batch.input_ids.numel()
+
+    @property
     def is_shared(self) -> bool:
         """Whether the responses are the references: one pass over the head then computes all three losses."""
         return torch.equal(self.sft_index, self.kd_index)

@@ -157,7 +157,7 @@ def loss_metrics(
             for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
                 shares[name] += value
     shares |= _correction_counts(samples)
-    shares["num_columns"] = float(sum(loss.micro_batch.batch.input_ids.numel() for loss in losses))
+    shares["num_columns"] = float(sum(loss.micro_batch.num_columns for loss in losses))
     shares["num_unpadded"] = float(sum(loss.micro_batch.num_tokens for loss in losses))
     local = torch.tensor(list(shares.values()), dtype=torch.float64, device=components.context.device)
     total = dict(zip(shares, components.context.sum_over_dp(local).tolist(), strict=True))
@@ -169,7 +169,7 @@ def loss_metrics(
         "num_tokens": counts.num_kd if components.teacher is not None else counts.num_sft,
         "num_sft_tokens": counts.num_sft,
         "num_pairs": counts.num_pairs,
-        "padding": 1 - total["num_unpadded"] / total["num_columns"],
+        "padding": 1 - total["num_unpadded"] / max(1, total["num_columns"]),
     }
     # Without a mask they would be constants that look like measurements.
     has_mask = components.teacher is not None and config.is_clipped

@@ -101,7 +101,12 @@ def test_a_family_like_llama_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_metric_of_the_losses_goes_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_module, "METRIC_NAMES", (*step_module.METRIC_NAMES, "loss/fake"))
-    losses: Any = [SimpleNamespace(metrics={"loss/fake": torch.tensor(value)}) for value in (1.5, 2.0)]
+    losses: Any = [
+        SimpleNamespace(
+            metrics={"loss/fake": torch.tensor(value)}, micro_batch=SimpleNamespace(num_columns=4, num_tokens=3)
+        )
+        for value in (1.5, 2.0)
+    ]
     components: Any = SimpleNamespace(loss=CONFIG.loss, teacher=object(), context=ParallelContext.single())
     metrics = loss_metrics(losses, [], GlobalCounts(1.0, 1.0, 1.0), components)
     assert metrics["loss/fake"] == 3.5 and metrics["loss/sft"] == 0.0

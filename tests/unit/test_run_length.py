@@ -12,7 +12,7 @@ import pytest
 
 from megadistill.checkpoint.manifest import MANIFEST, find_checkpoint, point_to_best
 from megadistill.checkpoint.model_folder import model_folder
-from megadistill.checkpoint.writer import _remove_old
+from megadistill.checkpoint.writer import Keep, _remove_old
 from megadistill.config.load import dump_resolved, load_config
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
@@ -141,7 +141,7 @@ def test_the_best_checkpoint_has_a_name_and_stays(tmp_path: Path) -> None:
     assert find_checkpoint(folder / "best") == folder / "step_2" and find_checkpoint(folder / "latest").name == "step_5"
     assert model_folder(str(folder / "best")) == str(folder / "step_2" / "hf")
     assert find_checkpoint(tmp_path) == find_checkpoint(folder) == folder / "step_5"
-    _remove_old(folder, 5, 1, 0, 2)
+    _remove_old(folder, 5, Keep(1), 2)
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_2", "step_5"]
     (folder / "best").write_text("../..", encoding="utf-8")
     with pytest.raises(CheckpointError, match="best is damaged"):

@@ -119,6 +119,7 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
     use = formula = step_use(case)
     if parsed.exact:
         use = _dry_run(case)
+        formula = step_use(case.with_settings({"loss.backend": "torch"}))  # as a dry run has it
     return Plan(
         case=case,
         gpu=gpu,

@@ -146,7 +146,8 @@ class Case:
     def check(self) -> None:
         """Raises TopologyError or ConfigError where examples cannot be shared or one does not fit its cache."""
         train = self.config.train
-        gradient_accumulation_steps(train.global_batch_size, train.micro_batch_size, self.dp_size)
+        rows = train.micro_batch_size if train.micro_batch_tokens is None else 1
+        gradient_accumulation_steps(train.global_batch_size, rows, self.dp_size)
         self.decode_plan  # noqa: B018  raises
 
     def with_settings(self, settings: Mapping[str, Any], nodes: int | None = None) -> Case:

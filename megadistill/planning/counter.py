@@ -245,8 +245,8 @@ _composite: dict[Any, bool] = {}
 def _is_composite(func: Any) -> bool:
     known = _composite.get(func)
     if known is None:
-        key = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
-        known = _composite[func] = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)  # type: ignore[attr-defined]
+        key = torch._C.DispatchKey.CompositeImplicitAutograd
+        known = _composite[func] = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
     return known
 
 

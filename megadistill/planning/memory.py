@@ -29,8 +29,10 @@ MAX_JOINED_BYTES = 2**24
 _FP32 = 4
 # Tiles of temporaries between the products of the losses in eager torch on a GPU, and elements of the float64 copy from
 # which tokens are drawn (decoding/sampling.py).
-_TILES_OF_KL, _TILES_OF_CLIPPING = 4, 14
+_TILES_OF_KL, _TILES_OF_CLIPPING = 5, 27
 _DRAWN_ELEMENTS = 2**22
+# DeepSpeed's norm of a gradient.
+_FP64 = 8
 # Temporaries of torch's AdamW over lists of tensors: two of the size of the float32 weights.
 _FOREACH_TEMPORARIES = 2 * _FP32
 
@@ -39,18 +41,35 @@ def resident(case: Case) -> dict[str, int]:
     """Owner -> bytes alive between steps, once AdamW has made its moments."""
     student, itemsize, dp_size, stage = case.student, case.student_bytes, case.dp_size, case.zero_stage
     owners: Counter[str] = Counter()
-    if case.teacher is not None:
+    if case.teacher is not None and not case.config.parallel.offloads_teacher:
         owners[TEACHER] = _weights(case, case.teacher, case.teacher_bytes, keeps_small=False)
     owners[STUDENT] = _weights(case, student, itemsize)
-    # A float32 copy of the weights, which only float32 without ZeRO does without, and two moments.
-    numbers = 2 if stage == 0 and itemsize == _FP32 else 3
-    owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else numbers * _FP32 * partition_size(case)
-    if stage == 1:  # DeepSpeed keeps them until the next ones are there
-        owners[GRADIENTS] = case.gradient_bytes * student.size
+    owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else _state(case)
+    if stage in (1, 2):  # DeepSpeed keeps them until the next ones are there, summed by stage 1 in bf16 alone
+        owners[GRADIENTS] = (case.gradient_bytes if _sums_all(case) else itemsize) * student.size
     if stage == 3:
         owners[GRADIENTS] = case.gradient_bytes * _partitioned(student.sizes, dp_size)
         owners[BUCKET] = case.gradient_bytes * int(case.zero("reduce_bucket_size"))
     return dict(owners)
+
+
+def _state(case: Case) -> int:
+    """Bytes of a float32 copy of the weights, which only float32 without ZeRO does without, and of two moments."""
+    numbers = 2 if case.zero_stage == 0 and case.student_bytes == _FP32 else 3
+    return numbers * _FP32 * partition_size(case)
+
+
+def _brought_in(case: Case, elements: int) -> Owners:
+    """The teacher's weights that are brought in from host memory for a use of ``elements`` of them."""
+    if not case.config.parallel.offloads_teacher:
+        return {}
+    shared = case.dp_size if case.zero_stage == 3 else 1
+    return {TEACHER: case.teacher_bytes * -(-elements // shared)}
+
+
+def _sums_all(case: Case) -> bool:
+    """Whether float32 gradients of all parameters are there all the time: DeepSpeed's BF16_Optimizer."""
+    return case.zero_stage == 1 and case.gradient_bytes > case.student_bytes
 
 
 def partition_size(case: Case) -> int:
@@ -167,6 +186,7 @@ def _teacher(case: Case, teacher: ModelShape) -> Sequence[Owners]:
         GATHERED: _gathered(case, teacher.layer, itemsize),
         JOINED: teacher.joined_layer_bytes(itemsize, MAX_JOINED_BYTES),
     }
+    layer = _sum(layer, _brought_in(case, teacher.layer))
     alive = _sum(_writing(case), layer) if case.writes else layer
     earlier = _hidden_of_earlier_batches(case, teacher)
     moments = [_sum(earlier, _read(case, teacher, case.columns, alive, itemsize))]
@@ -194,8 +214,10 @@ def uses_triton(case: Case) -> bool:
 def chunk_tokens(case: Case) -> int:
     """Tokens whose logits are held at once."""
     given = case.config.loss.chunk_tokens
-    if given != "auto":
-        return int(given)
+    return _auto_chunk(case) if given == "auto" else int(given)
+
+
+def _auto_chunk(case: Case) -> int:
     return auto_chunk_size(case.student.classes, is_cpu=not case.like_gpu, memory=case.gpu_memory)
 
 
@@ -203,12 +225,13 @@ def _score(case: Case, teacher: ModelShape) -> Owners:
     """Both models' states side by side and two tiles of logits (generation/scoring.py, losses/token_kl.py)."""
     tokens = _batch(case) * case.response_tokens
     states = tokens * (case.student.hidden * case.student_bytes + teacher.hidden * case.teacher_bytes)
-    chunk = min(chunk_tokens(case), tokens)
+    chunk = min(_auto_chunk(case), tokens)
     read = _batch(case) * case.columns * teacher.hidden * case.teacher_bytes
     drawn = 8 * min(_DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
     temporaries = 0 if uses_triton(case) else _TILES_OF_KL * _FP32 * chunk * case.student.classes
     return _sum(
         _writing(case),
+        _brought_in(case, teacher.head),
         _hidden_of_earlier_batches(case, teacher),
         {
             HIDDEN: read + states,
@@ -260,42 +283,61 @@ def _train(case: Case) -> Sequence[Owners]:
     is_checkpointed = case.config.model.gradient_checkpointing
     stored = inputs * (student.num_layers + 1) if is_checkpointed else kept * student.num_layers + inputs
     backward = tokens * student.backward_of_layer(itemsize)
-    loss_owners, formed = _losses(case)
+    losses, formed = _losses(case)
+    bucket = _bucket(case)
     always = _sum(
         {HIDDEN: teacher_states(case), GATHERED: _gathered(case, trained_parameters(case), itemsize)},
         {GATHERED: _gathered(case, case.teacher.head, case.teacher_bytes) if case.teacher else 0},
-        _gradient_buffers(case),
+        _brought_in(case, case.teacher.head) if case.teacher else {},
+        {GRADIENTS: _summed(case)},
     )
     final_norm = tokens * student.hidden * ((4 + 2 * itemsize) if student.is_rms else 2 * itemsize)
-    at_loss = _sum(always, {ACTIVATIONS: stored + final_norm}, loss_owners)
+    at_loss = _sum(always, {ACTIVATIONS: stored + final_norm}, bucket if case.zero_stage == 1 else {})
     recomputed = kept if is_checkpointed else 0
-    at_last_layer = _sum(
-        always, {ACTIVATIONS: stored + recomputed + backward, LOGITS: formed, GRADIENTS: student.layer * itemsize}
-    )
-    if case.zero_stage < 3:
-        return [at_loss, at_last_layer]
-    # A full bucket is laid out once more for its ranks (DeepSpeed's reduce_scatter_coalesced).
-    bucket = min(size, int(case.zero("reduce_bucket_size")))
-    left = int(stored * (1 - bucket / size))
-    at_bucket = _sum(always, {ACTIVATIONS: left + recomputed + backward, BUCKET: itemsize * bucket})
-    return [at_loss, at_last_layer, at_bucket]
-
-
-def _gradient_buffers(case: Case) -> Owners:
-    """What stages 0 to 2 hold of the gradient during training; stage 3 has its buffers all the time."""
-    size, itemsize, wide = case.student.size, case.student_bytes, case.gradient_bytes
+    of_layer = {ACTIVATIONS: stored + recomputed + backward, LOGITS: formed, GRADIENTS: student.layer * itemsize}
+    at_last_layer = _sum(always, bucket, of_layer)
+    moments = [*(_sum(at_loss, loss) for loss in losses), at_last_layer]
     if case.zero_stage == 3:
+        # A full bucket is laid out once more for its ranks (DeepSpeed's reduce_scatter_coalesced).
+        elements = min(size, int(case.zero("reduce_bucket_size")))
+        left = int(stored * (1 - elements / size))
+        full = {ACTIVATIONS: left + recomputed + backward, BUCKET: case.gradient_bytes * elements}
+        moments.append(_sum(always, full))
+    return [*moments, _sum(always, bucket, _last_reduction(case))]
+
+
+def _summed(case: Case) -> int:
+    """Bytes of gradients, besides resident ones, to which the backward passes add."""
+    if case.zero_stage == 2:
+        return case.gradient_bytes * partition_size(case) if case.passes > 1 else 0
+    return 0 if case.zero_stage == 3 or _sums_all(case) else case.gradient_bytes * case.student.size
+
+
+def _bucket(case: Case) -> Owners:
+    """The buffers through which stages 1 and 2 reduce while a backward pass runs; stage 3 has its own all the time."""
+    if case.zero_stage not in (1, 2) or _sums_all(case):
         return {}
-    if case.zero_stage == 0:
-        return {GRADIENTS: wide * size}
     buckets = 2 if case.zero("overlap_comm") else 1
-    part = partition_size(case)
-    gradients = wide * size if case.zero_stage == 1 else (wide * (2 if case.passes > 1 else 1)) * part
-    return {GRADIENTS: gradients, BUCKET: buckets * itemsize * int(case.zero("reduce_bucket_size"))}
+    return {BUCKET: buckets * case.student_bytes * int(case.zero("reduce_bucket_size"))}
 
 
-def _losses(case: Case) -> tuple[Owners, int]:
-    """What the losses hold at their fullest moment, and the gradients that they leave for the backward pass."""
+def _last_reduction(case: Case) -> Owners:
+    """What the reduction of the last gradients takes, when no activations are left."""
+    part, wide = case.gradient_bytes * partition_size(case), case.gradient_bytes > case.student_bytes
+    if _sums_all(case):  # in one piece
+        return {BUCKET: case.gradient_bytes * case.student.size if case.dp_size > 1 else 0}
+    if case.zero_stage != 2:
+        return {}
+    in_fp32 = _FP32 * min(case.student.size, int(case.zero("reduce_bucket_size"))) if wide else part
+    return {GRADIENTS: part + in_fp32}
+
+
+def _losses(case: Case) -> tuple[Sequence[Owners], int]:
+    """What the losses hold at their fullest moments, and the gradients that they leave for the backward pass.
+
+    The teacher's losses come first; what they leave for the head's gradient is there when that on references is
+    computed.
+    """
     student, itemsize = case.student, case.student_bytes
     tokens = case.rows * case.response_tokens
     mixed = case.like_gpu and itemsize == 2  # products read bf16 as it is; elsewhere float32 copies are made
@@ -306,33 +348,40 @@ def _losses(case: Case) -> tuple[Owners, int]:
     formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
     chunk = min(chunk_tokens(case), tokens)
     tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
-    if case.teacher is not None and case.config.loss.is_clipped and not uses_triton(case):
+    last = {HIDDEN: terms * tokens * per_token, LOGITS: terms * weight + tiles}
+    if case.teacher is None:
+        return [last], formed
+    wide = case.teacher_bytes + (0 if mixed or case.teacher_bytes == _FP32 else _FP32)
+    both = tokens * case.teacher.hidden * (case.teacher_bytes + wide)  # collated, and those that count
+    tiles += _FP32 * chunk * student.classes
+    tiles += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.teacher.head
+    if case.config.loss.is_clipped and not uses_triton(case):
         tiles += _TILES_OF_CLIPPING * _FP32 * chunk * student.classes
-    hidden = terms * tokens * per_token
-    logits = terms * weight + tiles
-    if case.teacher is not None:
-        wide = case.teacher_bytes + (0 if mixed or case.teacher_bytes == _FP32 else _FP32)
-        hidden += tokens * case.teacher.hidden * (case.teacher_bytes + wide)  # collated, and those that count
-        logits += _FP32 * chunk * student.classes
-        logits += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.teacher.head
-    return {HIDDEN: hidden, LOGITS: logits}, formed
+    first = {HIDDEN: tokens * per_token + both, LOGITS: weight + tiles}
+    return [first, _sum(last, {HIDDEN: both})], formed
 
 
 def _optimizer(case: Case) -> Sequence[Owners]:
     """AdamW on a float32 copy of the gradient; stage 3 goes through it in groups of ``sub_group_size``."""
     part, itemsize = partition_size(case), case.student_bytes
     alive = {HIDDEN: teacher_states(case)}
+    narrow = case.gradient_bytes if case.gradient_bytes < _FP32 else 0
     if case.zero_stage == 3:
         part = min(part, int(case.zero("sub_group_size")))
+        temporaries = (_FP32 + narrow) * part
+    elif case.zero_stage == 0:
+        alive[GRADIENTS] = case.gradient_bytes * part
+        temporaries = 0 if itemsize == _FP32 else _FP32 * part
+    elif _sums_all(case):
+        temporaries = 0
     else:
         alive[GRADIENTS] = case.gradient_bytes * part
-    is_flat = case.zero_stage > 0
-    wide = 0 if case.zero_stage == 0 and itemsize == _FP32 else _FP32 * part
-    flat = case.gradient_bytes * part if is_flat and case.gradient_bytes < _FP32 else 0
-    moments = [_sum(alive, {TEMPORARIES: wide + flat})]
-    if not case.like_gpu:  # on a GPU the update is one kernel
-        moments.append(_sum(alive, {TEMPORARIES: wide + _FOREACH_TEMPORARIES * part}))
-    return moments
+        of_norm = _FP64 * min(part, max(case.student.sizes))
+        temporaries = max(of_norm, (_FP32 + narrow) * part if narrow else 0)
+    if not case.like_gpu:  # on a GPU an update is one kernel
+        temporaries += _FOREACH_TEMPORARIES * part
+    waiting = {OPTIMIZER: _state(case) if case.config.parallel.offloads_optimizer else 0}
+    return [_sum(alive, waiting, {TEMPORARIES: temporaries})]
 
 
 def host_while_loading(case: Case) -> int:

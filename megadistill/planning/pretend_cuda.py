@@ -71,6 +71,12 @@ class _SaysCuda(TorchFunctionMode):
             if asker.startswith(_ASKERS):
                 return True if func == _IS_CUDA else CUDA
             return func(*args, **kwargs)
+        if func is torch.Tensor.backward:  # what is computed again in it chooses as it did before
+            names = ("gradient", "retain_graph", "create_graph", "inputs")
+            given = dict(zip(names, args[1:], strict=False)) | kwargs
+            with self:
+                torch.autograd.backward(args[0], given.pop("gradient", None), **given)
+            return None
         if func in _RMS_NORMS and _asker().startswith(_ASKERS):
             # One kernel on CUDA, several on CPUs: a product reads and writes as much.
             weight = kwargs["weight"] if "weight" in kwargs else args[2]

@@ -116,16 +116,16 @@ def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) 
     """Adds ``steps`` decoding steps in which ``tokens`` tokens are written to ``done``."""
     model, itemsize = case.student, case.student_bytes
     columns = case.prompt_tokens + _KV_READS * case.response_tokens
-    if case.records_steps:  # every step is that of all slots and columns
-        tokens, columns = examples * steps, case.columns
-    done.flops += 2 * (model.products + model.head) * tokens + _attention(model, tokens, columns)
+    # A recorded step is that of all slots and columns; only logits are those of texts that are still written.
+    read, columns = (examples * steps, case.columns) if case.records_steps else (tokens, columns)
+    done.flops += 2 * (model.products * read + model.head * tokens) + _attention(model, read, columns)
     unjoined = sum(2 * len(parts) - 2 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
     kernels = steps * model.num_layers * (_DECODE_LAYER + unjoined)
     if case.records_steps:
         done.recorded += kernels
     done.operations += steps * _DECODE_TOKEN + (0 if case.records_steps else kernels)
     weights = itemsize * (model.num_layers * model.layer + model.head)
-    done.memory_bytes += steps * weights + tokens * columns * model.kv_bytes(itemsize)
+    done.memory_bytes += steps * weights + read * columns * model.kv_bytes(itemsize)
     if case.tp_size > 1:
         calls = 2 * model.num_layers + model.is_tied
         done.send("tp", "all_reduce", steps * (calls + 1), tokens * (calls * model.hidden * itemsize + 8))

@@ -25,6 +25,7 @@ PAIRS = {
     "open_llama_7b_to_3b.yaml": "llama",
     "llama-13b_to_7b.yaml": "llama",
     "llama-13b_to_7b_2nodes.yaml": "llama",
+    "llama-13b_sft.yaml": "llama",  # no pair: the teacher is fine-tuned
     "qwen2.5-1.5b_to_0.5b.yaml": "qwen2",
     "qwen3-8b_to_1.7b.yaml": "qwen3",
 }

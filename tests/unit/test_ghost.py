@@ -131,12 +131,19 @@ def test_products_are_counted_however_they_are_written(is_ghost: bool) -> None:
     y, total = torch.empty(10, 20), torch.zeros(10, 20)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     onednn = torch.ops.mkldnn._linear_pointwise
+    linear, onto = torch.nn.functional.linear, total[None]
     products = [
-        lambda: onednn(x, packed, None, "none", [], ""), lambda: onednn(x, packed, weight[:, 0], "none", [], ""),
-        lambda: onednn.binary(x, total, packed, None, "add"), lambda: torch.mm(x, weight.T, out=y), lambda: total.addmm_(x, weight.T), lambda: x @ weight.T,
-        lambda: torch.nn.functional.linear(x, weight), lambda: torch.nn.functional.linear(x, weight, weight[:, 0]),
-        lambda: torch.baddbmm(total[None], x[None], weight.T[None]), lambda: total[None].baddbmm_(x[None], weight.T[None]),
-    ]  # fmt: skip
+        lambda: onednn(x, packed, None, "none", [], ""),
+        lambda: onednn(x, packed, weight[:, 0], "none", [], ""),
+        lambda: onednn.binary(x, total, packed, None, "add"),
+        lambda: torch.mm(x, weight.T, out=y),
+        lambda: total.addmm_(x, weight.T),
+        lambda: x @ weight.T,
+        lambda: linear(x, weight),
+        lambda: linear(x, weight, weight[:, 0]),
+        lambda: torch.baddbmm(onto, x[None], weight.T[None]),
+        lambda: onto.baddbmm_(x[None], weight.T[None]),
+    ]
     for mode in (torch.inference_mode, torch.no_grad):
         with Ghost(counter) if is_ghost else Counting(counter), mode():
             for i, product in enumerate(products):

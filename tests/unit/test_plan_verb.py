@@ -18,7 +18,7 @@ CONFIGS = ROOT / "configs"
 # The GPUs that each file is written for.
 SHIPPED = {
     "demo.yaml": 2, "demo_sft.yaml": 2, "smoke.yaml": 2, "gpt2-xl_to_gpt2.yaml": 1, "opt-6.7b_to_opt-1.3b.yaml": 4,
-    "open_llama_7b_to_3b.yaml": 4, "llama-13b_to_7b.yaml": 8, "llama-13b_to_7b_2nodes.yaml": 8,
+    "open_llama_7b_to_3b.yaml": 4, "llama-13b_to_7b.yaml": 8, "llama-13b_to_7b_2nodes.yaml": 8, "llama-13b_sft.yaml": 8,
     "qwen2.5-1.5b_to_0.5b.yaml": 1, "qwen3-8b_to_1.7b.yaml": 4,
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_shipped_runs_fit_their_machines(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["llama-13b_to_7b.yaml", "llama-13b_to_7b_2nodes.yaml"])
+@pytest.mark.parametrize("name", ["llama-13b_to_7b.yaml", "llama-13b_to_7b_2nodes.yaml", "llama-13b_sft.yaml"])
 def test_headers_predict_what_plan_predicts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     header = " ".join(line.strip("# \n") for line in (CONFIGS / name).open(encoding="utf-8") if line.startswith("#"))
     command = re.search(rf"megadistill plan --config configs/{name}( --nodes \d)?", header)

@@ -107,6 +107,7 @@ def counted_step(
     skips_decoding: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     inspect: Callable[[Components], None] | None = None,
+    repeats: int = 1,
 ) -> StepUse:
     """Builds a run and counts its third step (collective over the world). Call it where ``counter`` counts.
 
@@ -123,9 +124,10 @@ def counted_step(
         skips_decoding: Count most decoding steps from a few of them.
         progress: Told what begins.
         inspect: Gets the run after the step.
+        repeats: Count so many steps from the third on.
 
     Raises:
-        MegadistillError: The rows do not fit the configuration, or the step did not do what was to be counted.
+        MegadistillError: The rows do not fit the configuration, or a step did not do what was to be counted.
     """
     _check_lengths(config, lengths)
     counter.groups = Groups(context)
@@ -140,8 +142,9 @@ def counted_step(
     limit.tokens, writer.num_steps = lengths.response, 0
     counter.start()
     progress("the step that is counted")
-    result = _step(_WARM_UP_STEPS, _rows(components, lengths), components, counter)
-    _check_step(result, config, lengths)
+    for step in range(_WARM_UP_STEPS, _WARM_UP_STEPS + repeats):
+        result = _step(step, _rows(components, lengths), components, counter)
+        _check_step(result, config, lengths)
     if inspect is not None:
         inspect(components)
     return StepUse(

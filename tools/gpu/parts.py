@@ -86,6 +86,12 @@ def _checks(out: Path) -> list[Part]:
             record=out / "faults.json",
         ),
         Part(
+            "doctor",
+            "all collectives of one rank over NCCL, memory, clocks, disk",
+            ((*launch[:4], "doctor", *launch[4:]),),
+            60,
+        ),
+        Part(
             "demo",
             "the demo on one GPU, from corpus to table",
             ((_PYTHON, "-m", "megadistill", "demo", f"run.dir={out}/demo", "train.max_steps=40"),),
@@ -110,6 +116,7 @@ def _measurements(out: Path, device: str, vllm_python: Path | None) -> list[Part
         record = out / f"{name}.json"
         return Part(name, what, ((*command, *on, "--output", str(record)),), seconds, record=record, is_timed=True)
 
+    plan = ("--models", "tiny", "--vocab", "512", "--tokens", "16") if is_cpu else ()
     rollout = sizes if is_cpu else (*sizes, "--dtype", "bfloat16")
     if vllm_python is not None:
         rollout += ("--vllm-python", str(vllm_python))
@@ -118,6 +125,8 @@ def _measurements(out: Path, device: str, vllm_python: Path | None) -> list[Part
              (*bench, "loss", "--tp", "1", *loss), 90),
         part("rollout", "decoding against transformers' generate, and vLLM where --vllm-python names one",
              (*bench, "rollout", "--no-parallel", "--rows", "2" if is_cpu else "16", *rollout), 90),
+        part("plan", "memory and seconds of a step beside its dry run",
+             (_PYTHON, "-m", "tools.gpu.against_plan", *plan), 120),
         part("step", "a step against TRL's trainer",
              (*bench, "step", "--rows", "2" if is_cpu else "16", *sizes), 120),
     ]  # fmt: skip

@@ -42,6 +42,11 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
     Yields:
         The device.
     """
+
+    class Graph(_Graph):  # a class: modules that are imported meanwhile name it in annotations
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(counter)
+
     table: dict[str, Any] = {
         "synchronize": lambda *_, **__: None,
         "get_device_properties": lambda *_, **__: SimpleNamespace(total_memory=memory, name="dry run"),
@@ -51,7 +56,7 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
         "Stream": _Stream,
         "current_stream": lambda *_, **__: _Stream(),
         "stream": lambda *_, **__: nullcontext(),
-        "CUDAGraph": lambda *_, **__: _Graph(counter),
+        "CUDAGraph": Graph,
         "graph": _capture,
     }
     mode, engine = _SaysCuda(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]

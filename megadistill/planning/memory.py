@@ -382,14 +382,3 @@ def _optimizer(case: Case) -> Sequence[Owners]:
         temporaries += _FOREACH_TEMPORARIES * part
     waiting = {OPTIMIZER: _state(case) if case.config.parallel.offloads_optimizer else 0}
     return [_sum(alive, waiting, {TEMPORARIES: temporaries})]
-
-
-def host_while_loading(case: Case) -> int:
-    """Bytes of a process in host memory: its slice of one model, and the two largest tensors that it is cut from."""
-    models = [(case.student, case.student_bytes), (case.teacher, case.teacher_bytes)]
-    return max(itemsize * (model.size + 2 * model.largest_tensor) for model, itemsize in models if model is not None)
-
-
-def host_while_saving(case: Case) -> int:
-    """Bytes of a process's copy of weights and moments, from which a checkpoint is written."""
-    return 3 * _FP32 * -(-case.models.student.size // case.world_size)

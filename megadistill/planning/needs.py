@@ -1,12 +1,13 @@
-"""What a run needs at least, before it starts: its layout, and bytes of devices, hosts, and disk, by docs/memory.md."""
+"""What a run needs at least, before it starts: its layout, and bytes of devices, hosts, and disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megadistill.config.schema import RunConfig
-from megadistill.models.loading import DTYPES, load_model_config
-from megadistill.models.model_size import num_parameters
+from megadistill.planning.case import Case, Models
+from megadistill.planning.memory import resident
+from megadistill.planning.storage import checkpoint_bytes, host_while_saving
 from megadistill.training.setup import check_models, model_paths, run_tokenizer
 
 
@@ -16,7 +17,7 @@ class Needs:
 
     Attributes:
         tp_size: Tensor-parallel size.
-        device_bytes: Of each process's device: weights, gradients, optimizer.
+        device_bytes: Of each process's device: what stays there between steps.
         host_bytes: Of each process's host memory: a checkpoint in the making.
         checkpoint_bytes: Of the disk, for each checkpoint.
     """
@@ -39,14 +40,10 @@ def needs_of(config: RunConfig, world_size: int) -> Needs:
     """
     tp_size = check_models(config, world_size)
     run_tokenizer(config)
-    paths, stage = model_paths(config), config.parallel.zero_stage
-    counts = {key: num_parameters(load_model_config(path, key)) for key, path in paths.items()}
-    low = DTYPES[config.model.student.dtype].itemsize
-    student, teacher = counts["model.student.path"], counts.get("model.teacher.path", 0)
-    # ZeRO shares the optimizer from stage 1 on, gradients from 2, weights from 3.
-    masters = 12 if low == 2 else 8
-    shared = {0: 0, 1: masters, 2: masters + low, 3: masters + 2 * low}[stage]
-    device = student * ((masters + 2 * low - shared) / tp_size + shared / world_size)
-    device += teacher * DTYPES[config.model.teacher.dtype].itemsize / (world_size if stage == 3 else tp_size)
-    extra = low if world_size > 1 else 0
-    return Needs(tp_size, int(device), student * (12 + extra) // world_size, student * (12 + low))
+    model = config.model
+    for key, path in model_paths(config).items():  # a model may be a run, whose student is in its checkpoint
+        role = key.split(".")[1]
+        model = model.model_copy(update={role: getattr(model, role).model_copy(update={"path": str(path)})})
+    config = config.model_copy(update={"model": model})
+    case = Case.of(config, Models.of(config), nodes=1, gpus_per_node=world_size, gpu_memory=0)
+    return Needs(tp_size, sum(resident(case).values()), host_while_saving(case), checkpoint_bytes(case))

@@ -43,6 +43,11 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
     Yields:
         The device.
     """
+
+    class Graph(_Graph):  # a class: modules that are imported meanwhile name it in annotations
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__(counter)
+
     table: dict[str, Any] = {
         "synchronize": lambda *_, **__: None,
         "get_device_properties": lambda *_, **__: SimpleNamespace(total_memory=memory, name="dry run"),
@@ -52,10 +57,18 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
         "Stream": _Stream,
         "current_stream": lambda *_, **__: _Stream(),
         "stream": lambda *_, **__: nullcontext(),
-        "CUDAGraph": lambda *_, **__: _Graph(counter),
+        "CUDAGraph": Graph,
         "graph": _capture,
     }
-    with mock.patch.multiple(torch.cuda, **table), _SaysCuda():
+    mode, engine = _SaysCuda(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        """Torch leaves modes while it looks for gradients, but what is computed again must choose as it did before."""
+        with mode:
+            return engine(*args, **kwargs)
+
+    backward = mock.patch.object(torch.autograd, "_engine_run_backward", run_backward)
+    with mock.patch.multiple(torch.cuda, **table), backward, mode:
         yield CUDA
 
 
@@ -71,12 +84,6 @@ class _SaysCuda(TorchFunctionMode):
             if asker.startswith(_ASKERS):
                 return True if func == _IS_CUDA else CUDA
             return func(*args, **kwargs)
-        if func is torch.Tensor.backward:  # what is computed again in it chooses as it did before
-            names = ("gradient", "retain_graph", "create_graph", "inputs")
-            given = dict(zip(names, args[1:], strict=False)) | kwargs
-            with self:
-                torch.autograd.backward(args[0], given.pop("gradient", None), **given)
-            return None
         if func in _RMS_NORMS and _asker().startswith(_ASKERS):
             # One kernel on CUDA, several on CPUs: a product reads and writes as much.
             weight = kwargs["weight"] if "weight" in kwargs else args[2]

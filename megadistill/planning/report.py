@@ -11,7 +11,7 @@ from megadistill.evaluation.report import text_table
 from megadistill.planning.case import Case
 from megadistill.planning.compare import Comparison
 from megadistill.planning.gpus import Gpu
-from megadistill.planning.memory import OWNERS, host_while_loading, host_while_saving
+from megadistill.planning.memory import OWNERS
 from megadistill.planning.search import (
     CHECKPOINTING,
     FRAGMENTATION,
@@ -23,6 +23,7 @@ from megadistill.planning.search import (
     changes,
     needed_bytes,
 )
+from megadistill.planning.storage import host_while_loading, host_while_saving
 from megadistill.planning.times import PhaseTime, crosses_nodes, rate_assumptions, step_seconds
 from megadistill.planning.use import StepUse
 

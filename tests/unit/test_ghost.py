@@ -236,6 +236,16 @@ def test_only_this_package_takes_tensors_for_a_gpus() -> None:
     assert is_packable(x)
 
 
+def test_what_is_computed_again_makes_the_same_choices(models: Path) -> None:
+    layout = Layout(1, 1, 3, "bf16", checkpoints=True)
+    stored, recomputed = (
+        ghost(models, dataclasses.replace(layout, checkpoints=c), like_gpu=True, gpu_memory=2**34)
+        for c in (False, True)
+    )
+    flops = [use.phases[-2].flops for use in (stored, recomputed)]
+    assert 1.1 * flops[0] < flops[1] < 1.35 * flops[0]
+
+
 def test_a_recorded_graph_is_one_launch_with_all_that_was_recorded() -> None:
     counter = Counter()
     with Ghost(counter), pretend_cuda(counter, 2**34), counter.phase("rollout"):

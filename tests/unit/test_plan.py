@@ -18,11 +18,12 @@ from megadistill.planning.case import Case, Models
 from megadistill.planning.compare import compare
 from megadistill.planning.formulas import step_use
 from megadistill.planning.gpus import GPUS
+from megadistill.planning.needs import needs_of
 from megadistill.planning.search import Candidate, changes, fits, nearest, sweep
 from megadistill.planning.shape import ModelOutline
 from megadistill.planning.times import measured_factors, phase_times, step_seconds
 from megadistill.training.passes import passes_within_budget
-from tests.support.runs import FAMILY_CONFIGS
+from tests.support.runs import FAMILY_CONFIGS, settings, write_assets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -316,3 +317,13 @@ def test_rates_of_a_run_correct_the_times(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert measured_factors(metrics, H100, 8) == {"train": pytest.approx(3)}
+
+
+def test_doctor_needs_what_is_resident(tmp_path: Path) -> None:
+    """The doctor's lower bounds are the planner's, for models of a run too."""
+    write_assets(tmp_path)
+    config = load_config(CONFIGS / "base.yaml", [f"run.dir={tmp_path}", *settings(tmp_path, "llama")])
+    needs = needs_of(config, 2)
+    case = Case.of(config, Models.of(config), nodes=1, gpus_per_node=2, gpu_memory=0)
+    assert needs.tp_size == case.tp_size and needs.device_bytes == sum(step_use(case).resident.values())
+    assert needs.checkpoint_bytes == 16 * case.models.student.size == 2 * needs.host_bytes

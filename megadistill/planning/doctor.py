@@ -150,6 +150,8 @@ def _models(config: RunConfig, world_size: int, seen: Seen) -> list[Finding]:
 
     paths = [config.model.teacher.path, config.model.student.path, config.model.tokenizer]
     names = [path for path in paths if path is not None and not Path(path).exists()]
+    if names and config.run.prepare != "none":
+        return [Finding("models", OK, f"the first start makes them (run.prepare={config.run.prepare})", "")]
     findings = []
     if names:
         is_offline = offline_if_unreachable()

@@ -60,7 +60,7 @@ def test_pairs_train_with_small_models_in_their_place(name: str, family: str, tm
         "data.template=alpaca",
         "parallel.tp_size=1",
     ]
-    run = (str(tmp_path / "run"), settings(tmp_path, family, "train.max_steps=1", *small))
+    run = (str(tmp_path / "run"), settings(tmp_path, family, "train.epochs=null", "train.max_steps=1", *small))
     run_layout(1, [run], config=ROOT / "configs" / name)
     assert len(losses(tmp_path / "run")) == 1
 

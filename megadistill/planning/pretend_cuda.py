@@ -60,7 +60,7 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
         "CUDAGraph": Graph,
         "graph": _capture,
     }
-    mode, engine = _SaysCuda(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    mode, engine = _SaysCuda(), torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         """Torch leaves modes while it looks for gradients, but what is computed again must choose as it did before."""

@@ -143,8 +143,7 @@ def counted_step(
     counter.start()
     progress("the step that is counted")
     for step in range(_WARM_UP_STEPS, _WARM_UP_STEPS + repeats):
-        result = _step(step, _rows(components, lengths), components, counter)
-        _check_step(result, config, lengths)
+        _check_step(_step(step, _rows(components, lengths), components, counter), config, lengths)
     if inspect is not None:
         inspect(components)
     return StepUse(

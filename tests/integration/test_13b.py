@@ -153,4 +153,4 @@ def _check_export(work: Path) -> None:
     assert changed
     assert len(AutoTokenizer.from_pretrained(folder)) == len(AutoTokenizer.from_pretrained(work / "student"))
     evaluation = json.loads((work / "runs" / "llama-13b_to_7b" / "evaluation.json").read_text(encoding="utf-8"))
-    assert evaluation["results"]["llama-13b_to_7b"]["dolly"]
+    assert evaluation["results"]["student"]["dolly"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megadistill.data.collate import SequenceBatch
 from megadistill.parallel.collectives import all_reduce_sum
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 
@@ -65,11 +66,11 @@ def train_step(student: Any, passes: int, step: int = 0, lr: float = 1.0, rows_a
     batch = torch.randint(0, V, (rows, 9), generator=generator)
     for tokens in batch.split(rows_a_pass):
         positions = torch.arange(9).expand_as(tokens)
-        loss = student.forward(tokens, torch.ones_like(tokens), positions, squares(tokens, context, rows))
+        whole = SequenceBatch(tokens, torch.ones_like(tokens), positions, tokens, (9,) * len(tokens))
+        is_last = len(losses) + 1 == passes
+        loss = student.forward(whole, squares(tokens, context, rows), is_last=is_last)
         student.backward(loss)
         losses.append(float(loss.detach()))
-        if len(losses) < passes:
-            student.end_micro_step()
     student.step(lr)
     return losses
 

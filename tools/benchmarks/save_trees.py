@@ -113,9 +113,21 @@ def _worker(folder: Path, saves: int, hidden: int, layers: int) -> list[dict[str
         return [_save(writer, student, context, number) for number in range(saves + 1)][1:]
 
 
+def _forward(student: Any, tokens: torch.Tensor, objective: Any) -> torch.Tensor:
+    """A pass over whole rows, by this version's interface or that of before."""
+    ones, positions = torch.ones_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
+    if "is_last" not in inspect.signature(student.forward).parameters:
+        loss: torch.Tensor = student.forward(tokens, ones, positions, objective)
+        return loss
+    from megadistill.data.collate import SequenceBatch
+
+    batch = SequenceBatch(tokens, ones, positions, tokens, (tokens.shape[1],) * len(tokens))
+    loss = student.forward(batch, objective, is_last=True)
+    return loss
+
+
 def _save(writer: Any, student: Any, context: Any, number: int) -> dict[str, float]:
     tokens = torch.randint(0, 1000, (2 // context.dp_size, _TOKENS))
-    positions = torch.arange(_TOKENS).expand_as(tokens)
 
     def objective(hidden: torch.Tensor, head: Any) -> torch.Tensor:
         return (hidden @ head.weight.t()).float().logsumexp(-1).mean()
@@ -125,7 +137,7 @@ def _save(writer: Any, student: Any, context: Any, number: int) -> dict[str, flo
     writer.begin(number, {}, is_hurried=True)  # not compared with the student
     waits = time.perf_counter() - begun
     started = time.perf_counter()
-    student.backward(student.forward(tokens, torch.ones_like(tokens), positions, objective))
+    student.backward(_forward(student, tokens, objective))
     student.step(1e-5)
     step = time.perf_counter() - started
     writer.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,9 @@ def _student(rank: int, tp_size: int, dp_size: int, dtype: torch.dtype, whole_on
         if start < end and (spec.dim is not None or tp_rank == 0):
             parts.append(LocalPart(name, start, end - start, False, {MASTER: flat[start:end]}))
     module = SimpleNamespace(parameters=lambda: iter([torch.empty(0, dtype=dtype)]))
-    return SimpleNamespace(loaded=loaded, module=module, shard_specs=specs, parts_to_write=lambda: parts)
+    return SimpleNamespace(
+        loaded=loaded, module=module, shard_specs=specs, parts_to_write=lambda: parts, state_present=nullcontext
+    )
 
 
 def _write(rank: int, tp_size: int, folder: Path, dtype: torch.dtype, share: int, whole_on: int | None) -> Any:

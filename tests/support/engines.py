@@ -61,7 +61,8 @@ def make_student(path: Path, context: Any, *, dtype: str, micro_batches: int = 1
 
 def train_step(student: Any, passes: int, step: int = 0, lr: float = 1.0, rows_a_pass: int = 1) -> list[float]:
     """One update from random rows of this data-parallel rank, the same ones in any number of passes; their losses."""
-    context, losses, rows = student.context, [], passes * rows_a_pass
+    losses: list[float] = []
+    context, rows = student.context, passes * rows_a_pass
     generator = torch.Generator().manual_seed(step * 1000 + context.dp_rank)
     batch = torch.randint(0, V, (rows, 9), generator=generator)
     for tokens in batch.split(rows_a_pass):

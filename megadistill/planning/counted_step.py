@@ -25,6 +25,7 @@ from megadistill.models.loading import load_model_config
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
 from megadistill.planning.counter import Counter, Counting
+from megadistill.planning.known import with_model_paths
 from megadistill.planning.owners import BUCKET, GRADIENTS, OPTIMIZER, STUDENT, TEACHER
 from megadistill.planning.sampled_decoding import CountedWriter
 from megadistill.planning.traffic import Groups
@@ -66,13 +67,11 @@ def models_as_files(config: RunConfig, folder: Path) -> RunConfig:
     Raises:
         ConfigError: A model has no readable configuration.
     """
-    model = config.model
+    files = {}
     for key, path in model_paths(config).items():
-        role = key.split(".")[1]
-        file = folder / f"{role}.json"
-        load_model_config(path, key).to_json_file(file, use_diff=False)
-        model = model.model_copy(update={role: getattr(model, role).model_copy(update={"path": str(file)})})
-    return config.model_copy(update={"model": model})
+        files[key] = str(folder / f"{key}.json")
+        load_model_config(path, key).to_json_file(files[key], use_diff=False)
+    return with_model_paths(config, files)
 
 
 def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:

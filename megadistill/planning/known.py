@@ -36,17 +36,30 @@ def with_configurations(
     Raises:
         CheckpointError: A run has no checkpoint.
     """
-    notes = []
-    model = config.model
+    notes, paths = [], {}
     for role in ("teacher", "student"):
-        section = getattr(model, role)
-        if section.path is None or (role == "teacher" and not config.needs_teacher):
+        path = getattr(config.model, role).path
+        if path is None or (role == "teacher" and not config.needs_teacher):
             continue
-        path, note = _configuration(section.path, made, folder / f"{role}.json")
+        key = f"model.{role}.path"
+        paths[key], note = _configuration(path, made, folder / f"{role}.json")
         if note:
-            notes.append(f"model.{role}.path: {note}")
-        model = model.model_copy(update={role: section.model_copy(update={"path": path})})
-    return config.model_copy(update={"model": model}), tuple(notes)
+            notes.append(f"{key}: {note}")
+    return with_model_paths(config, paths), tuple(notes)
+
+
+def with_model_paths(config: RunConfig, paths: Mapping[str, str]) -> RunConfig:
+    """The configuration with other paths of its models.
+
+    Args:
+        config: The configuration of the run.
+        paths: "model.teacher.path" or "model.student.path" -> the path.
+    """
+    model = config.model
+    for key, path in paths.items():
+        role = key.split(".")[1]
+        model = model.model_copy(update={role: getattr(model, role).model_copy(update={"path": path})})
+    return config.model_copy(update={"model": model})
 
 
 def _configuration(path: str, made: Mapping[str, Mapping[str, Any]], target: Path) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megadistill.config.schema import RunConfig
 from megadistill.planning.case import Case, Models
+from megadistill.planning.known import with_model_paths
 from megadistill.planning.memory import resident
 from megadistill.planning.storage import checkpoint_bytes, host_while_saving
 from megadistill.training.setup import check_models, model_paths, run_tokenizer
@@ -40,10 +41,6 @@ def needs_of(config: RunConfig, world_size: int) -> Needs:
     """
     tp_size = check_models(config, world_size)
     run_tokenizer(config)
-    model = config.model
-    for key, path in model_paths(config).items():  # a model may be a run, whose student is in its checkpoint
-        role = key.split(".")[1]
-        model = model.model_copy(update={role: getattr(model, role).model_copy(update={"path": str(path)})})
-    config = config.model_copy(update={"model": model})
+    config = with_model_paths(config, model_paths(config))  # a model may be a run, whose student is in its checkpoint
     case = Case.of(config, Models.of(config), nodes=1, gpus_per_node=world_size, gpu_memory=0)
     return Needs(tp_size, sum(resident(case).values()), host_while_saving(case), checkpoint_bytes(case))

@@ -117,7 +117,7 @@ def rows(card: Card, dry: StepUse) -> list[dict[str, Any]]:
     found = []
     for phase in dry.phases:
         times = card.seconds[phase.name]
-        per_step = len(times) // max(1, min(len(times), _ROUNDS))  # a phase may run more than once a step
+        per_step = len(times) // _ROUNDS  # a phase may run more than once a step
         steps = [sum(times[i : i + per_step]) for i in range(0, len(times), per_step)]
         seconds = statistics.median(steps)
         found.append(

@@ -23,9 +23,16 @@ _WAIT_S = 120
 class Run:
     """A run of one process that would go on for long."""
 
-    def __init__(self, run_dir: Path, *settings: str) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        words = ["train", "--config", "configs/smoke.yaml", f"run.dir={run_dir}", "train.save_every=3", *settings]
+        words = [
+            "train",
+            "--config",
+            "configs/smoke.yaml",
+            f"run.dir={run_dir}",
+            "train.save_every=3",
+            "train.max_steps=100000",
+        ]
         self.log = run_dir.with_suffix(".log").open("a", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megadistill", *words], cwd=ROOT, stdout=self.log, stderr=self.log
@@ -61,14 +68,14 @@ class Run:
 
 def check(run_dir: Path, number: signal.Signals) -> dict[str, object]:
     """One fault; what it cost."""
-    run = Run(run_dir, "train.max_steps=100000")
+    run = Run(run_dir)
     try:
         run.wait_for_step(4)
     except SystemExit:
         run.end(signal.SIGKILL)
         raise
     code, last, saved = run.end(number), max(run.steps()), run.saved()
-    again = Run(run_dir, "train.max_steps=100000", "train.save_every=3")
+    again = Run(run_dir)
     try:
         again.wait_for_step(saved + 4)
     finally:

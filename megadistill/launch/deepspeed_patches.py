@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -38,8 +39,9 @@ def skip_memory_reports() -> None:
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
-def trust_other_ranks() -> None:
-    """Makes DeepSpeed take for granted that all ranks hold the same lists, for a dry run, which has no other ranks.
+@contextmanager
+def trust_other_ranks() -> Iterator[None]:
+    """Lets DeepSpeed take for granted that all ranks hold the same lists, for a dry run, which has no other ranks.
 
     ZeRO-3 asserts it by asking rank 0.
     """
@@ -50,7 +52,12 @@ def trust_other_ranks() -> None:
     def any_length(numbers: list[int]) -> None:
         pass
 
+    theirs = zero_utils.get_lst_from_rank0, zero_utils.assert_lst_len_same_as_other_ranks
     zero_utils.get_lst_from_rank0, zero_utils.assert_lst_len_same_as_other_ranks = own_list, any_length
+    try:
+        yield
+    finally:
+        zero_utils.get_lst_from_rank0, zero_utils.assert_lst_len_same_as_other_ranks = theirs
 
 
 def destroy_process_groups() -> None:

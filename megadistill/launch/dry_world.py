@@ -15,15 +15,16 @@ import torch
 def dry_world(rank: int, world_size: int) -> Iterator[None]:
     """Initializes torch.distributed with torch's "fake" backend, and DeepSpeed above it.
 
-    For a process that does nothing else: DeepSpeed's checks of what other ranks hold are switched off for good.
+    Meanwhile the environment says which rank this is, and DeepSpeed's checks of what other ranks hold are off.
 
     Args:
         rank: Which rank this process is.
         world_size: Processes in all.
     """
     ours = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_SIZE": 1}
+    ours |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    before = {name: os.environ.get(name) for name in ours}
     os.environ |= {name: str(value) for name, value in ours.items()}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     import deepspeed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -34,14 +35,22 @@ def dry_world(rank: int, world_size: int) -> Iterator[None]:
         trust_other_ranks,
     )
 
-    disable_shm_op()
-    skip_muon_compilation()
-    trust_other_ranks()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     try:
-        yield
+        disable_shm_op()
+        skip_muon_compilation()
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        try:
+            with trust_other_ranks():
+                yield
+        finally:
+            destroy_process_groups()
     finally:
-        destroy_process_groups()
+        # What this process starts later is not a rank of that world.
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -63,17 +63,22 @@ def product_shapes(
     return shapes
 
 
-def choose_layouts(setting: Setting, shapes: Mapping[str, Shape], file: Path | None = None) -> ProductLayouts:
-    """The layouts of float32 weights on this CPU.
+def choose_layouts(
+    setting: Setting, shapes: Mapping[str, Shape], dtype: torch.dtype, file: Path | None = None
+) -> ProductLayouts:
+    """The layouts of weights on this CPU; only float32 has several.
 
     Does not communicate: one rank chooses, and all others are given its choice.
 
     Args:
         setting: "packed" or "plain" everywhere, or what a measurement finds.
         shapes: Of ``product_shapes``.
+        dtype: Of the weights.
         file: Where measurements are remembered; default: in the user's cache.
     """
     assert setting in get_args(Setting)
+    if dtype != torch.float32:
+        return PACKED
     if setting != "auto" or not torch.backends.mkldnn.is_available():
         return PACKED if setting == "packed" else _PLAIN
     measured = {name: shape for name, shape in shapes.items() if _FEWEST <= shape[0] * shape[1] <= _MOST}

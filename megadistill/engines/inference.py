@@ -58,7 +58,7 @@ def open_model(
         layouts = PACKED
         if context.device.type == "cpu":
             head = model.get_output_embeddings().weight
-            layouts = choose_layouts("auto", product_shapes(plan, head, lambda weight: weight.shape))
+            layouts = choose_layouts("auto", product_shapes(plan, head, lambda weight: weight.shape), head.dtype)
         yield make_decoder(model, plan, shard, context.device, layouts)
         return
     from megadistill.engines.partitioned import frozen_model

@@ -81,8 +81,9 @@ class PartitionedModel:
         self._plan = loaded.family.plan(engine.module)
         self._layouts = PACKED
         if context.device.type == "cpu":
-            shapes = product_shapes(self._plan, engine.module.get_output_embeddings().weight, shard_shape)
-            self._layouts = context.run_on_rank0(lambda: choose_layouts(cpu_products, shapes))
+            head = engine.module.get_output_embeddings().weight
+            shapes = product_shapes(self._plan, head, shard_shape)
+            self._layouts = context.run_on_rank0(lambda: choose_layouts(cpu_products, shapes, head.dtype))
         if loaded.weights is not None:
             self.fill(loaded.weights, WEIGHT)
             self.loaded = replace(loaded, weights=None)

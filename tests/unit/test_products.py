@@ -114,12 +114,18 @@ def test_shapes_are_those_of_the_joined_weights() -> None:
     assert product_shapes(None, model.lm_head.weight, lambda weight: weight.shape).keys() == {"head"}
 
 
+def _choose(setting: Any, shapes: dict[str, Any], file: Path | None = None) -> ProductLayouts:
+    return choose_layouts(setting, shapes, torch.float32, file)
+
+
 def test_settings_need_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "_measure", lambda _: pytest.fail("measured"))
     file = tmp_path / "products.json"
-    assert choose_layouts("packed", SHAPES, file) == PACKED
-    assert choose_layouts("plain", SHAPES, file) == TRANSPOSED
-    assert choose_layouts("auto", {name: (8, 8) for name in SHAPES}, file) == PACKED, "too small to matter"
+    assert _choose("packed", SHAPES, file) == PACKED
+    assert _choose("plain", SHAPES, file) == TRANSPOSED
+    assert _choose("auto", {name: (8, 8) for name in SHAPES}, file) == PACKED, "too small to matter"
+    # Nothing but float32 has several layouts.
+    assert choose_layouts("auto", SHAPES, torch.bfloat16, file) == PACKED
     assert not file.exists()
 
 
@@ -135,20 +141,20 @@ def test_what_was_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(layouts, "_measure", counted)
     monkeypatch.setattr(layouts, "_SECONDS", 1e-5)
     file = tmp_path / "below" / "products.json"
-    first = choose_layouts("auto", SHAPES, file)
+    first = _choose("auto", SHAPES, file)
     assert first.read in ("packed", "plain") and {*first[:5]} <= {"packed", "transposed"}
-    assert choose_layouts("auto", SHAPES, file) == first and len(calls) == 1
-    choose_layouts("auto", SHAPES | {"head": (400, 128)}, file)
+    assert _choose("auto", SHAPES, file) == first and len(calls) == 1
+    _choose("auto", SHAPES | {"head": (400, 128)}, file)
     assert len(calls) == 2 and len(json.loads(file.read_text(encoding="utf-8"))) == 2
     for damaged in ("{", "[]", json.dumps({key: {"qkv": "x"} for key in json.loads(file.read_text(encoding="utf-8"))})):
         file.write_text(damaged, encoding="utf-8")
-        choose_layouts("auto", SHAPES, file)
+        _choose("auto", SHAPES, file)
     assert len(calls) == 5
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    choose_layouts("auto", SHAPES)
+    _choose("auto", SHAPES)
     assert (tmp_path / "user" / "megadistill" / "products.json").is_file()
     monkeypatch.setattr(layouts, "write_json", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
-    assert choose_layouts("auto", SHAPES, tmp_path / "other.json") == PACKED  # a choice that the next start repeats
+    assert _choose("auto", SHAPES, tmp_path / "other.json") == PACKED  # a choice that the next start repeats
     assert len(calls) == 7
 
 

@@ -39,9 +39,7 @@ OWNED = {
     f"{_ZERO}stage": "parallel.zero_stage",
     f"{_ZERO}stage3_gather_16bit_weights_on_model_save": "nothing: checkpoints hold standard weights",
     f"{_ZERO}offload_optimizer": "parallel.offload",
-    # DeepSpeed 0.19.8 fails on a model without an optimizer there, and its groups take no notice of tensor parallelism.
-    f"{_ZERO}zero_hpz_partition_size": "nothing: hierarchical partitioning does not work with a teacher or with "
-    "parallel.tp_size > 1",
+    f"{_ZERO}zero_hpz_partition_size": "parallel.zero.hpz_partition_size",
     **{f"{_ZERO}{theirs}": f"parallel.zero.{ours}" for theirs, ours in ZERO_KEYS.items()},
     **{f"{_ZERO}{ours}": f"parallel.zero.{ours}" for ours in ZERO_KEYS.values()},  # DeepSpeed takes these names, too
 }

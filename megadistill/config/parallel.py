@@ -37,6 +37,11 @@ class ZeroSection(Section):
         description="ZeRO 3: a parameter stays gathered where it is used again within so many elements of others; "
         "0 releases each layer after its use.",
     )
+    hpz_partition_size: PositiveInt = Field(
+        1,
+        description="ZeRO 3: data-parallel ranks, of one machine, that together keep the weights once more (hpZ): all "
+        "but the first gathering after an update is among them. 1: none.",
+    )
 
 
 # The lowest ZeRO stage at which a key has an effect.
@@ -70,6 +75,16 @@ class ParallelSection(Section):
     def offloads_teacher(self) -> bool:
         """Whether the teacher's weights wait in host memory."""
         return self.offload in ("teacher", "both")
+
+    @model_validator(mode="after")
+    def _secondary_partitions(self) -> "ParallelSection":
+        require_combination(
+            self.zero.hpz_partition_size == 1 or not self.offloads_teacher,
+            f"parallel.offload={self.offload} moves the teacher's weights off the device, and "
+            f"parallel.zero.hpz_partition_size={self.zero.hpz_partition_size} keeps them there once more",
+            ("parallel.offload", "parallel.zero.hpz_partition_size"),
+        )
+        return self
 
     @model_validator(mode="after")
     def _stages(self) -> "ParallelSection":

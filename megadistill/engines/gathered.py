@@ -93,12 +93,15 @@ def gathered_parameters(parameters: Sequence[nn.Parameter | None]) -> Iterator[N
 def _gathered(partitioned: Sequence[ZeroParameter]) -> Iterator[None]:
     """``deepspeed.zero.GatheredParameters``, but small parameters are gathered many in one call.
 
-    DeepSpeed's own gathers one parameter after the other.
+    DeepSpeed's own gathers one parameter after the other, and never from secondary partitions.
     """
     missing = [p for p in partitioned if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     small = [p for p in missing if p.ds_numel * p.element_size() <= _SMALL_BYTES]
     for start in range(0, len(small), _TOGETHER):
         together = small[start : start + _TOGETHER]
         together[0].all_gather_coalesced(together).wait()
+    for parameter in missing:
+        if parameter.ds_secondary_tensor is not None and parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            parameter.all_gather_coalesced([parameter]).wait()
     with deepspeed.zero.GatheredParameters(list(partitioned), modifier_rank=None):
         yield

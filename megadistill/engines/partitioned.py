@@ -26,6 +26,8 @@ from megadistill.engines.gathered import gathered_module, gathered_parameters, k
 from megadistill.engines.host_memory import HostMemory
 from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape, weight_tensors
+from megadistill.engines.secondary_partition import forget_secondary_partitions, secondary_partitions
+from megadistill.engines.zero_parameter import partitioned_ones
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
 from megadistill.models.loading import LoadedModel, WeightSource
@@ -109,6 +111,7 @@ class PartitionedModel:
         parameters = dict(self.module.named_parameters())
         for name in weights.stream(parameters):
             self._fill_parameter(name, parameters[name], weights, kind)
+        forget_secondary_partitions(partitioned_ones(parameters.values()))
 
     def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
         spec, tp_rank = self.shard_specs[name], self.context.tp_rank
@@ -254,7 +257,7 @@ def frozen_model(
         device_type=context.device.type,
         passed=deepspeed_settings,
     )
-    engine = initialize(model, config, context)
+    engine = initialize(model, config, context, hpz_partition_size=zero.hpz_partition_size if zero else 1)
     # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
     return PartitionedModel(engine, loaded, context, cpu_products, offload_weights=offload)
@@ -265,6 +268,8 @@ def initialize(
     config: dict[str, Any],
     context: ParallelContext,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    hpz_partition_size: int = 1,
 ) -> deepspeed.DeepSpeedEngine:
     """``deepspeed.initialize`` with corrections: float32 buffers, timeouts, and the head as an external parameter.
 
@@ -275,14 +280,16 @@ def initialize(
         config: DeepSpeed's configuration (``ds_config``).
         context: The grid of processes, whose timeout DeepSpeed's own groups get, too.
         optimizer: The optimizer of a model that is trained.
+        hpz_partition_size: Of ``parallel.zero``.
 
     Raises:
         ConfigError: DeepSpeed refuses its settings.
+        TopologyError: The processes cannot be divided like that.
     """
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 put every angle off by one percent.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
     try:
-        with NothingToCopy(model):
+        with NothingToCopy(model), secondary_partitions(context, hpz_partition_size):
             engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
     except ValidationError as error:
         raise ConfigError(_refused(error)) from None

@@ -267,7 +267,7 @@ def trained_model(
         passed=deepspeed_settings,
     )
     adamw = _adamw(model, optim, context.device)
-    engine = initialize(model, config, context, adamw)
+    engine = initialize(model, config, context, adamw, hpz_partition_size=zero.hpz_partition_size if zero else 1)
     if needs_wide_gradients(dtype, optim):
         _sum_in_float32(engine, zero_stage)
     # Stage 0 in bfloat16 clips by the norm of one tensor-parallel shard.

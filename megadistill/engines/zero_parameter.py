@@ -24,6 +24,7 @@ class ZeroParameter(nn.Parameter):
         ds_status: Whether the whole parameter is present on this rank.
         ds_numel: Elements of the whole (tensor-parallel shard of the) parameter.
         ds_tensor: This rank's run of it, flat and padded to the same length on all ranks.
+        ds_secondary_tensor: This rank's run of it in a secondary partition, where there is one.
         ds_persist: It is so small that it is never released.
         ds_process_group: The ranks that share it.
         ds_active_sub_modules: Numbers of the modules that use it now; it is not released before the last one is done.
@@ -33,6 +34,7 @@ class ZeroParameter(nn.Parameter):
     ds_status: ZeroParamStatus
     ds_numel: int
     ds_tensor: torch.Tensor
+    ds_secondary_tensor: torch.Tensor | None
     ds_persist: bool
     ds_process_group: torch.distributed.ProcessGroup
     ds_active_sub_modules: set[int]

@@ -138,9 +138,8 @@ def measure(sizes: Sizes, vllm_python: Path | None = None) -> list[Row]:
     head = OutputHead(model.lm_head.weight, None, shard)
     plan = FAMILIES["llama"].plan(model)
     is_cpu = device.type == "cpu"  # once a run, hence not part of the time
-    layouts = (
-        choose_layouts("auto", product_shapes(plan, model.lm_head.weight, lambda w: w.shape)) if is_cpu else PACKED
-    )
+    shapes = product_shapes(plan, head.weight, lambda w: w.shape)
+    layouts = choose_layouts("auto", shapes, head.weight.dtype) if is_cpu else PACKED
     states: dict[str, RolloutState] = {}
 
     def write(name: str, texts: list[tuple[int, ...]], make: Callable[[], Any]) -> None:

@@ -138,7 +138,7 @@ def measure(sizes: Sizes, vllm_python: Path | None = None) -> list[Row]:
     head = OutputHead(model.lm_head.weight, None, shard)
     plan = FAMILIES["llama"].plan(model)
     is_cpu = device.type == "cpu"  # once a run, hence not part of the time
-    shapes = product_shapes(plan, head.weight, lambda w: w.shape)
+    shapes = product_shapes(plan, model.lm_head.weight, lambda w: w.shape)
     layouts = choose_layouts("auto", shapes, head.weight.dtype) if is_cpu else PACKED
     states: dict[str, RolloutState] = {}
 

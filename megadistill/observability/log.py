@@ -61,6 +61,6 @@ def get_logger(rank: int = 0, component: str = _ROOT) -> logging.Logger:
         handler.setFormatter(_Lines(_FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(logging.INFO)
-        # DeepSpeed and others put handlers on Python's root logger, which would print every line twice.
-        root.propagate = False
+    # DeepSpeed and others put handlers on Python's root logger, which would print every line twice.
+    root.propagate = False
     return root if component == _ROOT else root.getChild(component)

@@ -129,19 +129,25 @@ class Drawer:
         self._shard, self._sampling, self._most_examples = shard, sampling, most_examples
         self._buffers: _Buffers | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no random numbers are needed."""
+        return self._sampling.temperature == 0
+
     @torch.no_grad()
     def __call__(self, logits_shard: Tensor, numbers: Tensor | None) -> Tensor:
         """As ``draw_tokens``."""
         shard = self._shard
         _check_shapes(logits_shard, shard)
-        if self._sampling.temperature == 0:
+        if self.is_greedy:
             return _greedy_alone(logits_shard) if shard.group is None else _greedy(logits_shard, shard)
         assert numbers is not None
         if self._buffers is None:
             is_cpu = logits_shard.device.type == "cpu"
             elements = _MAX_ELEMENTS_CPU if is_cpu else _MAX_ELEMENTS_ACCELERATOR
             size = min(max(1, elements // max(1, -(-shard.total // shard.tp_size))), max(1, self._most_examples))
-            self._buffers = _Buffers(size, shard, logits_shard.device)
+            with torch.inference_mode(False):  # written in and out of inference mode
+                self._buffers = _Buffers(size, shard, logits_shard.device)
         pieces = zip(logits_shard.split(self._buffers.size), numbers.split(self._buffers.size), strict=True)
         drawn = [_sample(logits, shard, number, self._buffers, self._sampling) for logits, number in pieces]
         return drawn[0] if len(drawn) == 1 else torch.cat(drawn)

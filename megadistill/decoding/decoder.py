@@ -20,7 +20,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megadistill.decoding.kv_cache import KVCache, LayerViews, PrefillChunk
 from megadistill.decoding.layer import Layer
@@ -29,13 +29,15 @@ from megadistill.decoding.packed_attention import Packing, kept_keys_and_values,
 from megadistill.decoding.plan import DecoderPlan, weight_of
 from megadistill.decoding.products import PACKED, ProductLayouts
 from megadistill.decoding.sampling import Drawer
-from megadistill.decoding.static_step import ATTENTION_KERNELS, StaticSteps, StepInputs, stepping_on
+from megadistill.decoding.static_step import StaticSteps, StepInputs, stepping_on
 from megadistill.decoding.token_steps import EagerSteps, Stepping, TokenSteps
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 Present = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+# Not cuDNN's attention, which makes a plan for every shape, 0.1 s or more each: every token of decoding is a new shape.
+_ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Tokens whose activations inside a layer exist at once.
 _MAX_TOKENS = 8192
 
@@ -290,7 +292,7 @@ class PlanDecoder(PlanPrefiller):
         if rope is not None and starts is None:
             rope = rope.unsqueeze(0)
         mask = None if starts is None else state.mask(len(tokens), per_head=self.masks_per_head)[..., :end]
-        with sdpa_kernel(ATTENTION_KERNELS) if self.device.type == "cuda" else nullcontext():
+        with self._attention_kernels():
             for layer, views in zip(self._laid_out, state.views(len(tokens)), strict=True):
                 qkv = layer.qkv(x, rope)
                 views.columns.select(3, column).copy_(self._keys_and_values(qkv).transpose(0, 1))
@@ -301,10 +303,11 @@ class PlanDecoder(PlanPrefiller):
         """``decode`` of the first R slots, without anything that depends on what tensors hold; positions are made."""
         assert state.spare is not None
         x, rope = self._embed(inputs.tokens, inputs.positions), self._rope(0, inputs.positions)
-        for layer, views in zip(self._laid_out, state.views(len(inputs.tokens)), strict=True):
-            qkv = layer.qkv(x, rope)
-            views.columns[:, inputs.slots, :, inputs.written] = self._keys_and_values(qkv)
-            x = layer.after_attention(x, self._attend(qkv, views, state.spare, inputs.mask, layer.scale))
+        with self._attention_kernels():
+            for layer, views in zip(self._laid_out, state.views(len(inputs.tokens)), strict=True):
+                qkv = layer.qkv(x, rope)
+                views.columns[:, inputs.slots, :, inputs.written] = self._keys_and_values(qkv)
+                x = layer.after_attention(x, self._attend(qkv, views, state.spare, inputs.mask, layer.scale))
         return x if self._norm is None else self._norm(x)
 
     def make_positions(self, end: int) -> Tensor:
@@ -320,6 +323,9 @@ class PlanDecoder(PlanPrefiller):
     def _keys_and_values(self, qkv: Tensor) -> Tensor:
         """[B, 2, key-value heads, D] of what ``Layer.qkv`` returns."""
         return qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
+
+    def _attention_kernels(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(_ATTENTION_KERNELS) if self.device.type == "cuda" else nullcontext()
 
     def _attend(self, qkv: Tensor, views: LayerViews, end: int, mask: Tensor | None, scale: float) -> Tensor:
         """One query an example to the columns before ``end``: attention output [B, heads * D]."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megadistill.decoding.kv_cache import KVCache
 from megadistill.decoding.sampling import Drawer
@@ -26,8 +25,6 @@ from megadistill.decoding.token_steps import INTERVAL, Stepping, Written
 if TYPE_CHECKING:
     from megadistill.decoding.decoder import PlanDecoder
 
-# Not cuDNN's attention, which makes a plan for every shape, 0.1 s or more each: every token of decoding is a new shape.
-ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Steps of a number of rows before one is recorded: short responses do not pay for the recording. They also prepare it:
 # libraries allocate what they need, and a communicator comes to be with its first collective.
 STEPS_BEFORE_RECORDING = 2
@@ -180,7 +177,7 @@ class CudaRecorder:
         """Runs a step on the stream of recordings: libraries keep memory for every stream that they meet."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), sdpa_kernel(ATTENTION_KERNELS):
+        with torch.cuda.stream(self._stream):
             step()
         current.wait_stream(self._stream)
 
@@ -191,7 +188,7 @@ class CudaRecorder:
         # Not torch.cuda.graph, which would return all of the allocator's memory first. The error mode lets other
         # threads, such as that watchdog, call CUDA meanwhile.
         pool = None if self._first is None else self._first.pool()
-        with torch.cuda.stream(self._stream), sdpa_kernel(ATTENTION_KERNELS):
+        with torch.cuda.stream(self._stream):
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 step()

@@ -61,7 +61,8 @@ def decoder_of(model: Any, variant: str, stepping: Stepping | None) -> PlanDecod
 
 
 def prepared_model(variant: str, dtype: torch.dtype = torch.float32) -> Any:
-    model, family = make_model(variant, dtype), FAMILIES[VARIANTS[variant][0]]
+    model: Any = make_model(variant, dtype)
+    family = FAMILIES[VARIANTS[variant][0]]
     if family.prepare is not None:
         family.prepare(model)
     return model
@@ -188,7 +189,12 @@ def test_recordings_are_made_once_for_each_number_of_rows(monkeypatch: pytest.Mo
         return recorders[-1]
 
     real = StaticSteps._step
-    monkeypatch.setattr(StaticSteps, "_step", lambda self, n: (rows.append(n), real(self, n)))
+
+    def step(self: StaticSteps, number: int) -> None:
+        rows.append(number)
+        real(self, number)
+
+    monkeypatch.setattr(StaticSteps, "_step", step)
     decoder = decoder_of(model, "llama", Stepping(4, is_static=True, recorder=recorder))
     state = RolloutState(decoder, SAMPLES, limits=[30, 2, 20, 9, 2, 2], eos_ids=frozenset(), sampling=SAMPLINGS[1])
     state.write(0)

@@ -20,22 +20,24 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megadistill.decoding.decode_graph import ATTENTION_KERNELS, DecodeGraph, StepInputs
-from megadistill.decoding.kv_cache import KVCache, PrefillChunk
+from megadistill.decoding.kv_cache import KVCache, LayerViews, PrefillChunk
 from megadistill.decoding.layer import Layer
 from megadistill.decoding.linear import Logits, Norm
 from megadistill.decoding.packed_attention import Packing, kept_keys_and_values, pack_chunks, packed_attention
 from megadistill.decoding.plan import DecoderPlan, weight_of
 from megadistill.decoding.products import PACKED, ProductLayouts
+from megadistill.decoding.sampling import Drawer
+from megadistill.decoding.static_step import StaticSteps, StepInputs, stepping_on
+from megadistill.decoding.token_steps import EagerSteps, Stepping, TokenSteps
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 Present = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
-# Steps of a cache before one is recorded as a CUDA graph: short responses do not pay for the recording.
-_STEPS_BEFORE_GRAPH = 2
+# Not cuDNN's attention, which makes a plan for every shape, 0.1 s or more each: every token of decoding is a new shape.
+_ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Tokens whose activations inside a layer exist at once.
 _MAX_TOKENS = 8192
 
@@ -238,18 +240,27 @@ class PlanDecoder(PlanPrefiller):
         device: Where the cache is made.
         head: The output head, whose shard is this rank's slice of the vocabulary.
         layouts: Of the weights.
+        stepping: How tokens are written; default: as is fast on the device.
+
+    Attributes:
+        masks_per_head: A static step masks columns for each key-value head of each slot, not for each slot.
     """
 
     def __init__(
-        self, plan: DecoderPlan, device: torch.device, head: OutputHead, layouts: ProductLayouts = PACKED
+        self,
+        plan: DecoderPlan,
+        device: torch.device,
+        head: OutputHead,
+        layouts: ProductLayouts = PACKED,
+        stepping: Stepping | None = None,
     ) -> None:
         super().__init__(plan, head.shard, device, layouts=layouts)
-        self.head = head
+        self.head, self._stepping = head, stepping or stepping_on(device)
         with torch.no_grad():
             self._laid_out = [Layer(plan, layer, head.shard, layouts) for layer in plan.layers]
             self._norm = None if plan.final_norm is None else Norm(plan.final_norm)
             self._logits = Logits(head.weight, head.bias, layouts.head)
-        self._is_wide_on_cpu = device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
+        self.masks_per_head = device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
 
     def _layers(self) -> Iterator[Layer]:
         return iter(self._laid_out)
@@ -257,9 +268,14 @@ class PlanDecoder(PlanPrefiller):
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
         """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``."""
         shape = (self.num_kv_heads, columns, self.plan.head_dim)
-        # Collectives are not recorded.
-        has_spare = self.device.type == "cuda" and self.shard.group is None
+        has_spare = self._stepping.is_static
         return KVCache(len(self.plan.layers), offsets, shape, self.dtype, self.device, has_spare=has_spare)
+
+    def steps(self, state: KVCache, drawer: Drawer, *, keep_hidden: bool) -> TokenSteps:
+        """What writes tokens into a cache of this decoder's."""
+        if self._stepping.is_static:
+            return StaticSteps(self, state, drawer, self._stepping, keep_hidden=keep_hidden)
+        return EagerSteps(self, state, drawer, keep_hidden=keep_hidden, interval=self._stepping.interval)
 
     def prefill(self, state: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads the prompts of slots 0, 1, ... into the cache; returns the hidden state [B, H] of each last token."""
@@ -268,60 +284,36 @@ class PlanDecoder(PlanPrefiller):
 
     @torch.inference_mode()
     def decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
-        """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H].
-
-        On a GPU without tensor parallelism the third step of a cache is recorded as a CUDA graph and replayed from then
-        on: one launch per token instead of some twenty per layer.
-        """
-        if self.device.type != "cuda":
-            return self._decode(state, tokens, column)
-        state.num_decoded += 1
-        if state.spare is not None and state.num_decoded > _STEPS_BEFORE_GRAPH:
-            if state.graph is None:
-                self._rope(state.spare, 0)  # the table is long enough from now on
-                step = partial(self._decode_all, state)
-                state.graph = DecodeGraph(step, len(state.offsets), self._rope_table)
-            return state.graph.replay(tokens, column, state.starts())
-        with sdpa_kernel(ATTENTION_KERNELS):
-            return self._decode(state, tokens, column)
-
-    def _decode_all(self, state: KVCache, inputs: StepInputs) -> Tensor:
-        """``_decode`` of all slots, without anything that depends on what tensors hold, for a DecodeGraph."""
-        assert state.spare is not None
-        num_slots, columns = len(inputs.tokens), torch.arange(state.spare, device=self.device)
-        slots = torch.arange(num_slots, device=self.device)
-        written = torch.where(slots < inputs.num_active, inputs.column, state.spare)
-        is_attended = (columns >= inputs.starts[:, None]) & (columns <= inputs.column)
-        mask = torch.zeros(num_slots, 1, 1, len(columns), dtype=self.dtype, device=self.device)
-        mask = mask.masked_fill(~is_attended[:, None, None], -torch.inf)
-        positions = (inputs.column - inputs.starts).clamp_min(0)
-        x, rope = self._embed(inputs.tokens, positions), self._rope(0, positions)
-        for layer, layer_cache in zip(self._laid_out, state.layers, strict=True):
-            qkv = layer.qkv(x, rope)
-            layer_cache[:, slots, :, written] = self._keys_and_values(qkv)
-            keys, values = layer_cache[:, :, :, :-1]
-            x = layer.after_attention(x, self._attend_grouped(qkv, keys, values, mask, layer.scale))
-        return x if self._norm is None else self._norm(x)
-
-    def _decode(self, state: KVCache, tokens: Tensor, column: int) -> Tensor:
+        """Reads one token [B] into ``column`` of each of the first B slots; returns their hidden states [B, H]."""
         starts, end = state.starts(), column + 1
         positions = column if starts is None else column - starts[: len(tokens)]
         x = self._embed(tokens, positions)
         rope = self._rope(column, positions)
         if rope is not None and starts is None:
             rope = rope.unsqueeze(0)
-        mask = None if starts is None else state.mask(len(tokens), per_head=self._is_wide_on_cpu)[..., :end]
-        for layer, views in zip(self._laid_out, state.views(len(tokens)), strict=True):
-            qkv = layer.qkv(x, rope)
-            views.columns.select(3, column).copy_(self._keys_and_values(qkv).transpose(0, 1))
-            if self._is_wide_on_cpu:
-                keys, values = views.keys.narrow(2, 0, end), views.values.narrow(1, 0, end)
-                attn_out = self._attend_few(qkv, keys, values, mask, layer.scale)
-            else:
-                keys, values = views.columns.narrow(3, 0, end)
-                attn_out = self._attend_grouped(qkv, keys, values, mask, layer.scale)
-            x = layer.after_attention(x, attn_out)
+        mask = None if starts is None else state.mask(len(tokens), per_head=self.masks_per_head)[..., :end]
+        with self._attention_kernels():
+            for layer, views in zip(self._laid_out, state.views(len(tokens)), strict=True):
+                qkv = layer.qkv(x, rope)
+                views.columns.select(3, column).copy_(self._keys_and_values(qkv).transpose(0, 1))
+                x = layer.after_attention(x, self._attend(qkv, views, end, mask, layer.scale))
         return x if self._norm is None else self._norm(x)
+
+    def decode_static(self, state: KVCache, inputs: StepInputs) -> Tensor:
+        """``decode`` of the first R slots, without anything that depends on what tensors hold; positions are made."""
+        assert state.spare is not None
+        x, rope = self._embed(inputs.tokens, inputs.positions), self._rope(0, inputs.positions)
+        with self._attention_kernels():
+            for layer, views in zip(self._laid_out, state.views(len(inputs.tokens)), strict=True):
+                qkv = layer.qkv(x, rope)
+                views.columns[:, inputs.slots, :, inputs.written] = self._keys_and_values(qkv)
+                x = layer.after_attention(x, self._attend(qkv, views, state.spare, inputs.mask, layer.scale))
+        return x if self._norm is None else self._norm(x)
+
+    def make_positions(self, end: int) -> Tensor:
+        """The table that ``decode_static`` reads for positions below ``end``: it may be replaced by a longer one."""
+        self._rope(max(0, end - 1), 0)
+        return self._rope_table
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -331,6 +323,17 @@ class PlanDecoder(PlanPrefiller):
     def _keys_and_values(self, qkv: Tensor) -> Tensor:
         """[B, 2, key-value heads, D] of what ``Layer.qkv`` returns."""
         return qkv[:, self.num_heads :].unflatten(1, (2, self.num_kv_heads))
+
+    def _attention_kernels(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(_ATTENTION_KERNELS) if self.device.type == "cuda" else nullcontext()
+
+    def _attend(self, qkv: Tensor, views: LayerViews, end: int, mask: Tensor | None, scale: float) -> Tensor:
+        """One query an example to the columns before ``end``: attention output [B, heads * D]."""
+        if self.masks_per_head:
+            keys, values = views.keys.narrow(2, 0, end), views.values.narrow(1, 0, end)
+            return self._attend_few(qkv, keys, values, mask, scale)
+        keys, values = views.columns.narrow(3, 0, end)
+        return self._attend_grouped(qkv, keys, values, mask, scale)
 
     def _attend_few(self, qkv: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """One query an example: attention output [B, heads * D].

@@ -19,6 +19,9 @@ from megadistill.decoding.kv_cache import KVCache, PrefillChunk
 from megadistill.decoding.linear import Logits
 from megadistill.decoding.plan import DecoderPlan, key_value_shape
 from megadistill.decoding.products import PACKED, Layout, ProductLayouts
+from megadistill.decoding.sampling import Drawer
+from megadistill.decoding.static_step import stepping_on
+from megadistill.decoding.token_steps import EagerSteps, Stepping, TokenSteps
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
@@ -32,6 +35,7 @@ def make_decoder(
     shard: VocabShard,
     device: torch.device,
     layouts: ProductLayouts = PACKED,
+    stepping: Stepping | None = None,
 ) -> PlanDecoder | HFDecoder:
     """The project's decoder where the model has a plan, else one that runs the model's own forward pass.
 
@@ -41,11 +45,12 @@ def make_decoder(
         shard: This rank's slice of the vocabulary.
         device: Where the cache is made.
         layouts: Of the weights; a model without a plan has only the head's.
+        stepping: How tokens are written; default: as is fast on the device.
     """
     head = OutputHead.of(model.get_output_embeddings(), shard)
     if plan is None:
-        return HFDecoder(model, device, head, layouts.head)
-    return PlanDecoder(plan, device, head, layouts)
+        return HFDecoder(model, device, head, layouts.head, stepping)
+    return PlanDecoder(plan, device, head, layouts, stepping)
 
 
 class HFDecoder:
@@ -59,13 +64,20 @@ class HFDecoder:
         device: Where the cache is made.
         head: The output head, whose shard is this rank's slice of the vocabulary.
         layout: Of the head's weight.
+        stepping: How tokens are written, of which only the interval matters; default: as is fast on the device.
     """
 
     def __init__(
-        self, model: PreTrainedModel, device: torch.device, head: OutputHead, layout: Layout = "packed"
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        head: OutputHead,
+        layout: Layout = "packed",
+        stepping: Stepping | None = None,
     ) -> None:
         self.model, self.shard, self.device, self.head = model, head.shard, device, head
         self._logits = Logits(head.weight, head.bias, layout)
+        self._interval = (stepping or stepping_on(device)).interval
 
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:
         """An empty cache of ``columns`` columns for examples whose first columns are ``offsets``."""
@@ -84,6 +96,10 @@ class HFDecoder:
         starts = state.starts()
         positions = torch.full_like(tokens, column) if starts is None else column - starts[: len(tokens)]
         return self._forward(tokens[:, None], state, column, positions[:, None])[:, -1]
+
+    def steps(self, state: KVCache, drawer: Drawer, *, keep_hidden: bool) -> TokenSteps:
+        """What writes tokens into a cache of this decoder's."""
+        return EagerSteps(self, state, drawer, keep_hidden=keep_hidden, interval=self._interval)
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor, state: KVCache, column: int, positions: Tensor) -> Tensor:

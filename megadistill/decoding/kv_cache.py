@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from megadistill.decoding.decode_graph import DecodeGraph
 
 
 class PrefillChunk(NamedTuple):
@@ -58,8 +55,6 @@ class KVCache:
         layers: For each layer [2 (keys, values), B, key-value heads, S, D].
         offsets: First column of the example in each slot.
         spare: Number of the spare column; None without one.
-        num_decoded: Decoding steps so far, counted by the decoder on GPUs.
-        graph: The decoder's recorded step, on GPUs.
     """
 
     def __init__(
@@ -74,8 +69,6 @@ class KVCache:
     ) -> None:
         num_heads, columns, head_dim = shape
         self.spare = -(-columns // 8) * 8 if has_spare else None  # kernels want masks of such widths
-        self.num_decoded = 0
-        self.graph: DecodeGraph | None = None
         columns = columns if self.spare is None else self.spare + 1
         # Zeros where columns are masked: a masked value is multiplied by zero, and zero times NaN is NaN.
         make = torch.zeros if any(offsets) or has_spare else torch.empty

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.sampling import Drawer
+from megadistill.decoding.token_steps import TokenSteps
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
@@ -51,6 +53,10 @@ class Decoder(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """This rank's logits [B, Vs] of hidden states [B, H]."""
+        ...
+
+    def steps(self, state: Any, drawer: Drawer, *, keep_hidden: bool) -> TokenSteps:
+        """What writes tokens into a state, several at a time where waiting for the device would cost."""
         ...
 
 

@@ -20,7 +20,8 @@ import torch
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.decoding.nonfinite import OnNonFinite, logits_error
 from megadistill.decoding.protocols import Decoder
-from megadistill.decoding.sampling import NO_TOKEN, Sampling, draw_tokens, sampling_numbers
+from megadistill.decoding.sampling import NO_TOKEN, Drawer, Sampling, sampling_numbers
+from megadistill.decoding.token_steps import Written
 
 MAX_EXAMPLES = 64
 
@@ -64,10 +65,13 @@ class RolloutState:
         self._width, self._longest = max(map(len, self._prompts)), max(0, *limits)
         offsets = [self._width - len(prompt) for prompt in self._prompts]
         self._cache = model.new_state(offsets, self._width + self._longest)
+        self._drawer = Drawer(model.shard, sampling, len(samples))
+        self._steps = model.steps(self._cache, self._drawer, keep_hidden=keep_hidden)
         self._example_of = list(range(len(samples)))  # slot -> example
         self._tokens = torch.zeros(len(samples), self._longest, dtype=torch.int64, device=model.device)  # by example
         self._lengths = [0] * len(samples)
         self.nonfinite: dict[int, int] = {}
+        self._not_finite: set[int] = set()  # examples whose columns may hold NaN, be it behind their ends
         self._keep_hidden = keep_hidden
         self._hidden: torch.Tensor | None = None
 
@@ -96,7 +100,11 @@ class RolloutState:
         numbers = self._numbers(stream)
         if num_active:
             active = torch.tensor(self._example_of[:num_active], device=self._model.device)
-            num_active = self._append(hidden[active], active, num_active, 0, numbers)
+            hidden = hidden[active]
+            first = None if numbers is None else numbers[0].index_select(0, active)
+            tokens = self._drawer(self._model.logits(hidden), first)
+            written = Written(tokens.unsqueeze(0), hidden.unsqueeze(0))
+            num_active = self._append(written, active, num_active, 0)
             self._decode(num_active, [], 0, numbers)
 
     def rewrite(
@@ -129,6 +137,9 @@ class RolloutState:
         order += [slot for slot, example in enumerate(self._example_of) if example not in is_joining]
         self._cache.sort(order)
         self._example_of = [self._example_of[slot] for slot in order]
+        for slot, (position, example) in enumerate(waiting):
+            if example in self._not_finite:
+                self._steps.forget(slot, self._width + position)
         self._decode(0, waiting, waiting[0][0], self._numbers(stream))
 
     def _decode(
@@ -155,42 +166,45 @@ class RolloutState:
                 num_active, next_slot, active = num_active + 1, next_slot + 1, None
             if active is None:
                 active = torch.tensor(self._example_of[:num_active], device=self._model.device)
-            column = self._width + position
-            hidden = self._model.decode(self._cache, self._tokens[:, position].index_select(0, active), column)
-            position += 1
-            num_left = self._append(hidden, active, num_active, position, numbers)
+            # None may be written behind all limits, nor where the next one joins.
+            longest = max(self._limits[example] for example in self._example_of[:num_active]) - 1
+            end = min(position + self._steps.interval, longest, *(place for place, _ in waiting[-1:]))
+            tokens = self._tokens[:, position].index_select(0, active)
+            drawn_with = None if numbers is None else numbers[position + 1 : end + 1].index_select(1, active)
+            written = self._steps.run(tokens, self._width + position, drawn_with, end - position)
+            num_left = self._append(written, active, num_active, position + 1)
+            position = end
             if num_left != num_active:
                 num_active, active = num_left, None
 
-    def _append(
-        self, hidden: torch.Tensor, active: torch.Tensor, num_active: int, position: int, numbers: torch.Tensor | None
-    ) -> int:
-        """Draws the token at ``position`` of every active example [B], from hidden states [B, H] that predict it.
+    def _append(self, written: Written, active: torch.Tensor, num_active: int, position: int) -> int:
+        """Keeps what was written from ``position`` on for every active example [A], up to its end.
 
         Examples that end leave the first slots. Returns how many stay active.
         """
-        tokens = draw_tokens(
-            self._model.logits(hidden),
-            self._model.shard,
-            None if numbers is None else numbers[position].index_select(0, active),
-            self._sampling,
-        )
-        self._tokens[:, position].index_copy_(0, active, tokens)
-        if self._hidden is not None:
-            self._hidden[:, position].index_copy_(0, active, hidden)
-        ended = []
-        for slot, token in enumerate(tokens.tolist()):
-            example = self._example_of[slot]
-            self._lengths[example] = position + 1
-            if token == NO_TOKEN:
-                self.nonfinite.setdefault(example, position)
-            if token == NO_TOKEN or token in self._eos or position + 1 >= self._limits[example]:
-                ended.append(slot)
+        columns = slice(position, position + len(written.tokens))
+        self._tokens[:, columns].index_copy_(0, active, written.tokens.T)
+        if self._hidden is not None and written.hidden is not None:
+            self._hidden[:, columns].index_copy_(0, active, written.hidden.transpose(0, 1))
+        ended = [slot for slot, row in enumerate(written.tokens.T.tolist()) if self._has_ended(slot, row, position)]
         if len(ended) == num_active:  # no one is left to swap places with
             return 0
         for slot in reversed(ended):
             num_active = self._leave(slot, num_active)
         return num_active
+
+    def _has_ended(self, slot: int, row: list[int], position: int) -> bool:
+        """Whether tokens from ``position`` on, which make the response of a slot longer, end it."""
+        example = self._example_of[slot]
+        if NO_TOKEN in row:  # behind an end, too
+            self._not_finite.add(example)
+        for place, token in enumerate(row, start=position):
+            self._lengths[example] = place + 1
+            if token == NO_TOKEN:
+                self.nonfinite.setdefault(example, place)
+            if token == NO_TOKEN or token in self._eos or place + 1 >= self._limits[example]:
+                return True
+        return False
 
     def _leave(self, slot: int, num_active: int) -> int:
         self._swap(slot, num_active - 1)

@@ -114,7 +114,45 @@ def sampling_numbers(seed: int, sequence_ids: Tensor, positions: Tensor, *, stre
     return uniform(seed, sequence_ids, positions, stream=stream).clamp_max_(1 - 2.0**-52)
 
 
-@torch.no_grad()
+class Drawer:
+    """Draws tokens again and again, by ``draw_tokens``; keeps its buffers, whose addresses never change.
+
+    Nothing here waits for the device or depends on what tensors hold, so a call can be recorded as a CUDA graph.
+
+    Args:
+        shard: This rank's slice of the vocabulary.
+        sampling: How tokens are drawn; its seed is not used.
+        most_examples: The most examples of a call.
+    """
+
+    def __init__(self, shard: VocabShard, sampling: Sampling, most_examples: int) -> None:
+        self._shard, self._sampling, self._most_examples = shard, sampling, most_examples
+        self._buffers: _Buffers | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no random numbers are needed."""
+        return self._sampling.temperature == 0
+
+    @torch.no_grad()
+    def __call__(self, logits_shard: Tensor, numbers: Tensor | None) -> Tensor:
+        """As ``draw_tokens``."""
+        shard = self._shard
+        _check_shapes(logits_shard, shard)
+        if self.is_greedy:
+            return _greedy_alone(logits_shard) if shard.group is None else _greedy(logits_shard, shard)
+        assert numbers is not None
+        if self._buffers is None:
+            is_cpu = logits_shard.device.type == "cpu"
+            elements = _MAX_ELEMENTS_CPU if is_cpu else _MAX_ELEMENTS_ACCELERATOR
+            size = min(max(1, elements // max(1, -(-shard.total // shard.tp_size))), max(1, self._most_examples))
+            with torch.inference_mode(False):  # written in and out of inference mode
+                self._buffers = _Buffers(size, shard, logits_shard.device)
+        pieces = zip(logits_shard.split(self._buffers.size), numbers.split(self._buffers.size), strict=True)
+        drawn = [_sample(logits, shard, number, self._buffers, self._sampling) for logits, number in pieces]
+        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+
+
 def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None, sampling: Sampling = _PLAIN) -> Tensor:
     """Draws a class per example, as ``sample_tokens``, with random numbers that are given.
 
@@ -130,23 +168,44 @@ def draw_tokens(logits_shard: Tensor, shard: VocabShard, numbers: Tensor | None,
         [B] int64 classes, the same on every rank of ``shard.group``; ``NO_TOKEN`` where a logit of any rank is NaN or
         +inf, or all are -inf.
     """
-    _check_shapes(logits_shard, shard)
-    if sampling.temperature == 0:
-        return _greedy(logits_shard, shard)
-    assert numbers is not None
-    elements = _MAX_ELEMENTS_CPU if logits_shard.device.type == "cpu" else _MAX_ELEMENTS_ACCELERATOR
-    size = min(max(1, elements // max(1, -(-shard.total // shard.tp_size))), max(1, len(logits_shard)))
-    # One buffer for all pieces: new memory of this size costs more than the exponentials on CPUs. Its last group is
-    # empty: what has no distribution is looked up there.
-    num_groups = _groups(shard.size) + 1
-    buffer = torch.empty(size, num_groups * _GROUP, dtype=torch.float64, device=logits_shard.device)
-    buffer[:, shard.size :] = 0
-    pieces = zip(logits_shard.split(size), numbers.split(size), strict=True)
-    drawn = [_sample(logits, shard, number, buffer, sampling) for logits, number in pieces]
-    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+    return Drawer(shard, sampling, len(logits_shard))(logits_shard, numbers)
 
 
-def _sample(logits_shard: Tensor, shard: VocabShard, numbers: Tensor, buffer: Tensor, sampling: Sampling) -> Tensor:
+class _Buffers:
+    """Memory of the masses of some examples: new memory of this size costs more than the exponentials on CPUs.
+
+    Classes are in groups. Searches count what lies below a target, the zero before the first group included, so what
+    they find is one more than a group's number; there are views for these numbers, and for one more, where searches
+    for what is not a number end.
+
+    Args:
+        size: The most examples.
+        shard: This rank's slice of the vocabulary.
+        device: Where its logits are.
+
+    Attributes:
+        size: The most examples.
+        mass: [size, G * M] for masses, zeros behind the last class.
+        bounds: [size, G + 1] for the masses before each group and of all.
+        bounds_from_1: [size, G + 2] where group g has the number g + 1.
+        mass_from_1: [size, G + 2, M], likewise.
+        first: [G + 2] the first class of each group, likewise; ``NO_TOKEN`` with the M behind a group's last class.
+    """
+
+    def __init__(self, size: int, shard: VocabShard, device: torch.device) -> None:
+        self.size, groups = size, max(1, -(-shard.size // _GROUP))
+        row = groups * _GROUP
+        memory = torch.zeros(_GROUP + size * row + _GROUP, dtype=torch.float64, device=device)
+        self.mass = memory[_GROUP:-_GROUP].view(size, row)
+        self.mass_from_1 = memory.as_strided((size, groups + 2, _GROUP), (row, _GROUP, 1))
+        bounds = torch.zeros(1 + size * (groups + 1), dtype=torch.float64, device=device)
+        self.bounds = bounds[1:].view(size, groups + 1)
+        self.bounds_from_1 = bounds.as_strided((size, groups + 2), (groups + 1, 1))
+        self.first = torch.arange(-_GROUP, row + _GROUP, _GROUP, device=device)
+        self.first[-1:] = NO_TOKEN - _GROUP
+
+
+def _sample(logits_shard: Tensor, shard: VocabShard, numbers: Tensor, buffers: _Buffers, sampling: Sampling) -> Tensor:
     options, scaled_BVs = sampling.options, logits_shard
     if sampling.temperature != 1:
         scaled_BVs = scaled_BVs.to(torch.float64) / sampling.temperature
@@ -155,7 +214,7 @@ def _sample(logits_shard: Tensor, shard: VocabShard, numbers: Tensor, buffer: Te
     if options.top_p < 1:
         scaled_BVs = _keep_top_p(scaled_BVs.to(torch.float64), _ordered_bits(logits_shard), shard, options.top_p)
     draw = _draw_alone if shard.group is None else _draw
-    return draw(scaled_BVs, shard, numbers, buffer)
+    return draw(scaled_BVs, shard, numbers, buffers)
 
 
 def _options(**values: Any) -> SamplingOptions:
@@ -184,32 +243,35 @@ def _greedy(logits_BVs: Tensor, shard: VocabShard) -> Tensor:
     return _where_finite(best, all_gather_rows(candidate, shard.group).amin(0))
 
 
-def _draw_alone(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor) -> Tensor:
+def _greedy_alone(logits_BV: Tensor) -> Tensor:
+    """``_greedy`` of a vocabulary in one piece."""
+    largest, index = logits_BV.max(-1)
+    return _where_finite(largest, index)
+
+
+def _draw_alone(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffers: _Buffers) -> Tensor:
     """``_draw`` of a vocabulary in one piece, with a third of its operations."""
-    largest = _largest(scaled_BVs)
-    mass_BGM, bounds_BG = _masses(scaled_BVs, largest, buffer)
-    total = bounds_BG[:, -1]  # NaN where no logit or no largest one is finite
-    return _find(mass_BGM, bounds_BG, number * total).masked_fill_(total.isnan(), NO_TOKEN)
+    total = _masses(scaled_BVs, _largest(scaled_BVs), buffers)  # NaN where no logit or no largest one is finite
+    return _find(buffers, number * total)
 
 
-def _draw(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffer: Tensor) -> Tensor:
+def _draw(scaled_BVs: Tensor, shard: VocabShard, number: Tensor, buffers: _Buffers) -> Tensor:
     """The class whose piece of the cumulative distribution holds number [B]."""
     largest = _largest(scaled_BVs).to(torch.float64)
-    mass_BGM, bounds_BG = _masses(scaled_BVs, _finite(largest), buffer)
-    local_mass = bounds_BG[:, -1]
+    local_mass = _masses(scaled_BVs, _finite(largest), buffers)
     gathered = all_gather_rows(torch.stack([largest, local_mass], -1), shard.group)
     best = gathered[..., 0].amax(0)
     scales = torch.exp(gathered[..., 0] - _finite(best))
     bounds = (gathered[..., 1] * scales).cumsum(0)
     target = number * bounds[-1]
-    owner = (bounds <= target).sum(0)
+    owner = (bounds < target).sum(0)
     if shard.size == 0:
         return _where_finite(best, all_reduce_sum(torch.zeros_like(owner), shard.group))
     before = bounds[shard.tp_rank - 1] if shard.tp_rank else torch.zeros_like(number)
     local_target = (target - before) / scales[shard.tp_rank]
     # Inside this shard's mass, whatever round-off did to it; what lies outside is another rank's.
-    index = _find(mass_BGM, bounds_BG, _below(local_target, local_mass, bounds_BG[:, 0]).clamp_min_(0))
-    token = torch.where(owner == shard.tp_rank, index.clamp_max(shard.size - 1) + shard.start, 0)
+    index = _find(buffers, torch.minimum(local_target, local_mass))
+    token = torch.where(owner == shard.tp_rank, index + shard.start, 0)
     return _where_finite(best, all_reduce_sum(token, shard.group))
 
 
@@ -218,41 +280,30 @@ def _where_finite(best: Tensor, token: Tensor) -> Tensor:
     return torch.where(best.abs() < math.inf, token, NO_TOKEN)
 
 
-def _groups(num_classes: int) -> int:
-    return max(1, -(-num_classes // _GROUP))
-
-
-def _masses(scaled_BVs: Tensor, largest: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scaled - largest) in groups of classes [B, G + 1, M], the last one empty.
-
-    Also the mass before each group and the mass of all [B, G + 1].
-    """
+def _masses(scaled_BVs: Tensor, largest: Tensor, buffers: _Buffers) -> Tensor:
+    """Writes exp(scaled - largest), and what lies before each group; returns the mass of all [B]."""
     num_examples, num_classes = scaled_BVs.shape
-    mass = buffer[:num_examples]
-    # One after the other: together they would convert while they compute, which takes longer.
+    mass, bounds = buffers.mass[:num_examples], buffers.bounds[:num_examples]
+    # One after the other: together they would convert while they compute, which takes longer (softmax does, too).
     mass[:, :num_classes].copy_(scaled_BVs).sub_(largest.unsqueeze(-1)).exp_()
-    mass_BGM = mass.view(num_examples, mass.shape[1] // _GROUP, _GROUP)
-    bounds = mass.new_zeros(num_examples, mass_BGM.shape[1])
-    torch.cumsum(mass_BGM[:, :-1].sum(-1), -1, out=bounds[:, 1:])
-    return mass_BGM, bounds
+    torch.cumsum(mass.unflatten(1, (-1, _GROUP)).sum(-1), -1, out=bounds[:, 1:])
+    return bounds[:, -1]
 
 
-def _find(mass_BGM: Tensor, bounds_BG: Tensor, target: Tensor) -> Tensor:
-    """[B] the class in whose piece of the mass the target lies, which is below the mass of all.
+def _find(buffers: _Buffers, target: Tensor) -> Tensor:
+    """[B] the class in whose piece of the mass the target lies, which is above 0 and at most the mass of all.
 
-    First its group, then its place there. A target that is not a number is in the empty group.
+    A piece holds its upper end and not its lower one. First its group is found, then its place there. ``NO_TOKEN``
+    where the target is not a number: no search finds anything above it.
     """
-    group = torch.searchsorted(bounds_BG, target.unsqueeze(-1), right=True).sub_(1)
-    inside = mass_BGM.gather(1, group.unsqueeze(-1).expand(-1, 1, _GROUP)).squeeze(1).cumsum_(-1)
-    rest = target.unsqueeze(-1) - bounds_BG.gather(-1, group)
+    num_examples, target = len(target), target.unsqueeze(-1)
+    group = torch.searchsorted(buffers.bounds[:num_examples], target)
+    mass = buffers.mass_from_1[:num_examples].gather(1, group.unsqueeze(-1).expand(-1, 1, _GROUP))
+    inside = mass.squeeze(1).cumsum_(-1)
+    rest = target - buffers.bounds_from_1[:num_examples].gather(1, group)
     # Within the last class with mass, whatever round-off did to the target.
-    index = torch.searchsorted(inside, _below(rest, inside[:, -1:], bounds_BG[:, :1]), right=True)
-    return torch.add(index, group, alpha=_GROUP).squeeze(-1)
-
-
-def _below(value: Tensor, bound: Tensor, zero: Tensor) -> Tensor:
-    """The value, or the next number below the bound where it is not below."""
-    return torch.minimum(value, torch.nextafter(bound, zero))
+    index = torch.searchsorted(inside, torch.minimum(rest, inside[:, -1:]))
+    return index.add_(buffers.first.take(group)).squeeze(-1)
 
 
 def _keep_top_k(scaled_BVs: Tensor, shard: VocabShard, top_k: int) -> Tensor:

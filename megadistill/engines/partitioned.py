@@ -20,6 +20,7 @@ from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.layouts import Setting, choose_layouts, product_shapes
 from megadistill.decoding.products import PACKED
+from megadistill.decoding.static_step import stepping_on
 from megadistill.engines.ds_config import teacher_config
 from megadistill.engines.empty_weights import NothingToCopy
 from megadistill.engines.gathered import gathered_module, gathered_parameters, kept_parameters
@@ -53,6 +54,7 @@ class PartitionedModel:
         loaded: The model as it was loaded.
         context: The grid of processes.
         cpu_products: ``generation.cpu_products``.
+        cuda_graphs: ``generation.cuda_graphs``.
         offload_weights: Keep the weights in host memory while they are not used. They must not change then.
 
     Attributes:
@@ -70,9 +72,11 @@ class PartitionedModel:
         context: ParallelContext,
         cpu_products: Setting = "auto",
         *,
+        cuda_graphs: bool = True,
         offload_weights: bool = False,
     ) -> None:
         self.engine, self.loaded, self.context = engine, loaded, context
+        self._stepping = stepping_on(context.device, cuda_graphs=cuda_graphs)
         if context.tp_size > 1 and loaded.family.post_shard is not None:
             loaded.family.post_shard(engine.module, context.tp_size)
         if context.tp_size > 1 and engine.first_dataloader_check is not None:
@@ -130,7 +134,7 @@ class PartitionedModel:
         with self._brought_in([self.module]), gathered_module(self.engine, runs_forward=runs_forward) as module:
             module.eval()
             try:
-                yield make_decoder(module, self._plan, self.shard, self.context.device, self._layouts)
+                yield make_decoder(module, self._plan, self.shard, self.context.device, self._layouts, self._stepping)
             finally:
                 module.train(was_training)
 
@@ -229,6 +233,7 @@ def frozen_model(
     offload: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
     cpu_products: Setting = "auto",
+    cuda_graphs: bool = True,
 ) -> PartitionedModel:
     """Partitions a model that is never trained (collective over the world).
 
@@ -241,6 +246,7 @@ def frozen_model(
         offload: Keep its weights in host memory while they are not used.
         deepspeed_settings: The run's ``deepspeed`` section.
         cpu_products: ``generation.cpu_products``.
+        cuda_graphs: ``generation.cuda_graphs``.
 
     Raises:
         ConfigError: DeepSpeed refuses its settings.
@@ -260,7 +266,7 @@ def frozen_model(
     engine = initialize(model, config, context, hpz_partition_size=zero.hpz_partition_size if zero else 1)
     # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
-    return PartitionedModel(engine, loaded, context, cpu_products, offload_weights=offload)
+    return PartitionedModel(engine, loaded, context, cpu_products, cuda_graphs=cuda_graphs, offload_weights=offload)
 
 
 def initialize(

@@ -63,13 +63,14 @@ class Student(PartitionedModel):
         adamw: _GuardedAdamW,
         cpu_products: Setting = "auto",
         *,
+        cuda_graphs: bool = True,
         max_norm: float = 0.0,
         offload: bool = False,
     ) -> None:
         self._adamw, self._max_norm = adamw, max_norm
         self._parts: dict[str, LocalPart] = {}  # only while weights are filled in
         self._state: HostMemory | None = None
-        super().__init__(engine, loaded, context, cpu_products)
+        super().__init__(engine, loaded, context, cpu_products, cuda_graphs=cuda_graphs)
         if offload:
             self._state = HostMemory(lambda: optimizer_tensors(engine), writable=True)
 
@@ -227,6 +228,7 @@ def trained_model(
     offload: bool = False,
     deepspeed_settings: Mapping[str, Any] | None = None,
     cpu_products: Setting = "auto",
+    cuda_graphs: bool = True,
 ) -> Student:
     """Partitions a model together with its AdamW (collective over the world).
 
@@ -242,6 +244,7 @@ def trained_model(
         offload: Keep the optimizer's state in host memory between updates.
         deepspeed_settings: The run's ``deepspeed`` section.
         cpu_products: ``generation.cpu_products``.
+        cuda_graphs: ``generation.cuda_graphs``.
 
     Raises:
         ConfigError: DeepSpeed refuses its settings.
@@ -272,7 +275,9 @@ def trained_model(
         _sum_in_float32(engine, zero_stage)
     # Stage 0 in bfloat16 clips by the norm of one tensor-parallel shard.
     max_norm = optim.gradient_clipping if clips_itself(zero_stage, dtype) else 0.0
-    return Student(engine, loaded, context, adamw, cpu_products, max_norm=max_norm, offload=offload)
+    return Student(
+        engine, loaded, context, adamw, cpu_products, cuda_graphs=cuda_graphs, max_norm=max_norm, offload=offload
+    )
 
 
 def _sum_in_float32(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> None:

@@ -284,8 +284,8 @@ class Case:
 
     @property
     def records_steps(self) -> bool:
-        """Whether a decoding step is recorded as a CUDA graph (decoding/decoder.py: ``new_state``)."""
-        return self.like_gpu and self.tp_size == 1
+        """Whether decoding steps are recorded as CUDA graphs (decoding/static_step.py: ``stepping_on``)."""
+        return self.like_gpu and self.config.generation.cuda_graphs
 
     @property
     def keeps_teacher_cache(self) -> bool:

@@ -2,7 +2,7 @@
 
 With as many rows, a decoding step makes the same calls at every column, and its floating-point operations grow by the
 same number from column to column. So two steps tell the others exactly. What surrounds a step (logits, drawing tokens,
-moving rows) always runs.
+moving rows) always runs. Steps that are recorded cost nothing to repeat: they all run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from megadistill.decoding.protocols import Decoder, Prefiller, TextModel
+from megadistill.decoding.sampling import Drawer
+from megadistill.decoding.token_steps import EagerSteps, TokenSteps, Written
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 from megadistill.planning.counter import Counter, Tally
 
-# The first steps of a cache always run: on GPUs a decoder records one of them.
+# The first steps of a cache always run: they make what later ones find.
 _FIRST_STEPS = 5
 
 
@@ -83,6 +85,13 @@ class _SampledDecoder:
         self._last_column = columns - 2  # the last token of a row is written and not read
         return self._decoder.new_state(offsets, columns)
 
+    def steps(self, state: Any, drawer: Drawer, *, keep_hidden: bool) -> TokenSteps:
+        """As the decoder's, with its steps counted."""
+        steps = self._decoder.steps(state, drawer, keep_hidden=keep_hidden)
+        if isinstance(steps, EagerSteps):
+            return EagerSteps(self, state, drawer, keep_hidden=keep_hidden, interval=steps.interval)
+        return _CountedSteps(steps, self._writer)
+
     def decode(self, state: Any, tokens: torch.Tensor, column: int) -> torch.Tensor:
         """As the decoder's, or a tensor of its shape with what it would have done counted."""
         writer, rows = self._writer, len(tokens)
@@ -98,6 +107,20 @@ class _SampledDecoder:
         del known[:-2]
         self._hidden[rows] = hidden
         return hidden
+
+
+class _CountedSteps:
+    """Passes everything on, and counts the steps."""
+
+    def __init__(self, steps: TokenSteps, writer: CountedWriter) -> None:
+        self.interval, self.forget = steps.interval, steps.forget
+        self._steps, self._writer = steps, writer
+
+    def run(self, tokens: torch.Tensor, column: int, numbers: torch.Tensor | None, num_steps: int) -> Written:
+        """As ``TokenSteps.run``."""
+        self._writer.num_steps += num_steps
+        self._writer.num_run += num_steps
+        return self._steps.run(tokens, column, numbers, num_steps)
 
 
 def _is_known(steps: Sequence[_Step]) -> bool:

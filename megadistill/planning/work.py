@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from megadistill.decoding.static_step import STEPS_BEFORE_RECORDING
+from megadistill.decoding.token_steps import INTERVAL, rounded_rows
 from megadistill.planning.case import Case
 from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released
 from megadistill.planning.shape import ModelShape
@@ -18,6 +20,7 @@ from megadistill.planning.use import Group, Traffic
 # products and rotary positions; embedding, head and sampling of a token; a layer of transformers' forward pass, and of
 # its backward pass with DeepSpeed's hooks; a parameter's update and its copies.
 _DECODE_LAYER, _DECODE_TOKEN = 17, 29
+_DECODE_CALL = 8  # around the steps between two looks at which responses have ended
 _READ_LAYER, _SCORE_CHUNK = 26, 200
 _FORWARD_LAYER, _BACKWARD_LAYER = 40, 90
 _LOSS_CHUNK, _UPDATE_PARAMETER = 120, 6
@@ -32,7 +35,7 @@ class Work:
 
     Attributes:
         flops: Of products and attention.
-        operations: What torch dispatches, without views; a recorded decoding step is one.
+        operations: What torch dispatches, without views; a step that is recorded is one.
         recorded: Kernels of recorded decoding steps.
         memory_bytes: Read from and written to the GPU's memory by products and elementwise passes, about.
         sent: (group, op) -> [calls, bytes].
@@ -93,6 +96,11 @@ def _rewritten(case: Case) -> float:
     return case.response_tokens * (1 - 0.5 / max(1, widest))
 
 
+def _joining_rows(case: Case, examples: int) -> list[int]:
+    """Rows of the steps of a re-generation, in which one example after the other joins."""
+    return [rounded_rows(active, examples) if case.records_steps else active for active in range(1, examples + 1)]
+
+
 def _attention(model: ModelShape, queries: float, keys: float) -> float:
     """FLOPs in all layers: two products of each query with each key."""
     return 4 * queries * keys * model.query * model.num_layers
@@ -112,20 +120,23 @@ def _read(done: Work, case: Case, model: ModelShape, examples: int, tokens: floa
                   * model.hidden * itemsize)  # fmt: skip
 
 
-def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) -> None:
-    """Adds ``steps`` decoding steps in which ``tokens`` tokens are written to ``done``."""
+def _decode(done: Work, case: Case, rows: Sequence[int], steps: float) -> None:
+    """Adds ``steps`` decoding steps, as many of each number of rows, to ``done``."""
     model, itemsize = case.student, case.student_bytes
+    tokens = steps * sum(rows) / len(rows)
     columns = case.prompt_tokens + _KV_READS * case.response_tokens
-    # A recorded step is that of all slots and columns; only logits are those of texts that are still written.
-    read, columns = (examples * steps, case.columns) if case.records_steps else (tokens, columns)
-    done.flops += 2 * (model.products * read + model.head * tokens) + _attention(model, read, columns)
     unjoined = sum(2 * len(parts) - 2 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
-    kernels = steps * model.num_layers * (_DECODE_LAYER + unjoined)
+    kernels = model.num_layers * (_DECODE_LAYER + unjoined) + _DECODE_TOKEN
     if case.records_steps:
-        done.recorded += kernels
-    done.operations += steps * _DECODE_TOKEN + (0 if case.records_steps else kernels)
+        columns = case.columns  # a step of fixed shape reads all of them
+        eager = min(steps, STEPS_BEFORE_RECORDING * len(set(rows)))
+        done.recorded += (steps - eager) * kernels
+        done.operations += steps * (1 + _DECODE_CALL / INTERVAL) + eager * kernels
+    else:
+        done.operations += steps * kernels
+    done.flops += 2 * (model.products + model.head) * tokens + _attention(model, tokens, columns)
     weights = itemsize * (model.num_layers * model.layer + model.head)
-    done.memory_bytes += steps * weights + read * columns * model.kv_bytes(itemsize)
+    done.memory_bytes += steps * weights + tokens * columns * model.kv_bytes(itemsize)
     if case.tp_size > 1:
         calls = 2 * model.num_layers + model.is_tied
         done.send("tp", "all_reduce", steps * (calls + 1), tokens * (calls * model.hidden * itemsize + 8))
@@ -137,16 +148,15 @@ def _rollout(case: Case) -> Work:
     _gather(done, case, released(case, model), case.student_bytes)
     for examples in _batches(case):
         _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes)
-        steps = case.response_tokens - 1
-        _decode(done, case, examples, steps, examples * steps)
+        _decode(done, case, [examples], case.response_tokens - 1)
     return done
 
 
 def _regenerate(case: Case) -> Work:
     done = Work()
     for examples in _batches(case):
-        steps = case.rounds * _rewritten(case)
-        _decode(done, case, examples, steps, case.rounds * examples * case.response_tokens / 2)
+        rows = _joining_rows(case, examples)
+        _decode(done, case, rows, case.rounds * _rewritten(case))
     return done
 
 

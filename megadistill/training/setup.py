@@ -266,6 +266,7 @@ def _engines(
         "zero": config.parallel.zero,
         "deepspeed_settings": config.deepspeed,
         "cpu_products": config.generation.cpu_products,
+        "cuda_graphs": config.generation.cuda_graphs,
     }
     teacher = None
     if "model.teacher.path" in paths:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from megadistill.data.sample import Sample
+from megadistill.decoding.decoder import PlanDecoder
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.products import ProductLayouts
 from megadistill.decoding.rollout import Correction, RolloutState
 from megadistill.decoding.sampling import Sampling
+from megadistill.decoding.token_steps import Stepping
 from tests.support.runs import FAMILY_CONFIGS, join_deepspeed
 from tests.support.spawn import run_ranks
 
@@ -72,7 +74,16 @@ def _decode(folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
         states = model.prefiller(2).read(_chunks())
         with model.decoder() as decoder:
             results[name] = (*_rollouts(decoder, samples), [hidden[:, :4] for hidden in states])
+            if tp_size == 2 and isinstance(decoder, PlanDecoder):
+                _assert_static_steps_write_the_same(decoder, samples, results[name][:-1])
     return results
+
+
+def _assert_static_steps_write_the_same(decoder: PlanDecoder, samples: list[Sample], expected: tuple[Any, ...]) -> None:
+    """As a recording on GPUs would: steps of fixed shapes, several between two looks, collectives among them."""
+    for stepping in (Stepping(1, is_static=True), Stepping(3, is_static=True, rounded=max), Stepping(8)):
+        static = PlanDecoder(decoder.plan, decoder.device, decoder.head, CHOSEN, stepping)
+        assert _rollouts(static, samples) == expected, stepping
 
 
 def _chunks() -> list[PrefillChunk]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megadistill.data.sample import Sample
-from megadistill.decoding.decode_graph import DecodeGraph, StepInputs
 from megadistill.decoding.decoder import PlanDecoder, PlanPrefiller
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import KVCache, PrefillChunk
@@ -175,71 +170,3 @@ def test_bf16_decoding_stays_close(variant: str) -> None:
         assert torch.allclose(
             rollout_state.hidden(0).double(), states[len(PROMPTS[0]) - 1 :].double(), atol=close, rtol=close
         )
-
-
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in WITHOUT_PLAN])
-def test_the_step_that_is_recorded_on_gpus_is_the_step(variant: str) -> None:
-    """All slots take part in it; what is not being decoded keeps all that is ever read of it."""
-    decoder = prepared(make_model(variant, torch.float64), variant)
-    assert isinstance(decoder, PlanDecoder)
-    width = max(map(len, PROMPTS))
-    offsets = [width - len(prompt) for prompt in PROMPTS]
-    shape = (decoder.num_kv_heads, width + 3, decoder.plan.head_dim)
-    states = [
-        KVCache(len(decoder.plan.layers), offsets, shape, decoder.dtype, CPU, has_spare=spare)
-        for spare in (False, True)
-    ]
-    for state in states:
-        decoder.prefill(state, PROMPTS)
-    plain, spare = states
-    assert spare.spare is not None and spare.layers[0].shape[3] == spare.spare + 1 == 17
-    decoder._rope(spare.spare, 0)
-    for step, tokens in enumerate(([20, 21, 22, 23], [30, 31, 32], [40, 41, 42])):
-        if step == 2:
-            for state in states:
-                state.swap(0, 3)
-                state.sort([1, 0, 3, 2])
-        kept = [layer.clone() for layer in spare.layers]
-        column, active = width + step, torch.tensor(tokens)
-        starts = spare.starts()
-        assert starts is not None
-        filled = torch.cat([active, torch.zeros(len(PROMPTS) - len(tokens), dtype=torch.int64)])
-        inputs = StepInputs(filled, starts, torch.tensor(column), torch.tensor(len(tokens)))
-        hidden = decoder._decode_all(spare, inputs)[: len(tokens)]
-        torch.testing.assert_close(hidden, decoder.decode(plain, active, column), rtol=1e-9, atol=1e-9)
-        for layer, before in zip(spare.layers, kept, strict=True):
-            assert torch.equal(layer[:, len(tokens) :, :, :-1], before[:, len(tokens) :, :, :-1])
-
-
-class _ReplayedByHand:
-    """As much of CUDA's graphs and streams as a recording on the CPU needs."""
-
-    def capture_begin(self, **_: Any) -> None: ...
-
-    def capture_end(self) -> None: ...
-
-    def replay(self) -> None: ...
-
-    def wait_stream(self, _: Any) -> None: ...
-
-
-def test_a_recorded_step_does_not_keep_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else caches would wait for the garbage collector: they are most of what a rollout holds."""
-    for name in ("CUDAGraph", "Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: _ReplayedByHand())
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    decoder = prepared(make_model("llama", torch.float64), "llama")
-    assert isinstance(decoder, PlanDecoder)
-    shape = (decoder.num_kv_heads, 8, decoder.plan.head_dim)
-    state = KVCache(len(decoder.plan.layers), [1, 0], shape, decoder.dtype, CPU, has_spare=True)
-    decoder._rope(8, 0)
-    state.graph = DecodeGraph(partial(decoder._decode_all, state), 2, decoder._rope_table)
-    actual = state.graph.replay(torch.tensor([7]), 3, state.starts())
-    assert actual.shape == (1, 32) and state.graph._inputs.starts.tolist() == [1, 0]
-    kept = weakref.ref(state)
-    gc.disable()
-    try:
-        del state
-        assert kept() is None
-    finally:
-        gc.enable()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,19 +15,23 @@ from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.rollout import Correction, RolloutState, rollout
 from megadistill.decoding.sampling import Sampling, draw_tokens
+from megadistill.decoding.token_steps import INTERVAL, Stepping
 from megadistill.models.families import FAMILIES
 from megadistill.parallel import VocabShard
 from megadistill.parallel.rng import uniform
 from tests.support.runs import FAMILY_CONFIGS
 from tests.unit.test_decoding import EOS, GREEDY, LIMIT, PROMPTS, SAMPLES, SHARD, VARIANTS, make_model, prepared
+from tests.unit.test_static_step import SAMPLINGS, assert_same, history
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LIMITS = [LIMIT] * len(PROMPTS)
 
 
-def on_gpu(model: torch.nn.Module, variant: str) -> PlanDecoder | HFDecoder:
+def on_gpu(
+    model: torch.nn.Module, variant: str, stepping: Stepping | None = None, shard: VocabShard = SHARD
+) -> PlanDecoder | HFDecoder:
     family, moved = FAMILIES[VARIANTS[variant][0]], copy.deepcopy(model).cuda()
-    return make_decoder(moved, family.plan(moved), SHARD, torch.device("cuda"))
+    return make_decoder(moved, family.plan(moved), shard, torch.device("cuda"), stepping=stepping)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -108,6 +114,58 @@ def test_steps_leave_no_memory_behind() -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[-1] == used[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama with grouped heads", "qwen3", "opt"])
+def test_recorded_steps_are_the_steps(variant: str, dtype: torch.dtype) -> None:
+    """Greedy and sampled, written and corrected, with responses that end anywhere; in float32 also the CPU's texts."""
+    model = make_model(variant, dtype)
+    cpu = prepared(model, variant)
+    for sampling in SAMPLINGS:
+        recorded = history(on_gpu(model, variant), sampling)
+        as_they_are = history(on_gpu(model, variant, Stepping(INTERVAL, is_static=True)), sampling)
+        assert_same(recorded, as_they_are, 0.0)
+        texts = [[texts for texts, *_ in found] for found in (recorded, history(cpu, sampling))]
+        assert dtype == torch.bfloat16 or texts[0] == texts[1]
+
+
+def test_what_is_not_finite_in_recorded_steps() -> None:
+    model = make_model("llama")
+    model.model.embed_tokens.weight.data[62:92] = torch.nan
+    cpu, gpu = prepared(model, "llama"), on_gpu(model, "llama")
+    for sampling in SAMPLINGS[:2]:
+        expected, actual = ([found[:2] for found in history(decoder, sampling)] for decoder in (cpu, gpu))
+        assert actual == expected and expected[0][1]
+
+
+NCCL = """
+import torch, torch.distributed as dist
+from megadistill.decoding.token_steps import INTERVAL, Stepping
+from megadistill.parallel import VocabShard
+from tests.unit.test_decoding import V, make_model, prepared
+from tests.unit.test_decoding_cuda import SAMPLINGS, assert_same, history, on_gpu
+torch.cuda.set_device(0)
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+shard = VocabShard(0, V, V, dist.group.WORLD)
+for dtype in (torch.float32, torch.bfloat16):
+    model = make_model("llama", dtype)
+    prepared(model, "llama")
+    for sampling in SAMPLINGS:
+        recorded = history(on_gpu(model, "llama", shard=shard), sampling)
+        as_they_are = history(on_gpu(model, "llama", Stepping(INTERVAL, is_static=True), shard), sampling)
+        assert_same(recorded, as_they_are, 0.0)
+dist.barrier()
+dist.destroy_process_group()
+print("the same")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="no NCCL")
+def test_collectives_are_recorded_too() -> None:
+    """A group of one rank, in a process of its own; recordings are gone before the group is (else it would wait)."""
+    done = subprocess.run([sys.executable, "-c", NCCL], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.endswith("the same\n"), done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("variant", ["llama with grouped heads", "opt"])

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
 from megadistill.decoding.nonfinite import row_name
+from megadistill.decoding.sampling import Drawer
+from megadistill.decoding.token_steps import EagerSteps
 from megadistill.errors import DivergenceError
 from megadistill.evaluation.answers import AnswerSettings, reference_likelihood, write_answers
 from megadistill.parallel.context import ParallelContext
@@ -28,7 +30,7 @@ NAMES = {2: "two", 3: "three", BAD: "bad"}
 class Echo:
     """Always writes token 4; has no distribution after BAD."""
 
-    device = torch.device("cpu")
+    device, interval = torch.device("cpu"), 1
 
     def __init__(self, context: ParallelContext) -> None:
         self.shard = context.vocab_shard(V)
@@ -50,6 +52,9 @@ class Echo:
     def read(self, chunks: Any) -> list[torch.Tensor]:
         self.num_batches += 1
         return [self._hidden(list(chunk.tokens)) for chunk in chunks]
+
+    def steps(self, state: Any, drawer: Drawer, *, keep_hidden: bool) -> EagerSteps:
+        return EagerSteps(self, state, drawer, keep_hidden=keep_hidden, interval=self.interval)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ self.head.weight.T

@@ -149,7 +149,7 @@ def test_a_cache_that_is_too_small_for_both_is_the_students(models: Models) -> N
     wide, narrow = (planned(models, f"generation.max_cache_bytes={2**shift}", nodes=1) for shift in (33, 30))
     assert wide.keeps_teacher_cache and not narrow.keeps_teacher_cache
     of_wide, of_narrow = (step_use(case).phases[0].owners[memory.CACHE] for case in (wide, narrow))
-    assert of_narrow <= 2**30 < of_wide
+    assert of_narrow <= 2**30 * 1.01 < of_wide  # beside what is kept, recorded steps write one column more
     assert step_use(narrow).decode_steps > step_use(wide).decode_steps  # several batches one after the other
 
 
@@ -297,8 +297,8 @@ def test_times_follow_rates_and_links(models: Models) -> None:
     assert usual["train"].dp > 3 * phase_times(replace(case, nodes=1, gpus_per_node=16), use, H100)["train"].dp
     faster = phase_times(case, use, replace(H100, bf16=2 * H100.bf16))
     assert faster["train"].products == pytest.approx(usual["train"].products / 2)
-    alone = planned(models, "parallel.tp_size=1", "train.micro_batch_size=4")  # decoding steps are recorded there
-    assert phase_times(alone, step_use(alone), H100)["rollout"].launches < 0.5 * usual["rollout"].launches
+    eager = planned(models, "parallel.tp_size=2", "train.micro_batch_size=4", "generation.cuda_graphs=false")
+    assert usual["rollout"].launches < 0.5 * phase_times(eager, step_use(eager), H100)["rollout"].launches
     slow = phase_times(case, use, H100, {"train": 2.0})
     assert slow["train"].seconds == pytest.approx(2 * usual["train"].seconds)
 

@@ -15,7 +15,8 @@ from megadistill.data.sample import Sample
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.rollout import Correction, RolloutState, rollout
-from megadistill.decoding.sampling import NO_TOKEN, Sampling
+from megadistill.decoding.sampling import NO_TOKEN, Drawer, Sampling
+from megadistill.decoding.token_steps import EagerSteps
 from megadistill.errors import DivergenceError
 from megadistill.generation import find_error_positions, sample_tokens
 from megadistill.generation.scoring import score_responses
@@ -62,7 +63,7 @@ class Counter:
     """Writes last token + 1, then EOS after V - 1; remembers how wide its batches were. It checks that an example has
     read everything left of the column that it is asked for."""
 
-    shard, device, head = SHARD, CPU, HEAD
+    shard, device, head, interval = SHARD, CPU, HEAD, 1
 
     def __init__(self) -> None:
         self.widths: list[int] = []
@@ -85,6 +86,9 @@ class Counter:
             assert all(earlier in state.read[slot] for earlier in range(state.offsets[slot], column)), "a gap"
             state.read[slot][column] = token
         return state_of(tokens.tolist())
+
+    def steps(self, state: Slots, drawer: Drawer, *, keep_hidden: bool) -> EagerSteps:
+        return EagerSteps(self, state, drawer, keep_hidden=keep_hidden, interval=self.interval)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden @ HEAD.weight.T

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megadistill.decoding.sampling import Sampling, draw_tokens
+from megadistill.decoding.sampling import Drawer, Sampling
 
 if TYPE_CHECKING:
     from megadistill.decoding.decoder import PlanDecoder
@@ -68,7 +68,9 @@ def token_operations(make: Callable[[int], PlanDecoder], sampling: Sampling) -> 
             hidden = decoder.decode(state, tokens, width + 1)
         totals.append(operations.counted.total())
     numbers = torch.tensor([0.3, 0.6], dtype=torch.float64, device=decoder.device)
+    drawer = Drawer(decoder.shard, sampling, len(prompts))
+    drawer(decoder.logits(hidden), numbers)
     with Operations() as operations:
-        draw_tokens(decoder.logits(hidden), decoder.shard, numbers, sampling)
+        drawer(decoder.logits(hidden), numbers)
     layer = totals[1] - totals[0]
     return TokenOperations(layer, totals[0] - layer, operations.counted.total())

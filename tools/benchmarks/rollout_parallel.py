@@ -105,12 +105,13 @@ def _rollout_state(decoder: Decoder, sizes: Sizes, examples: range) -> RolloutSt
 
 def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
     """Bytes that each rank receives per example and token while two ranks decode one batch together."""
-    from megadistill.decoding import rollout
+    from megadistill.decoding.sampling import Drawer
 
     counted = {"sampling": 0, "model": 0}
     phase = ["model"]
     distributed: Any = dist  # whose functions are replaced
-    draw, all_reduce, all_gather = rollout.draw_tokens, dist.all_reduce, dist.all_gather
+    drawer: Any = Drawer
+    draw, all_reduce, all_gather = drawer.__call__, dist.all_reduce, dist.all_gather
 
     def counting_draw(*arguments: Any, **more: Any) -> torch.Tensor:
         phase[0] = "sampling"
@@ -129,12 +130,12 @@ def _bytes(sizes: Sizes, folder: Path) -> dict[str, float]:
 
     with _student(sizes, folder, _RANKS, 0).decoder() as decoder:
         state = _rollout_state(decoder, sizes, range(sizes.rows))
-        rollout.draw_tokens = counting_draw
+        drawer.__call__ = counting_draw
         distributed.all_reduce, distributed.all_gather = counting_reduce, counting_gather
         try:
             state.write(0)
         finally:
-            rollout.draw_tokens = draw
+            drawer.__call__ = draw
             distributed.all_reduce, distributed.all_gather = all_reduce, all_gather
     tokens = sizes.rows * sizes.new_tokens
     return {f"{name}_bytes": number / tokens for name, number in counted.items()}

@@ -32,6 +32,7 @@ TokenLoss = Literal[
     "jensen_shannon",
     "total_variation",
 ]
+SpanRelation = Literal["hadamard", "joint", "log"]
 Backend = Literal["auto", "torch", "compile", "triton"]
 
 # Spellings of former releases -> the present ones.
@@ -87,7 +88,14 @@ class LossConfig(Section):
     upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
     coverage_weight: NonNegativeFloat = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
     coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
-    span_eps: PositiveFloat = Field(1e-6, description="Smoothing of the root in the span loss.")
+    span_relation: SpanRelation = Field(
+        "hadamard",
+        description="What the span loss compares. hadamard: products of neighboring distributions (paper); joint: the "
+        "probabilities of the phrases as written; log: their logarithms.",
+    )
+    span_eps: PositiveFloat = Field(
+        1e-6, description="Smoothing of the root in the span loss, for span_relation hadamard."
+    )
 
     if not TYPE_CHECKING:  # type checkers and editors see the fields as keywords
 
@@ -104,6 +112,16 @@ class LossConfig(Section):
     def is_clipped(self) -> bool:
         """Whether a mask is computed at all."""
         return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def pairs_neighbors(self) -> bool:
+        """Whether the span loss compares pairs of neighboring distributions, rather than whole spans as written."""
+        return self.span > 0 and self.span_relation == "hadamard"
+
+    @property
+    def compares_written(self) -> bool:
+        """Whether the span loss compares the probabilities of whole spans as written."""
+        return self.span > 0 and self.span_relation != "hadamard"
 
     @property
     def uses_gate(self) -> bool:

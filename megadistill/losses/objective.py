@@ -38,7 +38,7 @@ from megadistill.losses.fused import (
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
 from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
-from megadistill.losses.span import span_value
+from megadistill.losses.span import SpanSums, chunks_of_whole_spans, span_value, written_spans, written_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
@@ -67,7 +67,7 @@ def distill_loss(
     ``config.gate_objective`` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
 
-    Communicates over ``shard.group``: two all-gathers per chunk (at most 7 + K and 14 floats per token; with a
+    Communicates over ``shard.group``: two all-gathers per chunk (at most 8 + K and 14 floats per token; with a
     ``TeacherTopK`` of L classes 4 + L and, for the span term, 2) and one all-reduce of the hidden gradient; per call
     one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows from
     ``labels``, ``config`` and which heads have a bias.
@@ -76,12 +76,14 @@ def distill_loss(
         student: Hidden states [T, H] and head shard.
         teacher: The same, or its top classes.
         labels: [T] int64; all terms ignore a token with label -100, whatever it contains.
-        pair_mask: [T] bool: positions t and t + 1 are one span pair, which counts where neither is ignored.
+        pair_mask: [T] bool: positions t and t + 1 are one span pair, which counts where neither is ignored. A span is
+            a longest run of pairs.
         gate: Needed where ``config.uses_gate``; called with (sorted_log_probs [C, K], log_tail [C]).
         config: The three terms and their options.
         shard: This rank's slice of the vocabulary.
         num_tokens: Global count that divides the sums over tokens. Averaging over data-parallel ranks is the caller's.
-        num_pairs: Global count that divides the sum over pairs; for 0 the span term is 0.
+        num_pairs: Global count that divides the sum over pairs (``span_relation`` joint and log: over spans); for 0
+            the span term is 0.
 
     Raises:
         ConfigError: The gate is missing or does not fit, or the backend cannot run here.
@@ -196,7 +198,8 @@ class _FusedPass:
         shifts = bias_shifts(heads, call.shard.group)
         self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0])
         self.gradients = StudentGradients(self.student, needs)
-        max_tokens = min(len(self.positions), self.chunk_size + int(config.span > 0))
+        self._chunks = self._cut()
+        max_tokens = max((chunk.stop - chunk.start for chunk, _ in self._chunks), default=0)
         self.logits_buffer = self.student.new_buffer(max_tokens)
         self.gradient_buffer = self.student.new_buffer(
             max_tokens if self.gradients.is_wanted else 0,
@@ -206,7 +209,9 @@ class _FusedPass:
         if isinstance(call.teacher, Head):
             projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
             top_k = config.top_k if config.is_clipped else 0
-            self.teacher = DenseTeacher(projector, self.spec, self.kernels, call.shard, top_k, max_tokens)
+            self.teacher = DenseTeacher(
+                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.compares_written
+            )
         else:
             self.teacher = TopKTeacher(
                 call.teacher,
@@ -224,14 +229,19 @@ class _FusedPass:
 
     def chunks(self) -> Iterator[tuple[slice, int]]:
         """The chunks, each with a halo token where span pairs may cross the border between two chunks."""
-        return chunks(len(self.positions), self.chunk_size, halo=int(self.config.span > 0))
+        return iter(self._chunks)
+
+    def _cut(self) -> list[tuple[slice, int]]:
+        if self.config.compares_written:
+            self._pairs: list[bool] = self.is_pair.tolist()
+            return [(chunk, 0) for chunk in chunks_of_whole_spans(self._pairs, self.chunk_size)]
+        return list(chunks(len(self.positions), self.chunk_size, halo=int(self.config.pairs_neighbors)))
 
     def step(self, chunk: slice, num_halo: int) -> None:
         """Adds one chunk to the totals and gradients; halo tokens take part in span pairs only."""
         config, labels = self.config, self.labels[chunk]
         is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
         is_own[:num_halo] = 0.0
-        has_span = config.span > 0
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
         bounds: MaskBounds | None = None
@@ -240,7 +250,7 @@ class _FusedPass:
             thetas = self._thresholds(stats, is_own)
             theta_l, theta_u = (theta.detach().to(self.dtype).clamp(-_FARTHEST, _FARTHEST) for theta in thetas)
             bounds = MaskBounds(theta_l, theta_u, top_column=stats.teacher_top1 - self.shard.start)
-        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, has_span)
+        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, config.pairs_neighbors)
         terms = self._terms(sums)
         if self.parameters and thetas:
             assert terms.clip is not None
@@ -252,10 +262,13 @@ class _FusedPass:
         if span_sums is not None:
             pair, inner = self._span(span_sums, chunk)
             weights = weights._replace(span_pair=pair, span_inner=inner)
+        span_label = self._written_spans(stats, chunk) if config.compares_written else None
+        if span_label is not None:
+            weights = weights._replace(student=weights.student + span_label)
         if not self.gradients.is_wanted:
             return
         gradient_CVs = self.gradient_buffer[: len(labels)]
-        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs)
+        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs, span_label)
         self.gradients.add(chunk, gradient_CVs)
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -300,11 +313,11 @@ class _FusedPass:
     def _weights(self, terms: _TokenTerms, labels: Tensor, is_own: Tensor) -> GradientWeights:
         """Factors of the parts of the derivative by the untempered logits, the span's left out."""
         config = self.config
-        weights = GradientWeights(torch.zeros_like(is_own))
+        weights = GradientWeights(torch.zeros_like(is_own), label_column=labels - self.shard.start)
         if config.sft > 0:
             reference = is_own * (config.sft * self.inv_num_tokens)
             name = "untempered" if self.spec.has_untempered else "student"
-            weights = weights._replace(label=reference, label_column=labels - self.shard.start, **{name: reference})
+            weights = weights._replace(label=reference, **{name: reference})
         if config.dac_kl == 0:
             return weights
         weight = is_own * (config.dac_kl * config.temperature * self.inv_num_tokens)  # temperature^2, and 1/temperature
@@ -360,6 +373,19 @@ class _FusedPass:
         # Over the temperature: the derivative is by the untempered logits.
         factor = self.config.span * self.inv_num_pairs / self.config.temperature
         return weight / root * factor, sums[:, SpanSum.INNER]
+
+    def _written_spans(self, stats: TokenStatistics, chunk: slice) -> Tensor:
+        """Adds the chunk's spans; returns minus the derivative by the tempered log q of every label [C]."""
+        assert stats.label_log_p is not None
+        spans = written_spans(self._pairs[chunk])
+        if not spans:
+            return torch.zeros_like(stats.norms.student_max)
+        sums = SpanSums(spans, self.device)
+        log_p, log_q = sums.sum(stats.label_log_p), sums.sum(stats.label_log_q)
+        value, slope = written_value(self.config.span_relation, log_p, log_q, sums.lengths)
+        self.totals["span"] += value.sum()
+        factor = self.config.span * self.inv_num_pairs / self.config.temperature
+        return (sums.spread(slope, len(stats.label_log_q)) * -factor).to(self.dtype)
 
     def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.totals[name] += (value * weight).sum(dtype=torch.float64)

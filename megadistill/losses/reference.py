@@ -68,9 +68,14 @@ def reference_loss(
     coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
 
     first = _first_of_pairs(pair_mask, is_valid)
-    difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
-    eps = config.span_eps
-    span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
+    if config.span_relation == "hadamard":
+        difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
+        eps = config.span_eps
+        span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
+    else:
+        places = _label_places(teacher, positions, labels)
+        of_labels = (x.gather(-1, places.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q))
+        span_values = _written_span_values(*of_labels, first, config.span_relation)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
     sign = -1.0 if config.gate_objective == "maximize" else 1.0
@@ -97,6 +102,32 @@ def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
     """The first token of each span pair, counted among the valid tokens."""
     starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
     return (is_valid.cumsum(0) - 1)[:-1][starts_pair]
+
+
+def _label_places(teacher: Head | TeacherTopK, positions: Tensor, labels: Tensor) -> Tensor:
+    """The class of each label; of a ``TeacherTopK`` its place in the list, or that of the rest."""
+    classes = labels[positions]
+    if isinstance(teacher, Head):
+        return classes
+    is_label = teacher.ids[positions] == classes.unsqueeze(-1)
+    return torch.where(is_label.any(-1), is_label.int().argmax(-1), is_label.shape[-1])
+
+
+def _written_span_values(log_p: Tensor, log_q: Tensor, first: Tensor, relation: str) -> Tensor:
+    """The value of each span as written, from both models' log-probabilities of its tokens."""
+    values, starts = [], set(first.tolist())
+    for start in sorted(starts):
+        if start - 1 in starts:
+            continue
+        end = start + 1
+        while end in starts:
+            end += 1
+        of_teacher, of_student = log_p[start : end + 1].sum(), log_q[start : end + 1].sum()
+        if relation == "joint":
+            values.append((of_teacher.exp() - of_student.exp()) ** 2)
+        else:
+            values.append((of_teacher - of_student) ** 2 / (end + 1 - start))
+    return torch.stack(values) if values else log_q[:0]
 
 
 def quantile_thresholds(

@@ -25,10 +25,12 @@ class StudentStatistics:
     Attributes:
         norms: Normalizers for the kernels.
         label_nats: -log q(label) at temperature 1.
+        label_log_q: log q(label) at the loss's temperature, float64.
     """
 
     norms: LogNormalizers
     label_nats: Tensor
+    label_log_q: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class TokenStatistics(StudentStatistics):
         teacher_top1: [C] its top class, the lowest when tied.
         top_log_probs: [C, K] its largest log-probabilities, descending.
         log_tail: [C] log of the sum of all others (a sum, never 1 - sum).
+        label_log_p: [C] log p(label) at the loss's temperature, float64; None where no term needs it.
     """
 
     teacher_top1: Tensor
     top_log_probs: Tensor
     log_tail: Tensor
+    label_log_p: Tensor | None = None
 
 
 def merge_student(
@@ -70,7 +74,8 @@ def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatis
         untempered_log = log_total(student_max, columns[3].double(), largest, 1.0)
     dtype = columns[0].dtype
     norms = LogNormalizers(largest.to(dtype), log_sum.to(dtype), untempered_log.to(dtype))
-    return StudentStatistics(norms, untempered_log + (largest - target.sum(0)))
+    gap = target.sum(0) - largest
+    return StudentStatistics(norms, untempered_log - gap, gap / spec.temperature - log_sum)
 
 
 def merge_both(
@@ -81,16 +86,23 @@ def merge_both(
     labels: Tensor,
     shard: VocabShard,
     top_k: int,
+    has_label_p: bool = False,
 ) -> TokenStatistics:
-    """Statistics of a chunk; 6 + K floats per token (7 + K when tempered) in one all-gather over ``shard.group``."""
+    """Statistics of a chunk; 6 + K floats per token in one all-gather over ``shard.group``.
+
+    One more when tempered, and one more for the teacher's probability of the label.
+    """
     columns = student_columns(local, student_CVs, labels, shard)
     top_CK, tail, top1 = local_top(spec, local, teacher_CVs, shard, min(top_k, shard.total))
     assert local.teacher_max is not None
+    num_student = len(columns)
     columns += [local.teacher_max, tail, top1.to(student_CVs.dtype)]
+    if has_label_p:
+        columns.append(local_target(teacher_CVs, labels, shard))
     gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), top_CK], -1), shard.group)
     num_columns = len(columns)
-    student = merged_student(spec, gathered[..., : num_columns - 3].unbind(-1))
-    teacher_max, tail, top1 = gathered[..., num_columns - 3 : num_columns].unbind(-1)
+    student = merged_student(spec, gathered[..., :num_student].unbind(-1))
+    teacher_max, tail, top1, *target = gathered[..., num_student:num_columns].unbind(-1)
 
     largest = teacher_max.double().amax(0)
     tails = tail.double() + (teacher_max.double() - largest) / spec.temperature
@@ -104,9 +116,11 @@ def merge_both(
     return TokenStatistics(
         norms=norms,
         label_nats=student.label_nats,
+        label_log_q=student.label_log_q,
         teacher_top1=merge_argmax(teacher_max, top1, shard),
         top_log_probs=(gaps[:, :kept] - teacher_log.unsqueeze(-1)).to(dtype),
         log_tail=(log_tail - teacher_log).to(dtype),
+        label_log_p=(target[0].double().sum(0) - largest) / spec.temperature - teacher_log if target else None,
     )
 
 

@@ -104,6 +104,10 @@ class TopKTeacher:
         token, place = torch.nonzero(here, as_tuple=True)
         column = ids_CL[token, place] - self.shard.start
         self._here = token, place, column
+        is_label = ids_CL == labels.unsqueeze(-1)
+        # A label that is not listed is one of the rest, the last column.
+        listed = is_label.to(torch.int32).argmax(-1, keepdim=True)
+        self._label_place = torch.where(is_label.any(-1, keepdim=True), listed, ids_CL.shape[1])
         target = local_target(student_CVs, labels, self.shard)
         listed_CL = student_CVs.new_zeros(ids_CL.shape)
         listed_CL[token, place] = student_CVs[token, column]
@@ -148,8 +152,9 @@ class TopKTeacher:
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
+        span_label: Tensor | None = None,
     ) -> None:
-        """Writes the derivative by the student's logits.
+        """Writes the derivative by the student's logits; ``span_label`` [C] is what the span term takes off labels.
 
         The derivative by the rest's logit is spread over its classes by their shares of the rest.
         """
@@ -158,6 +163,8 @@ class TopKTeacher:
         self._small_kernels.gradient(
             self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds, of_token, small_CM
         )
+        if span_label is not None:
+            small_CM.scatter_add_(-1, self._label_place, -span_label.unsqueeze(-1))
         if student_CVs.shape[1] == 0:
             return
         spread = GradientWeights(small_CM[:, -1].contiguous(), untempered=weights.untempered)
@@ -208,7 +215,9 @@ class TopKTeacher:
         return TokenStatistics(
             LogNormalizers(student_max.to(dtype), student_log.to(dtype), untempered_log.to(dtype)),
             label_nats,
+            self._log_q_CM.gather(-1, self._label_place).squeeze(-1).double(),
             *self._top(ids_CL, log_p_CM),
+            log_p_CM.gather(-1, self._label_place).squeeze(-1).double(),
         )
 
     def _top(self, ids_CL: Tensor, log_p_CM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,8 +251,10 @@ def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num
             "both are natural logarithms, the tail that of the sum of all other classes"
         )
     possible = log_probs if ids.shape[1] < num_classes else log_probs[:, :-1]
-    if divergence_of(config).needs_support and bool(torch.isneginf(possible).any()):
+    infinite = f"loss.divergence={config.divergence}" if divergence_of(config).needs_support else ""
+    if config.compares_written and config.span_relation == "log":
+        infinite = infinite or "loss.span_relation=log"
+    if infinite and bool(torch.isneginf(possible).any()):
         raise DataError(
-            f"loss.divergence={config.divergence} is infinite where the teacher excludes classes: teacher.log_tail or "
-            "teacher.log_probs is -inf"
+            f"{infinite} is infinite where the teacher excludes classes: teacher.log_tail or teacher.log_probs is -inf"
         )

@@ -109,6 +109,19 @@ def test_a_teacher_of_top_classes_equals_the_reference(tp_size):
     run_ranks(body, tp_size)
 
 
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_written_spans_equal_the_reference(tp_size):
+    def body(rank):
+        for relation, temperature in itertools.product(["joint", "log"], [1.0, 2.0]):
+            config = CONFIG.replace(span_relation=relation, temperature=temperature)
+            check(rank, make_problem(ignored=0.1), config, make_gate(), torch.float64, 1e-10)
+            problem = with_top_k(make_problem(ignored=0.1), 20, temperature)
+            check(rank, problem, config, make_gate(), torch.float64, 1e-10)
+        check(rank, make_problem(seed=5), CONFIG.replace(span_relation="log"), make_gate(), torch.float32, 1e-5)
+
+    run_ranks(body, tp_size)
+
+
 @pytest.mark.parametrize("tp_size", [2, 3])
 def test_grouped_statistics_across_shards(tp_size):
     """Shards of 9,000 classes and more find the top K through groups; the last group is a short one."""

@@ -52,6 +52,14 @@ class LossConfig(Section):
     sft: NonNegativeFloat = Field(1.0, description="Weight of the cross-entropy on the references.")
     dac_kl: NonNegativeFloat = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
     span: NonNegativeFloat = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
+    sft_text: Literal["reference", "text"] = Field(
+        "reference",
+        description="What the cross-entropy is computed on: the references, or the text of generation.mode (SeqKD).",
+    )
+    average: Literal["token", "row"] = Field(
+        "token",
+        description="Cross-entropy and token loss: mean over all tokens, or over rows of each row's mean.",
+    )
     divergence: TokenLoss = Field(
         "dac_kl",
         description="The token loss: DAC-KL, or a baseline with its weight and its place in the metrics (no gate).",
@@ -112,6 +120,11 @@ class LossConfig(Section):
     def is_clipped(self) -> bool:
         """Whether a mask is computed at all."""
         return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a term compares student and teacher."""
+        return self.dac_kl > 0 or self.span > 0
 
     @property
     def pairs_neighbors(self) -> bool:

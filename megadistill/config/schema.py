@@ -179,8 +179,8 @@ class RunConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a loss compares with the teacher; False for plain SFT."""
-        return self.loss.dac_kl > 0 or self.loss.span > 0
+        """Whether a loss compares with the teacher, or is on text that it may write or correct; False for plain SFT."""
+        return self.loss.uses_teacher or (self.loss.sft_text == "text" and self.generation.mode != "dataset")
 
     def with_template(self, name: str, **variables: Any) -> "RunConfig":
         """The same with another ``data.template``, and perhaps other ``data.chat_template*``."""
@@ -256,8 +256,9 @@ class RunConfig(Section):
         )
         require_combination(
             self.model.teacher.path is not None or not self.needs_teacher,
-            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} need a teacher; "
-            "plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset",
+            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} "
+            f"loss.sft_text={loss.sft_text} need a teacher; plain SFT is loss.dac_kl=0 loss.span=0 "
+            "generation.mode=dataset",
             ("model.teacher.path",),
         )
         require_combination(

@@ -9,7 +9,6 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from megadistill.losses.fused import (
     bias_shifts,
     check_labels,
     check_shard,
+    check_weights,
     chunk_size,
     chunks,
     inverse_count,
@@ -34,11 +34,12 @@ from megadistill.losses.fused import (
     needs_gradient,
     scaled_gradients,
     valid_positions,
+    weights_of,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
 from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
-from megadistill.losses.span import SpanSums, chunks_of_whole_spans, span_value, written_spans, written_value
+from megadistill.losses.span import WrittenSpans, span_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
@@ -60,6 +61,7 @@ def distill_loss(
     *,
     num_tokens: Normalizer,
     num_pairs: Normalizer,
+    token_weights: Tensor | None = None,
 ) -> DistillOutput:
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
@@ -84,6 +86,7 @@ def distill_loss(
         num_tokens: Global count that divides the sums over tokens. Averaging over data-parallel ranks is the caller's.
         num_pairs: Global count that divides the sum over pairs (``span_relation`` joint and log: over spans); for 0
             the span term is 0.
+        token_weights: [T] factors of the tokens in the sums over tokens; None: 1. The span term has none.
 
     Raises:
         ConfigError: The gate is missing or does not fit, or the backend cannot run here.
@@ -101,7 +104,8 @@ def distill_loss(
     if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
         raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
     parameters = _learning_parameters(gate, config)
-    call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs)
+    check_weights(token_weights, length)
+    call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
         call, needs, student.hidden, student.weight, student.bias, *parameters
@@ -135,6 +139,7 @@ class _Call:
     shard: VocabShard
     num_tokens: Normalizer
     num_pairs: Normalizer
+    token_weights: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class _Distill(torch.autograd.Function):
         head = Head(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             fused = _FusedPass(call, head, needs, list(parameters))
-            for chunk, num_halo in fused.chunks():
+            for chunk, num_halo in fused.chunks:
                 fused.step(chunk, num_halo)
             fused.gradients.reduce(call.shard.group)
         keep_for_backward(ctx, head, fused.positions, fused.gradients, fused.gate_gradients)
@@ -189,6 +194,7 @@ class _FusedPass:
         follows = torch.zeros_like(call.pair_mask[self.positions])
         follows[:-1] = self.positions[1:] == self.positions[:-1] + 1
         self.is_pair = call.pair_mask[self.positions] & follows
+        self.token_weights = weights_of(call.token_weights, self.positions, self.dtype)
         self.inv_num_tokens = inverse_count(call.num_tokens, device)
         self.inv_num_pairs = inverse_count(call.num_pairs, device)
         self.spec = TileSpec.of(config, has_edges=bool(parameters) and config.uses_gate)
@@ -198,8 +204,12 @@ class _FusedPass:
         shifts = bias_shifts(heads, call.shard.group)
         self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0])
         self.gradients = StudentGradients(self.student, needs)
-        self._chunks = self._cut()
-        max_tokens = max((chunk.stop - chunk.start for chunk, _ in self._chunks), default=0)
+        self.written = WrittenSpans(self.is_pair, config) if config.compares_written else None
+        if self.written is not None:
+            self.chunks = self.written.chunks(self.chunk_size)
+        else:  # each with a halo token where span pairs may cross the border between two
+            self.chunks = list(chunks(len(self.positions), self.chunk_size, halo=int(config.pairs_neighbors)))
+        max_tokens = max((chunk.stop - chunk.start for chunk, _ in self.chunks), default=0)
         self.logits_buffer = self.student.new_buffer(max_tokens)
         self.gradient_buffer = self.student.new_buffer(
             max_tokens if self.gradients.is_wanted else 0,
@@ -227,20 +237,10 @@ class _FusedPass:
         self.top1 = torch.zeros(len(self.positions), dtype=torch.int64, device=device)
         self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
-    def chunks(self) -> Iterator[tuple[slice, int]]:
-        """The chunks, each with a halo token where span pairs may cross the border between two chunks."""
-        return iter(self._chunks)
-
-    def _cut(self) -> list[tuple[slice, int]]:
-        if self.config.compares_written:
-            self._pairs: list[bool] = self.is_pair.tolist()
-            return [(chunk, 0) for chunk in chunks_of_whole_spans(self._pairs, self.chunk_size)]
-        return list(chunks(len(self.positions), self.chunk_size, halo=int(self.config.pairs_neighbors)))
-
     def step(self, chunk: slice, num_halo: int) -> None:
         """Adds one chunk to the totals and gradients; halo tokens take part in span pairs only."""
         config, labels = self.config, self.labels[chunk]
-        is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
+        is_own = self.token_weights[chunk].clone()
         is_own[:num_halo] = 0.0
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
@@ -262,8 +262,10 @@ class _FusedPass:
         if span_sums is not None:
             pair, inner = self._span(span_sums, chunk)
             weights = weights._replace(span_pair=pair, span_inner=inner)
-        span_label = self._written_spans(stats, chunk) if config.compares_written else None
-        if span_label is not None:
+        span_label: Tensor | None = None
+        if self.written is not None:
+            value, span_label = self.written.term(stats, chunk, self.inv_num_pairs)
+            self.totals["span"] += value
             weights = weights._replace(student=weights.student + span_label)
         if not self.gradients.is_wanted:
             return
@@ -360,9 +362,10 @@ class _FusedPass:
             self._add("sft", stats.label_nats, is_own)
         if config.dac_kl > 0:
             self._add("dac_kl", config.temperature**2 * terms.value, is_own)
-        self._add("kept_mass", is_own if terms.clip is None else terms.clip.kept_mass, is_own)
+        everything = torch.ones_like(is_own)
+        self._add("kept_mass", everything if terms.clip is None else terms.clip.kept_mass, is_own)
         if terms.clip is None:
-            self._add("mean_upper", is_own, is_own)
+            self._add("mean_upper", everything, is_own)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         """Adds the chunk's span pairs; returns (weight over root, merged inner product), both [C]."""
@@ -373,19 +376,6 @@ class _FusedPass:
         # Over the temperature: the derivative is by the untempered logits.
         factor = self.config.span * self.inv_num_pairs / self.config.temperature
         return weight / root * factor, sums[:, SpanSum.INNER]
-
-    def _written_spans(self, stats: TokenStatistics, chunk: slice) -> Tensor:
-        """Adds the chunk's spans; returns minus the derivative by the tempered log q of every label [C]."""
-        assert stats.label_log_p is not None
-        spans = written_spans(self._pairs[chunk])
-        if not spans:
-            return torch.zeros_like(stats.norms.student_max)
-        sums = SpanSums(spans, self.device)
-        log_p, log_q = sums.sum(stats.label_log_p), sums.sum(stats.label_log_q)
-        value, slope = written_value(self.config.span_relation, log_p, log_q, sums.lengths)
-        self.totals["span"] += value.sum()
-        factor = self.config.span * self.inv_num_pairs / self.config.temperature
-        return (sums.spread(slope, len(stats.label_log_q)) * -factor).to(self.dtype)
 
     def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.totals[name] += (value * weight).sum(dtype=torch.float64)

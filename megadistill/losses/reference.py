@@ -42,6 +42,7 @@ def reference_loss(
     *,
     num_tokens: float,
     num_pairs: float,
+    token_weights: Tensor | None = None,
 ) -> ReferenceOutput:
     """As ``distill_loss``, with the whole vocabulary in one process.
 
@@ -57,15 +58,16 @@ def reference_loss(
         log_p, log_q = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1), full_log_q
         full_p = log_p.exp()
     p = log_p.exp()
+    weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
-    sft = F.cross_entropy(logits_TV, labels[positions], reduction="sum") / num_tokens
+    sft = (weights * F.cross_entropy(logits_TV, labels[positions], reduction="none")).sum() / num_tokens
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     num_classes = full_log_q.shape[-1]
     lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
     token_values = _token_values(log_p, log_q, mask, complement, config)
-    dac_kl = config.temperature**2 * token_values.sum() / num_tokens
+    dac_kl = config.temperature**2 * (weights * token_values).sum() / num_tokens
     clipped_mass = (complement * p).sum(-1)
-    coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
+    coverage = (weights * F.relu(clipped_mass - config.coverage_target).square()).sum() / num_tokens
 
     first = _first_of_pairs(pair_mask, is_valid)
     if config.span_relation == "hadamard":
@@ -73,9 +75,8 @@ def reference_loss(
         eps = config.span_eps
         span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
     else:
-        places = _label_places(teacher, positions, labels)
-        of_labels = (x.gather(-1, places.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q))
-        span_values = _written_span_values(*of_labels, first, config.span_relation)
+        places = _label_places(teacher, positions, labels).unsqueeze(-1)
+        span_values = _written_span_values(log_p.gather(-1, places), log_q.gather(-1, places), first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
     sign = -1.0 if config.gate_objective == "maximize" else 1.0
@@ -90,11 +91,11 @@ def reference_loss(
         sft=sft,
         dac_kl=dac_kl,
         span=span,
-        kept_mass=(mask * p).sum() / num_tokens,
+        kept_mass=(weights * (mask * p).sum(-1)).sum() / num_tokens,
         kl_map=kl_map,
         teacher_top1=top1,
-        mean_lower=lower.sum() / num_tokens,
-        mean_upper=upper.sum() / num_tokens,
+        mean_lower=(weights * lower).sum() / num_tokens,
+        mean_upper=(weights * upper).sum() / num_tokens,
     )
 
 
@@ -113,7 +114,7 @@ def _label_places(teacher: Head | TeacherTopK, positions: Tensor, labels: Tensor
     return torch.where(is_label.any(-1), is_label.int().argmax(-1), is_label.shape[-1])
 
 
-def _written_span_values(log_p: Tensor, log_q: Tensor, first: Tensor, relation: str) -> Tensor:
+def _written_span_values(log_p: Tensor, log_q: Tensor, first: Tensor, config: LossConfig) -> Tensor:
     """The value of each span as written, from both models' log-probabilities of its tokens."""
     values, starts = [], set(first.tolist())
     for start in sorted(starts):
@@ -123,11 +124,11 @@ def _written_span_values(log_p: Tensor, log_q: Tensor, first: Tensor, relation: 
         while end in starts:
             end += 1
         of_teacher, of_student = log_p[start : end + 1].sum(), log_q[start : end + 1].sum()
-        if relation == "joint":
+        if config.span_relation == "joint":
             values.append((of_teacher.exp() - of_student.exp()) ** 2)
         else:
             values.append((of_teacher - of_student) ** 2 / (end + 1 - start))
-    return torch.stack(values) if values else log_q[:0]
+    return torch.stack(values) if values else log_q.flatten()[:0]
 
 
 def quantile_thresholds(

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megadistill.config.loss import SpanRelation
+from megadistill.config.loss import LossConfig, SpanRelation
+from megadistill.losses.statistics import TokenStatistics
 
 
 def span_value(square: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,35 @@ def chunks_of_whole_spans(is_pair: Sequence[bool], size: int) -> Iterator[slice]
             end += 1
         yield slice(begin, end)
         begin = end
+
+
+class WrittenSpans:
+    """The span term of whole spans as written.
+
+    Args:
+        is_pair: [T] bool, pairs among the tokens that count.
+        config: The relation, the weight and the temperature.
+    """
+
+    def __init__(self, is_pair: Tensor, config: LossConfig) -> None:
+        self._pairs: list[bool] = is_pair.tolist()
+        self._config = config
+
+    def chunks(self, size: int) -> list[tuple[slice, int]]:
+        """Chunks that cut no span, and no halo before any of them."""
+        return [(chunk, 0) for chunk in chunks_of_whole_spans(self._pairs, size)]
+
+    def term(self, stats: TokenStatistics, chunk: slice, inv_num_spans: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over the chunk's spans, and minus its weighted derivative by the tempered log q of the labels [C]."""
+        assert stats.label_log_p is not None
+        config, spans = self._config, written_spans(self._pairs[chunk])
+        if not spans:
+            return torch.zeros_like(inv_num_spans), torch.zeros_like(stats.norms.student_max)
+        sums = SpanSums(spans, stats.label_log_q.device)
+        log_p, log_q = sums.sum(stats.label_log_p), sums.sum(stats.label_log_q)
+        value, slope = written_value(config.span_relation, log_p, log_q, sums.lengths)
+        label = sums.spread(slope, len(stats.label_log_q)) * (-config.span * inv_num_spans / config.temperature)
+        return value.sum(), label.to(stats.norms.student_max.dtype)
 
 
 class SpanSums:

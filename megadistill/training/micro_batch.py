@@ -20,17 +20,35 @@ from megadistill.parallel.output_head import OutputHead
 
 
 class GlobalCounts(NamedTuple):
-    """Counts over all data-parallel ranks and micro-batches of one step, which divide its sums.
+    """Counts over all data-parallel ranks and micro-batches of one step; some of them divide its sums.
 
     Attributes:
         num_sft: Tokens of references.
         num_kd: Tokens of responses.
         num_pairs: Pairs of neighboring response tokens in one span.
+        num_spans: Spans of two response tokens or more.
+        sft_rows: Rows with a reference.
+        kd_rows: Rows with a response.
     """
 
     num_sft: float
     num_kd: float
     num_pairs: float
+    num_spans: float = 0.0
+    sft_rows: float = 0.0
+    kd_rows: float = 0.0
+
+    def of_references(self, config: LossConfig) -> float:
+        """What divides the cross-entropy."""
+        return self.sft_rows if config.average == "row" else self.num_sft
+
+    def of_responses(self, config: LossConfig) -> float:
+        """What divides the token loss."""
+        return self.kd_rows if config.average == "row" else self.num_kd
+
+    def of_spans(self, config: LossConfig) -> float:
+        """What divides the span term."""
+        return self.num_pairs if config.span_relation == "hadamard" else self.num_spans
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class MicroBatch:
         sft_labels: [T_sft] the tokens that they predict.
         kd_index: [T_kd] positions that predict responses.
         kd_labels: [T_kd] the tokens that they predict.
+        sft_weights: [T_sft] one over the tokens of the row that have the loss.
+        kd_weights: [T_kd] the same for the responses.
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
         num_tokens: Columns that are no padding.
@@ -53,6 +73,8 @@ class MicroBatch:
     sft_labels: torch.Tensor
     kd_index: torch.Tensor
     kd_labels: torch.Tensor
+    sft_weights: torch.Tensor
+    kd_weights: torch.Tensor
     pair_mask: torch.Tensor
     teacher_hidden: torch.Tensor | None
     num_tokens: int
@@ -114,14 +136,16 @@ def build_micro_batch(
     with_kd = [sample for sample in samples if _has_response(sample)]
     pair_mask = [is_pair for sample in with_kd for is_pair in sample.pair_mask]
     hidden = [sample.teacher_hidden for sample in with_kd if sample.teacher_hidden is not None]
-    sft_index, sft_labels = _predicting(batch, for_sft)
-    kd_index, kd_labels = _predicting(batch, for_kd)
+    sft_index, sft_labels, sft_weights = _predicting(batch, for_sft)
+    kd_index, kd_labels, kd_weights = _predicting(batch, for_kd)
     return MicroBatch(
         batch.to(device),
         sft_index.to(device),
         sft_labels.to(device),
         kd_index.to(device),
         kd_labels.to(device),
+        sft_weights.to(device),
+        kd_weights.to(device),
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
         num_tokens=sum(batch.lengths) if sequences else 0,
@@ -130,8 +154,8 @@ def build_micro_batch(
 
 def _predicting(
     batch: SequenceBatch, sequences: Mapping[int, Sequence[tuple[int, int]]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions that predict a loss's tokens, and these tokens.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Flat positions that predict a loss's tokens, these tokens, and for each one over their number in its sequence.
 
     Args:
         batch: The batch.
@@ -142,10 +166,13 @@ def _predicting(
         for start, end in spans:  # column c predicts the token in column c + 1
             first, last = starts[i] + max(start, 1), starts[i] + end
             labels[first - 1 : last - 1] = ids[first:last]
-    columns = [torch.arange(starts[i], starts[i] + batch.lengths[i]) for i in sequences]
-    index = torch.cat([torch.empty(0, dtype=torch.int64), *columns])
-    index = index[labels[index] != IGNORE_INDEX]
-    return index, labels[index]
+    index, weights = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)]
+    for i in sequences:
+        columns = torch.arange(starts[i], starts[i] + batch.lengths[i])
+        index.append(columns[labels[columns] != IGNORE_INDEX])
+        weights.append(torch.full((len(index[-1]),), 1.0 / max(1, len(index[-1])), dtype=torch.float64))
+    flat = torch.cat(index)
+    return flat, labels[flat], torch.cat(weights)
 
 
 @dataclass
@@ -188,9 +215,9 @@ class MicroBatchLoss:
     def __call__(self, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
         """The loss to back-propagate, a scalar, of hidden states [B, S, H]."""
         flat, micro, config = hidden.flatten(0, 1), self.micro_batch, self.config
-        if self.teacher_head is None:
+        if self.teacher_head is None or not config.uses_teacher:
             return self._reference_loss(flat, head)
-        if micro.is_shared and self.counts.num_sft == self.counts.num_kd:
+        if micro.is_shared and self.counts.of_references(config) == self.counts.of_responses(config):
             self.output = self._distill(flat, head, self.teacher_head, config)
             self.sft = self.output.sft
             return self.output.loss
@@ -204,9 +231,10 @@ class MicroBatchLoss:
             Head.of(flat[self.micro_batch.sft_index], head),
             self.micro_batch.sft_labels,
             head.shard,
-            num_tokens=self.counts.num_sft,
+            num_tokens=self.counts.of_references(self.config),
             chunk_tokens=self.config.chunk_tokens,
             backend=self.config.backend,
+            token_weights=self.micro_batch.sft_weights if self.config.average == "row" else None,
         )
         self.sft = loss.detach()
         return self.config.sft * loss
@@ -225,6 +253,7 @@ class MicroBatchLoss:
             self.gate,
             config,
             head.shard,
-            num_tokens=self.counts.num_kd,
-            num_pairs=self.counts.num_pairs,
+            num_tokens=self.counts.of_responses(config),
+            num_pairs=self.counts.of_spans(config),
+            token_weights=micro.kd_weights if config.average == "row" else None,
         )

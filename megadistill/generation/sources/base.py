@@ -92,10 +92,11 @@ class TextSource:
         Raises:
             ConfigError: No loss would be computed on its text.
         """
-        if not config.needs_teacher:
+        if not config.loss.uses_teacher and (config.loss.sft_text != "text" or config.loss.sft == 0):
             raise ConfigError(
                 f"generation.mode={config.generation.mode} with loss.dac_kl=0 and loss.span=0: no loss would be "
-                "computed on its text; plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset"
+                "computed on its text (loss.sft_text=text would be); plain SFT is loss.dac_kl=0 loss.span=0 "
+                "generation.mode=dataset"
             )
 
     @classmethod

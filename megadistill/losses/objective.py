@@ -93,25 +93,30 @@ def distill_loss(
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
-    check_shard(shard)
-    length = len(labels)
-    student.check("student", length, shard.size)
-    if isinstance(teacher, TeacherTopK):
-        teacher.check(length, config)
-    else:
-        teacher.check("teacher", length, shard.size)
-    check_labels(labels)
-    if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
-        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
-    parameters = _learning_parameters(gate, config)
-    check_weights(token_weights, length)
     call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights)
+    _check_shapes(student, call)
+    parameters = _learning_parameters(gate, config)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
         call, needs, student.hidden, student.weight, student.bias, *parameters
     )
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
+
+
+def _check_shapes(student: Head, call: _Call) -> None:
+    """Raises ValueError or ConfigError for arguments that do not fit together."""
+    shard, length, teacher, pair_mask = call.shard, len(call.labels), call.teacher, call.pair_mask
+    check_shard(shard)
+    student.check("student", length, shard.size)
+    if isinstance(teacher, TeacherTopK):
+        teacher.check(length, call.config)
+    else:
+        teacher.check("teacher", length, shard.size)
+    check_labels(call.labels)
+    if pair_mask.shape != call.labels.shape or pair_mask.dtype != torch.bool:
+        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
+    check_weights(call.token_weights, length)
 
 
 def _learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tensor]:

@@ -60,20 +60,19 @@ def reference_loss(
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
-    sft = (weights * F.cross_entropy(logits_TV, labels[positions], reduction="none")).sum() / num_tokens
+    def mean(values: Tensor) -> Tensor:
+        return (weights * values).sum() / num_tokens
+
+    sft = mean(F.cross_entropy(logits_TV, labels[positions], reduction="none"))
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     num_classes = full_log_q.shape[-1]
     lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
-    token_values = _token_values(log_p, log_q, mask, complement, config)
-    dac_kl = config.temperature**2 * (weights * token_values).sum() / num_tokens
-    clipped_mass = (complement * p).sum(-1)
-    coverage = (weights * F.relu(clipped_mass - config.coverage_target).square()).sum() / num_tokens
+    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, complement, config))
+    coverage = mean(F.relu((complement * p).sum(-1) - config.coverage_target).square())
 
     first = _first_of_pairs(pair_mask, is_valid)
     if config.span_relation == "hadamard":
-        difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
-        eps = config.span_eps
-        span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
+        span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
     else:
         places = _label_places(teacher, positions, labels).unsqueeze(-1)
         span_values = _written_span_values(log_p.gather(-1, places), log_q.gather(-1, places), first, config)
@@ -91,11 +90,11 @@ def reference_loss(
         sft=sft,
         dac_kl=dac_kl,
         span=span,
-        kept_mass=(weights * (mask * p).sum(-1)).sum() / num_tokens,
+        kept_mass=mean((mask * p).sum(-1)),
         kl_map=kl_map,
         teacher_top1=top1,
-        mean_lower=(weights * lower).sum() / num_tokens,
-        mean_upper=(weights * upper).sum() / num_tokens,
+        mean_lower=mean(lower),
+        mean_upper=mean(upper),
     )
 
 
@@ -103,6 +102,12 @@ def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
     """The first token of each span pair, counted among the valid tokens."""
     starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
     return (is_valid.cumsum(0) - 1)[:-1][starts_pair]
+
+
+def _pair_values(log_q: Tensor, p: Tensor, first: Tensor, eps: float) -> Tensor:
+    """The span value of each pair of neighbors (paper, Eq. 10)."""
+    difference = (log_q[first] + log_q[first + 1]).exp() - p[first] * p[first + 1]
+    return (difference.square().sum(-1) + eps**2).sqrt() - eps
 
 
 def _label_places(teacher: Head | TeacherTopK, positions: Tensor, labels: Tensor) -> Tensor:

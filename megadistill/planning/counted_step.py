@@ -19,7 +19,7 @@ from megadistill.decoding.rollout import Correction
 from megadistill.engines.local_state import kept_tensors
 from megadistill.errors import MegadistillError
 from megadistill.generation.scoring import TeacherScores
-from megadistill.generation.scrg import find_corrections
+from megadistill.generation.scrg import ErrorRule, find_corrections
 from megadistill.generation.sources.base import SourceInputs
 from megadistill.models.loading import load_model_config
 from megadistill.observability.timers import Timers
@@ -260,9 +260,9 @@ def _example() -> TokenizedExample:
     return TokenizedExample(0, (_PROMPT_ID,), (_REFERENCE_ID,), (), "")
 
 
-def _spread_corrections(responses: Sequence[TokenIds], scores: TeacherScores) -> list[Correction]:
+def _spread_corrections(responses: Sequence[TokenIds], scores: TeacherScores, rule: ErrorRule) -> list[Correction]:
     """A correction in every response, at places spread evenly over what was scored: an average step's continuation."""
-    find_corrections(responses, scores)  # it is counted; what it finds in untrained models would be chance
+    find_corrections(responses, scores, rule)  # it is counted; what it finds in untrained models would be chance
     corrections = []
     for i, (response, row) in enumerate(zip(responses, scores.mask.tolist(), strict=True)):
         scored = sum(row)

@@ -80,9 +80,8 @@ def score_responses(
         teacher: The model whose head is used.
         seed: Keys the random numbers, with ``stream``.
         stream: Names the random numbers.
-        sampling: How the teacher's tokens are drawn, from the logits that the KL is computed from; None: its most
-            likely ones.
-        texts: The responses, for the teacher's view of their tokens; None: it is not wanted.
+        sampling: How the teacher's tokens are drawn; None: its most likely ones.
+        texts: The responses, where the teacher's view of their tokens is wanted.
         backend: What runs the losses.
     """
     shard, device = student_head.shard, student_head.weight.device
@@ -92,12 +91,8 @@ def score_responses(
     mask = (columns[None] >= first[:, None]) & (columns[None] < length[:, None])
     example, column = mask.nonzero(as_tuple=True)
     ids = torch.tensor(list(sequence_ids), device=device)[example]
-    view = _View(
-        shard,
-        None if sampling is None else sampling_numbers(seed, ids, column, stream=stream),
-        sampling or Sampling(),
-        None if texts is None else padded_tokens(texts, mask)[mask],
-    )
+    numbers = None if sampling is None else sampling_numbers(seed, ids, column, stream=stream)
+    view = _View(shard, numbers, sampling or Sampling(), None if texts is None else padded_tokens(texts, mask)[mask])
     with teacher.head() as teacher_head:
         kl, top1 = token_kl(
             Head.of(_concatenated(student_hidden, student_head.weight), student_head),

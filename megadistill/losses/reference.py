@@ -74,16 +74,12 @@ def reference_loss(
     if config.span_relation == "hadamard":
         span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
     else:
-        places = _label_places(teacher, positions, labels).unsqueeze(-1)
-        span_values = _written_span_values(log_p.gather(-1, places), log_q.gather(-1, places), first, config)
+        span_values = _written_span_values(log_p, log_q, _label_places(teacher, positions, labels), first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
     sign = -1.0 if config.gate_objective == "maximize" else 1.0
     guard = config.coverage_weight * coverage if config.guards else 0.0
-    kl_map = torch.zeros(len(labels), dtype=log_p.dtype)
-    top1 = torch.full_like(labels, -1)
-    kl_map[positions] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
-    top1[positions] = full_p.argmax(-1)
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
         gate_objective=sign * config.dac_kl * dac_kl + guard,
@@ -91,8 +87,8 @@ def reference_loss(
         dac_kl=dac_kl,
         span=span,
         kept_mass=mean((mask * p).sum(-1)),
-        kl_map=kl_map,
-        teacher_top1=top1,
+        kl_map=kl.new_zeros(len(labels)).index_copy(0, positions, kl),
+        teacher_top1=torch.full_like(labels, -1).index_copy(0, positions, full_p.argmax(-1)),
         mean_lower=mean(lower),
         mean_upper=mean(upper),
     )
@@ -119,9 +115,10 @@ def _label_places(teacher: Head | TeacherTopK, positions: Tensor, labels: Tensor
     return torch.where(is_label.any(-1), is_label.int().argmax(-1), is_label.shape[-1])
 
 
-def _written_span_values(log_p: Tensor, log_q: Tensor, first: Tensor, config: LossConfig) -> Tensor:
+def _written_span_values(log_p: Tensor, log_q: Tensor, labels: Tensor, first: Tensor, config: LossConfig) -> Tensor:
     """The value of each span as written, from both models' log-probabilities of its tokens."""
     values, starts = [], set(first.tolist())
+    log_p, log_q = (logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for logs in (log_p, log_q))
     for start in sorted(starts):
         if start - 1 in starts:
             continue
@@ -133,7 +130,7 @@ def _written_span_values(log_p: Tensor, log_q: Tensor, first: Tensor, config: Lo
             values.append((of_teacher.exp() - of_student.exp()) ** 2)
         else:
             values.append((of_teacher - of_student) ** 2 / (end + 1 - start))
-    return torch.stack(values) if values else log_q.flatten()[:0]
+    return torch.stack(values) if values else log_q[:0]
 
 
 def quantile_thresholds(

@@ -45,6 +45,9 @@ class DataSection(Section):
         "phrases",
         description="How a response is divided into spans; phrases: English noun, verb and prepositional phrases.",
     )
+    span_verb_objects: bool = Field(
+        False, description="For data.span_prior phrases and spacy: a verb phrase takes the noun phrase that follows it."
+    )
     span_window: PositiveInt = Field(4, description="Words per span, for data.span_prior window.")
     instruction_field: NonEmptyStr = Field("instruction", description="Name of the column with the instruction.")
     input_field: NonEmptyStr = Field("input", description="Name of the column with the optional input.")

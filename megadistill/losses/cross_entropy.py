@@ -110,10 +110,13 @@ class _CrossEntropy(torch.autograd.Function):
                 logits_CVs = projector.logits(chunk, logits_buffer)
                 local = local_statistics(spec, kernels, logits_CVs, None)
                 stats = merge_student(spec, local, logits_CVs, labels[chunk], shard)
-                total += (stats.label_nats * factors[chunk]).sum()
+                nats = stats.label_nats
+                total += (nats if factors is None else nats * factors[chunk]).sum()
                 if gradients.is_wanted:
                     gradient_CVs = gradient_buffer[: len(logits_CVs)]
-                    weight = inverse.to(dtype) * factors[chunk]
+                    weight = inverse.to(dtype).expand(len(logits_CVs)).contiguous()
+                    if factors is not None:
+                        weight = weight * factors[chunk]
                     weights = GradientWeights(weight, label=weight, label_column=labels[chunk] - shard.start)
                     if shard.size:
                         kernels.gradient(spec, logits_CVs, None, stats.norms, None, weights, gradient_CVs)

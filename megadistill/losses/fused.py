@@ -50,11 +50,9 @@ def check_weights(weights: Tensor | None, num_tokens: int) -> None:
         raise ValueError(f"token_weights must have shape ({num_tokens},), got {tuple(weights.shape)}")
 
 
-def weights_of(weights: Tensor | None, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factors of the tokens at these positions: 1 where none are given."""
-    if weights is None:
-        return torch.ones(len(positions), dtype=dtype, device=positions.device)
-    return weights[positions].to(dtype)
+def weights_of(weights: Tensor | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The factors of the tokens at these positions, where any are given."""
+    return None if weights is None else weights[positions].to(dtype)
 
 
 def valid_positions(labels: Tensor, total: int) -> Tensor:

@@ -245,7 +245,10 @@ class _FusedPass:
     def step(self, chunk: slice, num_halo: int) -> None:
         """Adds one chunk to the totals and gradients; halo tokens take part in span pairs only."""
         config, labels = self.config, self.labels[chunk]
-        is_own = self.token_weights[chunk].clone()
+        if self.token_weights is None:
+            is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
+        else:
+            is_own = self.token_weights[chunk].clone()
         is_own[:num_halo] = 0.0
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
@@ -271,7 +274,8 @@ class _FusedPass:
         if self.written is not None:
             value, span_label = self.written.term(stats, chunk, self.inv_num_pairs)
             self.totals["span"] += value
-            weights = weights._replace(student=weights.student + span_label)
+            column = labels - self.shard.start
+            weights = weights._replace(student=weights.student + span_label, label_column=column)
         if not self.gradients.is_wanted:
             return
         gradient_CVs = self.gradient_buffer[: len(labels)]
@@ -320,11 +324,11 @@ class _FusedPass:
     def _weights(self, terms: _TokenTerms, labels: Tensor, is_own: Tensor) -> GradientWeights:
         """Factors of the parts of the derivative by the untempered logits, the span's left out."""
         config = self.config
-        weights = GradientWeights(torch.zeros_like(is_own), label_column=labels - self.shard.start)
+        weights = GradientWeights(torch.zeros_like(is_own))
         if config.sft > 0:
             reference = is_own * (config.sft * self.inv_num_tokens)
             name = "untempered" if self.spec.has_untempered else "student"
-            weights = weights._replace(label=reference, **{name: reference})
+            weights = weights._replace(label=reference, label_column=labels - self.shard.start, **{name: reference})
         if config.dac_kl == 0:
             return weights
         weight = is_own * (config.dac_kl * config.temperature * self.inv_num_tokens)  # temperature^2, and 1/temperature
@@ -367,10 +371,11 @@ class _FusedPass:
             self._add("sft", stats.label_nats, is_own)
         if config.dac_kl > 0:
             self._add("dac_kl", config.temperature**2 * terms.value, is_own)
-        everything = torch.ones_like(is_own)
-        self._add("kept_mass", everything if terms.clip is None else terms.clip.kept_mass, is_own)
-        if terms.clip is None:
-            self._add("mean_upper", everything, is_own)
+        if terms.clip is not None:
+            self._add("kept_mass", terms.clip.kept_mass, is_own)
+        else:
+            for name in ("kept_mass", "mean_upper"):
+                self.totals[name] += is_own.sum(dtype=torch.float64)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         """Adds the chunk's span pairs; returns (weight over root, merged inner product), both [C]."""

@@ -77,14 +77,15 @@ class WrittenSpans:
 
     def term(self, stats: TokenStatistics, chunk: slice, inv_num_spans: Tensor) -> tuple[Tensor, Tensor]:
         """The sum over the chunk's spans, and minus its weighted derivative by the tempered log q of the labels [C]."""
-        assert stats.label_log_p is not None
+        assert stats.label_logs is not None
         config, spans = self._config, written_spans(self._pairs[chunk])
         if not spans:
             return torch.zeros_like(inv_num_spans), torch.zeros_like(stats.norms.student_max)
-        sums = SpanSums(spans, stats.label_log_q.device)
-        log_p, log_q = sums.sum(stats.label_log_p), sums.sum(stats.label_log_q)
+        log_p, log_q = stats.label_logs
+        num_tokens, sums = len(log_q), SpanSums(spans, log_q.device)
+        log_p, log_q = sums.sum(log_p), sums.sum(log_q)
         value, slope = written_value(config.span_relation, log_p, log_q, sums.lengths)
-        label = sums.spread(slope, len(stats.label_log_q)) * (-config.span * inv_num_spans / config.temperature)
+        label = sums.spread(slope, num_tokens) * (-config.span * inv_num_spans / config.temperature)
         return value.sum(), label.to(stats.norms.student_max.dtype)
 
 

@@ -25,12 +25,10 @@ class StudentStatistics:
     Attributes:
         norms: Normalizers for the kernels.
         label_nats: -log q(label) at temperature 1.
-        label_log_q: log q(label) at the loss's temperature, float64.
     """
 
     norms: LogNormalizers
     label_nats: Tensor
-    label_log_q: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,13 @@ class TokenStatistics(StudentStatistics):
         teacher_top1: [C] its top class, the lowest when tied.
         top_log_probs: [C, K] its largest log-probabilities, descending.
         log_tail: [C] log of the sum of all others (a sum, never 1 - sum).
-        label_log_p: [C] log p(label) at the loss's temperature, float64; None where no term needs it.
+        label_logs: [C] log p(label) and log q(label) at the loss's temperature, float64; None where no term needs them.
     """
 
     teacher_top1: Tensor
     top_log_probs: Tensor
     log_tail: Tensor
-    label_log_p: Tensor | None = None
+    label_logs: tuple[Tensor, Tensor] | None = None
 
 
 def merge_student(
@@ -74,8 +72,14 @@ def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatis
         untempered_log = log_total(student_max, columns[3].double(), largest, 1.0)
     dtype = columns[0].dtype
     norms = LogNormalizers(largest.to(dtype), log_sum.to(dtype), untempered_log.to(dtype))
-    gap = target.sum(0) - largest
-    return StudentStatistics(norms, untempered_log - gap, gap / spec.temperature - log_sum)
+    return StudentStatistics(norms, untempered_log + (largest - target.sum(0)))
+
+
+def label_log_q(spec: TileSpec, columns: tuple[Tensor, ...]) -> Tensor:
+    """Log q(label) [C] at the loss's temperature from ``student_columns`` of all ranks, each [R, C], in float64."""
+    student_max, total, target = (column.double() for column in columns[:3])
+    largest = student_max.amax(0)
+    return (target.sum(0) - largest) / spec.temperature - log_total(student_max, total, largest, spec.temperature)
 
 
 def merge_both(
@@ -111,16 +115,19 @@ def merge_both(
     kept = top_CK.shape[-1]
     log_tail = torch.cat([tails.T, gaps[:, kept:]], -1).logsumexp(-1)
     teacher_log = torch.logaddexp(log_tail, gaps[:, :kept].logsumexp(-1))
+    logs = None
+    if target:
+        of_teacher = (target[0].double().sum(0) - largest) / spec.temperature - teacher_log
+        logs = of_teacher, label_log_q(spec, gathered[..., :num_student].unbind(-1))
     dtype = student_CVs.dtype
     norms = student.norms._replace(teacher_max=largest.to(dtype), teacher_log=teacher_log.to(dtype))
     return TokenStatistics(
         norms=norms,
         label_nats=student.label_nats,
-        label_log_q=student.label_log_q,
         teacher_top1=merge_argmax(teacher_max, top1, shard),
         top_log_probs=(gaps[:, :kept] - teacher_log.unsqueeze(-1)).to(dtype),
         log_tail=(log_tail - teacher_log).to(dtype),
-        label_log_p=(target[0].double().sum(0) - largest) / spec.temperature - teacher_log if target else None,
+        label_logs=logs,
     )
 
 

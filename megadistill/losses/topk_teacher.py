@@ -87,7 +87,7 @@ class TopKTeacher:
         config: LossConfig,
     ) -> None:
         self.spec, self.kernels, self.shard, self.dtype = spec, kernels, shard, dtype
-        self.top_k = config.top_k if config.is_clipped else 0
+        self.top_k, self._has_label_p = config.top_k if config.is_clipped else 0, config.compares_written
         self._ids = top.ids[positions]
         log_probs = torch.cat([top.log_probs[positions], top.log_tail[positions].unsqueeze(-1)], -1)
         if len(self._ids):
@@ -104,10 +104,7 @@ class TopKTeacher:
         token, place = torch.nonzero(here, as_tuple=True)
         column = ids_CL[token, place] - self.shard.start
         self._here = token, place, column
-        is_label = ids_CL == labels.unsqueeze(-1)
-        # A label that is not listed is one of the rest, the last column.
-        listed = is_label.to(torch.int32).argmax(-1, keepdim=True)
-        self._label_place = torch.where(is_label.any(-1, keepdim=True), listed, ids_CL.shape[1])
+        self._label_place = _places(ids_CL, labels) if self._has_label_p else None
         target = local_target(student_CVs, labels, self.shard)
         listed_CL = student_CVs.new_zeros(ids_CL.shape)
         listed_CL[token, place] = student_CVs[token, column]
@@ -164,6 +161,7 @@ class TopKTeacher:
             self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds, of_token, small_CM
         )
         if span_label is not None:
+            assert self._label_place is not None
             small_CM.scatter_add_(-1, self._label_place, -span_label.unsqueeze(-1))
         if student_CVs.shape[1] == 0:
             return
@@ -207,6 +205,10 @@ class TopKTeacher:
         log_q = gaps / temperature - student_log.unsqueeze(-1)
         log_q[:, -1] += rest_log
         self._log_q_CM = log_q.to(dtype).clamp_min(_ABSENT)
+        label_logs = None
+        if self._label_place is not None:
+            log_p, log_q = (logs.gather(-1, self._label_place).squeeze(-1) for logs in (log_p_CM, self._log_q_CM))
+            label_logs = log_p.double(), log_q.double()
         # Without a rest, its factor is 0 and its base any number.
         rest_log = torch.where(has_rest, rest_log, 0.0)
         self._rest = LogNormalizers(
@@ -215,9 +217,8 @@ class TopKTeacher:
         return TokenStatistics(
             LogNormalizers(student_max.to(dtype), student_log.to(dtype), untempered_log.to(dtype)),
             label_nats,
-            self._log_q_CM.gather(-1, self._label_place).squeeze(-1).double(),
             *self._top(ids_CL, log_p_CM),
-            log_p_CM.gather(-1, self._label_place).squeeze(-1).double(),
+            label_logs,
         )
 
     def _top(self, ids_CL: Tensor, log_p_CM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,6 +235,13 @@ class TopKTeacher:
     def _span_norms(self, norms: LogNormalizers) -> LogNormalizers:
         zeros = torch.zeros_like(norms.student_max)
         return LogNormalizers(norms.student_max, norms.student_log, None, zeros, zeros)
+
+
+def _places(ids_CL: Tensor, labels: Tensor) -> Tensor:
+    """Each label's place [C, 1] in the list; one that is not listed is one of the rest, the last column."""
+    is_label = ids_CL == labels.unsqueeze(-1)
+    place = is_label.to(torch.int32).argmax(-1, keepdim=True)
+    return torch.where(is_label.any(-1, keepdim=True), place, ids_CL.shape[1])
 
 
 def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num_classes: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from megadistill.config.schema import RunConfig
+from megadistill.config.schema import RunConfig, ScrgSection
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.decoding.rollout import Correction
@@ -80,11 +80,19 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if mode in ("mixed", "off_policy"):
         notes.append(f"a step of generation.mode={mode} that trains on new student text")
         mode = "on_policy"
+    scrg = config.generation.scrg
+    if mode == "skd":
+        notes.append("a step with one round of correction; generation.mode=skd makes as many as there are objections")
+        mode, scrg = "on_policy", ScrgSection()
+    elif scrg.after != "regenerate":
+        notes.append(f"a step whose corrections are continued (generation.scrg.after={scrg.after} writes nothing anew)")
+        scrg = scrg.model_copy(update={"after": "regenerate"})
     if mode == "teacher":
         notes.append("a step on the teacher's text, which was written before training")
         mode = "dataset"
     changes: dict[str, dict[str, Any]] = {
-        "generation": {"mode": mode, "cpu_products": "packed"},  # auto would measure how fast products are
+        # auto would measure how fast products are
+        "generation": {"mode": mode, "scrg": scrg, "cpu_products": "packed"},
         "data": {"span_prior": "window"},
         "model": {"eos_tokens": (_PROMPT_ID,)},
         "loss": {"backend": "torch"},

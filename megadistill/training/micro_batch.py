@@ -61,8 +61,8 @@ class MicroBatch:
         sft_labels: [T_sft] the tokens that they predict.
         kd_index: [T_kd] positions that predict responses.
         kd_labels: [T_kd] the tokens that they predict.
-        sft_weights: [T_sft] one over the tokens of the row that have the loss.
-        kd_weights: [T_kd] the same for the responses.
+        sft_lengths: Tokens of each reference that are predicted, in the order of ``sft_index``.
+        kd_lengths: The same of the responses.
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
         num_tokens: Columns that are no padding.
@@ -73,8 +73,8 @@ class MicroBatch:
     sft_labels: torch.Tensor
     kd_index: torch.Tensor
     kd_labels: torch.Tensor
-    sft_weights: torch.Tensor
-    kd_weights: torch.Tensor
+    sft_lengths: tuple[int, ...]
+    kd_lengths: tuple[int, ...]
     pair_mask: torch.Tensor
     teacher_hidden: torch.Tensor | None
     num_tokens: int
@@ -136,16 +136,16 @@ def build_micro_batch(
     with_kd = [sample for sample in samples if _has_response(sample)]
     pair_mask = [is_pair for sample in with_kd for is_pair in sample.pair_mask]
     hidden = [sample.teacher_hidden for sample in with_kd if sample.teacher_hidden is not None]
-    sft_index, sft_labels, sft_weights = _predicting(batch, for_sft)
-    kd_index, kd_labels, kd_weights = _predicting(batch, for_kd)
+    sft_index, sft_labels = _predicting(batch, for_sft)
+    kd_index, kd_labels = _predicting(batch, for_kd)
     return MicroBatch(
         batch.to(device),
         sft_index.to(device),
         sft_labels.to(device),
         kd_index.to(device),
         kd_labels.to(device),
-        sft_weights.to(device),
-        kd_weights.to(device),
+        tuple(sample.num_reference_tokens for sample in samples if sample.reference_ids is not None),
+        tuple(len(sample.response_ids or ()) for sample in with_kd),
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
         num_tokens=sum(batch.lengths) if sequences else 0,
@@ -154,8 +154,8 @@ def build_micro_batch(
 
 def _predicting(
     batch: SequenceBatch, sequences: Mapping[int, Sequence[tuple[int, int]]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Flat positions that predict a loss's tokens, these tokens, and for each one over their number in its sequence.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions that predict a loss's tokens, and these tokens.
 
     Args:
         batch: The batch.
@@ -166,13 +166,16 @@ def _predicting(
         for start, end in spans:  # column c predicts the token in column c + 1
             first, last = starts[i] + max(start, 1), starts[i] + end
             labels[first - 1 : last - 1] = ids[first:last]
-    index, weights = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)]
-    for i in sequences:
-        columns = torch.arange(starts[i], starts[i] + batch.lengths[i])
-        index.append(columns[labels[columns] != IGNORE_INDEX])
-        weights.append(torch.full((len(index[-1]),), 1.0 / max(1, len(index[-1])), dtype=torch.float64))
-    flat = torch.cat(index)
-    return flat, labels[flat], torch.cat(weights)
+    columns = [torch.arange(starts[i], starts[i] + batch.lengths[i]) for i in sequences]
+    index = torch.cat([torch.empty(0, dtype=torch.int64), *columns])
+    index = index[labels[index] != IGNORE_INDEX]
+    return index, labels[index]
+
+
+def row_weights(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """For each token of sequences that follow one another, one over its sequence's length (float64)."""
+    numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return (1.0 / numbers.double()).repeat_interleave(numbers, output_size=sum(lengths))
 
 
 @dataclass
@@ -226,6 +229,9 @@ class MicroBatchLoss:
             return self.output.loss
         return self.output.loss + self._reference_loss(flat, head)
 
+    def _weights(self, lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
+        return row_weights(lengths, device) if self.config.average == "row" else None
+
     def _reference_loss(self, flat: torch.Tensor, head: OutputHead) -> torch.Tensor:
         loss = cross_entropy(
             Head.of(flat[self.micro_batch.sft_index], head),
@@ -234,7 +240,7 @@ class MicroBatchLoss:
             num_tokens=self.counts.of_references(self.config),
             chunk_tokens=self.config.chunk_tokens,
             backend=self.config.backend,
-            token_weights=self.micro_batch.sft_weights if self.config.average == "row" else None,
+            token_weights=self._weights(self.micro_batch.sft_lengths, flat.device),
         )
         self.sft = loss.detach()
         return self.config.sft * loss
@@ -255,5 +261,5 @@ class MicroBatchLoss:
             head.shard,
             num_tokens=self.counts.of_responses(config),
             num_pairs=self.counts.of_spans(config),
-            token_weights=micro.kd_weights if config.average == "row" else None,
+            token_weights=self._weights(micro.kd_lengths, flat.device),
         )

@@ -23,7 +23,7 @@ from megadistill.generation.sources.replay import Replay
 from megadistill.losses import LossConfig
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
-from megadistill.training.micro_batch import build_micro_batch
+from megadistill.training.micro_batch import build_micro_batch, row_weights
 from megadistill.training.schedule import learning_rate
 from megadistill.training.step import with_loss_texts
 
@@ -205,7 +205,8 @@ def test_cross_entropy_on_the_text() -> None:
     texts = with_loss_texts(rows, LossConfig(sft_text="text"))
     micro = build_micro_batch(texts, pad_id=0, device=CPU)
     assert micro.sft_labels.tolist() == [9, 9, 9, 4] and [s.num_reference_tokens for s in texts] == [3, 1, 0]
-    assert micro.sft_weights.tolist() == pytest.approx([1 / 3] * 3 + [1])
+    assert micro.sft_lengths == (3, 1)
+    assert row_weights(micro.sft_lengths, CPU).tolist() == pytest.approx([1 / 3] * 3 + [1])
     assert with_loss_texts(rows, LossConfig()) is rows
     config = RunConfig.model_validate(
         config_of("teacher").model_dump() | {"loss": {"dac_kl": 0, "span": 0, "sft_text": "text"}}

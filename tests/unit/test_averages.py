@@ -27,7 +27,7 @@ EMBEDDING, STUDENT, TEACHER = normal(V, H), normal(V, H), normal(V, H)
 # Of very different lengths; the second has no reference, the third is its reference.
 SHARED = (7, 8)
 ROWS = [
-    Sample(0, (5, 6), "", (7, 8, 9), (10, 11, 12, 4, 5, 6, 7, 8), None, normal(8, H), (True, True, False) + (False,) * 5),
+    Sample(0, (5, 6), "", (7, 8, 9), (10, 11, 12, 4, 5, 6, 7, 8), None, normal(8, H), (True, True, *[False] * 6)),
     Sample(1, (5,), "", None, (12,), None, normal(1, H), (False,)),
     Sample(2, (3, 4), "", SHARED, SHARED, None, normal(2, H), (True, False)),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.decoding.rollout import Correction
 from megadistill.decoding.sampling import NO_TOKEN, sample_tokens
 from megadistill.generation.scoring import TeacherScores, TextScores
 from megadistill.generation.scrg import ErrorRule, error_positions, find_corrections
@@ -25,6 +27,8 @@ from megadistill.parallel import VocabShard
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.rng import Stream
+from megadistill.training import setup
+from tools import scrg_controls
 
 V, EOS = 12, 1
 SHARD = VocabShard(0, V, V)
@@ -315,3 +319,26 @@ def test_sampling_without_the_rules_is_the_papers() -> None:
 def test_settings_without_effect_are_refused(scrg: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         written(chain(), chain(), [(2,)], scrg=scrg)
+
+
+def test_controls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They stand in the place of the rule, and only there."""
+    scores = scores_of([[0.1, 3.0, 0.2, 0.3]] * 300)
+    responses = [(5, 0, 6, 2 + i) for i in range(300)]  # agrees with the teacher at position 1
+    corrections = scrg_controls.random_disagreement(responses, scores, ErrorRule())
+    assert corrections == scrg_controls.random_disagreement(responses, scores, ErrorRule())
+    counts = Counter(correction.position for correction in corrections)
+    assert counts.keys() == {0, 2, 3} and min(counts.values()) > 70
+    assert {correction.token for correction in corrections} == {0}
+    first = scores_of([[9.0, 3.0], [0.1, 3.0]])
+    assert scrg_controls.resample([(5, 6), (7, 8)], first, ErrorRule()) == [Correction(1, 0, 7)]
+
+    def train(arguments: list[str]) -> int:
+        assert arguments == ["train", "--config", "x.yaml"]
+        inputs: Any = setup.SourceInputs
+        assert inputs.keywords == {"find_corrections": scrg_controls.resample}
+        return 7
+
+    monkeypatch.setattr(scrg_controls, "megadistill", train)
+    assert scrg_controls.main(["resample", "--config", "x.yaml"]) == 7 and setup.SourceInputs is SourceInputs
+    assert scrg_controls.main(["rnd"]) == 2 and "allowed: random, resample" in capsys.readouterr().err

@@ -24,7 +24,7 @@ SPACY = ["spacy>=3.8"]
 TRITON = ["triton>=3.7; sys_platform == 'linux'"]
 # Folders at the top of the repository that a wheel carries inside the package (megadistill/config/shipped.py).
 SHIPPED = {
-    "configs": ["*.yaml", "models/*.json"],
+    "configs": ["*.yaml", "baselines/*.yaml", "models/*.json"],
     "launchers": ["run.sh", "mpirun.sh", "slurm.sbatch", "hostfile.example"],
 }
 

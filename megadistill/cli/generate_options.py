@@ -76,7 +76,10 @@ def _add_rows(parser: Parser) -> None:
     parser.add_argument("--max-prompt-tokens", type=number, metavar="N", help="default: the run's, else 256")
     parser.add_argument("--max-new-tokens", type=number, metavar="N", help="default: the run's, else 256")
     parser.add_argument(
-        "--long-prompt", choices=("error", "truncate"), default="error", help="prompts over the limit; default: error"
+        "--long-prompt",
+        choices=("error", "truncate", "truncate_end"),
+        default="error",
+        help="prompts over the limit; default: error",
     )
     parser.add_argument("--skip-bad-rows", action="store_true", help="skip malformed rows; others keep their numbers")
 

@@ -21,9 +21,10 @@ class DataSection(Section):
     max_prompt_tokens: PositiveInt = Field(256, description="Longest prompt, template included, in tokens.")
     max_tokens: PositiveInt = Field(512, description="Longest prompt plus response, in tokens.")
     skip_bad_rows: bool = Field(False, description="Skip and count malformed rows instead of stopping at the first.")
-    long_prompt: Literal["drop", "truncate", "error"] = Field(
+    long_prompt: Literal["drop", "truncate", "truncate_end", "error"] = Field(
         "drop",
-        description="What happens to prompts longer than data.max_prompt_tokens; truncate removes their beginning.",
+        description="What happens to prompts longer than data.max_prompt_tokens; truncate removes their beginning, "
+        "truncate_end their end with what asks for the answer (MiniLLM).",
     )
     template: Literal["auto", "alpaca", "plain", "chat"] = Field(
         "auto",
@@ -44,6 +45,9 @@ class DataSection(Section):
     span_prior: Literal["phrases", "spacy", "punctuation", "window", "none"] = Field(
         "phrases",
         description="How a response is divided into spans; phrases: English noun, verb and prepositional phrases.",
+    )
+    span_verb_objects: bool = Field(
+        False, description="For data.span_prior phrases and spacy: a verb phrase takes the noun phrase that follows it."
     )
     span_window: PositiveInt = Field(4, description="Words per span, for data.span_prior window.")
     instruction_field: NonEmptyStr = Field("instruction", description="Name of the column with the instruction.")

@@ -32,6 +32,7 @@ TokenLoss = Literal[
     "jensen_shannon",
     "total_variation",
 ]
+SpanRelation = Literal["hadamard", "joint", "log"]
 Backend = Literal["auto", "torch", "compile", "triton"]
 
 # Spellings of former releases -> the present ones.
@@ -51,6 +52,14 @@ class LossConfig(Section):
     sft: NonNegativeFloat = Field(1.0, description="Weight of the cross-entropy on the references.")
     dac_kl: NonNegativeFloat = Field(1.0, description="Weight of the token loss DAC-KL (paper, Eq. 6-8).")
     span: NonNegativeFloat = Field(1.0, description="Weight of the span loss (paper, Eq. 10).")
+    sft_text: Literal["reference", "text"] = Field(
+        "reference",
+        description="What the cross-entropy is computed on: the references, or the text of generation.mode (SeqKD).",
+    )
+    average: Literal["token", "row"] = Field(
+        "token",
+        description="Cross-entropy and token loss: mean over all tokens, or over rows of each row's mean.",
+    )
     divergence: TokenLoss = Field(
         "dac_kl",
         description="The token loss: DAC-KL, or a baseline with its weight and its place in the metrics (no gate).",
@@ -87,7 +96,14 @@ class LossConfig(Section):
     upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
     coverage_weight: NonNegativeFloat = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
     coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
-    span_eps: PositiveFloat = Field(1e-6, description="Smoothing of the root in the span loss.")
+    span_relation: SpanRelation = Field(
+        "hadamard",
+        description="What the span loss compares. hadamard: products of neighboring distributions (paper); joint: the "
+        "probabilities of the phrases as written; log: their logarithms.",
+    )
+    span_eps: PositiveFloat = Field(
+        1e-6, description="Smoothing of the root in the span loss, for span_relation hadamard."
+    )
 
     if not TYPE_CHECKING:  # type checkers and editors see the fields as keywords
 
@@ -104,6 +120,21 @@ class LossConfig(Section):
     def is_clipped(self) -> bool:
         """Whether a mask is computed at all."""
         return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a term compares student and teacher."""
+        return self.dac_kl > 0 or self.span > 0
+
+    @property
+    def pairs_neighbors(self) -> bool:
+        """Whether the span loss compares pairs of neighboring distributions, rather than whole spans as written."""
+        return self.span > 0 and self.span_relation == "hadamard"
+
+    @property
+    def compares_written(self) -> bool:
+        """Whether the span loss compares the probabilities of whole spans as written."""
+        return self.span > 0 and self.span_relation != "hadamard"
 
     @property
     def uses_gate(self) -> bool:

@@ -12,12 +12,15 @@ from megadistill.config.optim import OptimSection
 from megadistill.config.parallel import ParallelSection
 from megadistill.config.sampling import SamplingOptions
 from megadistill.config.section import (
+    BelowOne,
     DType,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Section,
+    TopP,
     UnitInterval,
     require_combination,
 )
@@ -90,9 +93,37 @@ class ScrgSection(Section):
 
     enabled: bool = Field(True, description="Correct the student's text before training on it (paper, Eq. 3-4).")
     rounds: PositiveInt = Field(1, description="Corrections per response, each to the right of the one before.")
+    error: Literal["kl", "regret", "first"] = Field(
+        "kl",
+        description="Which disagreement is corrected. kl: that of the largest KL (paper); regret: where the written "
+        "token is the least likely one against the teacher's best; first: the first one whose KL is above threshold.",
+    )
+    threshold: NonNegativeFloat = Field(0.1, description="For error first: KL in nats.")
+    competence: BelowOne = Field(
+        0.0,
+        description="Correct only where the geometric mean of the teacher's probabilities of the text before (since "
+        "the last correction) is at least this, where it still follows the text; 0: everywhere.",
+    )
+    after: Literal["regenerate", "keep", "cut"] = Field(
+        "regenerate",
+        description="What follows a correction: the student's new text (paper), what it had written, or nothing.",
+    )
     teacher_token: Literal["sample", "greedy"] = Field(
         "sample",
-        description="The token that replaces an error: a sample of the teacher (paper), or its most likely token.",
+        description="The token that replaces an error: a sample of the teacher (paper), or its most likely token. "
+        "This and the next two also hold for generation.mode skd, which uses nothing else of this section.",
+    )
+    teacher_temperature: PositiveFloat = Field(1.0, description="Temperature of the teacher's sample.")
+    teacher_top_p: TopP = Field(
+        1.0, description="Sample from the teacher's most likely tokens that together have this probability; 1: all."
+    )
+
+
+class SkdSection(Section):
+    """Section ``generation.skd``."""
+
+    top_k: PositiveInt = Field(
+        25, description="The student's token stays where it is among this many best ones of the teacher."
     )
 
 
@@ -109,14 +140,19 @@ class OffPolicySection(Section):
 class GenerationSection(SamplingOptions):
     """Section ``generation``."""
 
-    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher"] = Field(
+    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher", "skd"] = Field(
         "on_policy",
         description="Source of the responses for the token and span losses. on_policy: the student generates them; "
         "off_policy: references first, then more and more student text, new or replayed (DistiLLM); "
         "mixed: student text in a random share of the steps, references in the others; "
-        "dataset: the references; teacher: the teacher generates them once, before training (SeqKD).",
+        "dataset: the references; teacher: the teacher generates them once, before training (SeqKD); "
+        "skd: the student writes, and the teacher replaces every token that it would hardly write (speculative KD).",
     )
-    student_ratio: UnitInterval = Field(0.5, description="For mode mixed: probability of student text at a step.")
+    student_ratio: UnitInterval = Field(0.5, description="For mode mixed: probability of student text.")
+    mixed_by: Literal["step", "row"] = Field(
+        "step", description="For mode mixed: whether a whole step or each row for itself takes student text."
+    )
+    skd: SkdSection = Field(default_factory=SkdSection, description="For mode skd.")
     off_policy: OffPolicySection = Field(default_factory=OffPolicySection, description="For mode off_policy.")
     teacher_temperature: NonNegativeFloat = Field(
         0.0, description="For mode teacher: sampling temperature of the teacher; 0: greedy."
@@ -182,8 +218,8 @@ class RunConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a loss compares with the teacher; False for plain SFT."""
-        return self.loss.dac_kl > 0 or self.loss.span > 0
+        """Whether a loss compares with the teacher, or is on text that it may write or correct; False for plain SFT."""
+        return self.loss.uses_teacher or (self.loss.sft_text == "text" and self.generation.mode != "dataset")
 
     def with_template(self, name: str, **variables: Any) -> "RunConfig":
         """The same with another ``data.template``, and perhaps other ``data.chat_template*``."""
@@ -259,8 +295,9 @@ class RunConfig(Section):
         )
         require_combination(
             self.model.teacher.path is not None or not self.needs_teacher,
-            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} need a teacher; "
-            "plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset",
+            f"model.teacher.path is missing, and loss.dac_kl={loss.dac_kl:g} loss.span={loss.span:g} "
+            f"loss.sft_text={loss.sft_text} need a teacher; plain SFT is loss.dac_kl=0 loss.span=0 "
+            "generation.mode=dataset",
             ("model.teacher.path",),
         )
         require_combination(
@@ -284,6 +321,23 @@ class RunConfig(Section):
             bool(self.eval.seeds) or self.eval.greedy,
             "eval.seeds is empty and eval.greedy is false: nothing would be evaluated",
             ("eval.seeds", "eval.greedy"),
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _corrections(self) -> "RunConfig":
+        scrg = self.generation.scrg
+        require_combination(
+            scrg.after == "regenerate" or scrg.rounds == 1,
+            f"generation.scrg.after={scrg.after} with rounds={scrg.rounds}: the student writes nothing after a "
+            "correction that a second round could look at; set rounds to 1",
+            ("generation.scrg.after", "generation.scrg.rounds"),
+        )
+        require_combination(
+            scrg.teacher_token == "sample" or (scrg.teacher_top_p == 1 and scrg.teacher_temperature == 1),
+            f"generation.scrg.teacher_token=greedy draws nothing: teacher_top_p={scrg.teacher_top_p:g} and "
+            f"teacher_temperature={scrg.teacher_temperature:g} need teacher_token=sample",
+            ("generation.scrg.teacher_token", "generation.scrg.teacher_top_p", "generation.scrg.teacher_temperature"),
         )
         return self
 

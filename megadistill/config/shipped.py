@@ -23,12 +23,12 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     """The configuration file that ``name`` means.
 
     Args:
-        name: A path. ``configs/NAME.yaml`` also means the shipped file of that name, unless the working directory
-            holds such a file itself.
+        name: A path. ``configs/NAME.yaml`` and ``configs/baselines/NAME.yaml`` also mean the shipped files of these
+            names, unless the working directory holds such a file itself.
     """
     path = Path(name)
     shipped = shipped_root() / path
-    is_shipped = path.parent == Path("configs") and shipped.is_file()
+    is_shipped = path.parent in (Path("configs"), Path("configs/baselines")) and shipped.is_file()
     return shipped if is_shipped and not path.exists() else path
 
 

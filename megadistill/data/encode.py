@@ -67,7 +67,7 @@ class Tokenized:
     Attributes:
         rows: The rows that are left.
         num_dropped: Rows left out, because their prompts are too long.
-        num_truncated: Prompts that lost their beginning.
+        num_truncated: Prompts that lost their beginning, or with "truncate_end" their end.
         num_without_reference: Rows with a prompt only.
         num_truncated_responses: References that lost their end.
         skipped: What is wrong with each row that the template cannot hold.
@@ -186,7 +186,7 @@ def tokenize_examples(
             if isinstance(encoded, BadRow):
                 result.skipped.append(refused(example, encoded, settings.skip_bad_rows))
                 continue
-            row = _within_limits(example, encoded, template, settings, counts)
+            row = _within_limits(example, encoded, template, settings, counts, tokenizer)
             if row is not None:
                 rows.append(row)
     if examples and not rows:
@@ -200,15 +200,33 @@ def tokenize_examples(
     )
 
 
+def _first_tokens(encoded: EncodedRow, limit: int, tokenizer: PreTrainedTokenizerBase) -> EncodedRow:
+    """The prompt up to a limit, as MiniLLM cuts it: what asks for the answer, at its end, is lost."""
+    ids = encoded.prompt_ids[:limit]
+    special = leading_special_ids(tokenizer)
+    text = decode_text(tokenizer, ids[len(special) :] if ids[: len(special)] == special else ids)
+    targets = tuple((start, min(end, limit)) for start, end in encoded.targets if start < limit)
+    return replace(encoded, prompt=text, prompt_ids=ids, targets=targets)
+
+
 def _within_limits(
-    example: Example, encoded: EncodedRow, template: Template, settings: PromptSettings, counts: dict[str, int]
+    example: Example,
+    encoded: EncodedRow,
+    template: Template,
+    settings: PromptSettings,
+    counts: dict[str, int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedExample | None:
     """The row with the limits applied, which ``counts`` records; None for a row that is dropped."""
     limit = settings.max_prompt_tokens
     if len(encoded.prompt_ids) > limit:
         if settings.long_prompt == "error":
             raise _over_limit(example, len(encoded.prompt_ids), limit)
-        short = template.shortened(example, encoded, limit) if settings.long_prompt == "truncate" else None
+        short = None
+        if settings.long_prompt == "truncate":
+            short = template.shortened(example, encoded, limit)
+        elif settings.long_prompt == "truncate_end":
+            short = _first_tokens(encoded, limit, tokenizer)
         counts["dropped" if short is None else "truncated"] += 1
         if short is None:
             return None

@@ -36,7 +36,7 @@ TEXT_TEMPLATES: dict[str, tuple[str, str]] = {
 }
 AUTO, CHAT = "auto", "chat"
 TEMPLATES = (AUTO, *TEXT_TEMPLATES, CHAT)
-LONG_PROMPT_POLICIES = ("drop", "truncate", "error")
+LONG_PROMPT_POLICIES = ("drop", "truncate", "truncate_end", "error")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class PromptSettings:
         train_on: "last": the reference is the last turn of the assistant; "all": the earlier ones are, too.
         max_prompt_tokens: Longest prompt, special tokens included.
         max_tokens: Longest prompt and response together.
-        long_prompt: What happens to longer prompts: "drop", "error", or "truncate", which removes the beginning of a
-            text and the oldest turns of a chat.
+        long_prompt: What happens to longer prompts: "drop", "error", "truncate", which removes the beginning of a text
+            and the oldest turns of a chat, or "truncate_end", which keeps the first tokens.
         skip_bad_rows: Count rows that the template cannot hold instead of stopping at the first.
     """
 

@@ -48,9 +48,15 @@ class SpanPrior(Protocol):
 class PhrasePrior:
     """English noun, verb and prepositional phrases by TextBlob's shallow parser, which its wheel contains.
 
+    A prepositional phrase is a preposition with its noun phrase ("on the mat"): the noun phrase inside it is not a
+    span of its own, because spans do not overlap. A preposition alone is one where no noun phrase follows it.
+
     Words are split here, in Penn Treebank style and with their positions, before the parser gets them: its own
     splitting loses the positions, divides "didn't" into four words and joins emoticons. A phrase never crosses the end
     of a sentence or a line break.
+
+    Args:
+        verb_objects: A verb phrase takes the noun phrase that follows it, its object.
     """
 
     # Kept whole: addresses, numbers with separators, abbreviations, words with inner hyphens or apostrophes.
@@ -70,11 +76,12 @@ class PhrasePrior:
     _SENTENCE_ENDS = frozenset({".", "!", "?", "…", "...", "。", "！", "？"})
     _PHRASES = frozenset({"NP", "VP", "PP"})
 
-    def __init__(self) -> None:
+    def __init__(self, verb_objects: bool = False) -> None:
         with needs_extra("spans", "span prior phrases", setting="data.span_prior"):
             from textblob.en import parse
 
         self._parse: Callable[..., list[list[list[str]]]] = parse
+        self._verb_objects = verb_objects
 
     def spans(self, text: str) -> list[Span]:
         """See ``SpanPrior.spans``."""
@@ -85,9 +92,11 @@ class PhrasePrior:
         spans: list[Span] = []
         for words, tags in zip(sentences, tagged, strict=True):
             previous = "O"
-            for (start, end), (_, _, chunk, _) in zip(words, tags, strict=True):
-                kind = chunk[2:] if chunk[2:] in self._PHRASES else "O"
-                if kind != "O" and chunk.startswith("I-") and kind == previous:
+            for (start, end), (_, _, chunk, phrase) in zip(words, tags, strict=True):
+                label = chunk if phrase == "O" else phrase  # the outer phrase, where there is one
+                kind = label[2:] if phrase != "O" or label[2:] in self._PHRASES else "O"
+                goes_on = kind != "O" and label.startswith("I-") and kind == previous
+                if goes_on or (self._verb_objects and (previous, kind) == ("VP", "NP")):
                     spans[-1] = (spans[-1][0], end)
                 elif kind != "O":
                     spans.append((start, end))
@@ -109,13 +118,14 @@ class PhrasePrior:
 
 
 class SpacyPrior:
-    """Noun chunks, verb groups and prepositions by a spaCy pipeline with a tagger and a parser.
+    """Noun chunks, verb groups and prepositions with their noun chunks by a spaCy pipeline with a tagger and a parser.
 
     Args:
         pipeline: The pipeline, or the name of an installed one.
+        verb_objects: A verb group takes the noun chunk that follows it.
     """
 
-    def __init__(self, pipeline: str | Any = "en_core_web_sm") -> None:
+    def __init__(self, pipeline: str | Any = "en_core_web_sm", verb_objects: bool = False) -> None:
         if isinstance(pipeline, str):
             with needs_extra("spacy", "span prior spacy", setting="data.span_prior"):
                 import spacy
@@ -127,24 +137,24 @@ class SpacyPrior:
                     f"python -m spacy download {pipeline}",
                     setting="data.span_prior",
                 ) from None
-        self._pipeline = pipeline
+        self._pipeline, self._takes_noun = pipeline, ("PP", "VP") if verb_objects else ("PP",)
 
     def spans(self, text: str) -> list[Span]:
         """See ``SpanPrior.spans``."""
         document = self._pipeline(text)
-        spans = [(chunk.start_char, chunk.end_char) for chunk in document.noun_chunks]
-        taken = {token.i for chunk in document.noun_chunks for token in chunk}
-        run_kind, previous = "", -2
+        noun_of = {token.i: number for number, chunk in enumerate(document.noun_chunks) for token in chunk}
+        spans: list[Span] = []
+        previous: tuple[str, int] = ("", -1)  # kind of the last token's span, and which noun chunk
         for token in document:
             kind = {"VERB": "VP", "AUX": "VP", "ADP": "PP"}.get(token.pos_, "")
-            if kind and token.i not in taken:
-                end = token.idx + len(token)
-                if kind == run_kind and token.i == previous + 1:
-                    spans[-1] = (spans[-1][0], end)
-                else:
-                    spans.append((token.idx, end))
-                run_kind, previous = kind, token.i
-        return sorted(spans)
+            this = ("NP", noun_of[token.i]) if token.i in noun_of else (kind, -1)
+            end = token.idx + len(token)
+            if this[0] and (this == previous or (this[0] == "NP" and previous[0] in self._takes_noun)):
+                spans[-1] = (spans[-1][0], end)
+            elif this[0]:
+                spans.append((token.idx, end))
+            previous = this
+        return spans
 
 
 class PunctuationPrior:
@@ -205,19 +215,20 @@ class NoPrior:
 SPAN_PRIORS = ("phrases", "spacy", "punctuation", "window", "none")
 
 
-def make_span_prior(name: str, window: int = 4) -> SpanPrior:
+def make_span_prior(name: str, window: int = 4, verb_objects: bool = False) -> SpanPrior:
     """The prior called ``name``.
 
     Args:
         name: One of SPAN_PRIORS.
         window: Words per span, for the prior ``window``.
+        verb_objects: Verb phrases take their objects, for the priors ``phrases`` and ``spacy``.
 
     Raises:
         ConfigError: Unknown name, spaCy or its model missing, or a window below 1.
     """
     makers: dict[str, Callable[[], SpanPrior]] = {
-        "phrases": PhrasePrior,
-        "spacy": SpacyPrior,
+        "phrases": lambda: PhrasePrior(verb_objects),
+        "spacy": lambda: SpacyPrior(verb_objects=verb_objects),
         "punctuation": PunctuationPrior,
         "window": lambda: WindowPrior(window),
         "none": NoPrior,

@@ -27,7 +27,15 @@ _WAIT_S = 60.0
 # Settings of the sections eval and data that do not decide an evaluation's numbers.
 _NOT_DECIDING = {
     "eval": ("path", "batch_size"),
-    "data": ("train_path", "prompts_path", "prompts_ratio", "valid_path", "span_prior", "span_window"),
+    "data": (
+        "train_path",
+        "prompts_path",
+        "prompts_ratio",
+        "valid_path",
+        "span_prior",
+        "span_window",
+        "span_verb_objects",
+    ),  # fmt: skip
 }
 
 

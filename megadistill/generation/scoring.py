@@ -11,11 +11,27 @@ from typing import NamedTuple
 import torch
 
 from megadistill.config.loss import Backend
+from megadistill.data.sample import TokenIds
 from megadistill.decoding.protocols import TextModel
-from megadistill.decoding.sampling import draw_tokens, sampling_numbers
-from megadistill.losses import Head, token_kl
+from megadistill.decoding.sampling import Sampling, draw_tokens, sampling_numbers
+from megadistill.losses import Head, label_scores, token_kl
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.rng import Stream
+from megadistill.parallel.vocab import VocabShard
+
+
+class TextScores(NamedTuple):
+    """What the teacher thinks of the tokens that were written, right-padded to N columns.
+
+    Attributes:
+        log_p: [B, N] their log-probabilities, in nats.
+        regret: [B, N] what its best token has more.
+        rank: [B, N] int64, how many tokens are better.
+    """
+
+    log_p: torch.Tensor
+    regret: torch.Tensor
+    rank: torch.Tensor
 
 
 class TeacherScores(NamedTuple):
@@ -25,11 +41,13 @@ class TeacherScores(NamedTuple):
         kl_map: [B, N] float, KL(teacher || student) in nats at every response position.
         teacher_tokens: [B, N] int64, the teacher's own token there.
         mask: [B, N] bool, positions that were scored.
+        text: Its view of the written tokens; None where it is not wanted.
     """
 
     kl_map: torch.Tensor
     teacher_tokens: torch.Tensor
     mask: torch.Tensor
+    text: TextScores | None = None
 
 
 def score_responses(
@@ -41,15 +59,16 @@ def score_responses(
     student_head: OutputHead,
     teacher_hidden: Sequence[torch.Tensor],
     teacher: TextModel,
-    seed: int,
-    round_index: int,
-    sample_teacher: bool,
+    seed: int = 0,
+    stream: int = Stream.TEACHER_TOKEN,
+    sampling: Sampling | None = None,
+    texts: Sequence[TokenIds] | None = None,
     backend: Backend = "auto",
 ) -> TeacherScores:
     """KL map and teacher tokens of every response position from ``starts[i]`` on (method.md section 1).
 
     Gathers the teacher's head once over the data-parallel group. Communicates over the tensor-parallel group as
-    ``token_kl`` does, and for sampled teacher tokens as ``draw_tokens`` does.
+    ``token_kl`` does, for sampled teacher tokens as ``draw_tokens`` does, and for ``texts`` as ``label_scores`` does.
 
     Args:
         lengths: Response lengths.
@@ -59,10 +78,10 @@ def score_responses(
         student_head: The student's head.
         teacher_hidden: [length - start, H_T] of each example.
         teacher: The model whose head is used.
-        seed: Keys the random numbers, with ``round_index``.
-        round_index: Round of SCRG.
-        sample_teacher: Sample the teacher's tokens from the logits that the KL is computed from; otherwise take its
-            most likely ones.
+        seed: Keys the random numbers, with ``stream``.
+        stream: Names the random numbers.
+        sampling: How the teacher's tokens are drawn; None: its most likely ones.
+        texts: The responses, where the teacher's view of their tokens is wanted.
         backend: What runs the losses.
     """
     shard, device = student_head.shard, student_head.weight.device
@@ -72,25 +91,62 @@ def score_responses(
     mask = (columns[None] >= first[:, None]) & (columns[None] < length[:, None])
     example, column = mask.nonzero(as_tuple=True)
     ids = torch.tensor(list(sequence_ids), device=device)[example]
-    numbers = sampling_numbers(seed, ids, column, stream=Stream.TEACHER_TOKEN + round_index)
-    drawn = torch.zeros(len(example), dtype=torch.int64, device=device)
-
-    def draw(chunk: slice, logits: torch.Tensor) -> None:
-        drawn[chunk] = draw_tokens(logits, shard, numbers[chunk])
-
+    numbers = None if sampling is None else sampling_numbers(seed, ids, column, stream=stream)
+    view = _View(shard, numbers, sampling or Sampling(), None if texts is None else padded_tokens(texts, mask)[mask])
     with teacher.head() as teacher_head:
         kl, top1 = token_kl(
             Head.of(_concatenated(student_hidden, student_head.weight), student_head),
             Head.of(_concatenated(teacher_hidden, teacher_head.weight), teacher_head),
             shard,
             backend=backend,
-            visit=draw if sample_teacher else None,
+            visit=view if sampling is not None or texts is not None else None,
         )
-    kl_map = torch.zeros(mask.shape, dtype=kl.dtype, device=device)
-    token_map = torch.zeros(mask.shape, dtype=torch.int64, device=device)
-    kl_map[mask] = kl
-    token_map[mask] = drawn if sample_teacher else top1
-    return TeacherScores(kl_map, token_map, mask)
+
+    def padded(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(mask.shape, dtype=values.dtype, device=device).masked_scatter(mask, values)
+
+    tokens = top1 if sampling is None else view.tokens(top1)
+    text = None if texts is None else TextScores(*map(padded, view.text(kl)))
+    return TeacherScores(padded(kl), padded(tokens), mask, text)
+
+
+class _View:
+    """What else is read off the teacher's logits while the KL is computed, chunk by chunk.
+
+    Args:
+        shard: This rank's slice of the vocabulary.
+        numbers: Random numbers of the tokens that are drawn; None: none are.
+        sampling: How they are drawn.
+        written: The tokens that it has a view of; None: none.
+    """
+
+    def __init__(
+        self, shard: VocabShard, numbers: torch.Tensor | None, sampling: Sampling, written: torch.Tensor | None
+    ) -> None:
+        self._shard, self._numbers, self._sampling, self._written = shard, numbers, sampling, written
+        self._tokens: list[torch.Tensor] = []
+        self._text: list[tuple[torch.Tensor, ...]] = []
+
+    def __call__(self, chunk: slice, logits: torch.Tensor) -> None:
+        if self._numbers is not None:
+            self._tokens.append(draw_tokens(logits, self._shard, self._numbers[chunk], self._sampling))
+        if self._written is not None:
+            self._text.append(label_scores(logits, self._written[chunk], self._shard))
+
+    def tokens(self, like: torch.Tensor) -> torch.Tensor:
+        """The tokens that were drawn."""
+        return torch.cat([like[:0], *self._tokens])
+
+    def text(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """Log-probability, regret and rank of each written token."""
+        empty = [like[:0].double(), like[:0].double(), like[:0].long()]
+        return [torch.cat(parts) for parts in zip(empty, *self._text, strict=True)]
+
+
+def padded_tokens(responses: Sequence[TokenIds], mask: torch.Tensor) -> torch.Tensor:
+    """The responses as int64 of the shape and on the device of ``mask`` [B, N]."""
+    padded = [[*response, *[0] * (mask.shape[1] - len(response))] for response in responses]
+    return torch.tensor(padded, dtype=torch.int64, device=mask.device).reshape(mask.shape)
 
 
 def _concatenated(hidden: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

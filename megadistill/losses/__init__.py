@@ -7,7 +7,7 @@ from megadistill.losses.head import Head
 from megadistill.losses.objective import distill_loss
 from megadistill.losses.output import METRIC_NAMES, DistillOutput
 from megadistill.losses.quantile_gate import QuantileGate
-from megadistill.losses.token_kl import token_kl
+from megadistill.losses.token_kl import label_scores, token_kl
 from megadistill.losses.topk_teacher import TeacherTopK
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "TeacherTopK",
     "cross_entropy",
     "distill_loss",
+    "label_scores",
     "token_kl",
 ]

@@ -19,6 +19,7 @@ from megadistill.losses.fused import (
     bias_shifts,
     check_labels,
     check_shard,
+    check_weights,
     chunk_size,
     chunks,
     inverse_count,
@@ -26,6 +27,7 @@ from megadistill.losses.fused import (
     needs_gradient,
     scaled_gradients,
     valid_positions,
+    weights_of,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.statistics import merge_student
@@ -41,6 +43,7 @@ def cross_entropy(
     num_tokens: Normalizer,
     chunk_tokens: int | Literal["auto"] = "auto",
     backend: Backend = "auto",
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum over the tokens of -log q(label), divided by a global count.
 
@@ -54,6 +57,7 @@ def cross_entropy(
         num_tokens: The global count, over data-parallel ranks and micro-batches.
         chunk_tokens: As ``loss.chunk_tokens``.
         backend: As ``loss.backend``.
+        token_weights: [T] factors of the tokens in the sum; None: 1.
 
     Returns:
         A differentiable scalar in nats, the same on every tensor-parallel rank, in float32 or float64 whatever the
@@ -65,9 +69,10 @@ def cross_entropy(
     """
     check_shard(shard)
     check_labels(labels)
+    check_weights(token_weights, len(labels))
     student.check("student", len(labels), shard.size)
     needs = needs_gradient(student, torch.is_grad_enabled())
-    arguments = (labels, shard, num_tokens, chunk_tokens, backend, needs)
+    arguments = (labels, shard, num_tokens, chunk_tokens, backend, needs, token_weights)
     return _CrossEntropy.apply(student.hidden, student.weight, student.bias, *arguments)
 
 
@@ -84,11 +89,13 @@ class _CrossEntropy(torch.autograd.Function):
         chunk_tokens: int | Literal["auto"],
         backend: Backend,
         needs: tuple[bool, bool, bool],
+        token_weights: Tensor | None,
     ) -> Tensor:
         head = Head(hidden, weight, bias)
         dtype = loss_dtype(head)
         positions = valid_positions(labels, shard.total)
         labels = labels[positions]
+        factors = weights_of(token_weights, positions, dtype)
         inverse = inverse_count(num_tokens, hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -103,10 +110,13 @@ class _CrossEntropy(torch.autograd.Function):
                 logits_CVs = projector.logits(chunk, logits_buffer)
                 local = local_statistics(spec, kernels, logits_CVs, None)
                 stats = merge_student(spec, local, logits_CVs, labels[chunk], shard)
-                total += stats.label_nats.sum()
+                nats = stats.label_nats
+                total += (nats if factors is None else nats * factors[chunk]).sum()
                 if gradients.is_wanted:
                     gradient_CVs = gradient_buffer[: len(logits_CVs)]
                     weight = inverse.to(dtype).expand(len(logits_CVs)).contiguous()
+                    if factors is not None:
+                        weight = weight * factors[chunk]
                     weights = GradientWeights(weight, label=weight, label_column=labels[chunk] - shard.start)
                     if shard.size:
                         kernels.gradient(spec, logits_CVs, None, stats.norms, None, weights, gradient_CVs)
@@ -117,4 +127,4 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_gradients(ctx, upstream), *[None] * 6
+        return *scaled_gradients(ctx, upstream), *[None] * 7

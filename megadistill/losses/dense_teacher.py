@@ -37,6 +37,7 @@ class DenseTeacher:
         shard: This rank's slice of the vocabulary.
         top_k: Number of top log-probabilities to merge; 0: none.
         max_tokens: Tokens of the longest chunk.
+        has_label_p: The teacher's probability of the labels is wanted.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class DenseTeacher:
         shard: VocabShard,
         top_k: int,
         max_tokens: int,
+        has_label_p: bool = False,
     ) -> None:
-        self.spec, self.kernels, self.shard, self.top_k = spec, kernels, shard, top_k
+        self.spec, self.kernels, self.shard, self.top_k, self._has_label_p = spec, kernels, shard, top_k, has_label_p
         self._projector = projector
         self._logits_buffer = projector.new_buffer(max_tokens)
         self.tile_CVs = self._logits_buffer
@@ -57,7 +59,9 @@ class DenseTeacher:
         """Reads a chunk: its tile, and the merged statistics of both models (one all-gather)."""
         self.tile_CVs = self._projector.logits(chunk, self._logits_buffer)
         local = local_statistics(self.spec, self.kernels, student_CVs, self.tile_CVs)
-        return merge_both(self.spec, local, student_CVs, self.tile_CVs, labels, self.shard, self.top_k)
+        return merge_both(
+            self.spec, local, student_CVs, self.tile_CVs, labels, self.shard, self.top_k, self._has_label_p
+        )
 
     def sums(
         self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
@@ -75,8 +79,11 @@ class DenseTeacher:
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
+        span_label: Tensor | None = None,
     ) -> None:
-        """Writes the derivative by the student's logits."""
+        """Writes the derivative by the student's logits; ``span_label`` [C] is what the span term takes off labels."""
+        if span_label is not None:
+            weights = weights._replace(label=span_label if weights.label is None else weights.label + span_label)
         if student_CVs.shape[1]:
             self.kernels.gradient(self.spec, student_CVs, self.tile_CVs, norms, bounds, weights, out_CVs)
 

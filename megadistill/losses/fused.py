@@ -44,6 +44,17 @@ def check_labels(labels: Tensor) -> None:
         raise ValueError(f"labels must be int64 of shape [T], got {labels.dtype} {tuple(labels.shape)}")
 
 
+def check_weights(weights: Tensor | None, num_tokens: int) -> None:
+    """Raises ValueError for weights that are not one number a token."""
+    if weights is not None and weights.shape != (num_tokens,):
+        raise ValueError(f"token_weights must have shape ({num_tokens},), got {tuple(weights.shape)}")
+
+
+def weights_of(weights: Tensor | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The factors of the tokens at these positions, where any are given."""
+    return None if weights is None else weights[positions].to(dtype)
+
+
 def valid_positions(labels: Tensor, total: int) -> Tensor:
     """Positions whose label is not ignored. Raises DataError for a label outside the vocabulary."""
     positions = (labels != IGNORE_INDEX).nonzero().squeeze(-1)

@@ -9,7 +9,6 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from megadistill.losses.fused import (
     bias_shifts,
     check_labels,
     check_shard,
+    check_weights,
     chunk_size,
     chunks,
     inverse_count,
@@ -34,11 +34,12 @@ from megadistill.losses.fused import (
     needs_gradient,
     scaled_gradients,
     valid_positions,
+    weights_of,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
 from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
-from megadistill.losses.span import span_value
+from megadistill.losses.span import WrittenSpans, span_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
@@ -60,6 +61,7 @@ def distill_loss(
     *,
     num_tokens: Normalizer,
     num_pairs: Normalizer,
+    token_weights: Tensor | None = None,
 ) -> DistillOutput:
     """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
 
@@ -67,7 +69,7 @@ def distill_loss(
     ``config.gate_objective`` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
 
-    Communicates over ``shard.group``: two all-gathers per chunk (at most 7 + K and 14 floats per token; with a
+    Communicates over ``shard.group``: two all-gathers per chunk (at most 8 + K and 14 floats per token; with a
     ``TeacherTopK`` of L classes 4 + L and, for the span term, 2) and one all-reduce of the hidden gradient; per call
     one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows from
     ``labels``, ``config`` and which heads have a bias.
@@ -76,36 +78,45 @@ def distill_loss(
         student: Hidden states [T, H] and head shard.
         teacher: The same, or its top classes.
         labels: [T] int64; all terms ignore a token with label -100, whatever it contains.
-        pair_mask: [T] bool: positions t and t + 1 are one span pair, which counts where neither is ignored.
+        pair_mask: [T] bool: positions t and t + 1 are one span pair, which counts where neither is ignored. A span is
+            a longest run of pairs.
         gate: Needed where ``config.uses_gate``; called with (sorted_log_probs [C, K], log_tail [C]).
         config: The three terms and their options.
         shard: This rank's slice of the vocabulary.
         num_tokens: Global count that divides the sums over tokens. Averaging over data-parallel ranks is the caller's.
-        num_pairs: Global count that divides the sum over pairs; for 0 the span term is 0.
+        num_pairs: Global count that divides the sum over pairs (``span_relation`` joint and log: over spans); for 0
+            the span term is 0.
+        token_weights: [T] factors of the tokens in the sums over tokens; None: 1. The span term has none.
 
     Raises:
         ConfigError: The gate is missing or does not fit, or the backend cannot run here.
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
-    check_shard(shard)
-    length = len(labels)
-    student.check("student", length, shard.size)
-    if isinstance(teacher, TeacherTopK):
-        teacher.check(length, config)
-    else:
-        teacher.check("teacher", length, shard.size)
-    check_labels(labels)
-    if pair_mask.shape != labels.shape or pair_mask.dtype != torch.bool:
-        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
+    call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights)
+    _check_shapes(student, call)
     parameters = _learning_parameters(gate, config)
-    call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
         call, needs, student.hidden, student.weight, student.bias, *parameters
     )
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
+
+
+def _check_shapes(student: Head, call: _Call) -> None:
+    """Raises ValueError or ConfigError for arguments that do not fit together."""
+    shard, length, teacher, pair_mask = call.shard, len(call.labels), call.teacher, call.pair_mask
+    check_shard(shard)
+    student.check("student", length, shard.size)
+    if isinstance(teacher, TeacherTopK):
+        teacher.check(length, call.config)
+    else:
+        teacher.check("teacher", length, shard.size)
+    check_labels(call.labels)
+    if pair_mask.shape != call.labels.shape or pair_mask.dtype != torch.bool:
+        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
+    check_weights(call.token_weights, length)
 
 
 def _learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tensor]:
@@ -133,6 +144,7 @@ class _Call:
     shard: VocabShard
     num_tokens: Normalizer
     num_pairs: Normalizer
+    token_weights: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -159,7 +171,7 @@ class _Distill(torch.autograd.Function):
         head = Head(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             fused = _FusedPass(call, head, needs, list(parameters))
-            for chunk, num_halo in fused.chunks():
+            for chunk, num_halo in fused.chunks:
                 fused.step(chunk, num_halo)
             fused.gradients.reduce(call.shard.group)
         keep_for_backward(ctx, head, fused.positions, fused.gradients, fused.gate_gradients)
@@ -187,6 +199,7 @@ class _FusedPass:
         follows = torch.zeros_like(call.pair_mask[self.positions])
         follows[:-1] = self.positions[1:] == self.positions[:-1] + 1
         self.is_pair = call.pair_mask[self.positions] & follows
+        self.token_weights = weights_of(call.token_weights, self.positions, self.dtype)
         self.inv_num_tokens = inverse_count(call.num_tokens, device)
         self.inv_num_pairs = inverse_count(call.num_pairs, device)
         self.spec = TileSpec.of(config, has_edges=bool(parameters) and config.uses_gate)
@@ -196,7 +209,12 @@ class _FusedPass:
         shifts = bias_shifts(heads, call.shard.group)
         self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0])
         self.gradients = StudentGradients(self.student, needs)
-        max_tokens = min(len(self.positions), self.chunk_size + int(config.span > 0))
+        self.written = WrittenSpans(self.is_pair, config) if config.compares_written else None
+        if self.written is not None:
+            self.chunks = self.written.chunks(self.chunk_size)
+        else:  # each with a halo token where span pairs may cross the border between two
+            self.chunks = list(chunks(len(self.positions), self.chunk_size, halo=int(config.pairs_neighbors)))
+        max_tokens = max((chunk.stop - chunk.start for chunk, _ in self.chunks), default=0)
         self.logits_buffer = self.student.new_buffer(max_tokens)
         self.gradient_buffer = self.student.new_buffer(
             max_tokens if self.gradients.is_wanted else 0,
@@ -206,7 +224,9 @@ class _FusedPass:
         if isinstance(call.teacher, Head):
             projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
             top_k = config.top_k if config.is_clipped else 0
-            self.teacher = DenseTeacher(projector, self.spec, self.kernels, call.shard, top_k, max_tokens)
+            self.teacher = DenseTeacher(
+                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.compares_written
+            )
         else:
             self.teacher = TopKTeacher(
                 call.teacher,
@@ -222,16 +242,14 @@ class _FusedPass:
         self.top1 = torch.zeros(len(self.positions), dtype=torch.int64, device=device)
         self.gate_gradients = [torch.zeros_like(parameter) for parameter in parameters]
 
-    def chunks(self) -> Iterator[tuple[slice, int]]:
-        """The chunks, each with a halo token where span pairs may cross the border between two chunks."""
-        return chunks(len(self.positions), self.chunk_size, halo=int(self.config.span > 0))
-
     def step(self, chunk: slice, num_halo: int) -> None:
         """Adds one chunk to the totals and gradients; halo tokens take part in span pairs only."""
         config, labels = self.config, self.labels[chunk]
-        is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
+        if self.token_weights is None:
+            is_own = torch.ones(len(labels), dtype=self.dtype, device=self.device)
+        else:
+            is_own = self.token_weights[chunk].clone()
         is_own[:num_halo] = 0.0
-        has_span = config.span > 0
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
         bounds: MaskBounds | None = None
@@ -240,7 +258,7 @@ class _FusedPass:
             thetas = self._thresholds(stats, is_own)
             theta_l, theta_u = (theta.detach().to(self.dtype).clamp(-_FARTHEST, _FARTHEST) for theta in thetas)
             bounds = MaskBounds(theta_l, theta_u, top_column=stats.teacher_top1 - self.shard.start)
-        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, has_span)
+        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, config.pairs_neighbors)
         terms = self._terms(sums)
         if self.parameters and thetas:
             assert terms.clip is not None
@@ -252,10 +270,16 @@ class _FusedPass:
         if span_sums is not None:
             pair, inner = self._span(span_sums, chunk)
             weights = weights._replace(span_pair=pair, span_inner=inner)
+        span_label: Tensor | None = None
+        if self.written is not None:
+            value, span_label = self.written.term(stats, chunk, self.inv_num_pairs)
+            self.totals["span"] += value
+            column = labels - self.shard.start
+            weights = weights._replace(student=weights.student + span_label, label_column=column)
         if not self.gradients.is_wanted:
             return
         gradient_CVs = self.gradient_buffer[: len(labels)]
-        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs)
+        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs, span_label)
         self.gradients.add(chunk, gradient_CVs)
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -347,9 +371,11 @@ class _FusedPass:
             self._add("sft", stats.label_nats, is_own)
         if config.dac_kl > 0:
             self._add("dac_kl", config.temperature**2 * terms.value, is_own)
-        self._add("kept_mass", is_own if terms.clip is None else terms.clip.kept_mass, is_own)
-        if terms.clip is None:
-            self._add("mean_upper", is_own, is_own)
+        if terms.clip is not None:
+            self._add("kept_mass", terms.clip.kept_mass, is_own)
+        else:
+            for name in ("kept_mass", "mean_upper"):
+                self.totals[name] += is_own.sum(dtype=torch.float64)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         """Adds the chunk's span pairs; returns (weight over root, merged inner product), both [C]."""

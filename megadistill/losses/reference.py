@@ -42,6 +42,7 @@ def reference_loss(
     *,
     num_tokens: float,
     num_pairs: float,
+    token_weights: Tensor | None = None,
 ) -> ReferenceOutput:
     """As ``distill_loss``, with the whole vocabulary in one process.
 
@@ -57,39 +58,39 @@ def reference_loss(
         log_p, log_q = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1), full_log_q
         full_p = log_p.exp()
     p = log_p.exp()
+    weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
-    sft = F.cross_entropy(logits_TV, labels[positions], reduction="sum") / num_tokens
+    def mean(values: Tensor) -> Tensor:
+        return (weights * values).sum() / num_tokens
+
+    sft = mean(F.cross_entropy(logits_TV, labels[positions], reduction="none"))
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     num_classes = full_log_q.shape[-1]
     lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
-    token_values = _token_values(log_p, log_q, mask, complement, config)
-    dac_kl = config.temperature**2 * token_values.sum() / num_tokens
-    clipped_mass = (complement * p).sum(-1)
-    coverage = F.relu(clipped_mass - config.coverage_target).square().sum() / num_tokens
+    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, complement, config))
+    coverage = mean(F.relu((complement * p).sum(-1) - config.coverage_target).square())
 
     first = _first_of_pairs(pair_mask, is_valid)
-    difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
-    eps = config.span_eps
-    span_values = (difference.square().sum(-1) + eps**2).sqrt() - eps
+    if config.span_relation == "hadamard":
+        span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
+    else:
+        span_values = _written_span_values(log_p, log_q, _label_places(teacher, positions, labels), first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
     sign = -1.0 if config.gate_objective == "maximize" else 1.0
     guard = config.coverage_weight * coverage if config.guards else 0.0
-    kl_map = torch.zeros(len(labels), dtype=log_p.dtype)
-    top1 = torch.full_like(labels, -1)
-    kl_map[positions] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
-    top1[positions] = full_p.argmax(-1)
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
         gate_objective=sign * config.dac_kl * dac_kl + guard,
         sft=sft,
         dac_kl=dac_kl,
         span=span,
-        kept_mass=(mask * p).sum() / num_tokens,
-        kl_map=kl_map,
-        teacher_top1=top1,
-        mean_lower=lower.sum() / num_tokens,
-        mean_upper=upper.sum() / num_tokens,
+        kept_mass=mean((mask * p).sum(-1)),
+        kl_map=kl.new_zeros(len(labels)).index_copy(0, positions, kl),
+        teacher_top1=torch.full_like(labels, -1).index_copy(0, positions, full_p.argmax(-1)),
+        mean_lower=mean(lower),
+        mean_upper=mean(upper),
     )
 
 
@@ -97,6 +98,39 @@ def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
     """The first token of each span pair, counted among the valid tokens."""
     starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
     return (is_valid.cumsum(0) - 1)[:-1][starts_pair]
+
+
+def _pair_values(log_q: Tensor, p: Tensor, first: Tensor, eps: float) -> Tensor:
+    """The span value of each pair of neighbors (paper, Eq. 10)."""
+    difference = (log_q[first] + log_q[first + 1]).exp() - p[first] * p[first + 1]
+    return (difference.square().sum(-1) + eps**2).sqrt() - eps
+
+
+def _label_places(teacher: Head | TeacherTopK, positions: Tensor, labels: Tensor) -> Tensor:
+    """The class of each label; of a ``TeacherTopK`` its place in the list, or that of the rest."""
+    classes = labels[positions]
+    if isinstance(teacher, Head):
+        return classes
+    is_label = teacher.ids[positions] == classes.unsqueeze(-1)
+    return torch.where(is_label.any(-1), is_label.int().argmax(-1), is_label.shape[-1])
+
+
+def _written_span_values(log_p: Tensor, log_q: Tensor, labels: Tensor, first: Tensor, config: LossConfig) -> Tensor:
+    """The value of each span as written, from both models' log-probabilities of its tokens."""
+    values, starts = [], set(first.tolist())
+    log_p, log_q = (logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for logs in (log_p, log_q))
+    for start in sorted(starts):
+        if start - 1 in starts:
+            continue
+        end = start + 1
+        while end in starts:
+            end += 1
+        of_teacher, of_student = log_p[start : end + 1].sum(), log_q[start : end + 1].sum()
+        if config.span_relation == "joint":
+            values.append((of_teacher.exp() - of_student.exp()) ** 2)
+        else:
+            values.append((of_teacher - of_student) ** 2 / (end + 1 - start))
+    return torch.stack(values) if values else log_q[:0]
 
 
 def quantile_thresholds(

@@ -39,11 +39,13 @@ class TokenStatistics(StudentStatistics):
         teacher_top1: [C] its top class, the lowest when tied.
         top_log_probs: [C, K] its largest log-probabilities, descending.
         log_tail: [C] log of the sum of all others (a sum, never 1 - sum).
+        label_logs: [C] log p(label) and log q(label) at the loss's temperature, float64; None where no term needs them.
     """
 
     teacher_top1: Tensor
     top_log_probs: Tensor
     log_tail: Tensor
+    label_logs: tuple[Tensor, Tensor] | None = None
 
 
 def merge_student(
@@ -73,6 +75,13 @@ def merged_student(spec: TileSpec, columns: tuple[Tensor, ...]) -> StudentStatis
     return StudentStatistics(norms, untempered_log + (largest - target.sum(0)))
 
 
+def label_log_q(spec: TileSpec, columns: tuple[Tensor, ...]) -> Tensor:
+    """Log q(label) [C] at the loss's temperature from ``student_columns`` of all ranks, each [R, C], in float64."""
+    student_max, total, target = (column.double() for column in columns[:3])
+    largest = student_max.amax(0)
+    return (target.sum(0) - largest) / spec.temperature - log_total(student_max, total, largest, spec.temperature)
+
+
 def merge_both(
     spec: TileSpec,
     local: LocalStatistics,
@@ -81,16 +90,23 @@ def merge_both(
     labels: Tensor,
     shard: VocabShard,
     top_k: int,
+    has_label_p: bool = False,
 ) -> TokenStatistics:
-    """Statistics of a chunk; 6 + K floats per token (7 + K when tempered) in one all-gather over ``shard.group``."""
+    """Statistics of a chunk; 6 + K floats per token in one all-gather over ``shard.group``.
+
+    One more when tempered, and one more for the teacher's probability of the label.
+    """
     columns = student_columns(local, student_CVs, labels, shard)
     top_CK, tail, top1 = local_top(spec, local, teacher_CVs, shard, min(top_k, shard.total))
     assert local.teacher_max is not None
+    num_student = len(columns)
     columns += [local.teacher_max, tail, top1.to(student_CVs.dtype)]
+    if has_label_p:
+        columns.append(local_target(teacher_CVs, labels, shard))
     gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), top_CK], -1), shard.group)
     num_columns = len(columns)
-    student = merged_student(spec, gathered[..., : num_columns - 3].unbind(-1))
-    teacher_max, tail, top1 = gathered[..., num_columns - 3 : num_columns].unbind(-1)
+    student = merged_student(spec, gathered[..., :num_student].unbind(-1))
+    teacher_max, tail, top1, *target = gathered[..., num_student:num_columns].unbind(-1)
 
     largest = teacher_max.double().amax(0)
     tails = tail.double() + (teacher_max.double() - largest) / spec.temperature
@@ -99,6 +115,10 @@ def merge_both(
     kept = top_CK.shape[-1]
     log_tail = torch.cat([tails.T, gaps[:, kept:]], -1).logsumexp(-1)
     teacher_log = torch.logaddexp(log_tail, gaps[:, :kept].logsumexp(-1))
+    logs = None
+    if target:
+        of_teacher = (target[0].double().sum(0) - largest) / spec.temperature - teacher_log
+        logs = of_teacher, label_log_q(spec, gathered[..., :num_student].unbind(-1))
     dtype = student_CVs.dtype
     norms = student.norms._replace(teacher_max=largest.to(dtype), teacher_log=teacher_log.to(dtype))
     return TokenStatistics(
@@ -107,6 +127,7 @@ def merge_both(
         teacher_top1=merge_argmax(teacher_max, top1, shard),
         top_log_probs=(gaps[:, :kept] - teacher_log.unsqueeze(-1)).to(dtype),
         log_tail=(log_tail - teacher_log).to(dtype),
+        label_logs=logs,
     )
 
 

@@ -1,4 +1,4 @@
-"""The KL map that SCRG reads (paper: Eq. 3): forward KL of every token, and the teacher's top class."""
+"""What SCRG reads (paper: Eq. 3): forward KL of every token, the teacher's top class, and its view of the text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megadistill.losses.backends import make_kernels
 from megadistill.losses.dense_teacher import local_statistics
 from megadistill.losses.fused import bias_shifts, check_shard, chunk_size, chunks
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
-from megadistill.losses.statistics import local_top, merge_argmax
+from megadistill.losses.statistics import local_target, local_top, merge_argmax
 from megadistill.losses.tiles import DivergenceSum, LogNormalizers, TileSpec
 from megadistill.losses.torch_kernels import TorchKernels
-from megadistill.parallel.collectives import all_gather_rows
+from megadistill.parallel.collectives import all_gather_rows, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -75,6 +75,32 @@ def token_kl(
             if visit is not None:
                 visit(chunk, teacher_CVs)
     return kl_map, top1
+
+
+@torch.no_grad()
+def label_scores(logits_CVs: Tensor, labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model thinks of given classes.
+
+    Communicates over ``shard.group``: 3 floats per token in one all-gather, and one integer in one all-reduce.
+
+    Args:
+        logits_CVs: [C, Vs] its logits, up to a constant per token.
+        labels: [C] int64 classes.
+        shard: This rank's slice of the vocabulary.
+
+    Returns:
+        Per token [C]: the class's log-probability in nats, what the best class has more (both float64), and the
+        number of classes with a larger logit (int64).
+    """
+    num_tokens = len(logits_CVs)
+    local = [logits_CVs.new_full((num_tokens,), -torch.inf, dtype=torch.float64) for _ in range(2)]
+    if shard.size:
+        local = [logits_CVs.amax(-1).double(), logits_CVs.logsumexp(-1).double()]
+    columns = torch.stack([*local, local_target(logits_CVs, labels, shard).double()], -1)
+    largest, log_sum, target = all_gather_rows(columns, shard.group).unbind(-1)
+    label = target.sum(0)
+    better = (logits_CVs > label.to(logits_CVs.dtype).unsqueeze(-1)).sum(-1)
+    return label - log_sum.logsumexp(0), largest.amax(0) - label, all_reduce_sum(better, shard.group)
 
 
 def _local_columns(

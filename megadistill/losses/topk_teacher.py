@@ -87,7 +87,7 @@ class TopKTeacher:
         config: LossConfig,
     ) -> None:
         self.spec, self.kernels, self.shard, self.dtype = spec, kernels, shard, dtype
-        self.top_k = config.top_k if config.is_clipped else 0
+        self.top_k, self._has_label_p = config.top_k if config.is_clipped else 0, config.compares_written
         self._ids = top.ids[positions]
         log_probs = torch.cat([top.log_probs[positions], top.log_tail[positions].unsqueeze(-1)], -1)
         if len(self._ids):
@@ -104,6 +104,7 @@ class TopKTeacher:
         token, place = torch.nonzero(here, as_tuple=True)
         column = ids_CL[token, place] - self.shard.start
         self._here = token, place, column
+        self._label_place = _places(ids_CL, labels) if self._has_label_p else None
         target = local_target(student_CVs, labels, self.shard)
         listed_CL = student_CVs.new_zeros(ids_CL.shape)
         listed_CL[token, place] = student_CVs[token, column]
@@ -148,8 +149,9 @@ class TopKTeacher:
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
+        span_label: Tensor | None = None,
     ) -> None:
-        """Writes the derivative by the student's logits.
+        """Writes the derivative by the student's logits; ``span_label`` [C] is what the span term takes off labels.
 
         The derivative by the rest's logit is spread over its classes by their shares of the rest.
         """
@@ -158,6 +160,9 @@ class TopKTeacher:
         self._small_kernels.gradient(
             self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds, of_token, small_CM
         )
+        if span_label is not None:
+            assert self._label_place is not None
+            small_CM.scatter_add_(-1, self._label_place, -span_label.unsqueeze(-1))
         if student_CVs.shape[1] == 0:
             return
         spread = GradientWeights(small_CM[:, -1].contiguous(), untempered=weights.untempered)
@@ -200,6 +205,10 @@ class TopKTeacher:
         log_q = gaps / temperature - student_log.unsqueeze(-1)
         log_q[:, -1] += rest_log
         self._log_q_CM = log_q.to(dtype).clamp_min(_ABSENT)
+        label_logs = None
+        if self._label_place is not None:
+            log_p, log_q = (logs.gather(-1, self._label_place).squeeze(-1) for logs in (log_p_CM, self._log_q_CM))
+            label_logs = log_p.double(), log_q.double()
         # Without a rest, its factor is 0 and its base any number.
         rest_log = torch.where(has_rest, rest_log, 0.0)
         self._rest = LogNormalizers(
@@ -209,6 +218,7 @@ class TopKTeacher:
             LogNormalizers(student_max.to(dtype), student_log.to(dtype), untempered_log.to(dtype)),
             label_nats,
             *self._top(ids_CL, log_p_CM),
+            label_logs,
         )
 
     def _top(self, ids_CL: Tensor, log_p_CM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,6 +237,13 @@ class TopKTeacher:
         return LogNormalizers(norms.student_max, norms.student_log, None, zeros, zeros)
 
 
+def _places(ids_CL: Tensor, labels: Tensor) -> Tensor:
+    """Each label's place [C, 1] in the list; one that is not listed is one of the rest, the last column."""
+    is_label = ids_CL == labels.unsqueeze(-1)
+    place = is_label.to(torch.int32).argmax(-1, keepdim=True)
+    return torch.where(is_label.any(-1, keepdim=True), place, ids_CL.shape[1])
+
+
 def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num_classes: int) -> None:
     """Raises DataError where tokens that count have no distribution over classes of the vocabulary."""
     if not 0 <= int(ids.min()) <= int(ids.max()) < num_classes:
@@ -242,8 +259,10 @@ def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num
             "both are natural logarithms, the tail that of the sum of all other classes"
         )
     possible = log_probs if ids.shape[1] < num_classes else log_probs[:, :-1]
-    if divergence_of(config).needs_support and bool(torch.isneginf(possible).any()):
+    infinite = f"loss.divergence={config.divergence}" if divergence_of(config).needs_support else ""
+    if config.compares_written and config.span_relation == "log":
+        infinite = infinite or "loss.span_relation=log"
+    if infinite and bool(torch.isneginf(possible).any()):
         raise DataError(
-            f"loss.divergence={config.divergence} is infinite where the teacher excludes classes: teacher.log_tail or "
-            "teacher.log_probs is -inf"
+            f"{infinite} is infinite where the teacher excludes classes: teacher.log_tail or teacher.log_probs is -inf"
         )

@@ -71,5 +71,6 @@ class Stream(IntEnum):
     CONTINUATION = 2_000
     TEXT_SOURCE = 3_000
     REPLAY = 3_001
+    TEXT_SOURCE_OF_ROW = 3_002
     EVALUATION = 4_000
     TEACHER_TEXT = 5_000

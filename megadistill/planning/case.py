@@ -18,7 +18,7 @@ from megadistill.planning.shape import ModelOutline, ModelShape
 
 # DeepSpeed's own value (deepspeed/runtime/zero/config.py) of what the project does not set.
 _ZERO_DEFAULTS: Mapping[str, Any] = {"sub_group_size": 1_000_000_000}
-STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed"})
+STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed", "skd"})
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,11 @@ class Case:
 
     @property
     def rounds(self) -> int:
-        """Rounds of correction."""
-        scrg = self.config.generation.scrg
-        return scrg.rounds if scrg.enabled and self.writes else 0
+        """Rounds of correction; mode skd, which goes on until nothing is left, is planned with one."""
+        generation = self.config.generation
+        if not self.writes:
+            return 0
+        return 1 if generation.mode == "skd" else generation.scrg.rounds * generation.scrg.enabled
 
     @property
     def columns(self) -> int:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from megadistill.config.schema import RunConfig
+from megadistill.config.schema import RunConfig, ScrgSection
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.decoding.rollout import Correction
 from megadistill.engines.local_state import kept_tensors
 from megadistill.errors import MegadistillError
 from megadistill.generation.scoring import TeacherScores
-from megadistill.generation.scrg import find_corrections
+from megadistill.generation.scrg import ErrorRule, find_corrections
 from megadistill.generation.sources.base import SourceInputs
 from megadistill.models.loading import load_model_config
 from megadistill.observability.timers import Timers
@@ -80,11 +80,19 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if mode in ("mixed", "off_policy"):
         notes.append(f"a step of generation.mode={mode} that trains on new student text")
         mode = "on_policy"
+    scrg = config.generation.scrg
+    if mode == "skd":
+        notes.append("a step with one round of correction; generation.mode=skd makes as many as there are objections")
+        mode, scrg = "on_policy", ScrgSection()
+    elif scrg.after != "regenerate":
+        notes.append(f"a step whose corrections are continued (generation.scrg.after={scrg.after} writes nothing anew)")
+        scrg = scrg.model_copy(update={"after": "regenerate"})
     if mode == "teacher":
         notes.append("a step on the teacher's text, which was written before training")
         mode = "dataset"
     changes: dict[str, dict[str, Any]] = {
-        "generation": {"mode": mode, "cpu_products": "packed"},  # auto would measure how fast products are
+        # auto would measure how fast products are
+        "generation": {"mode": mode, "scrg": scrg, "cpu_products": "packed"},
         "data": {"span_prior": "window"},
         "model": {"eos_tokens": (_PROMPT_ID,)},
         "loss": {"backend": "torch"},
@@ -260,9 +268,9 @@ def _example() -> TokenizedExample:
     return TokenizedExample(0, (_PROMPT_ID,), (_REFERENCE_ID,), (), "")
 
 
-def _spread_corrections(responses: Sequence[TokenIds], scores: TeacherScores) -> list[Correction]:
+def _spread_corrections(responses: Sequence[TokenIds], scores: TeacherScores, rule: ErrorRule) -> list[Correction]:
     """A correction in every response, at places spread evenly over what was scored: an average step's continuation."""
-    find_corrections(responses, scores)  # it is counted; what it finds in untrained models would be chance
+    find_corrections(responses, scores, rule)  # it is counted; what it finds in untrained models would be chance
     corrections = []
     for i, (response, row) in enumerate(zip(responses, scores.mask.tolist(), strict=True)):
         scored = sum(row)

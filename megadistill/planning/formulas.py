@@ -42,7 +42,12 @@ def assumptions(case: Case) -> tuple[str, ...]:
     )
     if case.rounds:
         lines.append("every response is corrected once a round, at places spread evenly over its length")
-    if case.writes and mode != "on_policy":
+    scrg = case.config.generation.scrg
+    if mode == "skd":
+        lines.append("generation.mode=skd: one round is counted; it makes as many as the teacher has objections")
+    elif case.rounds and scrg.after != "regenerate":
+        lines.append(f"generation.scrg.after={scrg.after}: what the student would write anew is counted")
+    if case.writes and mode not in ("on_policy", "skd"):
         lines.append(f"generation.mode={mode}: this is a step with student text; steps with other text use less")
     lines.append(f"the vocabulary has the {case.models.vocab_size} rows that the models share (no tokenizer is read)")
     return tuple(lines)

@@ -20,17 +20,35 @@ from megadistill.parallel.output_head import OutputHead
 
 
 class GlobalCounts(NamedTuple):
-    """Counts over all data-parallel ranks and micro-batches of one step, which divide its sums.
+    """Counts over all data-parallel ranks and micro-batches of one step; some of them divide its sums.
 
     Attributes:
         num_sft: Tokens of references.
         num_kd: Tokens of responses.
         num_pairs: Pairs of neighboring response tokens in one span.
+        num_spans: Spans of two response tokens or more.
+        sft_rows: Rows with a reference.
+        kd_rows: Rows with a response.
     """
 
     num_sft: float
     num_kd: float
     num_pairs: float
+    num_spans: float = 0.0
+    sft_rows: float = 0.0
+    kd_rows: float = 0.0
+
+    def of_references(self, config: LossConfig) -> float:
+        """What divides the cross-entropy."""
+        return self.sft_rows if config.average == "row" else self.num_sft
+
+    def of_responses(self, config: LossConfig) -> float:
+        """What divides the token loss."""
+        return self.kd_rows if config.average == "row" else self.num_kd
+
+    def of_spans(self, config: LossConfig) -> float:
+        """What divides the span term."""
+        return self.num_pairs if config.span_relation == "hadamard" else self.num_spans
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class MicroBatch:
         sft_labels: [T_sft] the tokens that they predict.
         kd_index: [T_kd] positions that predict responses.
         kd_labels: [T_kd] the tokens that they predict.
+        sft_lengths: Tokens of each reference that are predicted, in the order of ``sft_index``.
+        kd_lengths: The same of the responses.
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
         num_tokens: Columns that are no padding.
@@ -53,6 +73,8 @@ class MicroBatch:
     sft_labels: torch.Tensor
     kd_index: torch.Tensor
     kd_labels: torch.Tensor
+    sft_lengths: tuple[int, ...]
+    kd_lengths: tuple[int, ...]
     pair_mask: torch.Tensor
     teacher_hidden: torch.Tensor | None
     num_tokens: int
@@ -122,6 +144,8 @@ def build_micro_batch(
         sft_labels.to(device),
         kd_index.to(device),
         kd_labels.to(device),
+        tuple(sample.num_reference_tokens for sample in samples if sample.reference_ids is not None),
+        tuple(len(sample.response_ids or ()) for sample in with_kd),
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
         num_tokens=sum(batch.lengths) if sequences else 0,
@@ -146,6 +170,12 @@ def _predicting(
     index = torch.cat([torch.empty(0, dtype=torch.int64), *columns])
     index = index[labels[index] != IGNORE_INDEX]
     return index, labels[index]
+
+
+def row_weights(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """For each token of sequences that follow one another, one over its sequence's length (float64)."""
+    numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return (1.0 / numbers.double()).repeat_interleave(numbers, output_size=sum(lengths))
 
 
 @dataclass
@@ -188,9 +218,9 @@ class MicroBatchLoss:
     def __call__(self, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
         """The loss to back-propagate, a scalar, of hidden states [B, S, H]."""
         flat, micro, config = hidden.flatten(0, 1), self.micro_batch, self.config
-        if self.teacher_head is None:
+        if self.teacher_head is None or not config.uses_teacher:
             return self._reference_loss(flat, head)
-        if micro.is_shared and self.counts.num_sft == self.counts.num_kd:
+        if micro.is_shared and self.counts.of_references(config) == self.counts.of_responses(config):
             self.output = self._distill(flat, head, self.teacher_head, config)
             self.sft = self.output.sft
             return self.output.loss
@@ -199,14 +229,18 @@ class MicroBatchLoss:
             return self.output.loss
         return self.output.loss + self._reference_loss(flat, head)
 
+    def _weights(self, lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
+        return row_weights(lengths, device) if self.config.average == "row" else None
+
     def _reference_loss(self, flat: torch.Tensor, head: OutputHead) -> torch.Tensor:
         loss = cross_entropy(
             Head.of(flat[self.micro_batch.sft_index], head),
             self.micro_batch.sft_labels,
             head.shard,
-            num_tokens=self.counts.num_sft,
+            num_tokens=self.counts.of_references(self.config),
             chunk_tokens=self.config.chunk_tokens,
             backend=self.config.backend,
+            token_weights=self._weights(self.micro_batch.sft_lengths, flat.device),
         )
         self.sft = loss.detach()
         return self.config.sft * loss
@@ -225,6 +259,7 @@ class MicroBatchLoss:
             self.gate,
             config,
             head.shard,
-            num_tokens=self.counts.num_kd,
-            num_pairs=self.counts.num_pairs,
+            num_tokens=self.counts.of_responses(config),
+            num_pairs=self.counts.of_spans(config),
+            token_weights=self._weights(micro.kd_lengths, flat.device),
         )

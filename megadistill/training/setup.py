@@ -179,7 +179,7 @@ def build_components(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id < vocab_size else 0,  # masked, but it needs a row
         eos_ids=student_ends,
         teacher_eos_ids=teacher_ends,
-        span_prior=make_span_prior(config.data.span_prior, config.data.span_window),
+        span_prior=make_span_prior(config.data.span_prior, config.data.span_window, config.data.span_verb_objects),
         loss=config.loss,
         student=student,
         teacher=teacher,

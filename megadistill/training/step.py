@@ -15,7 +15,9 @@ import torch
 from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.generation.sources.base import STANDARD_KINDS, TextSource
+from megadistill.losses import LossConfig
 from megadistill.losses.output import METRIC_NAMES
+from megadistill.losses.span import written_spans
 from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
@@ -65,12 +67,13 @@ def distillation_step(
         samples = find_spans(samples, components)
 
     # 2. Global counts: the only normalization there is.
-    counts = count_tokens(samples, components)
+    trained = with_loss_texts(samples, components.loss)
+    counts = count_tokens(trained, components)
 
     # 3. Token, span and reference losses, pass by pass, few columns of which are padding; gradients are summed.
     with timers("train"):
-        passes = plan_passes(samples, components.config.train, components.context)
-        losses = accumulate_gradients(samples, passes, counts, components)
+        passes = plan_passes(trained, components.config.train, components.context)
+        losses = accumulate_gradients(trained, passes, counts, components)
     metrics = loss_metrics(losses, samples, counts, components)
 
     # 4. One update of student and gate, unless a number in it is not finite.
@@ -105,13 +108,24 @@ def find_spans(samples: Sequence[Sample], components: Components) -> list[Sample
     ]
 
 
+def with_loss_texts(samples: Sequence[Sample], loss: LossConfig) -> Sequence[Sample]:
+    """The samples with the text of the cross-entropy in place of their references (``loss.sft_text``)."""
+    if loss.sft_text == "reference":
+        return samples
+    return [replace(sample, reference_ids=sample.response_ids) for sample in samples]
+
+
 def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCounts:
-    """Tokens and span pairs of the whole step (one all-reduce of three numbers over the data-parallel group)."""
+    """What the whole step has to learn from (one all-reduce of six numbers over the data-parallel group)."""
+    responses = [sample.response_ids for sample in samples if sample.response_ids is not None]
     local = torch.tensor(
         [
             sum(sample.num_reference_tokens for sample in samples),
-            sum(len(sample.response_ids) for sample in samples if sample.response_ids is not None),
+            sum(map(len, responses)),
             sum(sum(sample.pair_mask) for sample in samples),
+            sum(len(written_spans(sample.pair_mask)) for sample in samples),
+            sum(sample.reference_ids is not None for sample in samples),
+            len(responses),
         ],
         dtype=torch.float64,
         device=components.context.device,

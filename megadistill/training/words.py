@@ -58,9 +58,10 @@ def _data_warning(config: RunConfig, kind: str, what: str, count: int, rows: int
             f"data.max_prompt_tokens={data.max_prompt_tokens}"
         )
     if what == "truncated_prompts":
+        part = "end, which asks for the answer" if data.long_prompt == "truncate_end" else "beginning"
         return (
             f"{_share(count, rows)} {kind} prompts are over data.max_prompt_tokens={data.max_prompt_tokens} and lost "
-            "their beginning (data.long_prompt=truncate)"
+            f"their {part} (data.long_prompt={data.long_prompt})"
         )
     if what == "truncated_responses":
         effect = "they teach no end" if kind == _STREAMS["train"] else "their ends are not scored"

@@ -15,6 +15,7 @@ from megadistill.losses import (
     cross_entropy,
     distill_loss,
     fused,
+    label_scores,
     token_kl,
 )
 from megadistill.losses.divergences import DIVERGENCES
@@ -105,6 +106,19 @@ def test_a_teacher_of_top_classes_equals_the_reference(tp_size):
             if case["quantile"] == "mass":
                 problem = with_top_k(make_problem(), num_listed, case["temperature"])
                 check(rank, problem, CONFIG.replace(**case), make_gate(), torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_written_spans_equal_the_reference(tp_size):
+    def body(rank):
+        for relation, temperature in itertools.product(["joint", "log"], [1.0, 2.0]):
+            config = CONFIG.replace(span_relation=relation, temperature=temperature)
+            check(rank, make_problem(ignored=0.1), config, make_gate(), torch.float64, 1e-10)
+            problem = with_top_k(make_problem(ignored=0.1), 20, temperature)
+            check(rank, problem, config, make_gate(), torch.float64, 1e-10)
+        check(rank, make_problem(seed=5), CONFIG.replace(span_relation="log"), make_gate(), torch.float32, 1e-5)
 
     run_ranks(body, tp_size)
 
@@ -200,6 +214,22 @@ def test_cross_entropy_and_token_kl_equal_the_reference(tp_size):
             torch.testing.assert_close(kl_map[is_valid], expected.kl_map[is_valid], rtol=1e-10, atol=1e-13)
             assert torch.equal(top1[is_valid], expected.teacher_top1[is_valid])
             assert same_everywhere(kl_map) and same_everywhere(top1)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_label_scores_equal_the_dense_ones(tp_size):
+    def body(rank):
+        for num_classes in (53, 2):  # two classes leave shards empty
+            logits = torch.randn(9, num_classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            labels, shard = torch.arange(9) % num_classes, shard_of(num_classes, rank)
+            log_p, regret, rank_of = label_scores(logits[:, shard.start : shard.stop], labels, shard)
+            dense = logits.log_softmax(-1)
+            torch.testing.assert_close(log_p, dense[range(9), labels], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(regret, dense.amax(-1) - log_p, rtol=1e-12, atol=1e-12)
+            assert torch.equal(rank_of, (logits > logits[range(9), labels].unsqueeze(-1)).sum(-1))
+            assert all(same_everywhere(part) for part in (log_p, regret, rank_of))
 
     run_ranks(body, tp_size)
 

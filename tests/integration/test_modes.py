@@ -35,6 +35,10 @@ MODES: dict[str, tuple[str, ...]] = {
     "without correction": ("generation.scrg.enabled=false",),
     "three rounds": ("generation.scrg.rounds=3",),
     "five rounds, greedy teacher": ("generation.scrg.rounds=5", "generation.scrg.teacher_token=greedy"),
+    "skd": ("generation.mode=skd", "generation.skd.top_k=3", "generation.scrg.teacher_top_p=0.9"),
+    "mixed by row": ("generation.mode=mixed", "generation.mixed_by=row", "loss.average=row", "loss.span_relation=log"),
+    "first, kept": ("generation.scrg.error=first", "generation.scrg.after=keep", "generation.scrg.competence=0.001"),
+    "text": ("generation.mode=teacher", "loss.sft_text=text", "loss.dac_kl=0", "loss.span=0"),
     "one token": ("generation.max_new_tokens=1",),
     "nucleus": ("generation.top_k=20", "generation.top_p=0.9", "generation.sampling_temperature=0.8"),
     # Cache for one example of the student and none of the teacher: four decode batches per rank, all text read again.

@@ -14,9 +14,11 @@ import pytest
 
 from megadistill.cli.main import VERBS, main
 from megadistill.config.load import load_config
+from megadistill.generation.sources import source_class
 from tests.support.runs import free_port, losses, run_layout, settings, write_assets
 
 ROOT = Path(__file__).parents[2]
+BASELINES = sorted((ROOT / "configs" / "baselines").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NOT_RUNS = {"base.yaml", "paper.yaml"}
 PAIRS = {
@@ -31,7 +33,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*CONFIGS, *BASELINES], ids=lambda file: file.name)
 def test_yaml_says_what_it_is_and_loads(file: Path) -> None:
     header = "\n".join(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
     if file.name != "base.yaml":
@@ -39,8 +41,40 @@ def test_yaml_says_what_it_is_and_loads(file: Path) -> None:
     for launched in re.findall(r"--config (configs/\S+\.yaml)", header):
         assert (ROOT / launched).is_file() or launched == "configs/mine.yaml", launched
     if file.name not in NOT_RUNS:
-        assert f"configs/{file.name}" in header
+        assert f"--config {file.relative_to(ROOT)}" in header
         assert load_config(file).run.dir.startswith("runs/")
+
+
+# File -> what makes it that baseline: mode, corrected by the teacher, divergence, weights of the three terms.
+MEANT = {
+    "sft": ("dataset", None, None, (1, 0, 0)),
+    "kd": ("dataset", None, "forward_kl", (0.5, 0.5, 0)),
+    "seqkd": ("teacher", None, None, (1, 0, 0)),
+    "imitkd": ("mixed", False, "forward_kl", (0, 1, 0)),
+    "gkd": ("mixed", False, "jensen_shannon", (0, 1, 0)),
+    "opd": ("on_policy", False, "reverse_kl", (0, 1, 0)),
+    "skd": ("skd", None, "forward_kl", (0, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("file", BASELINES, ids=lambda file: file.stem)
+def test_baselines_are_what_they_are_called(file: Path) -> None:
+    mode, is_corrected, divergence, weights = MEANT[file.stem]
+    text = file.read_text(encoding="utf-8")
+    assert "#   source:" in text and sum(not line.startswith("#") for line in text.splitlines()) <= 14
+    config = load_config(file)
+    source_class(config).check(config)
+    generation, loss = config.generation, config.loss
+    assert config.run.dir == f"runs/baselines/{file.stem}" and generation.mode == mode
+    assert is_corrected is None or generation.scrg.enabled == is_corrected
+    assert (loss.sft, loss.dac_kl, loss.span) == weights
+    assert divergence is None or loss.divergence == divergence
+    assert not loss.uses_gate and (loss.sft_text == "text") == (file.stem == "seqkd")
+    assert config.needs_teacher == (file.stem != "sft")
+
+
+def test_every_baseline_is_known() -> None:
+    assert {file.stem for file in BASELINES} == set(MEANT)
 
 
 def test_every_pair_of_the_paper_is_shipped() -> None:

@@ -27,6 +27,7 @@ class Problem:
     pair_mask: Tensor
     num_tokens: int
     num_pairs: int
+    token_weights: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -104,7 +105,7 @@ def run_fused(
         gate.zero_grad(set_to_none=True)
     output = distill_loss(
         student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
-        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
+        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -120,7 +121,7 @@ def run_reference(
     student = leaf(problem.student)
     output = reference_loss(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
-        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
+        num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]

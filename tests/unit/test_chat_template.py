@@ -223,6 +223,10 @@ def test_long_chats(tmp_path, tokenizers):
     short = encoded(tmp_path, tokenizer, TURNS, long_prompt="truncate", **limits)
     assert short.num_truncated == 1
     assert short.rows[0] == encoded(tmp_path, tokenizer, [SYSTEM, SECOND, LAST]).rows[0]
+    whole = encoded(tmp_path, tokenizer, TURNS, max_prompt_tokens=800, max_tokens=900, train_on="all").rows[0]
+    ended = encoded(tmp_path, tokenizer, TURNS, long_prompt="truncate_end", train_on="all", **limits).rows[0]
+    assert ended.prompt_ids == whole.prompt_ids[:size] and whole.prompt.startswith(ended.prompt)
+    assert ended.targets == tuple((start, min(end, size)) for start, end in whole.targets if start < size)
     again = encoded(tmp_path, tokenizer, TURNS, [SECOND, LAST], long_prompt="drop", **limits)
     assert [row.id for row in again.rows] == [1] and again.num_dropped == 1
     with pytest.raises(DataError, match="over the limit"):

@@ -207,3 +207,24 @@ def test_cross_entropy_ignores_what_ignored_tokens_hold():
     clean = cross_entropy(problem.student, problem.labels, whole(problem), num_tokens=11)
     problem.student.hidden[problem.labels == IGNORE_INDEX] = float("nan")
     assert torch.equal(cross_entropy(problem.student, problem.labels, whole(problem), num_tokens=11), clean)
+
+
+def test_weights_of_tokens_equal_the_reference(backend):
+    """Of the sums over tokens: cross-entropy, token loss, the gate's objective and what is reported, not the span's."""
+    for change in ({}, {"temperature": 2.0, "clip": "off"}, {"span_relation": "log", "coverage_target": 0.0}):
+        problem, gate = make_problem(seed=6), make_gate()
+        problem.token_weights = torch.rand(len(problem.labels), generator=torch.Generator().manual_seed(1)).double()
+        config = CONFIG.replace(backend=backend, **change)
+        output, gradients, _ = run_fused(problem, config, gate)
+        assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
+        student, whole_vocabulary = leaf(problem.student), whole(problem)
+        loss = cross_entropy(
+            student, problem.labels, whole_vocabulary, num_tokens=problem.num_tokens, chunk_tokens=3, backend=backend,
+            token_weights=problem.token_weights,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, output.sft, rtol=1e-12, atol=0)
+        loss.backward()
+        expected = run_reference(problem, config.replace(dac_kl=0.0, span=0.0, sft=1.0, clip="off"), None)[1]
+        torch.testing.assert_close(student.weight.grad, expected["weight"], rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match="token_weights must have shape"):
+        cross_entropy(student, problem.labels, whole_vocabulary, num_tokens=1, token_weights=torch.ones(2))

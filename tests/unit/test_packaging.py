@@ -203,6 +203,7 @@ def test_a_shipped_configuration_is_found_from_anywhere(tmp_path: Path, monkeypa
     assert clone_root() == shipped_root() == ROOT
     monkeypatch.chdir(tmp_path)
     assert find_config("configs/smoke.yaml") == ROOT / "configs" / "smoke.yaml"
+    assert find_config("configs/baselines/gkd.yaml") == ROOT / "configs" / "baselines" / "gkd.yaml"
     for own in ("configs/mine.yaml", "smoke.yaml", "other/configs/smoke.yaml", "configs/../configs/smoke.yaml"):
         assert find_config(own) == Path(own)
     (tmp_path / "configs").mkdir()

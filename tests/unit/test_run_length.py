@@ -155,7 +155,7 @@ def test_what_was_dropped_and_cut_is_said_in_words() -> None:
     report = {"train/rows": 1023, "train/dropped": 77, "train/truncated_responses": 216, "train/skipped": 2,
               "prompts/rows": 5, "prompts/without_reference": 5, "valid/rows": 10, "valid/without_reference": 4,
               "valid/truncated_prompts": 1, "train/without_reference": 23, "train/other": 3}  # fmt: skip
-    assert list(filter(None, data_warnings(config_of(), report))) == [
+    assert list(filter(None, data_warnings(config_of("data.long_prompt=truncate"), report))) == [
         "77 of 1100 (7 %) training rows were dropped: their prompts are over data.max_prompt_tokens=256",
         "216 of 1000 (22 %) training responses are longer than data.max_tokens=512 and were cut: they teach no end",
         "2 malformed training rows were skipped (data.skip_bad_rows=true)",
@@ -164,6 +164,8 @@ def test_what_was_dropped_and_cut_is_said_in_words() -> None:
         "(data.long_prompt=truncate)",
         "train/other: 3",
     ]
+    ended = " ".join(data_warnings(config_of("data.long_prompt=truncate_end"), report))
+    assert "lost their end, which asks for the answer (data.long_prompt=truncate_end)" in ended
     sft = config_of("loss.dac_kl=0", "loss.span=0", "generation.mode=dataset")
     assert "23 of 1023 (2 %) training rows have no reference: SFT learns nothing from them" in data_warnings(
         sft, report

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadistill.decoding.kv_cache import PrefillChunk
-from megadistill.decoding.sampling import sample_tokens
+from megadistill.decoding.sampling import Sampling, sample_tokens
 from megadistill.generation.scoring import score_responses
 from megadistill.generation.teacher_states import TeacherStates
 from megadistill.losses import Head, token_kl
@@ -46,7 +46,7 @@ def test_scores_are_the_dense_ones(bias: bool, starts: tuple[int, ...], sample: 
         student_hidden=[s[a:] for s, a in zip(states[0], starts, strict=True)],
         student_head=OutputHead(*student, VocabShard(0, V, V)),
         teacher_hidden=[s[a:] for s, a in zip(states[1], starts, strict=True)], teacher=Teacher(),
-        seed=4, round_index=2, sample_teacher=sample,
+        seed=4, stream=Stream.TEACHER_TOKEN + 2, sampling=Sampling() if sample else None,
     )  # fmt: skip
     for i, length in enumerate(lengths):
         logits = [s[i] @ w.T + (0 if b is None else b) for s, (w, b) in zip(states, (student, teacher), strict=True)]

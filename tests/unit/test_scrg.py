@@ -353,7 +353,7 @@ def test_a_teacher_without_a_distribution_corrects_nothing() -> None:
     scores = score_responses(
         [2], [0], [0],
         student_hidden=[state_of([3, 4])], student_head=HEAD, teacher_hidden=[state_of([3, 4]) * torch.nan],
-        teacher=Teacher((), {}), seed=0, round_index=0, sample_teacher=True,
+        teacher=Teacher((), {}), sampling=Sampling(),
     )  # fmt: skip
     assert scores.teacher_tokens.tolist() == [[NO_TOKEN] * 2]
     assert find_corrections([(4, 5)], scores) == []

@@ -21,6 +21,7 @@ from megadistill.data.surface import token_char_starts
 from megadistill.data.tokenize import decode_responses, encode_responses, load_tokenizer
 from megadistill.errors import ConfigError
 from tests.support.tokenizers import byte_level, sentence_piece, word_piece
+from tools import show_spans
 
 KINDS = {"byte_level": byte_level, "sentence_piece": sentence_piece, "word_piece": word_piece}
 SENTENCE = "The quick brown fox jumps over the lazy dog."
@@ -44,9 +45,26 @@ def phrases(name, text, **options):
 
 
 def test_phrases_of_a_sentence():
-    assert phrases("phrases", "The quick brown fox sat on the mat.") == ["The quick brown fox", "sat", "on", "the mat"]
+    assert phrases("phrases", "The quick brown fox sat on the mat.") == ["The quick brown fox", "sat", "on the mat"]
     found = phrases("phrases", "She has been told a long story in Paris because of the rain.")
-    assert found == ["She", "has been told", "a long story", "in", "Paris", "because of", "the rain"]
+    assert found == ["She", "has been told", "a long story", "in Paris", "because of the rain"]
+
+
+def test_prepositions_have_their_noun_phrases():
+    found = phrases("phrases", "The fox sat on the mat in the old house and looked up.")
+    assert found == ["The fox", "sat", "on the mat", "in the old house", "looked", "up"]
+    # A noun phrase before the preposition is none of its phrase, and an infinitive's "to" has none.
+    assert phrases("phrases", "I want to go to Paris with my dog") == [
+        "I", "want", "to", "go", "to Paris", "with my dog",
+    ]  # fmt: skip
+
+
+def test_verbs_may_have_their_objects():
+    text = "She has been eating three red apples with a silver spoon. It sat on the mat."
+    assert phrases("phrases", text, verb_objects=True) == [
+        "She", "has been eating three red apples", "with a silver spoon", "It", "sat", "on the mat",
+    ]  # fmt: skip
+    assert phrases("phrases", text)[1:3] == ["has been eating", "three red apples"]
 
 
 def test_phrases_stop_at_punctuation_sentences_and_lines():
@@ -113,6 +131,11 @@ class FakeToken:
         return len(self.text)
 
 
+class FakeChunk(list):
+    start_char = property(lambda self: self[0].idx)
+    end_char = property(lambda self: self[-1].idx + len(self[-1]))
+
+
 def test_spacy_documents_become_noun_verb_and_prepositional_spans():
     text, tokens, at = "The dog has slept in the house", [], 0
     for i, (word, pos) in enumerate(
@@ -121,15 +144,31 @@ def test_spacy_documents_become_noun_verb_and_prepositional_spans():
         tokens.append(FakeToken(i, at, word, pos))
         at += len(word) + 1
 
-    class Chunk(list):
-        start_char = property(lambda self: self[0].idx)
-        end_char = property(lambda self: self[-1].idx + len(self[-1]))
-
     class Document(list):
-        noun_chunks = [Chunk(tokens[0:2]), Chunk(tokens[5:7])]
+        noun_chunks = [FakeChunk(tokens[0:2]), FakeChunk(tokens[5:7])]
 
     spans = SpacyPrior(lambda _: Document(tokens)).spans(text)
-    assert [text[start:end] for start, end in spans] == ["The dog", "has slept", "in", "the house"]
+    assert [text[start:end] for start, end in spans] == ["The dog", "has slept", "in the house"]
+
+
+def test_spacys_verbs_may_have_their_objects():
+    text = "dogs eat big bones cats eat"
+    tokens = [
+        FakeToken(i, text.index(word) if i < 5 else text.rindex(word), word, pos)
+        for i, (word, pos) in enumerate(zip(text.split(), ["NOUN", "VERB", "ADJ", "NOUN", "NOUN", "VERB"], strict=True))
+    ]
+
+    class Document(list):
+        noun_chunks = []
+
+    document = Document(tokens)
+    document.noun_chunks = [FakeChunk(tokens[0:1]), FakeChunk(tokens[2:4]), FakeChunk(tokens[4:5])]
+    for verb_objects, expected in [
+        (False, ["dogs", "eat", "big bones", "cats", "eat"]),
+        (True, ["dogs", "eat big bones", "cats", "eat"]),
+    ]:
+        spans = SpacyPrior(lambda _: document, verb_objects=verb_objects).spans(text)
+        assert [text[start:end] for start, end in spans] == expected
 
 
 @settings(max_examples=150, deadline=None)
@@ -156,7 +195,7 @@ def test_tokens_belong_to_the_phrase_that_they_start_in(tokenizer):
     for id_, number in zip(ids, numbers, strict=True):
         groups.setdefault(number, []).append(id_)
     texts = {number: tokenizer.decode(group, skip_special_tokens=True).strip() for number, group in groups.items()}
-    assert texts == {0: "The quick brown fox", 1: "sat", 2: "on", 3: "the mat", -1: "."}
+    assert texts == {0: "The quick brown fox", 1: "sat", 2: "on the mat", -1: "."}
     assert numbers[-1] == -1
 
 
@@ -243,3 +282,26 @@ def test_pair_masks():
     assert pair_mask_from_span_ids([0, 0, 0, 1, -1, -1, 2, 2]) == [True, True, False, False, False, False, True, False]
     assert pair_mask_from_span_ids([4]) == [False]
     assert pair_mask_from_span_ids([]) == []
+
+
+def test_a_picture_of_spans(tmp_path, capsys, monkeypatch):
+    text = "The fox <sat> on the mat."
+    assert show_spans.main(["--text", text]) == 0
+    assert capsys.readouterr().out == "[The fox] <[sat]> [on the mat].\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert show_spans.main(["--text", "old dogs sleep"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\x1b[0m") == 2 and "\x1b[30;46mold dogs\x1b[0m \x1b[30;43msleep" in shown
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "spans.html"
+    rows.write_text('{"instruction": "i", "output": "The fox <sat>"}\n{"instruction": "i"}\n', encoding="utf-8")
+    assert show_spans.main([str(rows), "--html", str(out)]) == 0
+    assert "<p><mark>The fox</mark> &lt;<mark class=odd>sat</mark>&gt;</p>" in out.read_text(encoding="utf-8")
+    capsys.readouterr()
+    for wrong, message in [
+        ([], "give either a file of rows or --text"),
+        ([str(rows), "--text", "a"], "give either"),
+        ([str(tmp_path / "row.jsonl")], "rows.jsonl"),
+    ]:
+        assert show_spans.main(wrong) == 2
+        assert message in capsys.readouterr().err

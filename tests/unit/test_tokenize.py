@@ -118,6 +118,10 @@ def test_long_prompts_are_dropped_truncated_or_refused(tokenizer):
     lead = leading_special_ids(tokenizer)
     assert len(short.rows[0].prompt_ids) == limit
     assert short.rows[0].prompt_ids == lead + whole.prompt_ids[len(whole.prompt_ids) - (limit - len(lead)) :]
+    ended = tokenize_examples(examples, tokenizer, PromptSettings(long_prompt="truncate_end", **settings))
+    assert (ended.num_dropped, ended.num_truncated) == (0, 1)
+    assert ended.rows[0].prompt_ids == whole.prompt_ids[:limit] and whole.prompt.startswith(ended.rows[0].prompt)
+    assert ended.rows[0].response_ids == whole.response_ids
     with pytest.raises(
         DataError, match=rf"rows\.jsonl:7 .*the prompt has {len(whole.prompt_ids)} tokens, over"
     ) as error:
@@ -154,7 +158,7 @@ def test_long_responses_are_cut_and_lose_their_eos(tokenizer):
 
 
 def test_bad_limits_and_policies(tokenizer):
-    with pytest.raises(ConfigError, match="'shorten'.*allowed: drop, truncate, error"):
+    with pytest.raises(ConfigError, match="'shorten'.*allowed: drop, truncate, truncate_end, error"):
         tokenize_examples([example()], tokenizer, PromptSettings(long_prompt="shorten"))
     with pytest.raises(ConfigError, match="leave no token for a response"):
         tokenize_examples([example()], tokenizer, PromptSettings(max_prompt_tokens=256, max_tokens=256))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs, TextSource
+from megadistill.generation.sources.by_row import ByRow
 from megadistill.generation.sources.off_policy import OffPolicy
 from megadistill.generation.sources.replay import Replay
+from megadistill.losses import LossConfig
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
-from megadistill.training.micro_batch import build_micro_batch
+from megadistill.training.micro_batch import build_micro_batch, row_weights
 from megadistill.training.schedule import learning_rate
+from megadistill.training.step import with_loss_texts
 
 CPU = torch.device("cpu")
 
@@ -93,7 +97,7 @@ def test_off_policy_writes_until_the_buffer_is_full_and_less_later_on() -> None:
 
 
 def test_off_policy_continues_from_its_state() -> None:
-    more: dict[str, Any] = {"off_policy": {"initial_phi": 0.6, "replay_batches": 1}}
+    more: dict[str, Any] = {"off_policy": {"initial_phi": 1.0, "replay_batches": 1}}
     off, again = source_of("off_policy", **more), source_of("off_policy", **more)
     off.observe({"eval/nll": 1.0})
     off.updated(0, [Sample(i, (1,), response_ids=(2, i), rollout_ids=(3,)) for i in range(2)])
@@ -131,6 +135,87 @@ def test_a_source_refuses_examples_that_it_cannot_use(mode: str) -> None:
     with pytest.raises(DataError, match=f"no row has a reference, and generation.mode={mode}"):
         source_class(config).check_examples(config, without, [])
     source_class(config_of("on_policy")).check_examples(config_of("on_policy"), without, [])
+
+
+class _Writer(TextSource):
+    """Stands for a source: writes token 9, or gives the references."""
+
+    def __init__(self, is_student: bool) -> None:
+        self.is_student, self.asked = is_student, []
+
+    def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
+        self.asked.append([sample.sequence_id for sample in batch if self.is_student or sample.reference_ids])
+        if self.is_student:
+            return [replace(sample, response_ids=(9,), rollout_ids=(9,)) for sample in batch]
+        return [replace(sample, response_ids=sample.reference_ids) for sample in batch]
+
+
+def by_row(ratio: float, largest: int = 0) -> tuple[ByRow, _Writer, _Writer]:
+    """The source on a rank of a grid in which another one needs ``largest`` rows of student text."""
+
+    class Context:
+        device = CPU
+
+        def max_over_world(self, number: torch.Tensor) -> torch.Tensor:
+            return number.clamp_min(largest)
+
+    student, dataset, context = _Writer(True), _Writer(False), Context()
+    return ByRow(student, dataset, cast(Any, context), ratio, 5, "mixed"), student, dataset
+
+
+def test_rows_without_a_reference_take_student_text() -> None:
+    batch = [Sample(0, (5,), "", (6,)), Sample(1, (5,)), Sample(2, (5,), "", (7,)), Sample(3, (5,))]
+    source, student, dataset = by_row(0.0)
+    samples = source.samples(0, batch, Timers())
+    assert [sample.response_ids for sample in samples] == [(6,), (9,), (7,), (9,)]
+    assert [sample.sequence_id for sample in samples] == [0, 1, 2, 3]
+    assert [sample.reference_ids for sample in samples] == [(6,), None, (7,), None]
+    assert student.asked == [[1, 3]] and dataset.asked == [[0, 2]]
+    # Another rank writes three rows: so does this one, and only two of them are used.
+    source, student, dataset = by_row(0.0, largest=3)
+    assert source.samples(0, batch, Timers()) == samples and student.asked == [[1, 3, 0]]
+    # No rank writes anything.
+    source, student, dataset = by_row(0.0)
+    source.samples(0, [batch[0], batch[2]], Timers())
+    assert student.asked == []
+
+
+def test_each_row_may_choose_its_text() -> None:
+    batch = [Sample(i, (5,), "", (6,)) for i in range(2000)]
+    samples = by_row(0.3)[0].samples(0, batch, Timers())
+    written = {sample.sequence_id for sample in samples if sample.rollout_ids is not None}
+    assert len(written) / 2000 == pytest.approx(0.3, abs=0.03)
+    assert all(sample.reference_ids == (6,) for sample in samples)
+    # A row's choice is its own, whatever the rank holds beside it.
+    some = by_row(0.3, largest=50)[0].samples(7, batch[1::4], Timers())
+    assert {s.sequence_id for s in some if s.rollout_ids is not None} == {i for i in written if i % 4 == 1}
+    source = source_of("mixed", student_ratio=0.3, mixed_by="row")
+    assert {source.choose(step).kind for step in range(50)} == {"mixed"} and source.student_share == 0.3
+
+
+def test_dataset_steps_of_off_policy_leave_the_buffer_alone() -> None:
+    """Even where every row of a rank had to be written."""
+    off = source_of("off_policy", off_policy={"initial_phi": 0.0, "replay_batches": 1}, scrg={"enabled": False})
+    off.updated(0, [Sample(i, (1,), response_ids=(2,), rollout_ids=(2,)) for i in range(2)])
+    assert off.metrics() == {"replay/rows": 0.0}
+
+
+def test_cross_entropy_on_the_text() -> None:
+    rows = [Sample(0, (5,), "", (7, 8), (9, 9, 9)), Sample(1, (5,), "", None, (4,)), Sample(2, (5,), "", (7,))]
+    texts = with_loss_texts(rows, LossConfig(sft_text="text"))
+    micro = build_micro_batch(texts, pad_id=0, device=CPU)
+    assert micro.sft_labels.tolist() == [9, 9, 9, 4] and [s.num_reference_tokens for s in texts] == [3, 1, 0]
+    assert micro.sft_lengths == (3, 1)
+    assert row_weights(micro.sft_lengths, CPU).tolist() == pytest.approx([1 / 3] * 3 + [1])
+    assert with_loss_texts(rows, LossConfig()) is rows
+    config = RunConfig.model_validate(
+        config_of("teacher").model_dump() | {"loss": {"dac_kl": 0, "span": 0, "sft_text": "text"}}
+    )
+    source_class(config).check(config)
+    assert config.needs_teacher, "it writes the text"
+    config = config.model_copy(update={"generation": config_of("dataset").generation})
+    with pytest.raises(ConfigError, match="loss.sft_text=text with generation.mode=dataset: its text is"):
+        source_class(config).check(config)
 
 
 def test_replayed_text_is_read_by_the_teacher_again() -> None:

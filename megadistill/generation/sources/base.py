@@ -15,7 +15,7 @@ from megadistill.decoding.protocols import TextModel
 from megadistill.decoding.rollout import Correction
 from megadistill.errors import ConfigError
 from megadistill.generation.scoring import TeacherScores
-from megadistill.generation.scrg import find_corrections
+from megadistill.generation.scrg import ErrorRule, find_corrections
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
 
@@ -65,7 +65,7 @@ class SourceInputs:
     teacher_folder: str | None = None
     max_steps: int = field(kw_only=True)
     teacher_eos_ids: frozenset[int] = frozenset()
-    find_corrections: Callable[[Sequence[TokenIds], TeacherScores], list[Correction]] = find_corrections
+    find_corrections: Callable[[Sequence[TokenIds], TeacherScores, ErrorRule], list[Correction]] = find_corrections
 
     def response_limit(self, prompt_length: int) -> int:
         """Most tokens that a response to a prompt of this length may have."""
@@ -92,10 +92,11 @@ class TextSource:
         Raises:
             ConfigError: No loss would be computed on its text.
         """
-        if not config.needs_teacher:
+        if not config.loss.uses_teacher and (config.loss.sft_text != "text" or config.loss.sft == 0):
             raise ConfigError(
                 f"generation.mode={config.generation.mode} with loss.dac_kl=0 and loss.span=0: no loss would be "
-                "computed on its text; plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset"
+                "computed on its text (loss.sft_text=text would be); plain SFT is loss.dac_kl=0 loss.span=0 "
+                "generation.mode=dataset"
             )
 
     @classmethod

@@ -9,7 +9,7 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
 from megadistill.decoding.protocols import TextModel
-from megadistill.errors import DataError
+from megadistill.errors import ConfigError, DataError
 from megadistill.generation.sources.base import SourceInputs, TextSource
 from megadistill.generation.teacher_states import with_teacher_states
 from megadistill.observability.timers import Timers
@@ -31,7 +31,17 @@ class Dataset(TextSource):
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Nothing to check: plain SFT needs no loss on top of the references."""
+        """Checks that the text of the cross-entropy is meant; plain SFT needs no loss on top of the references.
+
+        Raises:
+            ConfigError: ``loss.sft_text`` has no effect.
+        """
+        if config.loss.sft_text == "text":
+            raise ConfigError(
+                "loss.sft_text=text with generation.mode=dataset: its text is the references; set loss.sft_text to "
+                "reference",
+                setting="loss.sft_text",
+            )
 
     @classmethod
     def check_examples(

@@ -1,4 +1,4 @@
-"""Mode ``mixed``: student text at some steps, references at the others."""
+"""Mode ``mixed``: student text at some steps, references at the others; or at some rows of every step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
+from megadistill.generation.sources.by_row import ByRow
 from megadistill.generation.sources.dataset import Dataset
 from megadistill.generation.sources.on_policy import OnPolicy
 from megadistill.observability.timers import Timers
@@ -22,10 +23,18 @@ def step_draw(seed: int, step: int) -> float:
 
 
 class Mixed(TextSource):
-    """One source with probability ``ratio`` at each step, another one otherwise."""
+    """One source with probability ``ratio`` at each step, another one otherwise.
 
-    def __init__(self, first: TextSource, second: TextSource, ratio: float, seed: int) -> None:
-        self._first, self._second, self._ratio, self._seed = first, second, ratio, seed
+    Args:
+        first: Student text.
+        second: References, and student text for rows that have none.
+        ratio: The probability.
+        seed: Keys the choice, with the step.
+        by_row: ``second`` chooses for each row, with that probability.
+    """
+
+    def __init__(self, first: TextSource, second: TextSource, ratio: float, seed: int, by_row: bool = False) -> None:
+        self._first, self._second, self._ratio, self._seed, self._by_row = first, second, ratio, seed, by_row
 
     @classmethod
     def cache_needs(cls) -> CacheNeeds:
@@ -47,8 +56,12 @@ class Mixed(TextSource):
     @classmethod
     def build(cls, inputs: SourceInputs) -> Mixed:
         """Student text with probability ``generation.student_ratio``, references otherwise."""
-        config = inputs.config
-        return cls(OnPolicy.build(inputs), Dataset.build(inputs), config.generation.student_ratio, config.run.seed)
+        ratio, seed = inputs.config.generation.student_ratio, inputs.config.run.seed
+        by_row = inputs.config.generation.mixed_by == "row"
+        student = OnPolicy.build(inputs)
+        of_rows = (ratio, "mixed") if by_row else (0.0, Dataset.kind)
+        second = ByRow(student, Dataset.build(inputs), inputs.context, of_rows[0], seed, of_rows[1])
+        return cls(student, second, ratio, seed, by_row)
 
     @property
     def student_share(self) -> float:
@@ -57,6 +70,8 @@ class Mixed(TextSource):
 
     def choose(self, step: int) -> TextSource:
         """One of the two sources, the same one on every rank."""
+        if self._by_row:
+            return self._second
         source = self._first if step_draw(self._seed, step) < self._ratio else self._second
         return source.choose(step)
 

@@ -12,6 +12,7 @@ from megadistill.errors import ConfigError, DataError
 from megadistill.generation.phi_schedule import OffPolicySchedule
 from megadistill.generation.replay_buffer import merge, split
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
+from megadistill.generation.sources.by_row import ByRow
 from megadistill.generation.sources.dataset import Dataset
 from megadistill.generation.sources.mixed import step_draw
 from megadistill.generation.sources.on_policy import OnPolicy
@@ -29,7 +30,7 @@ class OffPolicy(TextSource):
         inputs: What the sources were built from.
         on_policy: New student text.
         replay: Replayed student text; its buffer is filled here.
-        dataset: References.
+        dataset: References, and student text for rows that have none.
     """
 
     def __init__(self, inputs: SourceInputs, on_policy: TextSource, replay: Replay, dataset: TextSource) -> None:
@@ -85,7 +86,7 @@ class OffPolicy(TextSource):
     @classmethod
     def build(cls, inputs: SourceInputs) -> OffPolicy:
         """All three sources, and an empty buffer."""
-        return cls(inputs, OnPolicy.build(inputs), Replay.build(inputs), Dataset.build(inputs))
+        return cls(inputs, OnPolicy.build(inputs), Replay.build(inputs), ByRow.build(inputs))
 
     @property
     def student_share(self) -> float:
@@ -104,7 +105,7 @@ class OffPolicy(TextSource):
 
     def updated(self, step: int, samples: Sequence[Sample]) -> None:
         """Appends what the student wrote in this step to the buffer."""
-        if all(sample.rollout_ids is not None for sample in samples):
+        if self.choose(step) is self._sources["generate"]:
             self._replay.buffer.append(samples)
 
     @property

@@ -12,9 +12,10 @@ from megadistill.config.sampling import SamplingOptions
 from megadistill.config.schema import GenerationSection
 from megadistill.data.sample import NO_ERROR, Sample, TokenIds
 from megadistill.decoding.protocols import Decoder, TextModel
-from megadistill.decoding.rollout import RolloutState
+from megadistill.decoding.rollout import Correction, RolloutState
 from megadistill.decoding.sampling import Sampling
 from megadistill.generation.scoring import TeacherScores, score_responses
+from megadistill.generation.scrg import ErrorRule
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
 from megadistill.generation.teacher_states import TeacherStates
 from megadistill.observability.timers import Timers
@@ -53,79 +54,110 @@ class OnPolicy(TextSource):
             batches = [self._write(batch[i : i + size], decoder, timers) for i in range(0, len(batch), size)]
         return [sample for decode_batch in batches for sample in decode_batch]
 
+    @property
+    def rule(self) -> ErrorRule | None:
+        """Which token is corrected; None where the text stays the student's."""
+        scrg = self._inputs.config.generation.scrg
+        return ErrorRule.of(scrg) if scrg.enabled else None
+
+    def goes_on(self, round_index: int, has_text: bool) -> bool:
+        """Whether there is another round, the same on every rank.
+
+        Args:
+            round_index: The round, 0-based.
+            has_text: Whether this rank has text that no round has looked at.
+        """
+        return round_index < self._inputs.config.generation.scrg.rounds
+
+    def streams(self, round_index: int) -> tuple[int, int]:
+        """Names of a round's random numbers: those of the teacher's tokens and of the student's new text."""
+        return Stream.TEACHER_TOKEN + round_index, Stream.CONTINUATION + round_index
+
     def _write(self, samples: Sequence[Sample], decoder: Decoder, timers: Timers) -> list[Sample]:
         """One decode batch. Every rank runs all rounds, whatever its samples look like, because scoring communicates.
 
         Each later round looks only to the right of the last correction (ours), so that rounds cannot undo each other.
         """
-        config, generation = self._inputs.config, self._inputs.config.generation
-        num_rounds = generation.scrg.rounds if generation.scrg.enabled else 0
+        config, rule = self._inputs.config, self.rule
         prompts = [sample.prompt_ids for sample in samples]
         limits = [self._inputs.response_limit(len(prompt)) for prompt in prompts]
         rollout = RolloutState(
             decoder, samples, limits=limits, eos_ids=self._inputs.eos_ids,
-            sampling=_sampling(generation, config.run.seed), keep_hidden=num_rounds > 0,
+            sampling=_sampling(config.generation, config.run.seed), keep_hidden=rule is not None,
         )  # fmt: skip
         teacher_states = TeacherStates(
             self._teacher.prefiller(config.train.micro_batch_size),
             prompts,
             max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)),
-            keep_cache=num_rounds > 0 and self._inputs.decode_plan.keeps_teacher_cache,
+            keep_cache=rule is not None and self._inputs.decode_plan.keeps_teacher_cache,
         )
         # The student writes.
         with timers("rollout"):
             rollout.write(Stream.ROLLOUT)
-        rollouts = responses = rollout.responses()
-        starts = [0] * len(samples)  # first response position that is not yet read and scored
-        error_positions, num_corrections = [NO_ERROR] * len(samples), [0] * len(samples)
-        for round_index in range(num_rounds):
+        draft = _Draft(rollout.responses())
+        round_index = 0
+        while rule is not None and self.goes_on(round_index, draft.has_unread):
             # The teacher reads what is new.
             with timers("teacher"):
-                teacher_states.update(responses, starts)
+                teacher_states.update(draft.responses, draft.starts)
             # Where do they disagree most, and what would the teacher have written there?
             with timers("score"):
-                scores = self._score(samples, responses, starts, rollout, decoder.head, teacher_states, round_index)
-                corrections = self._inputs.find_corrections(responses, scores)
+                scores = self._score(samples, draft, rollout, decoder.head, teacher_states, rule, round_index)
+                corrections = self._inputs.find_corrections(draft.responses, scores, rule)
             # Its token goes in, and the student continues from there.
             with timers("regenerate"):
-                rollout.rewrite(corrections, Stream.CONTINUATION + round_index, self._inputs.teacher_eos_ids)
-                responses = rollout.responses()
-            # A response without an error is unchanged, and later rounds no longer look at it (ours).
-            starts = [len(response) for response in responses]
-            for i, position, _ in corrections:
-                if error_positions[i] == NO_ERROR:
-                    error_positions[i] = position
-                starts[i], num_corrections[i] = position + 1, num_corrections[i] + 1
+                draft.take(corrections, self._corrected(draft, corrections, rollout, round_index))
+            round_index += 1
         # The teacher reads what the last round has changed; without correction, everything.
         with timers("teacher"):
-            teacher_states.update(responses, starts)
+            if config.loss.uses_teacher:
+                teacher_states.update(draft.responses, draft.starts)
         return [
             replace(
                 sample,
-                rollout_ids=rollouts[i],
-                response_ids=responses[i],
-                teacher_hidden=teacher_states.hidden[i],
-                error_position=error_positions[i],
-                num_corrections=num_corrections[i],
+                rollout_ids=draft.rollouts[i],
+                response_ids=draft.responses[i],
+                teacher_hidden=teacher_states.hidden[i] if config.loss.uses_teacher else None,
+                error_position=draft.error_positions[i],
+                num_corrections=draft.num_corrections[i],
                 is_finite=i not in rollout.nonfinite,
             )
             for i, sample in enumerate(samples)
         ]
 
+    def _corrected(
+        self, draft: _Draft, corrections: Sequence[Correction], rollout: RolloutState, round_index: int
+    ) -> list[TokenIds]:
+        """The responses with the teacher's tokens, and what follows them (``generation.scrg.after``)."""
+        after, ends = self.after, self._inputs.teacher_eos_ids
+        if after == "keep":
+            return draft.replaced(corrections, ends | self._inputs.eos_ids)
+        if after == "cut":  # as if each of these tokens ended the teacher's text
+            ends = frozenset(correction.token for correction in corrections)
+        rollout.rewrite(corrections, self.streams(round_index)[1], ends)
+        return rollout.responses()
+
+    @property
+    def after(self) -> str:
+        """What follows a correction."""
+        return self._inputs.config.generation.scrg.after
+
     def _score(
         self,
         samples: Sequence[Sample],
-        responses: Sequence[TokenIds],
-        starts: Sequence[int],
+        draft: _Draft,
         rollout: RolloutState,
         student_head: OutputHead,
         teacher_states: TeacherStates,
+        rule: ErrorRule,
         round_index: int,
     ) -> TeacherScores:
-        """Compares student and teacher from ``starts[i]`` on in each response."""
-        config = self._inputs.config
+        """Compares student and teacher from ``draft.starts[i]`` on in each response."""
+        config, starts = self._inputs.config, draft.starts
+        scrg = config.generation.scrg
+        teachers = Sampling(config.run.seed, scrg.teacher_temperature, SamplingOptions(top_p=scrg.teacher_top_p))
         return score_responses(
-            [len(response) for response in responses],
+            [len(response) for response in draft.responses],
             starts,
             [sample.sequence_id for sample in samples],
             student_hidden=[rollout.hidden(i, start) for i, start in enumerate(starts)],
@@ -133,10 +165,51 @@ class OnPolicy(TextSource):
             teacher_hidden=[teacher_states.hidden_from(i, start) for i, start in enumerate(starts)],
             teacher=self._teacher,
             seed=config.run.seed,
-            round_index=round_index,
-            sample_teacher=config.generation.scrg.teacher_token == "sample",
+            stream=self.streams(round_index)[0],
+            sampling=teachers if scrg.teacher_token == "sample" else None,
+            texts=draft.responses if rule.reads_text else None,
             backend=config.loss.backend,
         )
+
+
+class _Draft:
+    """The responses of a decode batch while they are corrected.
+
+    Attributes:
+        rollouts: What the student wrote before any correction.
+        responses: What they have become.
+        starts: First position of each response that is not yet read and scored.
+        error_positions: Position of each response's first correction.
+        num_corrections: Corrections of each response.
+    """
+
+    def __init__(self, responses: Sequence[TokenIds]) -> None:
+        self.rollouts = self.responses = list(responses)
+        self.starts = [0] * len(responses)
+        self.error_positions, self.num_corrections = [NO_ERROR] * len(responses), [0] * len(responses)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether any response has text that no round has looked at."""
+        return any(start < len(response) for start, response in zip(self.starts, self.responses, strict=True))
+
+    def replaced(self, corrections: Sequence[Correction], ends: frozenset[int]) -> list[TokenIds]:
+        """The responses with other tokens in these places; a token of ``ends`` is the last of its response."""
+        responses = list(self.responses)
+        for i, position, token in corrections:
+            rest = () if token in ends else responses[i][position + 1 :]
+            responses[i] = (*responses[i][:position], token, *rest)
+        return responses
+
+    def take(self, corrections: Sequence[Correction], responses: Sequence[TokenIds]) -> None:
+        """Continues with what a round has made of the responses."""
+        self.responses = list(responses)
+        # A response without an error is unchanged, and later rounds no longer look at it (ours).
+        self.starts = [len(response) for response in responses]
+        for i, position, _ in corrections:
+            if self.error_positions[i] == NO_ERROR:
+                self.error_positions[i] = position
+            self.starts[i], self.num_corrections[i] = position + 1, self.num_corrections[i] + 1
 
 
 def _sampling(generation: GenerationSection, seed: int) -> Sampling:

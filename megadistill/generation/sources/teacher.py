@@ -20,7 +20,9 @@ class TeacherText(TextSource):
     kind = "teacher"
     student_share = 0.0
 
-    def __init__(self, responses: Mapping[TokenIds, TokenIds], teacher: TextModel, examples_per_pass: int) -> None:
+    def __init__(
+        self, responses: Mapping[TokenIds, TokenIds], teacher: TextModel | None, examples_per_pass: int
+    ) -> None:
         self._responses, self._teacher, self._examples_per_pass = responses, teacher, examples_per_pass
 
     @classmethod
@@ -42,10 +44,11 @@ class TeacherText(TextSource):
             batch_size=inputs.decode_plan.batch_size,
             name_of=lambda prompt: row_name(next(row for row in inputs.examples if row.prompt_ids == prompt)),
         )
-        return cls(responses, inputs.teacher, inputs.config.train.micro_batch_size)
+        reader = inputs.teacher if inputs.config.loss.uses_teacher else None
+        return cls(responses, reader, inputs.config.train.micro_batch_size)
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
-        """The teacher's responses, read by the teacher."""
+        """The teacher's responses, read by the teacher where a loss compares with it."""
         samples = [replace(sample, response_ids=self._responses[sample.prompt_ids]) for sample in batch]
         with timers("teacher"):
             return with_teacher_states(samples, self._teacher, self._examples_per_pass)

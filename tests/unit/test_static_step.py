@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megadistill.config.sampling import SamplingOptions
 from megadistill.data.sample import Sample
@@ -101,22 +102,28 @@ def llama() -> dict[torch.dtype, tuple[Any, list[list[Any]]]]:
     for dtype in (torch.float32, torch.bfloat16):
         model = prepared_model("llama with grouped heads", dtype)
         one_by_one = decoder_of(model, "llama with grouped heads", None)
-        found[dtype] = (model, [history(one_by_one, sampling) for sampling in SAMPLINGS])
+        with sdpa_kernel(SDPBackend.MATH):
+            found[dtype] = (model, [history(one_by_one, sampling) for sampling in SAMPLINGS])
     return found
 
 
 @pytest.mark.parametrize("interval", range(1, INTERVAL + 1))
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_every_interval_and_rounding(llama: Any, interval: int, dtype: torch.dtype, close: float) -> None:
-    """Ends inside intervals, joining examples, kept caches, prompts of unequal length; all pairs of the two lists."""
+    """Ends inside intervals, joining examples, kept caches, prompts of unequal length; all pairs of the two lists.
+
+    In half precision with a kernel that computes in float32: the usual one rounds by the number of columns.
+    """
     model, expected = llama[dtype]
     lengths = {len(text) for texts, *_ in expected[1] for text in texts}
-    assert {2, 3, 7} <= lengths, "responses end in many places"
+    assert len(lengths) > 4, "responses end in many places"
     for number, rounded in enumerate(ROUNDED):
         which = (number + interval) % len(SAMPLINGS)
         stepping = Stepping(interval, is_static=True, rounded=rounded, recorder=ByHand if number % 2 else None)
         decoder = decoder_of(model, "llama with grouped heads", stepping)
-        assert_same(history(decoder, SAMPLINGS[which]), expected[which], close)
+        with sdpa_kernel(SDPBackend.MATH):
+            actual = history(decoder, SAMPLINGS[which])
+        assert_same(actual, expected[which], close)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

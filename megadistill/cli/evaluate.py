@@ -194,7 +194,7 @@ def _evaluate_model(
     nll: dict[str, float] = {}
     with open_model(
         folder, context, vocab_size=vocab_size, dtype=config.model.student.dtype, where=name,
-        attention=config.model.attention, read=config.model.read,
+        attention=config.model.attention, read=config.model.read, cuda_graphs=config.generation.cuda_graphs,
     ) as model:  # fmt: skip
         for suite, eval_set in sets.items():
             passes = len(config.eval.seeds) + config.eval.greedy

@@ -9,6 +9,7 @@ from megadistill.decoding.decoder import PlanDecoder
 from megadistill.decoding.hf_decoder import HFDecoder, make_decoder
 from megadistill.decoding.layouts import choose_layouts, product_shapes
 from megadistill.decoding.products import PACKED
+from megadistill.decoding.static_step import stepping_on
 from megadistill.models.loading import load_model_on_ranks, whole_model
 from megadistill.models.weight_files import ReadMode
 from megadistill.parallel.context import ParallelContext
@@ -28,6 +29,7 @@ def open_model(
     seed: int = 0,
     where: str = "model",
     read: ReadMode = "map",
+    cuda_graphs: bool = True,
 ) -> Iterator[PlanDecoder | HFDecoder]:
     """A decoder with all parameters present, whose ``read`` and ``head`` serve for scoring.
 
@@ -43,6 +45,7 @@ def open_model(
         seed: Of random weights.
         where: The key or option that names the model; errors begin with it.
         read: How the weights are read.
+        cuda_graphs: On GPUs, record decoding steps.
 
     Raises:
         ConfigError: The model cannot be loaded.
@@ -59,9 +62,11 @@ def open_model(
         if context.device.type == "cpu":
             head = model.get_output_embeddings().weight
             layouts = choose_layouts("auto", product_shapes(plan, head, lambda weight: weight.shape), head.dtype)
-        yield make_decoder(model, plan, shard, context.device, layouts)
+        stepping = stepping_on(context.device, cuda_graphs=cuda_graphs)
+        yield make_decoder(model, plan, shard, context.device, layouts, stepping)
         return
     from megadistill.engines.partitioned import frozen_model
 
-    with frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype).decoder() as decoder:
+    model_on_ranks = frozen_model(loaded, context, zero_stage=zero_stage, dtype=dtype, cuda_graphs=cuda_graphs)
+    with model_on_ranks.decoder() as decoder:
         yield decoder

@@ -71,8 +71,8 @@ class PartitionedModel:
         loaded: LoadedModel,
         context: ParallelContext,
         cpu_products: Setting = "auto",
-        *,
         cuda_graphs: bool = True,
+        *,
         offload_weights: bool = False,
     ) -> None:
         self.engine, self.loaded, self.context = engine, loaded, context
@@ -266,7 +266,7 @@ def frozen_model(
     engine = initialize(model, config, context, hpz_partition_size=zero.hpz_partition_size if zero else 1)
     # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
-    return PartitionedModel(engine, loaded, context, cpu_products, cuda_graphs=cuda_graphs, offload_weights=offload)
+    return PartitionedModel(engine, loaded, context, cpu_products, cuda_graphs, offload_weights=offload)
 
 
 def initialize(

@@ -62,15 +62,15 @@ class Student(PartitionedModel):
         context: ParallelContext,
         adamw: _GuardedAdamW,
         cpu_products: Setting = "auto",
-        *,
         cuda_graphs: bool = True,
+        *,
         max_norm: float = 0.0,
         offload: bool = False,
     ) -> None:
         self._adamw, self._max_norm = adamw, max_norm
         self._parts: dict[str, LocalPart] = {}  # only while weights are filled in
         self._state: HostMemory | None = None
-        super().__init__(engine, loaded, context, cpu_products, cuda_graphs=cuda_graphs)
+        super().__init__(engine, loaded, context, cpu_products, cuda_graphs)
         if offload:
             self._state = HostMemory(lambda: optimizer_tensors(engine), writable=True)
 
@@ -256,28 +256,19 @@ def trained_model(
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    num_elements = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = student_config(
-        optim,
-        train,
-        zero_stage=zero_stage,
-        tp_size=context.tp_size,
-        dp_size=context.dp_size,
-        dtype=dtype,
-        family=loaded.family,
-        zero=zero or ZeroSection(),
-        device_type=context.device.type,
-        num_elements=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        optim, train, zero_stage=zero_stage, tp_size=context.tp_size, dp_size=context.dp_size, dtype=dtype,
+        family=loaded.family, zero=zero or ZeroSection(), device_type=context.device.type, num_elements=num_elements,
         passed=deepspeed_settings,
-    )
+    )  # fmt: skip
     adamw = _adamw(model, optim, context.device)
     engine = initialize(model, config, context, adamw, hpz_partition_size=zero.hpz_partition_size if zero else 1)
     if needs_wide_gradients(dtype, optim):
         _sum_in_float32(engine, zero_stage)
     # Stage 0 in bfloat16 clips by the norm of one tensor-parallel shard.
     max_norm = optim.gradient_clipping if clips_itself(zero_stage, dtype) else 0.0
-    return Student(
-        engine, loaded, context, adamw, cpu_products, cuda_graphs=cuda_graphs, max_norm=max_norm, offload=offload
-    )
+    return Student(engine, loaded, context, adamw, cpu_products, cuda_graphs, max_norm=max_norm, offload=offload)
 
 
 def _sum_in_float32(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> None:

@@ -17,9 +17,10 @@ from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 
 # Operations that torch dispatches, views left out, counted from the code: one layer of decoding/decoder.py with joined
-# products and rotary positions; embedding, head and sampling of a token; a layer of transformers' forward pass, and of
-# its backward pass with DeepSpeed's hooks; a parameter's update and its copies.
-_DECODE_LAYER, _DECODE_TOKEN = 17, 29
+# products and rotary positions; embedding, head, sampling and the places of a token (tests/unit/test_static_step.py);
+# a layer of transformers' forward pass, and of its backward pass with DeepSpeed's hooks; a parameter's update and its
+# copies.
+_DECODE_LAYER, _DECODE_TOKEN = 13, 27
 _DECODE_CALL = 8  # around the steps between two looks at which responses have ended
 _READ_LAYER, _SCORE_CHUNK = 26, 200
 _FORWARD_LAYER, _BACKWARD_LAYER = 40, 90
@@ -120,16 +121,16 @@ def _read(done: Work, case: Case, model: ModelShape, examples: int, tokens: floa
                   * model.hidden * itemsize)  # fmt: skip
 
 
-def _decode(done: Work, case: Case, rows: Sequence[int], steps: float) -> None:
-    """Adds ``steps`` decoding steps, as many of each number of rows, to ``done``."""
+def _decode(done: Work, case: Case, rows: Sequence[int], steps: float, num_recorded: int = 0) -> None:
+    """Adds ``steps`` decoding steps, as many of each number of rows, to ``done``; some numbers are recorded already."""
     model, itemsize = case.student, case.student_bytes
     tokens = steps * sum(rows) / len(rows)
     columns = case.prompt_tokens + _KV_READS * case.response_tokens
-    unjoined = sum(2 * len(parts) - 2 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
+    unjoined = sum(len(parts) - 1 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
     kernels = model.num_layers * (_DECODE_LAYER + unjoined) + _DECODE_TOKEN
     if case.records_steps:
         columns = case.columns  # a step of fixed shape reads all of them
-        eager = min(steps, STEPS_BEFORE_RECORDING * len(set(rows)))
+        eager = min(steps, STEPS_BEFORE_RECORDING * (len(set(rows)) - num_recorded))
         done.recorded += (steps - eager) * kernels
         done.operations += steps * (1 + _DECODE_CALL / INTERVAL) + eager * kernels
     else:
@@ -156,7 +157,7 @@ def _regenerate(case: Case) -> Work:
     done = Work()
     for examples in _batches(case):
         rows = _joining_rows(case, examples)
-        _decode(done, case, rows, case.rounds * _rewritten(case))
+        _decode(done, case, rows, case.rounds * _rewritten(case), num_recorded=1)  # that of all examples
     return done
 
 

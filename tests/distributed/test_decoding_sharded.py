@@ -9,6 +9,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megadistill.data.sample import Sample
 from megadistill.decoding.decoder import PlanDecoder
@@ -105,6 +106,24 @@ def _rollouts(decoder: Any, samples: list[Sample]) -> tuple[Any, ...]:
     return tuple(texts)
 
 
+def _decode_in_half_precision(rank: int, folder: Path) -> bool:
+    from megadistill.engines.partitioned import frozen_model
+    from megadistill.models.loading import load_model
+    from megadistill.parallel.context import ParallelContext
+
+    join_deepspeed(rank)
+    context = ParallelContext.build(2, 60, torch.device("cpu"))
+    samples = [Sample(i, prompt) for i, prompt in enumerate(PROMPTS)]
+    for name in ("llama", "opt"):
+        path = str(folder / name)
+        loaded = load_model(path, dtype="bf16", vocab_size=V, seed=0, attention="sdpa", where=name)
+        with frozen_model(loaded, context, zero_stage=0, dtype="bf16").decoder() as decoder:
+            assert isinstance(decoder, PlanDecoder) and decoder.dtype == torch.bfloat16
+            with sdpa_kernel(SDPBackend.MATH):  # the usual one rounds by the number of columns
+                _assert_static_steps_write_the_same(decoder, samples, _rollouts(decoder, samples))
+    return True
+
+
 def _on_rank(rank: int, folder: Path, tp_size: int, zero_stage: int) -> dict[str, Any]:
     join_deepspeed(rank)
     return _decode(folder, tp_size, zero_stage)
@@ -133,3 +152,9 @@ def test_shards_write_and_read_as_one_process(
             assert results[name][:-1] == expected[name][:-1], name
             for ours, theirs in zip(results[name][-1], expected[name][-1], strict=True):
                 assert torch.allclose(ours, theirs, atol=2e-5), name
+
+
+def test_static_steps_in_half_precision(models: Path) -> None:
+    import deepspeed  # noqa: F401  imported once, before the forks
+
+    assert run_ranks(_decode_in_half_precision, 2, models) == [True, True]

@@ -43,14 +43,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 WITHOUT_PLAN = ("qwen2 with sliding windows", "opt with norms last", "gpt2 scaled by layer")
 
 
-def make_model(variant: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def make_model(variant: str, dtype: torch.dtype = torch.float32, **changed: Any) -> torch.nn.Module:
     family, more = VARIANTS[variant]
     tree = copy.deepcopy(FAMILY_CONFIGS[family]) | {"vocab_size": V, "hidden_size": 32, "word_embed_proj_dim": 32}
     if family != "opt":
         tree.pop("word_embed_proj_dim")
     if family == "gpt2":
         tree["n_embd"] = tree.pop("hidden_size")
-    tree |= {"bos_token_id": 2, "eos_token_id": EOS, "pad_token_id": PAD, **more}
+    tree |= {"bos_token_id": 2, "eos_token_id": EOS, "pad_token_id": PAD, **more, **changed}
     config = AutoConfig.for_model(tree.pop("model_type"), **tree)
     config.initializer_range = config.init_std = 0.4
     torch.manual_seed(0)

@@ -223,6 +223,9 @@ def test_a_gpu_makes_other_choices(models: Path) -> None:
     assert gpu["train"].operations <= cpu["train"].operations  # no blocks that fit a cache
     assert [phase.traffic for phase in as_cpu.phases] == [phase.traffic for phase in as_gpu.phases]
     assert any("NCCL" in line for line in as_gpu.assumptions)
+    unrecorded = dataclasses.replace(layout, more=(("generation", {"cuda_graphs": False}),))
+    without = {p.name: p for p in ghost(models, unrecorded, like_gpu=True, gpu_memory=2**34).phases}
+    assert gpu["rollout"].operations < 0.6 * without["rollout"].operations
 
 
 def test_only_this_package_takes_tensors_for_a_gpus() -> None:

@@ -145,13 +145,18 @@ def test_corrected_examples_join_when_the_decoding_reaches_them() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_continuing_is_writing_again(data: st.DataObject) -> None:
-    """Any corrections in any order of rounds: what a model that remembers nothing would write."""
+    """Any corrections in any order of rounds: what a model that remembers nothing would write.
+
+    However many tokens are written between two looks at which responses have ended.
+    """
     num_examples = data.draw(st.integers(1, 6))
     prompts = tuple(
         tuple(data.draw(st.lists(st.integers(2, V - 1), min_size=1, max_size=3))) for _ in range(num_examples)
     )
     limits = [data.draw(st.integers(0, 7)) for _ in range(num_examples)]
-    rollout_state = _state(samples_of(*prompts), limits)
+    model = Counter()
+    model.interval = data.draw(st.integers(1, 8))
+    rollout_state = _state(samples_of(*prompts), limits, model)
     rollout_state.write(0)
     texts = [_continued(prompt[-1], (), limit) for prompt, limit in zip(prompts, limits, strict=True)]
     assert rollout_state.responses() == texts

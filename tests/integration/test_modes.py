@@ -111,7 +111,7 @@ def _assert_same(out: Path, reference: Path, tp_size: int, dp_size: int, runs: l
 def test_the_modes_do_what_they_say(reference: Path) -> None:
     written = {mode: {sample["step"] for sample in _texts(reference / mode)} for mode in MODES}
     # In the dataset steps of mixed, too, rows without a reference are written.
-    always = "without correction, three rounds, one token, nucleus, narrow, skd, mixed, mixed by row".split(", ")
+    always = ["without correction", "three rounds", "one token", "nucleus", "narrow", "skd", "mixed", "mixed by row"]
     for mode in always:
         assert written[mode] == set(range(1, STEPS + 1)), mode
     assert written["dataset"] == written["teacher"] == written["text"] == set()

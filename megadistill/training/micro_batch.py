@@ -28,7 +28,7 @@ class GlobalCounts(NamedTuple):
         num_pairs: Pairs of neighboring response tokens in one span.
         num_spans: Spans of two response tokens or more.
         sft_rows: Rows with a reference.
-        kd_rows: Rows with a response.
+        kd_rows: Rows with a response that has tokens.
     """
 
     num_sft: float
@@ -144,7 +144,7 @@ def build_micro_batch(
         sft_labels.to(device),
         kd_index.to(device),
         kd_labels.to(device),
-        tuple(sample.num_reference_tokens for sample in samples if sample.reference_ids is not None),
+        tuple(_num_predicted(sample) for sample in samples if sample.reference_ids is not None),
         tuple(len(sample.response_ids or ()) for sample in with_kd),
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
@@ -170,6 +170,11 @@ def _predicting(
     index = torch.cat([torch.empty(0, dtype=torch.int64), *columns])
     index = index[labels[index] != IGNORE_INDEX]
     return index, labels[index]
+
+
+def _num_predicted(sample: Sample) -> int:
+    """Tokens of ``_predicting`` for a reference: nothing predicts the first token of a prompt."""
+    return len(sample.reference_ids or ()) + sum(max(0, end - max(start, 1)) for start, end in sample.targets)
 
 
 def row_weights(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

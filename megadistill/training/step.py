@@ -117,7 +117,7 @@ def with_loss_texts(samples: Sequence[Sample], loss: LossConfig) -> Sequence[Sam
 
 def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCounts:
     """What the whole step has to learn from (one all-reduce of six numbers over the data-parallel group)."""
-    responses = [sample.response_ids for sample in samples if sample.response_ids is not None]
+    responses = [sample.response_ids for sample in samples if sample.response_ids]
     local = torch.tensor(
         [
             sum(sample.num_reference_tokens for sample in samples),

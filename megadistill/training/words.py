@@ -92,6 +92,11 @@ def run_warnings(config: RunConfig, length: RunLength, num_left: int, sizes: tup
     student, teacher = sizes
     if 0 < teacher < student:
         yield f"the student ({_millions(student)} parameters) is larger than its teacher ({_millions(teacher)})"
+    if config.data.prompts_path is not None and config.generation.mode == "dataset":
+        yield (
+            "generation.mode=dataset computes no loss on rows of data.prompts_path, "
+            f"{100 * config.data.prompts_ratio:.0f} % of every batch (data.prompts_ratio)"
+        )
     if length.num_rows < length.rows_per_step:
         times, rest = divmod(length.rows_per_step, length.num_rows)
         yield (

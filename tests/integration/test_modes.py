@@ -96,7 +96,7 @@ def test_every_mode_on_another_layout(assets: Path, reference: Path, tmp_path: P
 @pytest.mark.parametrize(("tp_size", "dp_size"), [(4, 1), (1, 4)])
 def test_some_modes_on_more_layouts(assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int) -> None:
     runs = _runs(assets, tmp_path, f"parallel.tp_size={tp_size}")
-    some = [run for run in runs if Path(run[0]).name in ("off_policy", "three rounds", "narrow")]
+    some = [run for run in runs if Path(run[0]).name in ("off_policy", "three rounds", "narrow", "skd", "mixed by row")]
     _assert_same(tmp_path, reference, tp_size, dp_size, some)
 
 
@@ -110,10 +110,15 @@ def _assert_same(out: Path, reference: Path, tp_size: int, dp_size: int, runs: l
 
 def test_the_modes_do_what_they_say(reference: Path) -> None:
     written = {mode: {sample["step"] for sample in _texts(reference / mode)} for mode in MODES}
-    for mode in ("without correction", "three rounds", "one token", "nucleus", "narrow"):
+    # In the dataset steps of mixed, too, rows without a reference are written.
+    always = ["without correction", "three rounds", "one token", "nucleus", "narrow", "skd", "mixed", "mixed by row"]
+    for mode in always:
         assert written[mode] == set(range(1, STEPS + 1)), mode
-    assert written["dataset"] == written["teacher"] == set()
-    assert 0 < len(written["mixed"]) < STEPS and 0 < len(written["off_policy"]) < STEPS
+    assert written["dataset"] == written["teacher"] == written["text"] == set()
+    assert 0 < sum(losses(reference / "mixed", "text/dataset")) < STEPS and 0 < len(written["off_policy"]) < STEPS
+    assert losses(reference / "mixed by row", "text/mixed") == [1.0] * STEPS
+    assert losses(reference / "text") == losses(reference / "text", "loss/sft")
+    assert max(losses(reference / "skd", "scrg/corrections_mean")) > 1
     assert sum(losses(reference / "off_policy", "text/replay")) > 0
     assert max(losses(reference / "off_policy", "replay/rows")) == 4
     positions = [sample["error_position"] for sample in _texts(reference / "without correction")]

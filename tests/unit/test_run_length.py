@@ -172,6 +172,16 @@ def test_what_was_dropped_and_cut_is_said_in_words() -> None:
     )
 
 
+def test_rows_that_a_mode_cannot_use_are_said() -> None:
+    prompts = ("data.prompts_path=p.jsonl", "data.prompts_ratio=0.25")
+    said = list(run_warnings(config_of("generation.mode=dataset", *prompts), length_of(100), 5, (1, 0)))
+    assert said == [
+        "generation.mode=dataset computes no loss on rows of data.prompts_path, 25 % of every batch "
+        "(data.prompts_ratio)"
+    ]
+    assert not list(run_warnings(config_of("generation.mode=mixed", *prompts), length_of(100), 5, (1, 0)))
+
+
 def test_what_is_unusual_about_a_run_is_said() -> None:
     config, short = config_of(), ("train.max_steps=20",)
     few = length_of(3, *short)

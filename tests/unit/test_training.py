@@ -268,6 +268,7 @@ def test_text_that_is_the_reference_is_read_once() -> None:
 def test_a_batch_without_any_loss_still_has_a_row() -> None:
     targets = Sample(0, (5, 6, 7, 8), "", (9, 4), targets=((1, 3),))
     micro = build_micro_batch([targets, Sample(1, (5, 6), "", (7,))], pad_id=0, device=CPU)
+    assert micro.sft_lengths == (4, 1)
     assert targets.num_reference_tokens == 4
     # Columns 0 and 1 predict the earlier turn (6, 7), columns 3 and 4 the reference.
     assert micro.sft_labels.tolist() == [6, 7, 9, 4, 7] and micro.sft_index.tolist() == [0, 1, 3, 4, 7]

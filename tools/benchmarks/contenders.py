@@ -1,8 +1,8 @@
 """What is measured: the floor (matrix products alone), ours, dense code as a user would write it, and installed peers.
 
 Every contender does forward and backward of one call on the same inputs and leaves gradients in ``problem.student``.
-``work`` names what it computes: "products", "ce+kl" (cross-entropy and forward KL), "kl" or "full" (with DAC-KL, gate
-and span).
+``work`` names what it computes: "products", "ce+kl" (cross-entropy and forward KL), "kl", "full" (with DAC-KL, gate
+and span) or "full, span log" (the same with the span term of phrases as written).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from megadistill.parallel import VocabShard
 
 FULL = LossConfig()
 CE_KL = FULL.replace(clip="off", span=0.0)
+# What ours computes -> its configuration.
+WORKS = {"ce+kl": CE_KL, "full": FULL, "full, span log": FULL.replace(span_relation="log")}
 
 
 @dataclass
@@ -129,7 +131,7 @@ def floor(problem: Problem) -> Contender:
 def ours(problem: Problem, backends: list[str]) -> Iterator[Contender]:
     """The objective on each backend."""
     for backend in backends:
-        for work, config in (("ce+kl", CE_KL), ("full", FULL)):
+        for work, config in WORKS.items():
             yield _one_of_ours(backend, work, config.replace(backend=backend), problem)
 
 

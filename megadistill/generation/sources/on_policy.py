@@ -94,44 +94,44 @@ class OnPolicy(TextSource):
         # The student writes.
         with timers("rollout"):
             rollout.write(Stream.ROLLOUT)
-        draft = _Draft(rollout.responses())
+        texts = _Texts(rollout.responses())
         round_index = 0
-        while rule is not None and self.goes_on(round_index, draft.has_unread):
+        while rule is not None and self.goes_on(round_index, texts.has_unread):
             # The teacher reads what is new.
             with timers("teacher"):
-                teacher_states.update(draft.responses, draft.starts)
+                teacher_states.update(texts.responses, texts.starts)
             # Where do they disagree most, and what would the teacher have written there?
             with timers("score"):
-                scores = self._score(samples, draft, rollout, decoder.head, teacher_states, rule, round_index)
-                corrections = self._inputs.find_corrections(draft.responses, scores, rule)
+                scores = self._score(samples, texts, rollout, decoder.head, teacher_states, rule, round_index)
+                corrections = self._inputs.find_corrections(texts.responses, scores, rule)
             # Its token goes in, and the student continues from there.
             with timers("regenerate"):
-                draft.take(corrections, self._corrected(draft, corrections, rollout, round_index))
+                texts.take(corrections, self._corrected(texts, corrections, rollout, round_index))
             round_index += 1
         # The teacher reads what the last round has changed; without correction, everything.
         with timers("teacher"):
             if config.loss.uses_teacher:
-                teacher_states.update(draft.responses, draft.starts)
+                teacher_states.update(texts.responses, texts.starts)
         return [
             replace(
                 sample,
-                rollout_ids=draft.rollouts[i],
-                response_ids=draft.responses[i],
+                rollout_ids=texts.rollouts[i],
+                response_ids=texts.responses[i],
                 teacher_hidden=teacher_states.hidden[i] if config.loss.uses_teacher else None,
-                error_position=draft.error_positions[i],
-                num_corrections=draft.num_corrections[i],
+                error_position=texts.error_positions[i],
+                num_corrections=texts.num_corrections[i],
                 is_finite=i not in rollout.nonfinite,
             )
             for i, sample in enumerate(samples)
         ]
 
     def _corrected(
-        self, draft: _Draft, corrections: Sequence[Correction], rollout: RolloutState, round_index: int
+        self, texts: _Texts, corrections: Sequence[Correction], rollout: RolloutState, round_index: int
     ) -> list[TokenIds]:
         """The responses with the teacher's tokens, and what follows them (``generation.scrg.after``)."""
         after, ends = self.after, self._inputs.teacher_eos_ids
         if after == "keep":
-            return draft.replaced(corrections, ends | self._inputs.eos_ids)
+            return texts.replaced(corrections, ends | self._inputs.eos_ids)
         if after == "cut":  # as if each of these tokens ended the teacher's text
             ends = frozenset(correction.token for correction in corrections)
         rollout.rewrite(corrections, self.streams(round_index)[1], ends)
@@ -145,19 +145,19 @@ class OnPolicy(TextSource):
     def _score(
         self,
         samples: Sequence[Sample],
-        draft: _Draft,
+        texts: _Texts,
         rollout: RolloutState,
         student_head: OutputHead,
         teacher_states: TeacherStates,
         rule: ErrorRule,
         round_index: int,
     ) -> TeacherScores:
-        """Compares student and teacher from ``draft.starts[i]`` on in each response."""
-        config, starts = self._inputs.config, draft.starts
+        """Compares student and teacher from ``texts.starts[i]`` on in each response."""
+        config, starts = self._inputs.config, texts.starts
         scrg = config.generation.scrg
         teachers = Sampling(config.run.seed, scrg.teacher_temperature, SamplingOptions(top_p=scrg.teacher_top_p))
         return score_responses(
-            [len(response) for response in draft.responses],
+            [len(response) for response in texts.responses],
             starts,
             [sample.sequence_id for sample in samples],
             student_hidden=[rollout.hidden(i, start) for i, start in enumerate(starts)],
@@ -167,12 +167,12 @@ class OnPolicy(TextSource):
             seed=config.run.seed,
             stream=self.streams(round_index)[0],
             sampling=teachers if scrg.teacher_token == "sample" else None,
-            texts=draft.responses if rule.reads_text else None,
+            texts=texts.responses if rule.reads_text else None,
             backend=config.loss.backend,
         )
 
 
-class _Draft:
+class _Texts:
     """The responses of a decode batch while they are corrected.
 
     Attributes:

@@ -77,7 +77,8 @@ class LossConfig(Section):
         0.02, description="Lower quantile of the teacher's mass for clip fixed and entropy; where the gate starts."
     )
     upper: UnitInterval = Field(
-        1.0, description="Upper quantile for clip fixed and entropy; where the gate starts. 1: the mask has no upper edge."
+        1.0,
+        description="Upper quantile for clip fixed and entropy; where the gate starts. 1: the mask has no upper edge.",
     )
     top_k: PositiveInt = Field(32, description="Teacher log-probabilities that the gate sees.")
     softness: PositiveFloat = Field(0.25, description="Width of the mask's edges, in nats.")

@@ -40,8 +40,8 @@ class ClipTerms:
 class QuantileDerivatives:
     """Derivatives [C] of L and of Rp by the quantiles l and u; None for u without an upper edge.
 
-    Where a quantile does not move its threshold, those of L are 0. That of Rp by l is the one from the left then: a
-    guard would not see a row of which all that lies beside the top class is clipped.
+    Where a quantile does not move its threshold, they are 0, but for one: where all that lies beside the top class is
+    clipped, that of Rp by log l is taken at the l that would do (ours), or a guard would not see the token.
     """
 
     value_l: Tensor
@@ -98,9 +98,9 @@ class MergedClip:
         density = self[ClippedSum.DENSITY_L if has_upper else ClippedSum.P_L]
         value_l = -self._edge(ClippedSum.GAP_L, ClippedSum.P_L, ClippedSum.TOTAL_L) / density
         mass_l = self[ClippedSum.P_L] / density
-        is_cut = thresholds.is_all_cut
         value_l = torch.where(thresholds.moves_l & (density > 0), value_l, 0.0)
-        mass_l = torch.where(is_cut, 1.0, torch.where(thresholds.moves_l & (density > 0), mass_l, 0.0))
+        mass_l = torch.where(thresholds.moves_l & (density > 0), mass_l, 0.0)
+        mass_l = torch.where(thresholds.is_all_cut, thresholds.cut_share, mass_l)
         if not has_upper:
             return QuantileDerivatives(value_l, mass_l)
         share = torch.sigmoid((log_top - thresholds.theta_u) / self.spec.softness + UPPER_EDGE)

@@ -36,8 +36,8 @@ from megadistill.losses.fused import (
     valid_positions,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
-from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
 from megadistill.losses.mask import Mask, coverage_slope, find_mask
+from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
 from megadistill.losses.span import span_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, EdgeNodes, GradientWeights, MaskBounds, SpanSum, TileSpec
@@ -309,8 +309,8 @@ class _FusedPass:
         weight = is_own * (config.dac_kl * config.temperature * self.inv_num_tokens)  # temperature^2, and 1/temperature
         clip = terms.clip
         if clip is None:
-            of_student = weight if terms.slope is None else -weight * terms.slope
-            return weights._replace(student=weights.student + of_student, teacher=weight)
+            of_slope = weight if terms.slope is None else -weight * terms.slope
+            return weights._replace(student=weights.student + of_slope, teacher=weight)
         of_student, of_teacher, of_bucket = clip.weights
         if of_student is not None:
             weights = weights._replace(student=weights.student + weight * of_student)

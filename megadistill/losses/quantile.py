@@ -45,6 +45,7 @@ class Thresholds(NamedTuple):
         moves_l: Whether l moves it: not where l is 0, nor where all that lies beside the top class is cut already.
         moves_u: Whether u moves the upper one.
         is_all_cut: Whether l is no less than what lies beside the top class.
+        cut_share: What that is of l where it is all cut; 1 elsewhere.
     """
 
     theta_l: Tensor
@@ -52,11 +53,12 @@ class Thresholds(NamedTuple):
     moves_l: Tensor
     moves_u: Tensor
     is_all_cut: Tensor
+    cut_share: Tensor
 
 
 def num_rounds(softness: float) -> int:
-    """Rounds of a search: the last intervals are shorter than the softness."""
-    return max(1, math.ceil(math.log(16.0 / softness) / math.log(NUM_NODES + 1) - 1e-9))
+    """Rounds of a search: the last intervals are about as long as the softness."""
+    return max(1, math.ceil(math.log((16.0 / softness + 8.0) / 1.125) / math.log(NUM_NODES + 1) - 1e-9))
 
 
 def find_thresholds(
@@ -86,12 +88,14 @@ def find_thresholds(
     # Upper places are negated, so that mass rises along both.
     targets, lows, highs, log_alls = [F.logsigmoid(lambda_l)], [], [], [log_beside]
     target = targets[0].clamp_min(_SMALLEST)
-    lows.append(target - math.log(num_classes) - _MARGIN)
+    # At theta a class has at most exp(theta) of its mass cut away, or its s-th root where s is more than 1.
+    lows.append(max(1.0, softness) * (target - math.log(num_classes)) - _MARGIN)
     highs.append(log_top + _BEYOND * softness)
     if lambda_u is not None:
         targets.append(F.logsigmoid(-lambda_u))
         lows.append(-(log_top + softness * lambda_u.clamp(max=-_SMALLEST)) - _MARGIN)
-        highs.append(-F.logsigmoid(lambda_u).clamp_min(_SMALLEST) + math.log(num_classes) + _MARGIN)
+        lowest = F.logsigmoid(lambda_u).clamp_min(_SMALLEST) - math.log(num_classes)
+        highs.append(_MARGIN - max(1.0, softness) * lowest)
         log_alls.append(torch.zeros_like(log_beside))
     target_EC = torch.stack(targets)
     place_EC = _search(
@@ -105,15 +109,17 @@ def find_thresholds(
     )
     is_on_EC = target_EC > _SMALLEST
     theta_l = torch.where(is_on_EC[0], place_EC[0], -_FARTHEST)
-    is_all_cut = target_EC[0] >= log_beside
+    is_all_cut = is_on_EC[0] & (target_EC[0] >= log_beside)
+    cut_share = torch.where(is_all_cut, (log_beside - target_EC[0]).exp(), 1.0)
     # At the lowest place is a threshold where what is not listed (TeacherTopK) is more than l.
     moves_l = is_on_EC[0] & ~is_all_cut & (place_EC[0] > lows[0])
     if lambda_u is None:
-        return Thresholds(theta_l, torch.full_like(theta_l, _FARTHEST), moves_l, torch.zeros_like(moves_l), is_all_cut)
+        theta_u, moves_u = torch.full_like(theta_l, _FARTHEST), torch.zeros_like(moves_l)
+        return Thresholds(theta_l, theta_u, moves_l, moves_u, is_all_cut, cut_share)
     theta_u = torch.where(is_on_EC[1], -place_EC[1] + UPPER_EDGE * softness, _FARTHEST)
     # Where everything is cut below, nothing is left to cut above.
     moves_u = is_on_EC[1] & (theta_u > theta_l)
-    return Thresholds(theta_l, torch.maximum(theta_l, theta_u), moves_l, moves_u, is_all_cut)
+    return Thresholds(theta_l, torch.maximum(theta_l, theta_u), moves_l, moves_u, is_all_cut, cut_share)
 
 
 def _search(

@@ -119,6 +119,7 @@ class QuantileGate(nn.Module):
 
 
 def logit(probability: float) -> float:
+    """Log of the odds; infinite for 0 and 1."""
     if probability in (0.0, 1.0):
         return math.inf if probability else -math.inf
     return math.log(probability) - math.log1p(-probability)

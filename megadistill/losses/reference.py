@@ -100,7 +100,7 @@ def reference_loss(
 
 @dataclass(frozen=True)
 class _Mask:
-    """Per token [T] or class [T, V]: m (1 + m at the top class with remainder=none), 1 - m, quantiles, and two flags."""
+    """Per token [T] or class [T, V]: m (at the top class 1 + m with remainder=none), 1 - m, quantiles, two flags."""
 
     kept: Tensor
     clipped: Tensor
@@ -117,10 +117,14 @@ class _Mask:
 
 
 def _coverage(mask: _Mask, p: Tensor, config: LossConfig) -> Tensor:
-    """relu(x - target)^2 [T], with the derivative from the left where all that lies beside the top class is cut."""
-    clipped = (mask.clipped * p).sum(-1) + mask.is_all_cut * (mask.lower - mask.lower.detach())
+    """relu(x - target)^2 [T], x: the clipped mass, or what it is of all that lies beside the top class."""
+    clipped = (mask.clipped * p).sum(-1)
+    beside = p.masked_fill(mask.is_top, 0.0).sum(-1)
+    # The derivative by log l where l is just enough: from there on it would be 0, and the guard would see nothing.
+    clipped = clipped + mask.is_all_cut * beside * (mask.lower - mask.lower.detach()) / mask.lower.detach().clamp_min(
+        1e-9
+    )
     if config.coverage == "relative" and config.is_clipped:
-        beside = p.masked_fill(mask.is_top, 0.0).sum(-1)
         clipped = torch.where(beside > 0, clipped / torch.where(beside > 0, beside, 1.0), 0.0)
     return F.relu(clipped - config.coverage_target).square()
 
@@ -180,7 +184,7 @@ def lower_threshold(
     if log_l <= _LOG_SMALLEST:
         return torch.full_like(log_l, -math.inf), False
     log_beside = torch.cat([others, log_p[-1:]] if has_rest else [others]).logsumexp(0)
-    low = log_l - math.log(num_classes) - 0.5
+    low = max(1.0, softness) * (log_l - math.log(num_classes)) - 0.5
     places, masses = (others, others)
     if has_rest:
         places, masses = torch.cat([others, torch.full_like(log_p[-1:], -1e6)]), torch.cat([others, log_p[-1:]])
@@ -196,11 +200,15 @@ def upper_threshold(log_p: Tensor, quantile_logit: Tensor, softness: float, has_
     """One token's theta_u, differentiable in the quantile: four softnesses above where an edge cuts 1 - u."""
     listed = log_p[:-1] if has_rest else log_p
     point = quantile_logit.detach().to(log_p.dtype)
-    quantile, log_above, log_u = torch.sigmoid(quantile_logit.to(log_p.dtype)), F.logsigmoid(-point), F.logsigmoid(point)
+    quantile, log_above, log_u = (
+        torch.sigmoid(quantile_logit.to(log_p.dtype)),
+        F.logsigmoid(-point),
+        F.logsigmoid(point),
+    )
     if log_above <= _LOG_SMALLEST:
         return torch.full_like(point, math.inf)
     low = -(listed.max() + softness * point.clamp(max=-_LOG_SMALLEST)) - 0.5
-    high = math.log(num_classes) + 0.5 - log_u.clamp_min(_LOG_SMALLEST)
+    high = 0.5 - max(1.0, softness) * (log_u.clamp_min(_LOG_SMALLEST) - math.log(num_classes))
     place = -find_place(-listed, listed, log_above, low, high, torch.zeros_like(low), softness)
     return place + 4 * softness + (quantile - quantile.detach()) / _density(listed, place, softness)
 
@@ -227,9 +235,7 @@ def _listed(teacher: TeacherTopK, positions: Tensor, full_log_q: Tensor) -> tupl
     return log_p, log_q, full_p
 
 
-def _masks(
-    log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool, num_classes: int
-) -> _Mask:
+def _masks(log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool, num_classes: int) -> _Mask:
     """The mask of each token; m = 1 without clipping. The rest of a TeacherTopK, the last class, is never kept."""
     if not config.is_clipped:
         zeros = torch.zeros_like(log_p)

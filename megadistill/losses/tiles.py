@@ -16,8 +16,8 @@ from megadistill.losses.divergences import Formula, divergence_of
 
 # Classes that share one maximum and one sum in the statistics: the top K lie in the K groups with the largest maxima.
 GROUP = 64
-# Softnesses between the place where an upper edge would cut its mass and its threshold: a class that is as likely as the
-# one at the quantile (a tie) keeps 98 % and more of itself.
+# Softnesses between the place where an upper edge would cut its mass and its threshold: classes that are as likely as
+# the one at the quantile (ties) keep 98 % and more of themselves.
 UPPER_EDGE = 4.0
 _MIN_GROUPED = 128 * GROUP  # below, taking the top K of the whole shard is as fast
 

@@ -277,7 +277,8 @@ def gradient_kernel(
     num_tokens, num_classes, stride, stride_out,
     inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
     IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_NONE: tl.constexpr,
-    HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
+    HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
+    HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
     ADDS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """See ``tile_math.gradient``; with the label and span parts, and added to ``out`` where ``ADDS``."""

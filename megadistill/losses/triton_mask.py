@@ -1,4 +1,7 @@
-"""The mask of DAC-KL in Triton, and the masses that its edges cut: ``soft_mask`` and ``edge_masses`` of ``tile_math``."""
+"""The mask of DAC-KL in Triton, and the masses that its edges cut.
+
+The formulas are those of ``soft_mask`` and ``edge_masses`` in ``tile_math``, which explains them.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -10,6 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def floored_exp(values, FLOOR: tl.constexpr):
+    """Computes exp, not below exp(-FLOOR)."""
     return tl.exp(tl.maximum(values, -FLOOR))
 
 

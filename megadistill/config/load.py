@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -24,6 +25,14 @@ from megadistill.files import did_you_mean, did_you_mean_path, write_atomically
 
 COMMAND_LINE = "command line"
 Tree = dict[str, Any]
+# Keys of former releases: the value that is the only one today, and why.
+_RETIRED = {
+    "loss.quantile": (
+        "mass",
+        "quantiles are always of the teacher's mass, and cut what they say (docs/method.md, section 2), which the "
+        "former ones, read off the loss.top_k largest classes, did not",
+    )
+}
 _RESOLVER = re.compile(r"\$\{[^{}]*:")
 
 
@@ -169,6 +178,9 @@ def _checked(source: str, layer: dict[Any, Any]) -> Tree:
     """Drops empty sections, and refuses what the merge would hide: unknown keys, values in place of sections."""
     fields = dict(walk())
     for key, value in list(_nodes(layer)):
+        if key in _RETIRED:
+            _retire(source, layer, key, value)
+            continue
         field = fields.get(key)
         if field is None:
             raise ConfigError(f"{source}: {unknown_key(key, value)}")
@@ -182,6 +194,16 @@ def _checked(source: str, layer: dict[Any, Any]) -> Tree:
         if get_origin(field.annotation) is tuple and not isinstance(value, list) and "${" not in str(value):
             raise ConfigError(f"{source}: {key}={_show(value)}: must be {allowed(field)}")
     return _without_empty(layer, RunConfig)
+
+
+def _retire(source: str, layer: dict[Any, Any], key: str, value: Any) -> None:
+    """Removes a key of a former release from the layer, and says so; refuses a value that has no counterpart."""
+    today, reason = _RETIRED[key]
+    if value != today:
+        raise ConfigError(f"{source}: {key}={_show(value)} is gone: {reason}; remove the key")
+    warnings.warn(f"{source}: {key} is gone: {reason}", FutureWarning, stacklevel=2)
+    section, _, name = key.partition(".")
+    del layer[section][name]
 
 
 def _without_empty(tree: dict[Any, Any], section: type[Section]) -> Tree:

@@ -18,9 +18,9 @@ from megadistill.config.section import (
 from megadistill.errors import ConfigError
 from megadistill.files import nearest
 
-Clip = Literal["gate", "fixed", "off"]
-Remainder = Literal["bucket", "renormalize"]
-Quantile = Literal["mass", "rank"]
+Clip = Literal["gate", "fixed", "entropy", "off"]
+Remainder = Literal["bucket", "truncate", "renormalize", "none"]
+Coverage = Literal["absolute", "relative"]
 GateObjective = Literal["minimize", "maximize", "frozen"]
 # ``dac_kl``, and the names in ``megadistill.losses.divergences``, which cannot be imported from here.
 TokenLoss = Literal[
@@ -72,15 +72,24 @@ class LossConfig(Section):
         1.0, description="Distillation temperature tau; the token loss is multiplied by tau squared."
     )
     clip: Clip = Field(
-        "gate", description="Quantiles predicted by the gate, fixed at lower and upper, or plain forward KL."
+        "gate",
+        description="Where the mask ends. gate: at quantiles that an MLP predicts; fixed: at lower and upper; entropy: "
+        "at lower times the teacher's entropy over log V, and at upper; off: plain forward KL.",
     )
     remainder: Remainder = Field(
-        "bucket", description="Classes that are clipped away: one shared bucket, or renormalize over the kept ones."
+        "bucket",
+        description="Classes that are clipped away. bucket: they are one class; truncate: the teacher is renormalized "
+        "over the kept ones, the student has all; renormalize: both are; none: sums as they are, with the top class "
+        "once more (paper, Eq. 7-8).",
     )
-    quantile: Quantile = Field("mass", description="Quantiles of the teacher's mass, or of ranks.")
-    lower: UnitInterval = Field(0.02, description="Lower quantile for clip fixed; where the gate starts.")
-    upper: UnitInterval = Field(0.98, description="Upper quantile for clip fixed; where the gate starts.")
-    top_k: PositiveInt = Field(32, description="Teacher log-probabilities that the gate and the quantile function see.")
+    lower: UnitInterval = Field(
+        0.02, description="Lower quantile of the teacher's mass for clip fixed and entropy; where the gate starts."
+    )
+    upper: UnitInterval = Field(
+        1.0,
+        description="Upper quantile for clip fixed and entropy; where the gate starts. 1: the mask has no upper edge.",
+    )
+    top_k: PositiveInt = Field(32, description="Teacher log-probabilities that the gate sees.")
     softness: PositiveFloat = Field(0.25, description="Width of the mask's edges, in nats.")
     chunk_tokens: Literal["auto"] | PositiveInt = Field(
         "auto", description="Tokens whose logits are held at a time; auto: by shard size and device."
@@ -94,6 +103,11 @@ class LossConfig(Section):
     guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
     lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")
     upper_min: OpenUnitInterval = Field(0.9, description="Guard: smallest upper quantile.")
+    coverage: Coverage = Field(
+        "absolute",
+        description="Guard: the dropped teacher mass that is penalized, or its share of all that lies beside the top "
+        "class, which sees confident tokens, too.",
+    )
     coverage_weight: NonNegativeFloat = Field(50.0, description="Guard: weight of the penalty on dropped teacher mass.")
     coverage_target: UnitInterval = Field(0.05, description="Guard: dropped teacher mass that costs nothing.")
     span_relation: SpanRelation = Field(

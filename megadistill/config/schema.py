@@ -301,9 +301,9 @@ class RunConfig(Section):
             ("model.teacher.path",),
         )
         require_combination(
-            not loss.uses_gate or 0 < loss.lower < loss.upper < 1,
-            f"loss.lower={loss.lower:g} loss.upper={loss.upper:g}: the gate starts there, strictly between 0 and 1; "
-            "loss.clip=fixed takes 0 and 1 too",
+            not loss.uses_gate or 0 < loss.lower < loss.upper,
+            f"loss.lower={loss.lower:g} loss.upper={loss.upper:g}: the gate starts there, and learns nothing from 0; "
+            "loss.clip=fixed takes 0, too",
             ("loss.lower", "loss.upper"),
         )
         require_combination(

@@ -49,6 +49,11 @@ class TrainSection(Section):
         strict=False,
         description="First and last step, counted from 1, of a torch trace in RUN/profile; null: none.",
     )
+    diagnose_every: NonNegativeInt = Field(
+        0,
+        description="Steps between measurements of what each loss term contributes to the gradient (gradient_share/*), "
+        "for which the losses are computed once more, term by term; 0: never.",
+    )
     log_every: PositiveInt = Field(
         1,
         description="Steps between updates of the numbers in the progress bar, which are means over these steps; "

@@ -1,4 +1,4 @@
-"""DAC-KL of a chunk's tokens from the sums of all shards: its value and its derivatives by the mask's thresholds.
+"""DAC-KL of a chunk's tokens from the sums of all shards: its value and its derivatives by the mask's quantiles.
 
 Paper: Eq. 6-8; the definitions are those of docs/method.md, "Token level"; the sums are those of ``ClippedSum``.
 p, q: teacher and student probabilities; m: mask; P, Q: kept mass; Rp, Rq: clipped mass of teacher and student.
@@ -6,12 +6,13 @@ p, q: teacher and student probabilities; m: mask; P, Q: kept mass; Rp, Rq: clipp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megadistill.losses.tiles import ClippedSum, TileSpec
+from megadistill.losses.quantile import Thresholds
+from megadistill.losses.tiles import UPPER_EDGE, ClippedSum, TileSpec
 
 
 @dataclass(frozen=True)
@@ -20,62 +21,121 @@ class ClipTerms:
 
     Attributes:
         value: The loss L, in nats.
-        kept_mass: P.
+        kept_mass: Teacher probability that is kept, P; the top class counts once.
         clipped_mass: Rp.
+        classes: Sum of the mask over the classes.
+        weights: Factors of (q, m p, bucket) in the derivative by the logits; None: no such part.
         log_norm: log Rq (bucket) or log Q (renormalize).
-        d_theta_l: Derivative of L by the lower threshold; None without edge sums, like the next ones.
-        d_theta_u: Derivative of L by the upper threshold.
-        d_mass_l: Derivative of Rp by the lower threshold.
-        d_mass_u: Derivative of Rp by the upper threshold.
     """
 
     value: Tensor
     kept_mass: Tensor
     clipped_mass: Tensor
-    log_norm: Tensor
-    d_theta_l: Tensor | None = None
-    d_theta_u: Tensor | None = None
-    d_mass_l: Tensor | None = None
-    d_mass_u: Tensor | None = None
+    classes: Tensor
+    weights: tuple[Tensor | None, Tensor, Tensor | None]
+    log_norm: Tensor | None = None
 
 
-def merge_clip_sums(spec: TileSpec, sums: Tensor) -> ClipTerms:
-    """Loss value and derivatives of each token from the sums [R, C, num_sums] of all shards."""
-    kept_gap, kept_p, clipped_p = (
-        sums[..., column].sum(0) for column in (ClippedSum.KEPT_GAP, ClippedSum.KEPT_P, ClippedSum.CLIPPED_P)
-    )
-    # The student's sums are relative to each shard's largest term: far from the teacher its probabilities underflow,
-    # but log Rq and log Q must not.
-    shifts, shift = sums[..., ClippedSum.SHIFT], sums[..., ClippedSum.SHIFT].amax(0)
-    scale = torch.exp(shifts - torch.where(torch.isneginf(shift), 0.0, shift))
-    total = (sums[..., ClippedSum.TOTAL] * scale).sum(0)
-    log_norm = torch.log(total) + shift
-    if spec.remainder == "bucket":
-        log_ratio = torch.where(clipped_p > 0, torch.log(clipped_p) - log_norm, 0.0)
-        value, factor, divisor = kept_gap + clipped_p * log_ratio, 1 + log_ratio, torch.ones_like(kept_p)
-    else:
-        mean_gap = kept_gap / kept_p
-        value, factor, divisor = mean_gap - torch.log(kept_p) + log_norm, mean_gap + 1, kept_p
-    terms = ClipTerms(value, kept_p, clipped_p, log_norm)
-    if not spec.has_edges:
-        return terms
+@dataclass(frozen=True)
+class QuantileDerivatives:
+    """Derivatives [C] of L and of Rp by the quantiles l and u; None for u without an upper edge.
 
-    def edge(gap: ClippedSum, p: ClippedSum, moving: ClippedSum) -> tuple[Tensor, Tensor]:
-        """Derivatives of L and of Rp by an edge, up to its sign and the softness."""
+    Where a quantile does not move its threshold, they are 0, but for one: where all that lies beside the top class is
+    clipped, that of Rp by log l is taken at the l that would do (ours), or a guard would not see the token.
+    """
+
+    value_l: Tensor
+    mass_l: Tensor
+    value_u: Tensor | None = None
+    mass_u: Tensor | None = None
+
+
+class MergedClip:
+    """The sums [R, C, num_sums] of all shards, added up by name.
+
+    Args:
+        spec: Which sums they are.
+        sums: The sums.
+    """
+
+    def __init__(self, spec: TileSpec, sums: Tensor) -> None:
+        self.spec, self._sums = spec, sums
+        self._scale = None
+        if spec.has_totals:
+            # The student's sums are relative to each shard's largest term: far from the teacher its probabilities
+            # underflow, but log Rq and log Q must not.
+            shifts = self._column(ClippedSum.SHIFT)
+            self._shift = shifts.amax(0)
+            self._scale = torch.exp(shifts - torch.where(torch.isneginf(self._shift), 0.0, self._shift))
+
+    def terms(self) -> ClipTerms:
+        """Loss value of each token, and the factors of its derivative by the student's logits."""
+        gap, kept, clipped = (self[ClippedSum.KEPT_GAP], self[ClippedSum.KEPT_P], self[ClippedSum.CLIPPED_P])
+        classes, remainder = self[ClippedSum.CLASSES], self.spec.remainder
+        one = torch.ones_like(kept)
+        if remainder == "none":
+            return ClipTerms(gap, 1 - clipped, clipped, classes - 1, (kept, one, None))
+        if remainder == "truncate":
+            return ClipTerms(gap / kept - torch.log(kept), kept, clipped, classes, (one, 1 / kept, None))
+        log_norm = self._log_norm()
+        if remainder == "bucket":
+            value = gap + clipped * self._log_ratio()
+            return ClipTerms(value, kept, clipped, classes, (one, one, -clipped), log_norm)
+        value = gap / kept - torch.log(kept) + log_norm
+        return ClipTerms(value, kept, clipped, classes, (None, 1 / kept, one), log_norm)
+
+    def derivatives(self, thresholds: Thresholds, log_top: Tensor) -> QuantileDerivatives:
+        """Derivatives by the quantiles, through the thresholds (implicit function theorem).
+
+        A quantile is the mass beyond its threshold, so dl = F'(theta_l) dtheta_l, and the density F' is a sum like the
+        others. Softness and signs cancel.
+
+        Args:
+            thresholds: Where the edges are.
+            log_top: [C] log-probability of the top class.
+        """
+        has_upper = self.spec.has_upper
+        density = self[ClippedSum.DENSITY_L if has_upper else ClippedSum.P_L]
+        value_l = -self._edge(ClippedSum.GAP_L, ClippedSum.P_L, ClippedSum.TOTAL_L) / density
+        mass_l = self[ClippedSum.P_L] / density
+        value_l = torch.where(thresholds.moves_l & (density > 0), value_l, 0.0)
+        mass_l = torch.where(thresholds.moves_l & (density > 0), mass_l, 0.0)
+        mass_l = torch.where(thresholds.is_all_cut, thresholds.cut_share, mass_l)
+        if not has_upper:
+            return QuantileDerivatives(value_l, mass_l)
+        share = torch.sigmoid((log_top - thresholds.theta_u) / self.spec.softness + UPPER_EDGE)
+        density = self[ClippedSum.DENSITY_U] + log_top.exp() * share * (1 - share)
+        moves = thresholds.moves_u & (density > 0)
+        value_u = self._edge(ClippedSum.GAP_U, ClippedSum.P_U, ClippedSum.TOTAL_U) / density
+        mass_u = -self[ClippedSum.P_U] / density
+        return QuantileDerivatives(value_l, mass_l, torch.where(moves, value_u, 0.0), torch.where(moves, mass_u, 0.0))
+
+    def __getitem__(self, column: ClippedSum) -> Tensor:
+        part = self._column(column)
+        is_total = column in (ClippedSum.TOTAL, ClippedSum.TOTAL_L, ClippedSum.TOTAL_U)
+        return (part * self._scale).sum(0) if is_total and self._scale is not None else part.sum(0)
+
+    def _column(self, column: ClippedSum) -> Tensor:
+        return self._sums[..., self.spec.columns.index(column)]
+
+    def _log_norm(self) -> Tensor:
+        return torch.log(self[ClippedSum.TOTAL]) + self._shift
+
+    def _log_ratio(self) -> Tensor:
+        clipped = self[ClippedSum.CLIPPED_P]
+        return torch.where(clipped > 0, torch.log(clipped) - self._log_norm(), 0.0)
+
+    def _edge(self, gap: ClippedSum, p: ClippedSum, moving: ClippedSum) -> Tensor:
+        """Derivative of L by an edge, up to its sign and the softness."""
+        remainder = self.spec.remainder
+        if remainder == "none":
+            return self[gap]
+        if remainder == "truncate":
+            kept = self[ClippedSum.KEPT_P]
+            return (self[gap] - self[ClippedSum.KEPT_GAP] / kept * self[p]) / kept
         # The part of the student's weighted mass that moves with the edge.
-        share = (sums[..., moving] * scale).sum(0) / total
-        if spec.remainder == "bucket":
-            share = clipped_p * share
-        edge_gap, edge_p = sums[..., gap].sum(0), sums[..., p].sum(0)
-        return (edge_gap - factor * edge_p) / divisor + share, edge_p
-
-    edge_l, p_l = edge(ClippedSum.GAP_L, ClippedSum.P_L, ClippedSum.TOTAL_L)
-    edge_u, p_u = edge(ClippedSum.GAP_U, ClippedSum.P_U, ClippedSum.TOTAL_U)
-    softness = spec.softness
-    return replace(
-        terms,
-        d_theta_l=-edge_l / softness,
-        d_theta_u=edge_u / softness,
-        d_mass_l=p_l / softness,
-        d_mass_u=-p_u / softness,
-    )
+        share = self[moving] / self[ClippedSum.TOTAL]
+        if remainder == "bucket":
+            return self[gap] - (1 + self._log_ratio()) * self[p] + self[ClippedSum.CLIPPED_P] * share
+        kept = self[ClippedSum.KEPT_P]
+        return (self[gap] - (self[ClippedSum.KEPT_GAP] / kept + 1) * self[p]) / kept + share

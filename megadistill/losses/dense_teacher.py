@@ -6,6 +6,7 @@ Suffixes: C tokens of one chunk, Vs this rank's classes, R ranks.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from megadistill.losses.head import LogitsProjector
 from megadistill.losses.statistics import TokenStatistics, merge_both
 from megadistill.losses.tiles import (
     ClippedSum,
+    EdgeNodes,
     GradientWeights,
     LocalStatistics,
     LogNormalizers,
@@ -63,6 +65,15 @@ class DenseTeacher:
             self.spec, local, student_CVs, self.tile_CVs, labels, self.shard, self.top_k, self._has_label_p
         )
 
+    def edge_masses(self, norms: LogNormalizers, top1: Tensor, nodes: EdgeNodes, is_wide: bool) -> Tensor:
+        """``tile_math.edge_masses`` of all shards, added up (one all-gather)."""
+        spec = replace(self.spec, is_wide=is_wide)
+        if self.tile_CVs.shape[1]:
+            local = self.kernels.edge_masses(spec, self.tile_CVs, norms, top1 - self.shard.start, nodes)
+        else:
+            local = torch.zeros_like(torch.cat([part for part in nodes if part is not None], -1))
+        return all_gather_rows(local, self.shard.group).sum(0)
+
     def sums(
         self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -93,8 +104,8 @@ class DenseTeacher:
         num_tokens, num_classes = student_CVs.shape
         if num_classes == 0:
             zeros = student_CVs.new_zeros(num_tokens, self.spec.num_sums + len(SpanSum) * has_span)
-            if self.spec.is_clipped:
-                zeros[:, ClippedSum.SHIFT] = -math.inf
+            if self.spec.is_clipped and self.spec.has_totals:
+                zeros[:, self.spec.columns.index(ClippedSum.SHIFT)] = -math.inf
             return zeros
         sums = self.kernels.sums(self.spec, student_CVs, self.tile_CVs, norms, bounds)
         if not has_span:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megadistill.config.loss import LossConfig
 from megadistill.errors import ConfigError
 from megadistill.losses.backends import make_kernels
-from megadistill.losses.clipping import ClipTerms, merge_clip_sums
+from megadistill.losses.clipping import ClipTerms, MergedClip
 from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Normalizer,
@@ -37,17 +37,17 @@ from megadistill.losses.fused import (
     weights_of,
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
+from megadistill.losses.mask import Mask, coverage_slope, find_mask
 from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
-from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
 from megadistill.losses.span import WrittenSpans, span_value
 from megadistill.losses.statistics import TokenStatistics
-from megadistill.losses.tiles import DivergenceSum, GradientWeights, MaskBounds, SpanSum, TileSpec
+from megadistill.losses.tiles import DivergenceSum, EdgeNodes, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
 from megadistill.parallel.vocab import VocabShard
 
 # The direction of each gate that learns.
 _GATE_SIGN = {"minimize": 1.0, "maximize": -1.0}
-_FARTHEST = 1e4  # nats; a threshold at infinity is one that every class is on the right side of
+_FEW_CLASSES = 1.5  # below, the mask leaves the top class alone
 
 
 def distill_loss(
@@ -252,17 +252,16 @@ class _FusedPass:
         is_own[:num_halo] = 0.0
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
-        bounds: MaskBounds | None = None
-        thetas: tuple[Tensor, ...] = ()
+        bounds = mask = None
         if config.is_clipped:
-            thetas = self._thresholds(stats, is_own)
-            theta_l, theta_u = (theta.detach().to(self.dtype).clamp(-_FARTHEST, _FARTHEST) for theta in thetas)
+            mask = self._mask(stats, is_own)
+            theta_l, theta_u = (theta.to(self.dtype) for theta in (mask.place.theta_l, mask.place.theta_u))
             bounds = MaskBounds(theta_l, theta_u, top_column=stats.teacher_top1 - self.shard.start)
         sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, config.pairs_neighbors)
         terms = self._terms(sums)
-        if self.parameters and thetas:
+        if self.parameters and mask is not None:
             assert terms.clip is not None
-            self._gate_gradient(terms.clip, thetas, is_own)
+            self._gate_gradient(MergedClip(self.spec, sums), terms.clip, mask, is_own)
         self._add_totals(stats, terms, is_own)
         self.kl_map[chunk.start + num_halo : chunk.stop] = terms.kl[num_halo:].clamp_min(0.0)
         self.top1[chunk] = stats.teacher_top1
@@ -295,26 +294,26 @@ class _FusedPass:
         kl_map[self.positions], top1[self.positions] = self.kl_map, self.top1
         return loss.to(self.dtype), kl_map, top1, *(scalars[name].to(self.dtype) for name in SCALAR_NAMES)
 
-    def _thresholds(self, stats: TokenStatistics, is_own: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask's thresholds [C] with their graph back to the gate."""
-        config = self.config
-        quantile = QuantileFunction(stats.top_log_probs, stats.log_tail, config.quantile, self.shard.total)
+    def _mask(self, stats: TokenStatistics, is_own: Tensor) -> Mask:
+        """Where the mask ends, with the quantiles' graph back to the gate."""
+
+        def masses_at(lower: Tensor, upper: Tensor | None, is_wide: bool) -> Tensor:
+            nodes = EdgeNodes(lower.to(self.dtype), None if upper is None else upper.to(self.dtype))
+            return self.teacher.edge_masses(stats.norms, stats.teacher_top1, nodes, is_wide)
+
         with torch.set_grad_enabled(bool(self.parameters)):
-            if config.clip == "gate":
-                assert self.call.gate is not None
-                lambda_l, lambda_u = self.call.gate(stats.top_log_probs, stats.log_tail)
-            else:
-                lambda_l, lambda_u = constant_quantiles(config.lower, config.upper, stats.log_tail)
-            thetas = quantile(lambda_l), quantile(lambda_u)
-        self._add("mean_lower", torch.sigmoid(lambda_l.detach()), is_own)
-        self._add("mean_upper", torch.sigmoid(lambda_u.detach()), is_own)
-        return thetas
+            mask = find_mask(self.config, self.call.gate, stats, masses_at, self.shard.total)
+        lower = torch.sigmoid(mask.lambda_l.detach())
+        self._add("mean_lower", lower, is_own)
+        self._add("square_lower", lower.double() ** 2, is_own)
+        self._add("mean_upper", is_own if mask.lambda_u is None else torch.sigmoid(mask.lambda_u.detach()), is_own)
+        return mask
 
     def _terms(self, sums: Tensor) -> _TokenTerms:
         """Loss and slope of each token from the shards' sums [R, C, num_sums]."""
         kl = sums[..., DivergenceSum.KL].sum(0)  # the first column of either layout
         if self.spec.is_clipped:
-            clip = merge_clip_sums(self.spec, sums)
+            clip = MergedClip(self.spec, sums).terms()
             return _TokenTerms(kl, clip.value, None, clip)
         if self.spec.formula is None:
             return _TokenTerms(kl, kl, None, None)
@@ -334,33 +333,38 @@ class _FusedPass:
         weight = is_own * (config.dac_kl * config.temperature * self.inv_num_tokens)  # temperature^2, and 1/temperature
         clip = terms.clip
         if clip is None:
-            of_student = weight if terms.slope is None else -weight * terms.slope
-            return weights._replace(student=weights.student + of_student, teacher=weight)
-        if config.remainder == "bucket":
-            weights = weights._replace(student=weights.student + weight, bucket_coef=-weight * clip.clipped_mass)
-        else:
-            weights = weights._replace(bucket_coef=weight)
-            weight = weight / clip.kept_mass
-        return weights._replace(teacher=weight, log_norm=clip.log_norm)
+            of_slope = weight if terms.slope is None else -weight * terms.slope
+            return weights._replace(student=weights.student + of_slope, teacher=weight)
+        of_student, of_teacher, of_bucket = clip.weights
+        if of_student is not None:
+            weights = weights._replace(student=weights.student + weight * of_student)
+        if of_bucket is not None:
+            weights = weights._replace(bucket_coef=weight * of_bucket, log_norm=clip.log_norm)
+        return weights._replace(teacher=weight * of_teacher)
 
-    def _gate_gradient(self, terms: ClipTerms, thetas: tuple[Tensor, ...], is_own: Tensor) -> None:
+    def _gate_gradient(self, merged: MergedClip, terms: ClipTerms, mask: Mask, is_own: Tensor) -> None:
         """Gradient of the gate's own objective: DAC-KL in the configured direction plus the coverage penalty."""
         config = self.config
-        assert terms.d_theta_l is not None and terms.d_theta_u is not None
-        assert terms.d_mass_l is not None and terms.d_mass_u is not None
+        by = merged.derivatives(mask.place, mask.log_top)
         value_weight = _GATE_SIGN[config.gate_objective] * config.dac_kl * config.temperature**2
-        d_theta_l, d_theta_u = value_weight * terms.d_theta_l, value_weight * terms.d_theta_u
+        penalty = torch.zeros_like(is_own)
         if config.guards:
-            slope = 2 * config.coverage_weight * torch.relu(terms.clipped_mass - config.coverage_target)
-            d_theta_l, d_theta_u = d_theta_l + slope * terms.d_mass_l, d_theta_u + slope * terms.d_mass_u
-        token_weight = is_own * self.inv_num_tokens
-        upstream = [(token_weight * d_theta).to(torch.float64) for d_theta in (d_theta_l, d_theta_u)]
-        # A gate may hold one of its bounds constant.
-        learned = [(theta, d) for theta, d in zip(thetas, upstream, strict=True) if theta.requires_grad]
-        if not learned:
+            penalty = coverage_slope(config, terms.clipped_mass, mask.log_beside)
+        outputs, upstream = [], []
+        for quantile, of_value, of_mass in (
+            (mask.lambda_l, by.value_l, by.mass_l),
+            (mask.lambda_u, by.value_u, by.mass_u),
+        ):
+            # A gate may hold one of its bounds constant.
+            if quantile is None or of_value is None or of_mass is None or not quantile.requires_grad:
+                continue
+            derivative = value_weight * of_value + penalty * of_mass
+            slope = torch.sigmoid(quantile.detach()) * torch.sigmoid(-quantile.detach())  # of the quantile by its logit
+            outputs.append(quantile)
+            upstream.append((is_own * self.inv_num_tokens * derivative * slope).to(quantile.dtype))
+        if not outputs:
             return
-        outputs, derivatives = zip(*learned, strict=True)
-        gradients = torch.autograd.grad(outputs, self.parameters, derivatives, allow_unused=True)
+        gradients = torch.autograd.grad(outputs, self.parameters, upstream, allow_unused=True)
         for total, gradient in zip(self.gate_gradients, gradients, strict=True):
             if gradient is not None:
                 total += gradient
@@ -371,11 +375,13 @@ class _FusedPass:
             self._add("sft", stats.label_nats, is_own)
         if config.dac_kl > 0:
             self._add("dac_kl", config.temperature**2 * terms.value, is_own)
-        if terms.clip is not None:
-            self._add("kept_mass", terms.clip.kept_mass, is_own)
-        else:
+        if terms.clip is None:
             for name in ("kept_mass", "mean_upper"):
                 self.totals[name] += is_own.sum(dtype=torch.float64)
+            return
+        self._add("kept_mass", terms.clip.kept_mass, is_own)
+        self._add("classes", terms.clip.classes, is_own)
+        self._add("few_classes", (terms.clip.classes < _FEW_CLASSES).to(is_own.dtype), is_own)
 
     def _span(self, sums: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         """Adds the chunk's span pairs; returns (weight over root, merged inner product), both [C]."""

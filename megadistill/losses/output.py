@@ -24,7 +24,10 @@ class DistillScalars:
         dac_kl: Token loss times temperature squared, in nats per token; without its weight, like the other terms.
         span: Span term, a norm per pair.
         kept_mass: Teacher probability that the mask keeps.
-        mean_lower: Quantile l of the mask; 0 without clipping.
+        classes: Sum of the mask over the classes; 0 without clipping, like the next ones.
+        few_classes: Share of the tokens of which the mask keeps less than 1.5 classes.
+        mean_lower: Quantile l of the mask.
+        square_lower: Its square.
         mean_upper: Quantile u of the mask; 1 without clipping.
     """
 
@@ -32,7 +35,10 @@ class DistillScalars:
     dac_kl: Tensor = _scalar("loss/dac_kl")
     span: Tensor = _scalar("loss/span", per="pair")
     kept_mass: Tensor = _scalar("kept_mass")
+    classes: Tensor = _scalar("mask/classes")
+    few_classes: Tensor = _scalar("mask/few_classes")
     mean_lower: Tensor = _scalar("gate/lower")
+    square_lower: Tensor = _scalar("gate/lower_square")
     mean_upper: Tensor = _scalar("gate/upper")
 
 

@@ -1,4 +1,4 @@
-"""The gate of DAC-KL and the teacher's quantile function (paper: Eq. 6-7; docs/method.md, "Token level").
+"""The gate of DAC-KL, and what takes its place (paper: Eq. 6-7; docs/method.md, "Token level").
 
 Suffixes: C tokens, K knots. All quantities are in nats or logits of a quantile; nothing here communicates.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from megadistill.config.loss import LossConfig, Quantile
+from megadistill.config.loss import LossConfig
 from megadistill.errors import ConfigError
 
 _FLOOR = -30.0  # nats; what a class below e^-30 weighs does not matter to where the mask should end
@@ -22,6 +22,8 @@ _DEFAULTS = LossConfig()
 
 class QuantileGate(nn.Module):
     """MLP (two hidden layers of 64) from the teacher's sorted top-K to a lower and an upper quantile, as logits.
+
+    With an upper quantile of 1 there is no upper edge, and the gate learns the lower one alone.
 
     With guards the bounds hold by construction: lambda_l = logit(lower_max) - softplus(a) and
     lambda_u = logit(upper_min) + softplus(b). Every pair below and above the two bounds can be reached, and
@@ -56,23 +58,22 @@ class QuantileGate(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 < lower < upper < 1:
-            raise ConfigError(f"the gate starts at lower={lower}, upper={upper}; it needs 0 < lower < upper < 1")
+        if not 0 < lower < upper <= 1:
+            raise ConfigError(f"the gate starts at lower={lower}, upper={upper}; it needs 0 < lower < upper <= 1")
         if guards and not (lower < lower_max < upper_min < upper):
             raise ConfigError(
                 f"the gate starts at lower={lower}, upper={upper}; with guards it needs "
                 f"lower < lower_max={lower_max} < upper_min={upper_min} < upper"
             )
-        self.top_k, self.guards = top_k, guards
-        self.max_lambda_l, self.min_lambda_u = _logit(lower_max), _logit(upper_min)
-        sizes = ((top_k + 1, hidden_size), (hidden_size, hidden_size), (hidden_size, 2))
+        self.top_k, self.guards, self.has_upper = top_k, guards, upper < 1
+        self.max_lambda_l, self.min_lambda_u = logit(lower_max), logit(upper_min)
+        sizes = ((top_k + 1, hidden_size), (hidden_size, hidden_size), (hidden_size, 1 + self.has_upper))
         first, second, last = (skip_init(nn.Linear, *size) for size in sizes)
         self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
-        start_l, start_u = _logit(lower), _logit(upper)
-        if guards:
-            start = [_inverse_softplus(self.max_lambda_l - start_l), _inverse_softplus(start_u - self.min_lambda_u)]
-        else:
-            start = [start_l, _inverse_softplus(start_u - start_l)]
+        start_l, start_u = logit(lower), logit(upper)
+        start = [_inverse_softplus(self.max_lambda_l - start_l) if guards else start_l]
+        if self.has_upper:
+            start.append(_inverse_softplus(start_u - (self.min_lambda_u if guards else start_l)))
         self._initialize(start, seed)
 
     @classmethod
@@ -88,8 +89,8 @@ class QuantileGate(nn.Module):
             seed=seed,
         )
 
-    def forward(self, sorted_log_probs: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantile logits (lambda_l [C], lambda_u [C]), computed in the dtype of the parameters.
+    def forward(self, sorted_log_probs: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Quantile logits (lambda_l [C], lambda_u [C] or None), computed in the dtype of the parameters.
 
         Args:
             sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending; missing columns are filled.
@@ -98,11 +99,11 @@ class QuantileGate(nn.Module):
         dtype = next(self.parameters()).dtype
         features = torch.cat([F.pad(sorted_log_probs, (0, self.top_k - sorted_log_probs.shape[-1]), value=_FLOOR),
                               log_tail.unsqueeze(-1)], -1)  # fmt: skip
-        out_C2 = self.layers(features.clamp_min(_FLOOR).to(dtype) * _INPUT_SCALE)
-        first, second = F.softplus(out_C2[:, 0]) if self.guards else out_C2[:, 0], F.softplus(out_C2[:, 1])
-        if self.guards:
-            return self.max_lambda_l - first, self.min_lambda_u + second
-        return first, first + second
+        first, *others = self.layers(features.clamp_min(_FLOOR).to(dtype) * _INPUT_SCALE).unbind(-1)
+        lambda_l = self.max_lambda_l - F.softplus(first) if self.guards else first
+        if not others:
+            return lambda_l, None
+        return lambda_l, (self.min_lambda_u if self.guards else lambda_l) + F.softplus(others[0])
 
     def _initialize(self, start: list[float], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -117,58 +118,8 @@ class QuantileGate(nn.Module):
             linears[-1].bias.copy_(torch.tensor(start))
 
 
-class QuantileFunction:
-    """Log-probability at a quantile: piecewise linear on the logit scale through the sorted top-K, slope 1 outside.
-
-    Slope 1 continues a geometric tail (quantile of mass) or Zipf's law (quantile of classes) exactly. Computed in
-    float64 and in the log domain, because the mass beside a confident teacher's top class is far below round-off.
-
-    Args:
-        sorted_log_probs: [C, K] the teacher's largest log-probabilities, descending.
-        log_tail: [C] log of the sum of all other probabilities.
-        kind: Quantiles of mass or of ranks.
-        num_classes: V.
-    """
-
-    def __init__(self, sorted_log_probs: Tensor, log_tail: Tensor, kind: Quantile, num_classes: int) -> None:
-        log_probs_CK = sorted_log_probs.to(torch.float64)
-        if kind == "mass":
-            half_CK = log_probs_CK - math.log(2)
-            # log of the mass above, and of tail + mass below; each without the class itself, which counts half.
-            above_CK = torch.logcumsumexp(log_probs_CK, -1)
-            below_CK = torch.logcumsumexp(
-                torch.cat([log_tail.to(torch.float64).unsqueeze(-1), log_probs_CK.flip(-1)], -1), -1
-            ).flip(-1)
-            empty_C1 = torch.full_like(half_CK[:, :1], -math.inf)
-            log_above_CK = torch.logaddexp(torch.cat([empty_C1, above_CK[:, :-1]], -1), half_CK)
-            log_below_CK = torch.logaddexp(below_CK[:, 1:], half_CK)
-            lambda_CK = log_below_CK - log_above_CK
-        else:
-            rank_K = torch.arange(log_probs_CK.shape[-1], device=log_probs_CK.device, dtype=torch.float64) + 0.5
-            lambda_CK = (torch.log(num_classes - rank_K) - torch.log(rank_K)).expand_as(log_probs_CK)
-        self.knots_CK = lambda_CK.flip(-1).contiguous()
-        self.values_CK = log_probs_CK.flip(-1)
-
-    def __call__(self, quantile_logit: Tensor) -> Tensor:
-        """Thresholds theta [C] float64 at quantile logits [C], which may be infinite; differentiable in them."""
-        point_C1 = quantile_logit.to(torch.float64).unsqueeze(-1)
-        right_C1 = torch.searchsorted(self.knots_CK, point_C1.detach().contiguous())
-        last = self.knots_CK.shape[-1] - 1
-        low_C1, high_C1 = (right_C1 - 1).clamp(0, last), right_C1.clamp(0, last)
-        run_C1 = self.knots_CK.gather(-1, high_C1) - self.knots_CK.gather(-1, low_C1)
-        rise_C1 = self.values_CK.gather(-1, high_C1) - self.values_CK.gather(-1, low_C1)
-        is_inside_C1 = run_C1 > 0
-        slope_C1 = torch.where(is_inside_C1, rise_C1 / torch.where(is_inside_C1, run_C1, 1.0), 1.0)
-        theta_C1 = self.values_CK.gather(-1, low_C1) + slope_C1 * (point_C1 - self.knots_CK.gather(-1, low_C1))
-        return theta_C1.squeeze(-1)
-
-
-def constant_quantiles(lower: float, upper: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantile logits of clip=fixed for tokens [C] like ``like``; 0 and 1 are -inf and +inf."""
-    return torch.full_like(like, _logit(lower)), torch.full_like(like, _logit(upper))
-
-
-def _logit(probability: float) -> float:
+def logit(probability: float) -> float:
+    """Log of the odds; infinite for 0 and 1."""
     if probability in (0.0, 1.0):
         return math.inf if probability else -math.inf
     return math.log(probability) - math.log1p(-probability)

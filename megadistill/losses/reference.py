@@ -19,7 +19,10 @@ from megadistill.losses.divergences import DIVERGENCES
 from megadistill.losses.fused import IGNORE_INDEX
 from megadistill.losses.head import Head
 from megadistill.losses.output import DistillScalars
+from megadistill.losses.quantile import NUM_NODES, num_rounds
 from megadistill.losses.topk_teacher import TeacherTopK
+
+_LOG_SMALLEST = math.log(1e-6)  # log of the mass below which an edge cuts nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,9 @@ def reference_loss(
     sft = mean(F.cross_entropy(logits_TV, labels[positions], reduction="none"))
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     num_classes = full_log_q.shape[-1]
-    lower, upper, mask, complement = _masks(log_p, gate, config, has_rest, num_classes)
-    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, complement, config))
-    coverage = mean(F.relu((complement * p).sum(-1) - config.coverage_target).square())
+    mask = _masks(log_p, gate, config, has_rest, num_classes)
+    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
+    coverage = mean(_coverage(mask, p, config))
 
     first = _first_of_pairs(pair_mask, is_valid)
     if config.span_relation == "hadamard":
@@ -86,12 +89,46 @@ def reference_loss(
         sft=sft,
         dac_kl=dac_kl,
         span=span,
-        kept_mass=mean((mask * p).sum(-1)),
+        kept_mass=mean(1 - (mask.clipped * p).sum(-1)),
+        classes=mean(mask.classes) if config.is_clipped else torch.zeros(()),
+        few_classes=mean((mask.classes < 1.5).to(p.dtype)) if config.is_clipped else torch.zeros(()),
         kl_map=kl.new_zeros(len(labels)).index_copy(0, positions, kl),
         teacher_top1=torch.full_like(labels, -1).index_copy(0, positions, full_p.argmax(-1)),
-        mean_lower=mean(lower),
-        mean_upper=mean(upper),
+        mean_lower=mean(mask.lower),
+        square_lower=mean(mask.lower.square()),
+        mean_upper=mean(mask.upper),
     )
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Per token [T] or class [T, V]: m (at the top class 1 + m with remainder=none), 1 - m, quantiles, two flags."""
+
+    kept: Tensor
+    clipped: Tensor
+    lower: Tensor
+    upper: Tensor
+    is_all_cut: Tensor
+    is_top: Tensor
+
+    @property
+    def classes(self) -> Tensor:
+        """How many classes are kept, the top class once."""
+        own = (self.kept * self.is_top).sum(-1) - 1
+        return self.kept.sum(-1) - own.gt(0).to(own.dtype)
+
+
+def _coverage(mask: _Mask, p: Tensor, config: LossConfig) -> Tensor:
+    """relu(x - target)^2 [T], x: the clipped mass, or what it is of all that lies beside the top class."""
+    clipped = (mask.clipped * p).sum(-1)
+    beside = p.masked_fill(mask.is_top, 0.0).sum(-1)
+    # The derivative by log l where l is just enough: from there on it would be 0, and the guard would see nothing.
+    clipped = clipped + mask.is_all_cut * beside * (mask.lower - mask.lower.detach()) / mask.lower.detach().clamp_min(
+        1e-9
+    )
+    if config.coverage == "relative" and config.is_clipped:
+        clipped = torch.where(beside > 0, clipped / torch.where(beside > 0, beside, 1.0), 0.0)
+    return F.relu(clipped - config.coverage_target).square()
 
 
 def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
@@ -133,42 +170,88 @@ def _written_span_values(log_p: Tensor, log_q: Tensor, labels: Tensor, first: Te
     return torch.stack(values) if values else log_q[:0]
 
 
-def quantile_thresholds(
-    sorted_log_probs: Tensor, log_tail: Tensor, quantile_logit: Tensor, num_classes: int | None
+def find_place(
+    places: Tensor, log_p: Tensor, target: Tensor, low: Tensor, high: Tensor, log_all: Tensor, softness: float
 ) -> Tensor:
-    """Log-probability at a quantile, token by token: linear between the knots (lambda_j, log p_(j)), slope 1 outside.
-
-    Knots run from the top class (the largest quantile) down.
+    """Where a soft edge has a mass below itself, for one token: linear on ``_mass_scale`` in the last interval.
 
     Args:
-        sorted_log_probs: [T, K] the teacher's largest log-probabilities, descending.
-        log_tail: [T] log of the sum of all other probabilities.
-        quantile_logit: [T] logits of the quantiles.
-        num_classes: V for quantiles of ranks; None for quantiles of mass.
+        places: [V] where the classes are.
+        log_p: [V] their log-probabilities.
+        target: Log of the mass.
+        low: A place below which there is less.
+        high: Where the search ends; all mass counts as being below.
+        log_all: Log of all mass.
+        softness: s.
     """
-    p = sorted_log_probs.exp()
-    num_knots = p.shape[-1]
-    thresholds = []
-    for t in range(len(p)):
-        knots = []
-        for j in range(num_knots):
-            if num_classes is None:
-                above = p[t, :j].sum() + p[t, j] / 2
-                below = log_tail[t].exp() + p[t, j + 1 :].sum() + p[t, j] / 2
-                knots.append(torch.log(below) - torch.log(above))
-            else:
-                knots.append(torch.tensor(math.log(num_classes - j - 0.5) - math.log(j + 0.5), dtype=p.dtype))
-        point, values = quantile_logit[t], sorted_log_probs[t]
-        if point >= knots[0]:
-            theta = values[0] + (point - knots[0])
-        elif point <= knots[-1]:
-            theta = values[-1] + (point - knots[-1])
-        else:
-            j = next(j for j in range(num_knots - 1) if knots[j + 1] < point)
-            share = (point - knots[j + 1]) / (knots[j] - knots[j + 1])
-            theta = values[j + 1] + share * (values[j] - values[j + 1])
-        thresholds.append(theta)
-    return torch.stack(thresholds) if thresholds else quantile_logit
+    scale_target = scale_low = _mass_scale(target, log_all)
+    scale_high = _mass_scale(log_all, log_all)
+    steps = torch.arange(1, NUM_NODES + 1, dtype=log_p.dtype) / (NUM_NODES + 1)
+    for _ in range(num_rounds(softness)):
+        nodes = low + (high - low) * steps
+        masses = (log_p.exp() * torch.sigmoid((nodes.unsqueeze(-1) - places) / softness)).sum(-1)
+        scales = _mass_scale(masses.log(), log_all)
+        knots, known = [low, *nodes, high], [scale_low, *scales, scale_high]
+        left = int((scales < scale_target).sum())
+        low, high, scale_low, scale_high = knots[left], knots[left + 1], known[left], known[left + 1]
+    if not scale_low < scale_high:
+        return low
+    return low + (high - low) * ((scale_target - scale_low) / (scale_high - scale_low)).clamp(0, 1)
+
+
+def _mass_scale(log_mass: Tensor, log_all: Tensor) -> Tensor:
+    """The mass as a logit of its share of all there is; from 99 % on nothing but its log."""
+    log_mass = log_mass.clamp_min(-200)
+    return log_mass - torch.log1p(-(log_mass - log_all).exp().clamp(max=0.99))
+
+
+def lower_threshold(
+    log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int
+) -> tuple[Tensor, bool]:
+    """One token's theta_l, differentiable in the quantile, and whether all that lies beside the top class is cut.
+
+    The derivative is that of an inverse function: dtheta = dl / F'(theta). What is not listed is below everything.
+    """
+    listed = log_p[:-1] if has_rest else log_p
+    others = torch.cat([listed[: listed.argmax()], listed[listed.argmax() + 1 :]])
+    quantile = torch.sigmoid(quantile_logit.to(log_p.dtype))
+    log_l = F.logsigmoid(quantile_logit.detach().to(log_p.dtype))
+    if log_l <= _LOG_SMALLEST:
+        return torch.full_like(log_l, -math.inf), False
+    log_beside = torch.cat([others, log_p[-1:]] if has_rest else [others]).logsumexp(0)
+    low = max(1.0, softness) * (log_l - math.log(num_classes)) - 0.5
+    places, masses = (others, others)
+    if has_rest:
+        places, masses = torch.cat([others, torch.full_like(log_p[-1:], -1e6)]), torch.cat([others, log_p[-1:]])
+    theta = find_place(places, masses, log_l, low, listed.max() + 8 * softness, log_beside, softness)
+    is_all_cut = bool(log_l >= log_beside)
+    density = _density(others, theta, softness)
+    if not is_all_cut and theta > low and density > 0:
+        theta = theta + (quantile - quantile.detach()) / density
+    return theta, is_all_cut
+
+
+def upper_threshold(log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int) -> Tensor:
+    """One token's theta_u, differentiable in the quantile: four softnesses above where an edge cuts 1 - u."""
+    listed = log_p[:-1] if has_rest else log_p
+    point = quantile_logit.detach().to(log_p.dtype)
+    quantile, log_above, log_u = (
+        torch.sigmoid(quantile_logit.to(log_p.dtype)),
+        F.logsigmoid(-point),
+        F.logsigmoid(point),
+    )
+    if log_above <= _LOG_SMALLEST:
+        return torch.full_like(point, math.inf)
+    low = -(listed.max() + softness * point.clamp(max=-_LOG_SMALLEST)) - 0.5
+    high = 0.5 - max(1.0, softness) * (log_u.clamp_min(_LOG_SMALLEST) - math.log(num_classes))
+    place = -find_place(-listed, listed, log_above, low, high, torch.zeros_like(low), softness)
+    return place + 4 * softness + (quantile - quantile.detach()) / _density(listed, place, softness)
+
+
+def _density(log_p: Tensor, place: Tensor, softness: float) -> Tensor:
+    """Derivative of the mass below a soft edge by its place."""
+    below = torch.sigmoid((place - log_p) / softness)
+    return (log_p.exp() * below * (1 - below)).sum() / softness
 
 
 def _logits(head: Head) -> Tensor:
@@ -187,43 +270,58 @@ def _listed(teacher: TeacherTopK, positions: Tensor, full_log_q: Tensor) -> tupl
     return log_p, log_q, full_p
 
 
-def _masks(
-    log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantiles l, u [T], the mask m and 1 - m [T, V]; m = 1 without clipping.
-
-    The rest of a TeacherTopK, the last class, is never kept.
-    """
+def _masks(log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: bool, num_classes: int) -> _Mask:
+    """The mask of each token; m = 1 without clipping. The rest of a TeacherTopK, the last class, is never kept."""
     if not config.is_clipped:
         zeros = torch.zeros_like(log_p)
-        return zeros[:, 0], zeros[:, 0] + 1, zeros + 1, zeros
+        return _Mask(zeros + 1, zeros, zeros[:, 0], zeros[:, 0] + 1, zeros[:, 0] > 0, zeros > 0)
     listed = log_p[:, :-1] if has_rest else log_p
     top, index = listed.topk(min(config.top_k, listed.shape[-1]), -1)
     log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
-    if config.clip == "gate":
-        assert gate is not None
-        lambda_l, lambda_u = gate(top, log_tail)
-    else:
-        bounds = torch.tensor([config.lower, config.upper], dtype=log_p.dtype)
-        lambda_l, lambda_u = (bound.logit().expand(len(log_p)) for bound in bounds)
-    counted = None if config.quantile == "mass" else num_classes
-    theta_l = quantile_thresholds(top, log_tail, lambda_l.to(log_p.dtype), counted).unsqueeze(-1)
-    theta_u = quantile_thresholds(top, log_tail, lambda_u.to(log_p.dtype), counted).unsqueeze(-1)
-    lower_edge, upper_edge = (log_p - theta_l) / config.softness, (theta_u - log_p) / config.softness
+    lambda_l, lambda_u = _quantiles(top, log_tail, gate, config, num_classes)
+    s = config.softness
+    places = [lower_threshold(*token, s, has_rest, num_classes) for token in zip(log_p.detach(), lambda_l, strict=True)]
+    theta_l = torch.stack([*(theta for theta, _ in places), *log_p[:0, 0]]) if places else log_p[:, 0]
+    is_all_cut = torch.tensor([cut for _, cut in places], dtype=torch.bool)
+    lower_edge = (log_p - theta_l.unsqueeze(-1)) / s
+    upper_edge = torch.full_like(lower_edge, math.inf)
+    if lambda_u is not None and places:
+        tokens = zip(log_p.detach(), lambda_u, strict=True)
+        theta_u = torch.stack([upper_threshold(*token, s, has_rest, num_classes) for token in tokens])
+        upper_edge = (torch.maximum(theta_u, theta_l.detach()).unsqueeze(-1) - log_p) / s
     mask = torch.sigmoid(lower_edge) * torch.sigmoid(upper_edge)
     complement = torch.sigmoid(-lower_edge) + torch.sigmoid(lower_edge) * torch.sigmoid(-upper_edge)
-    is_top = F.one_hot(listed.argmax(-1), log_p.shape[-1]).bool()
-    mask, complement = mask.masked_fill(is_top, 1.0), complement.masked_fill(is_top, 0.0)
     if has_rest:
         mask = torch.cat([mask[:, :-1], torch.zeros_like(mask[:, -1:])], -1)
         complement = torch.cat([complement[:, :-1], torch.ones_like(mask[:, -1:])], -1)
-    return torch.sigmoid(lambda_l), torch.sigmoid(lambda_u), mask, complement
+    is_top = F.one_hot(listed.argmax(-1), log_p.shape[-1]).bool()
+    own = mask.masked_fill(is_top, 0.0) if config.remainder != "none" else mask
+    lower, upper = torch.sigmoid(lambda_l), torch.ones_like(lambda_l) if lambda_u is None else torch.sigmoid(lambda_u)
+    beside = complement.masked_fill(is_top, 0.0)
+    return _Mask(own + is_top, beside, lower, upper, is_all_cut, is_top)
 
 
-def _token_values(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, config: LossConfig) -> Tensor:
+def _quantiles(
+    top: Tensor, log_tail: Tensor, gate: nn.Module | None, config: LossConfig, num_classes: int
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of the quantiles [T]."""
+    if config.clip == "gate":
+        assert gate is not None
+        return gate(top, log_tail)
+    bounds = torch.tensor([config.lower, config.upper], dtype=top.dtype).expand(len(top), 2)
+    lower, upper = bounds.unbind(-1)
+    if config.clip == "entropy":
+        tail = log_tail.exp()
+        of_tail = torch.where(tail > 0, tail * (log_tail - math.log(max(1, num_classes - top.shape[-1]))), 0.0)
+        entropy = -(top.exp() * top).sum(-1) - of_tail
+        lower = lower * (entropy / math.log(max(2, num_classes))).clamp(0, 1)
+    return lower.logit(), None if config.upper == 1 else upper.logit()
+
+
+def _token_values(log_p: Tensor, log_q: Tensor, mask: _Mask, config: LossConfig) -> Tensor:
     """The token loss [T], not multiplied by the temperature squared."""
     if config.is_clipped or config.divergence == "dac_kl":
-        return _clipped_kl(log_p, log_q, mask, complement, config.remainder)
+        return _clipped_kl(log_p, log_q, mask.kept, mask.clipped, config.remainder)
     divergence = DIVERGENCES[config.divergence]
     return divergence.reference(log_p, log_q, divergence.share(config))
 
@@ -232,6 +330,13 @@ def _clipped_kl(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, 
     """DAC-KL [T] of each token."""
     p, q = log_p.exp(), log_q.exp()
     kept = (mask * p * (log_p - log_q)).sum(-1)
+    if remainder == "none":
+        return kept
+    if remainder == "truncate":
+        truncated = mask * p / (mask * p).sum(-1, keepdim=True)
+        is_kept = truncated > 0
+        log_truncated = torch.where(is_kept, truncated, 1.0).log()
+        return torch.where(is_kept, truncated * (log_truncated - log_q), 0.0).sum(-1)
     if remainder == "renormalize":
         kept_p, kept_q = (mask * p).sum(-1), (mask * q).sum(-1)
         return kept / kept_p - kept_p.log() + kept_q.log()

@@ -6,6 +6,7 @@ that underflow still carry their share of log Rq. Suffixes: C tokens, Vs this ra
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from megadistill.losses.divergences import saturation
 from megadistill.losses.tiles import (
+    UPPER_EDGE,
     ClippedSum,
+    EdgeNodes,
     GradientWeights,
     LocalStatistics,
     LogNormalizers,
@@ -54,36 +57,69 @@ def sums(
     lp, lq = log_p(spec, teacher_CVs, norms), log_q(spec, student_CVs, norms)
     p = _exp(lp)
     p_gap = p * (lp - lq)
+    kl = p_gap.sum(-1)
     if not spec.is_clipped:
         if spec.formula is None:
-            return p_gap.sum(-1, keepdim=True)
+            return kl.unsqueeze(-1)
         value, slope = spec.formula(lp, lq, p, _exp(lq), spec.share)
-        return torch.stack([p_gap.sum(-1), value.sum(-1), slope.sum(-1)], -1)
+        return torch.stack([kl, value.sum(-1), slope.sum(-1)], -1)
     assert bounds is not None
-    # An upper bound of each term is enough to shift by, and costs no exponential.
-    shift = (lq + _log_weight(spec, _edges(spec, lp, bounds)[0])).amax(-1)
     mask = soft_mask(spec, lp, bounds, spec.has_edges)
-    mp, mp_gap = mask.kept * p, mask.kept * p_gap
-    term = _exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
+    if spec.remainder == "truncate":
+        p_gap = p_gap + p * _log(mask.kept)
     columns = {
-        ClippedSum.KL: p_gap.sum(-1),
-        ClippedSum.KEPT_GAP: mp_gap.sum(-1),
-        ClippedSum.KEPT_P: mp.sum(-1),
+        ClippedSum.KL: kl,
+        ClippedSum.KEPT_GAP: (mask.kept * p_gap).sum(-1),
+        ClippedSum.KEPT_P: (mask.kept * p).sum(-1),
         ClippedSum.CLIPPED_P: (mask.clipped * p).sum(-1),
-        ClippedSum.SHIFT: shift,
-        ClippedSum.TOTAL: (term * mask.factor).sum(-1),
+        ClippedSum.CLASSES: mask.kept.sum(-1),
     }
+    term = lq
+    if spec.has_totals:
+        # An upper bound of each term is enough to shift by, and costs no exponential.
+        shift = (lq + _log_weight(spec, _edges(spec, lp, bounds)[0])).amax(-1)
+        term = _exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
+        columns |= {ClippedSum.SHIFT: shift, ClippedSum.TOTAL: (term * mask.factor).sum(-1)}
     if mask.edges is not None:
-        below, above, factor_l, factor_u = mask.edges
-        columns |= {
-            ClippedSum.TOTAL_L: (term * factor_l).sum(-1),
-            ClippedSum.TOTAL_U: (term * factor_u).sum(-1),
-            ClippedSum.GAP_L: (below * mp_gap).sum(-1),
-            ClippedSum.P_L: (below * mp).sum(-1),
-            ClippedSum.GAP_U: (above * mp_gap).sum(-1),
-            ClippedSum.P_U: (above * mp).sum(-1),
-        }
-    return torch.stack([columns[column] for column in ClippedSum if column in columns], -1)
+        columns |= _edge_sums(spec, lp, bounds, mask.edges, p, p_gap, term)
+    return torch.stack([columns[column] for column in ClippedSum if column in columns], -1)  # spec.columns
+
+
+def edge_masses(
+    spec: TileSpec, teacher_CVs: Tensor, norms: LogNormalizers, top_column: Tensor, nodes: EdgeNodes
+) -> Tensor:
+    """This shard's teacher mass [C, D] that a lower edge at each node cuts, then the same [C, D] of an upper edge.
+
+    The top class is left out; the class that stands for what is not listed lies below every lower edge.
+    """
+    lp = log_p(spec, teacher_CVs, norms)
+    p = torch.where(_is_column(lp, top_column), 0.0, _exp(lp))
+    is_rest = _is_rest(lp) if spec.has_bucket else None
+    masses = _masses_beyond(spec, lp, p, nodes.lower, 1.0, is_rest)
+    if nodes.upper is not None:
+        masses += _masses_beyond(spec, lp, p, nodes.upper, -1.0, is_rest)
+    return torch.stack(masses, -1)
+
+
+def _masses_beyond(
+    spec: TileSpec, lp: Tensor, p: Tensor, nodes: Tensor, sign: float, is_rest: Tensor | None
+) -> list[Tensor]:
+    """The sum of p sigmoid(sign (node - log p) / s) for each of the nodes."""
+    scale, limit = sign / spec.softness, saturation(lp)
+    if is_rest is not None:
+        lp = torch.where(is_rest, -_NEVER * spec.softness, lp)
+    num_nodes = nodes.shape[-1]
+    if spec.is_wide:  # one exponential for all nodes would overflow
+        return [(p * torch.sigmoid((nodes[:, d : d + 1] - lp) * scale)).sum(-1) for d in range(num_nodes)]
+    middle = 0.5 * (nodes[:, :1] + nodes[:, -1:])
+    # The lower limit is so far below all nodes that the edge is 1, and no product is denormal; nor is a quotient.
+    relative = ((lp - middle) * scale).clamp(-0.7 * limit, limit).exp()
+    steps = ((middle - nodes) * scale).exp()
+    ratios = [relative * steps[:, d : d + 1] for d in range(num_nodes)]
+    if sign < 0:
+        largest = math.exp(0.5 * limit)
+        ratios = [ratio.clamp(max=largest) for ratio in ratios]
+    return [(p / (1.0 + ratio)).sum(-1) for ratio in ratios]
 
 
 def gradient(
@@ -105,10 +141,12 @@ def gradient(
         lp = log_p(spec, teacher_CVs, norms)
         factor = weights.teacher.unsqueeze(-1)
         if spec.is_clipped:
-            assert bounds is not None and weights.bucket_coef is not None and weights.log_norm is not None
+            assert bounds is not None
             mask = soft_mask(spec, lp, bounds, has_edges=False)
-            bucket = _exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
-            result = result - factor * mask.kept * _exp(lp) + weights.bucket_coef.unsqueeze(-1) * bucket
+            result = result - factor * mask.kept * _exp(lp)
+            if weights.bucket_coef is not None and weights.log_norm is not None:
+                bucket = _exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
+                result = result + weights.bucket_coef.unsqueeze(-1) * bucket
         elif spec.formula is None:
             result = result - factor * _exp(lp)
         else:
@@ -147,27 +185,29 @@ def span_gradient(
 
 
 class MaskEdges(NamedTuple):
-    """Parts of the mask [C, Vs] for the derivatives by its thresholds.
+    """Parts of the mask [C, Vs] for the derivatives by its thresholds; None without an upper edge.
 
     Attributes:
-        below: 1 minus the lower sigmoid of the mask.
-        above: 1 minus the upper sigmoid of the mask.
+        lower: Softness times the derivative of m by the lower threshold, without its sign.
+        upper: The same by the upper threshold.
         factor_l: As ``SoftMask.factor``, for the part of q's weight that moves with theta_l.
         factor_u: The same for theta_u.
+        density_l: The derivative of the lower sigmoid alone, times the softness.
     """
 
-    below: Tensor
-    above: Tensor
+    lower: Tensor
     factor_l: Tensor
-    factor_u: Tensor
+    upper: Tensor | None = None
+    factor_u: Tensor | None = None
+    density_l: Tensor | None = None
 
 
 class SoftMask(NamedTuple):
     """The mask m = sigmoid((log p - theta_l)/s) sigmoid((theta_u - log p)/s), 1 at the top class, in parts [C, Vs].
 
     Attributes:
-        kept: m.
-        clipped: 1 - m, not computed as a difference.
+        kept: m; 1 + m at the top class where it is appended (none).
+        clipped: 1 - m, not computed as a difference; 0 at the top class.
         log_weight: The weight of q in the loss's log-domain sum (1 - m with a bucket, m when renormalizing) is
             exp(log_weight) * factor, so that it never underflows.
         factor: Between 1/4 and 2.
@@ -192,29 +232,64 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
     distance = near.abs()
     # Far inside nothing is clipped, not even the floor's little: it would meet a log Rq as far below.
     e = torch.where(distance > saturation(lp), 0.0, _exp(-distance, 24.0))
-    far_relative = _exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
     is_inside = near > 0
     r = 1.0 / (1.0 + e)
     er = e * r
-    near_kept, near_clipped = torch.where(is_inside, r, er), torch.where(is_inside, er, r)
-    far_kept = 1.0 / (1.0 + torch.where(is_inside, far_relative * e, far_relative))
-    far_clipped_relative = far_relative * far_kept
-    far_clipped = torch.where(is_inside, far_clipped_relative * e, far_clipped_relative)
-    kept = near_kept * far_kept
+    kept, clipped = torch.where(is_inside, r, er), torch.where(is_inside, er, r)
     is_bucket = spec.remainder == "bucket"
-    factor = r + near_kept * far_clipped_relative if is_bucket else r * far_kept
-    mask = SoftMask(kept, near_clipped + near_kept * far_clipped, log_weight, factor)
-    if not has_edges:
-        return mask
-    factor_near = kept * r if is_bucket else factor * near_clipped
-    factor_far = kept * far_clipped_relative if is_bucket else factor * far_clipped
-    edges = MaskEdges(
-        below=torch.where(is_lower, near_clipped, far_clipped),
-        above=torch.where(is_lower, far_clipped, near_clipped),
-        factor_l=torch.where(is_lower, factor_near, factor_far),
-        factor_u=torch.where(is_lower, factor_far, factor_near),
-    )
-    return mask._replace(edges=edges)
+    edges: MaskEdges | None
+    if far is None or is_lower is None:
+        factor = r
+        edges = MaskEdges(kept * clipped, kept * r if is_bucket else factor * clipped)
+    else:
+        near_kept, near_clipped = kept, clipped
+        far_relative = _exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
+        far_kept = 1.0 / (1.0 + torch.where(is_inside, far_relative * e, far_relative))
+        far_clipped_relative = far_relative * far_kept
+        far_clipped = torch.where(is_inside, far_clipped_relative * e, far_clipped_relative)
+        kept, clipped = near_kept * far_kept, near_clipped + near_kept * far_clipped
+        factor = r + near_kept * far_clipped_relative if is_bucket else r * far_kept
+        factor_near = kept * r if is_bucket else factor * near_clipped
+        factor_far = kept * far_clipped_relative if is_bucket else factor * far_clipped
+        edges = MaskEdges(
+            lower=kept * torch.where(is_lower, near_clipped, far_clipped),
+            factor_l=torch.where(is_lower, factor_near, factor_far),
+            upper=kept * torch.where(is_lower, far_clipped, near_clipped),
+            factor_u=torch.where(is_lower, factor_far, factor_near),
+            density_l=torch.where(is_lower, near_kept * near_clipped, far_kept * far_clipped),
+        )
+    if spec.remainder == "none":
+        is_top = _is_column(lp, bounds.top_column)
+        kept, clipped = kept + is_top, torch.where(is_top, 0.0, clipped)
+    return SoftMask(kept, clipped, log_weight, factor, edges if has_edges else None)
+
+
+def _edge_sums(
+    spec: TileSpec, lp: Tensor, bounds: MaskBounds, edges: MaskEdges, p: Tensor, p_gap: Tensor, term: Tensor
+) -> dict[ClippedSum, Tensor]:
+    """The sums for the derivatives by the thresholds; ``term`` is the student's side, where it has one."""
+    columns = {ClippedSum.GAP_L: (edges.lower * p_gap).sum(-1)}
+    # Without the top class, whose own mask moves where it is not 1 by definition (none), and what is not listed.
+    beside = torch.where(_is_column(lp, bounds.top_column), 0.0, p) if spec.remainder == "none" or spec.has_upper else p
+    if spec.has_bucket:
+        beside = torch.where(_is_rest(lp), 0.0, beside)
+    columns[ClippedSum.P_L] = (edges.lower * beside).sum(-1)
+    if spec.has_totals:
+        columns[ClippedSum.TOTAL_L] = (term * edges.factor_l).sum(-1)
+    if edges.upper is None or edges.factor_u is None or edges.density_l is None:
+        return columns
+    above = (bounds.theta_u.unsqueeze(-1) - lp) / spec.softness - UPPER_EDGE
+    e = above.clamp(-saturation(lp), saturation(lp)).exp()
+    share = 1.0 / (1.0 + e)
+    columns |= {
+        ClippedSum.GAP_U: (edges.upper * p_gap).sum(-1),
+        ClippedSum.P_U: (edges.upper * beside).sum(-1),
+        ClippedSum.DENSITY_L: (edges.density_l * beside).sum(-1),
+        ClippedSum.DENSITY_U: (e * share * share * beside).sum(-1),
+    }
+    if spec.has_totals:
+        columns[ClippedSum.TOTAL_U] = (term * edges.factor_u).sum(-1)
+    return columns
 
 
 def log_q(spec: TileSpec, student_CVs: Tensor, norms: LogNormalizers) -> Tensor:
@@ -233,26 +308,45 @@ def _log_probs(spec: TileSpec, tile_CVs: Tensor, largest: Tensor, log_sum: Tenso
     return _tempered(tile_CVs - largest.unsqueeze(-1), 1.0 / spec.temperature) - log_sum.unsqueeze(-1)
 
 
-def _edges(spec: TileSpec, lp: Tensor, bounds: MaskBounds) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances to the nearer and the farther edge, and whether the nearer one is the lower.
+def _edges(spec: TileSpec, lp: Tensor, bounds: MaskBounds) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Distances to the nearer and the farther edge, and whether the nearer one is the lower; None where there is one.
 
     Distances are in units of the softness, positive inside.
     """
     inverse = 1.0 / spec.softness
-    lower, upper = (lp - bounds.theta_l.unsqueeze(-1)) * inverse, (bounds.theta_u.unsqueeze(-1) - lp) * inverse
-    column = torch.arange(lp.shape[-1], device=lp.device)
-    is_top = column == bounds.top_column.unsqueeze(-1)
-    near, far = torch.minimum(lower, upper), torch.maximum(lower, upper)
-    near, far = torch.where(is_top, _NEVER, near), torch.where(is_top, _NEVER, far)
+    near = (lp - bounds.theta_l.unsqueeze(-1)) * inverse
+    far = is_lower = None
+    if spec.has_upper:
+        upper = (bounds.theta_u.unsqueeze(-1) - lp) * inverse
+        near, far, is_lower = torch.minimum(near, upper), torch.maximum(near, upper), near < upper
+    if spec.remainder != "none":
+        is_top = _is_column(lp, bounds.top_column)
+        near, far = torch.where(is_top, _NEVER, near), None if far is None else torch.where(is_top, _NEVER, far)
     if spec.has_bucket:
-        is_rest = column == lp.shape[-1] - 1
-        near, far = torch.where(is_rest, -_NEVER, near), torch.where(is_rest, _NEVER, far)
-    return near, far, lower < upper
+        is_rest = _is_rest(lp)
+        near, far = torch.where(is_rest, -_NEVER, near), None if far is None else torch.where(is_rest, _NEVER, far)
+    return near, far, is_lower
+
+
+def _is_column(lp: Tensor, column: Tensor) -> Tensor:
+    # 32 bits: vectors hold as many as they hold numbers.
+    own = torch.arange(lp.shape[-1], device=lp.device, dtype=torch.int32)
+    return own == column.to(torch.int32).unsqueeze(-1)
+
+
+def _is_rest(lp: Tensor) -> Tensor:
+    """The last column, where it stands for all classes that are not listed."""
+    return torch.arange(lp.shape[-1], device=lp.device) == lp.shape[-1] - 1
 
 
 def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
     """Log of 1 - m or of m to within a factor of 4, without an exponential."""
     return (-near if spec.remainder == "bucket" else near).clamp(max=0.0)
+
+
+def _log(kept: Tensor) -> Tensor:
+    """Log of the mask; finite where it is 0, because it is multiplied by it."""
+    return kept.clamp(min=torch.finfo(kept.dtype).tiny).log()
 
 
 def _exp(values: Tensor, floor: float = 41.0) -> Tensor:

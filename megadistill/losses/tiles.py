@@ -16,35 +16,46 @@ from megadistill.losses.divergences import Formula, divergence_of
 
 # Classes that share one maximum and one sum in the statistics: the top K lie in the K groups with the largest maxima.
 GROUP = 64
+# Softnesses between the place where an upper edge would cut its mass and its threshold: classes that are as likely as
+# the one at the quantile (ties) keep 98 % and more of themselves.
+UPPER_EDGE = 4.0
 _MIN_GROUPED = 128 * GROUP  # below, taking the top K of the whole shard is as fast
 
 
 class ClippedSum(IntEnum):
-    """Columns of the sums over classes for DAC-KL; p, q: teacher and student, m: mask (docs/method.md, section 2).
+    """Sums over classes for DAC-KL; p, q: teacher and student, m: mask (docs/method.md, section 2).
 
-    The sums from SHIFT on that belong to the student are relative to exp(SHIFT): they merge like a log-sum-exp.
-    L and U: only with edges, and the derivative of a sum by a threshold, up to sign and softness.
+    ``TileSpec.columns`` has those that a specification asks for. L and U: only with edges, and the derivative of a sum
+    by a threshold, up to sign and softness. The totals belong to the student and are relative to exp(SHIFT): they merge
+    like a log-sum-exp.
     """
 
     KL = 0
     """Sum of p (log p - log q), unclipped."""
     KEPT_GAP = 1
-    """D: sum of m p (log p - log q)."""
+    """D: sum of m p (log p - log q); with log m added to the gap (truncate)."""
     KEPT_P = 2
     """P: sum of m p."""
     CLIPPED_P = 3
     """Rp: sum of (1 - m) p."""
-    SHIFT = 4
+    CLASSES = 4
+    """Sum of m."""
+    SHIFT = 5
     """Log of the unit of the three totals."""
-    TOTAL = 5
+    TOTAL = 6
     """Rq, the sum of (1 - m) q (bucket), or Q, the sum of m q (renormalize)."""
-    TOTAL_L = 6
-    TOTAL_U = 7
-    GAP_L = 8
-    """Sum of m p (log p - log q) (1 - lower edge's sigmoid)."""
-    P_L = 9
-    GAP_U = 10
-    P_U = 11
+    TOTAL_L = 7
+    TOTAL_U = 8
+    GAP_L = 9
+    """Sum of m p (log p - log q) (1 - lower edge's sigmoid), with log m as in KEPT_GAP."""
+    P_L = 10
+    """The same of m p, without the top class."""
+    GAP_U = 11
+    P_U = 12
+    DENSITY_L = 13
+    """Softness times the density of p at the lower threshold, top class left out; P_L where there is no upper one."""
+    DENSITY_U = 14
+    """The same at the upper threshold's quantile, ``UPPER_EDGE`` softnesses below it."""
 
 
 class DivergenceSum(IntEnum):
@@ -76,11 +87,15 @@ class TileSpec:
     """The share that the formula gets."""
     remainder: Remainder = "bucket"
     softness: float = 0.25
+    has_upper: bool = False
+    """The mask has an upper edge."""
     temperature: float = 1.0
     has_edges: bool = False
     """Sums for the derivatives by the mask's thresholds are wanted: a gate is learning."""
     has_untempered: bool = False
     """Cross-entropy at temperature 1 beside other terms at another temperature."""
+    is_wide: bool = False
+    """The places at which masses are asked for lie too far apart for one exponential (``edge_masses``)."""
     has_bucket: bool = False
     """The last column stands for all classes that are not listed (TeacherTopK): it is never kept."""
 
@@ -95,16 +110,35 @@ class TileSpec:
             share=divergence.share(config),
             remainder=config.remainder if is_clipped else "bucket",
             softness=config.softness if is_clipped else 0.0,
+            has_upper=is_clipped and config.upper < 1,
             temperature=config.temperature,
             has_edges=has_edges,
             has_untempered=config.temperature != 1.0 and config.sft > 0,
         )
 
     @property
+    def has_totals(self) -> bool:
+        """Whether the clipped loss needs a sum over the student's side of the mask."""
+        return self.remainder in ("bucket", "renormalize")
+
+    @property
+    def columns(self) -> tuple[ClippedSum, ...]:
+        """The clipped loss's sums over classes, in their order."""
+        absent: set[ClippedSum] = set()
+        if not self.has_totals:
+            absent |= {ClippedSum.SHIFT, ClippedSum.TOTAL, ClippedSum.TOTAL_L, ClippedSum.TOTAL_U}
+        if not self.has_edges:
+            absent |= {column for column in ClippedSum if column > ClippedSum.TOTAL}
+        if not self.has_upper:
+            absent |= {ClippedSum.TOTAL_U, ClippedSum.GAP_U, ClippedSum.P_U}
+            absent |= {ClippedSum.DENSITY_L, ClippedSum.DENSITY_U}
+        return tuple(column for column in ClippedSum if column not in absent)
+
+    @property
     def num_sums(self) -> int:
-        """Columns of the sums over classes: of ``ClippedSum`` or of ``DivergenceSum``."""
+        """Number of sums over classes: of ``columns`` or of ``DivergenceSum``."""
         if self.is_clipped:
-            return len(ClippedSum) if self.has_edges else ClippedSum.TOTAL + 1
+            return len(self.columns)
         return DivergenceSum.KL + 1 if self.formula is None else len(DivergenceSum)
 
 
@@ -149,12 +183,24 @@ class LogNormalizers(NamedTuple):
     teacher_log: Tensor | None = None
 
 
+class EdgeNodes(NamedTuple):
+    """Places [C, D] on the scale of log p at which the search for a threshold asks for masses, ascending in mass.
+
+    Attributes:
+        lower: Rising; asked for is the mass that a lower edge there cuts.
+        upper: Falling; asked for is the mass that an upper edge there cuts. None: no upper edge.
+    """
+
+    lower: Tensor
+    upper: Tensor | None
+
+
 class MaskBounds(NamedTuple):
     """The mask's place, per token [C].
 
     Attributes:
         theta_l: Lower threshold of log p, in nats.
-        theta_u: Upper threshold.
+        theta_u: Upper threshold; not read without ``TileSpec.has_upper``.
         top_column: The teacher's top class as a column of this tile; outside it where another shard has the class.
     """
 

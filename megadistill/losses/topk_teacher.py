@@ -18,7 +18,7 @@ from megadistill.errors import ConfigError, DataError
 from megadistill.losses.dense_teacher import local_statistics, span_sums
 from megadistill.losses.divergences import divergence_of
 from megadistill.losses.statistics import TokenStatistics, local_target, log_total
-from megadistill.losses.tiles import GradientWeights, LogNormalizers, MaskBounds, TileSpec
+from megadistill.losses.tiles import EdgeNodes, GradientWeights, LogNormalizers, MaskBounds, TileSpec
 from megadistill.losses.torch_kernels import TorchKernels, add_labels
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
@@ -120,6 +120,13 @@ class TopKTeacher:
         gathered = all_gather_rows(torch.cat([torch.stack(columns, -1), listed_CL], -1), self.shard.group)
         width = len(columns)
         return self._merge(gathered[..., :width].double(), gathered[..., width:].sum(0).double())
+
+    def edge_masses(self, norms: LogNormalizers, top1: Tensor, nodes: EdgeNodes, is_wide: bool) -> Tensor:
+        """``tile_math.edge_masses`` of the listed classes and the rest."""
+        spec = replace(self._small_spec, is_wide=is_wide)
+        zeros = torch.zeros_like(norms.student_max)
+        small_norms = LogNormalizers(zeros, zeros, None, zeros, zeros)
+        return self._small_kernels.edge_masses(spec, self._chunk[1], small_norms, self._top_place, nodes)
 
     def sums(
         self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megadistill.errors import ConfigError
 from megadistill.losses import tile_math
-from megadistill.losses.tiles import GradientWeights, LocalStatistics, LogNormalizers, MaskBounds, TileSpec
+from megadistill.losses.tiles import EdgeNodes, GradientWeights, LocalStatistics, LogNormalizers, MaskBounds, TileSpec
 
 # Elements per thread of the blocks that the eager backend splits a CPU tile into. Temporaries of this size stay in the
 # cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
@@ -41,6 +41,12 @@ class TorchKernels:
     ) -> Tensor:
         """See ``tile_math.sums``."""
         return self._run(tile_math.sums, 0, spec, student_CVs, teacher_CVs, norms, bounds)
+
+    def edge_masses(
+        self, spec: TileSpec, teacher_CVs: Tensor, norms: LogNormalizers, top_column: Tensor, nodes: EdgeNodes
+    ) -> Tensor:
+        """See ``tile_math.edge_masses``."""
+        return self._run(tile_math.edge_masses, 0, spec, teacher_CVs, norms, top_column, nodes)
 
     def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
         """See ``tile_math.span_sums``."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megadistill.losses import triton_kernels as kernels
 from megadistill.losses.tiles import (
+    ClippedSum,
+    EdgeNodes,
     GradientWeights,
     LocalStatistics,
     LogNormalizers,
@@ -20,6 +22,7 @@ from megadistill.losses.tiles import (
     group_width,
 )
 from megadistill.losses.torch_kernels import TorchKernels
+from megadistill.losses.triton_mask import edge_masses_kernel
 
 _BLOCK = 1024  # classes that a program works on at a time
 _NUM_WARPS = 4
@@ -57,13 +60,32 @@ class TritonKernels(TorchKernels):
     ) -> Tensor:
         """See ``tile_math.sums``."""
         num_tokens, num_classes = student_CVs.shape
-        out = student_CVs.new_empty(num_tokens, spec.num_sums)
+        num_sums = len(ClippedSum) if spec.is_clipped else spec.num_sums
+        out = student_CVs.new_empty(num_tokens, num_sums)
         kernels.sums_kernel[(num_tokens,)](
             student_CVs, teacher_CVs, *_normalizers(norms), *_bounds(bounds, norms), out, num_classes,
             student_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.share,
             IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula),
-            IS_BUCKET=spec.remainder == "bucket", HAS_EDGES=spec.has_edges, HAS_BUCKET=spec.has_bucket,
-            F=_floors(student_CVs), NUM_SUMS=spec.num_sums, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+            IS_BUCKET=spec.remainder == "bucket", IS_TRUNCATE=spec.remainder == "truncate",
+            IS_NONE=spec.remainder == "none", HAS_TOTALS=spec.has_totals, HAS_UPPER=spec.has_upper,
+            HAS_EDGES=spec.has_edges, HAS_BUCKET=spec.has_bucket, F=_floors(student_CVs), NUM_SUMS=num_sums,
+            BLOCK=_BLOCK, num_warps=_NUM_WARPS,
+        )  # fmt: skip
+        return out[:, list(spec.columns)] if spec.is_clipped else out
+
+    def edge_masses(
+        self, spec: TileSpec, teacher_CVs: Tensor, norms: LogNormalizers, top_column: Tensor, nodes: EdgeNodes
+    ) -> Tensor:
+        """See ``tile_math.edge_masses``."""
+        num_tokens, num_classes = teacher_CVs.shape
+        num_nodes = nodes.lower.shape[1]
+        out = teacher_CVs.new_empty(num_tokens, num_nodes * (1 if nodes.upper is None else 2))
+        edge_masses_kernel[(num_tokens,)](
+            teacher_CVs, *_normalizers(norms)[2:], top_column.contiguous(), nodes.lower.contiguous(),
+            _or(nodes.upper, nodes.lower), out, num_classes, teacher_CVs.stride(0), num_nodes, 1.0 / spec.temperature,
+            _inverse(spec.softness), IS_WIDE=spec.is_wide, HAS_UPPER=nodes.upper is not None,
+            HAS_BUCKET=spec.has_bucket, F=_floors(teacher_CVs), NODES=triton.next_power_of_2(num_nodes),
+            BLOCK=_BLOCK // 4, num_warps=_NUM_WARPS,
         )  # fmt: skip
         return out
 
@@ -98,7 +120,8 @@ class TritonKernels(TorchKernels):
             *(_or(part, unread) for part in weights), out_CVs, num_tokens, num_classes, student_CVs.stride(0),
             out_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.share,
             IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula),
-            IS_BUCKET=spec.remainder == "bucket", HAS_BUCKET=spec.has_bucket,
+            IS_BUCKET=spec.remainder == "bucket", IS_NONE=spec.remainder == "none", HAS_TOTALS=spec.has_totals,
+            HAS_UPPER=spec.has_upper, HAS_BUCKET=spec.has_bucket,
             HAS_TOKEN=weights.teacher is not None and has_teacher, HAS_UNTEMPERED=weights.untempered is not None,
             HAS_LABEL=weights.label is not None, HAS_SPAN=weights.span_pair is not None and has_teacher, ADDS=adds,
             F=_floors(student_CVs), BLOCK=_BLOCK, num_warps=_NUM_WARPS,

@@ -21,13 +21,15 @@ import triton
 import triton.language as tl
 
 from megadistill.losses.divergences import Formula
-from megadistill.losses.tiles import ClippedSum, DivergenceSum, SpanSum
+from megadistill.losses.tiles import UPPER_EDGE, ClippedSum, DivergenceSum, SpanSum
+from megadistill.losses.triton_mask import edges, floored_exp, soft_mask
 
 # Kernels may read constants only, not an enumeration.
 _KL = tl.constexpr(int(ClippedSum.KL))  # the first column of either layout
 _KEPT_GAP = tl.constexpr(int(ClippedSum.KEPT_GAP))
 _KEPT_P = tl.constexpr(int(ClippedSum.KEPT_P))
 _CLIPPED_P = tl.constexpr(int(ClippedSum.CLIPPED_P))
+_CLASSES = tl.constexpr(int(ClippedSum.CLASSES))
 _SHIFT = tl.constexpr(int(ClippedSum.SHIFT))
 _TOTAL = tl.constexpr(int(ClippedSum.TOTAL))
 _TOTAL_L = tl.constexpr(int(ClippedSum.TOTAL_L))
@@ -36,16 +38,14 @@ _GAP_L = tl.constexpr(int(ClippedSum.GAP_L))
 _P_L = tl.constexpr(int(ClippedSum.P_L))
 _GAP_U = tl.constexpr(int(ClippedSum.GAP_U))
 _P_U = tl.constexpr(int(ClippedSum.P_U))
+_DENSITY_L = tl.constexpr(int(ClippedSum.DENSITY_L))
+_DENSITY_U = tl.constexpr(int(ClippedSum.DENSITY_U))
 _VALUE = tl.constexpr(int(DivergenceSum.VALUE))
 _SLOPE = tl.constexpr(int(DivergenceSum.SLOPE))
 _SQUARE = tl.constexpr(int(SpanSum.SQUARE))
 _INNER = tl.constexpr(int(SpanSum.INNER))
 _NUM_SPAN_SUMS = tl.constexpr(len(SpanSum))
-
-
-@triton.jit
-def _exp(values, FLOOR: tl.constexpr):
-    return tl.exp(tl.maximum(values, -FLOOR))
+_UPPER_EDGE = tl.constexpr(UPPER_EDGE)
 
 
 @triton.jit
@@ -95,43 +95,6 @@ def statistics_kernel(
 
 
 @triton.jit
-def _edges(
-    lp, theta_l, theta_u, columns, top_column, last_column, softness_inverse: tl.constexpr, HAS_BUCKET: tl.constexpr
-):
-    lower, upper = (lp - theta_l) * softness_inverse, (theta_u - lp) * softness_inverse
-    near, far = tl.minimum(lower, upper), tl.maximum(lower, upper)
-    near, far = tl.where(columns == top_column, 1e12, near), tl.where(columns == top_column, 1e12, far)
-    if HAS_BUCKET:
-        near, far = tl.where(columns == last_column, -1e12, near), tl.where(columns == last_column, 1e12, far)
-    return near, far, lower < upper
-
-
-@triton.jit
-def _mask(near, far, IS_BUCKET: tl.constexpr, F: tl.constexpr):
-    """Returns kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far."""
-    log_weight = tl.minimum(-near if IS_BUCKET else near, 0.0)
-    distance = tl.abs(near)
-    e = tl.where(distance > 80.0 * F, 0.0, _exp(-distance, 24.0 * F))
-    far_relative = _exp(tl.maximum(near, 0.0) - far, 20.0 * F)
-    is_inside = near > 0
-    r = 1.0 / (1.0 + e)
-    er = e * r
-    near_kept, near_clipped = tl.where(is_inside, r, er), tl.where(is_inside, er, r)
-    far_kept = 1.0 / (1.0 + tl.where(is_inside, far_relative * e, far_relative))
-    far_clipped_relative = far_relative * far_kept
-    far_clipped = tl.where(is_inside, far_clipped_relative * e, far_clipped_relative)
-    kept = near_kept * far_kept
-    clipped = near_clipped + near_kept * far_clipped
-    if IS_BUCKET:
-        factor = r + near_kept * far_clipped_relative
-        factor_near, factor_far = kept * r, kept * far_clipped_relative
-    else:
-        factor = r * far_kept
-        factor_near, factor_far = factor * near_clipped, factor * far_clipped
-    return kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far
-
-
-@triton.jit
 def _log_mixture(gap, share: tl.constexpr):
     """Log of (1 - share) + share exp(gap); by series where the gap is so small that exp(gap) - 1 would lose digits."""
     gap = tl.minimum(gap, 640.0 if gap.dtype == tl.float64 else 80.0)
@@ -176,7 +139,7 @@ def triton_formula(formula: Formula | None) -> Any:
 @triton.jit
 def _divergence(lp, lq, share: tl.constexpr, FORMULA: tl.constexpr, F: tl.constexpr):
     """Returns value and slope."""
-    return FORMULA(lp, lq, _exp(lp, 41.0 * F), _exp(lq, 41.0 * F), share)
+    return FORMULA(lp, lq, floored_exp(lp, 41.0 * F), floored_exp(lq, 41.0 * F), share)
 
 
 @triton.jit
@@ -184,17 +147,18 @@ def sums_kernel(
     student, teacher, student_max, student_log, teacher_max, teacher_log, theta_l, theta_u, top_column, out,
     num_classes, stride,
     inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
-    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_EDGES: tl.constexpr,
+    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_TRUNCATE: tl.constexpr,
+    IS_NONE: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_EDGES: tl.constexpr,
     HAS_BUCKET: tl.constexpr, F: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See ``tile_math.sums``."""
+    """See ``tile_math.sums``; writes to the columns of ``ClippedSum``, of which some may remain unwritten."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     max_s, log_s = tl.load(student_max + token), tl.load(student_log + token)
     max_t, log_t = tl.load(teacher_max + token), tl.load(teacher_log + token)
     zero = log_s * 0.0
-    kl, kept_gap, kept_p, clipped_p = zero, zero, zero, zero
-    gap_l, p_l, gap_u, p_u = zero, zero, zero, zero
+    kl, kept_gap, kept_p, clipped_p, classes = zero, zero, zero, zero, zero
+    gap_l, p_l, gap_u, p_u, dense_l, dense_u = zero, zero, zero, zero, zero, zero
     shift, total, total_l, total_u = zero - float("inf"), zero, zero, zero
     value_sum, slope_sum = zero, zero
     low, high, top = zero, zero, -1
@@ -207,33 +171,47 @@ def sums_kernel(
         lp = (tl.load(teacher + token * stride + at, mask=is_class, other=0.0) - max_t) * inverse - log_t
         # Beyond the last class any finite number is fine.
         lq, lp = tl.where(is_class, lq, -1.0), tl.where(is_class, lp, -1.0)
-        p = tl.where(is_class, _exp(lp, 41.0 * F), 0.0)
+        p = tl.where(is_class, floored_exp(lp, 41.0 * F), 0.0)
         p_gap = p * (lp - lq)
         kl += tl.sum(p_gap, 0)
         if IS_CLIPPED:
-            near, far, is_lower = _edges(lp, low, high, at, top, num_classes - 1, softness_inverse, HAS_BUCKET)
-            kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far = _mask(
-                near, far, IS_BUCKET, F
+            near, far, is_lower = edges(
+                lp, low, high, at, top, num_classes - 1, softness_inverse, HAS_BUCKET, HAS_UPPER, IS_NONE
             )
-            mp, mp_gap = kept * p, kept * p_gap
-            kept_gap += tl.sum(mp_gap, 0)
-            kept_p += tl.sum(mp, 0)
+            kept, clipped, log_weight, factor, lower, upper, factor_l, factor_u, density_l = soft_mask(
+                near, far, is_lower, at == top, IS_BUCKET, HAS_UPPER, IS_NONE, F
+            )
+            if IS_TRUNCATE:
+                p_gap += p * tl.log(tl.maximum(kept, 1e-37 if F == 1.0 else 1e-300))
+            kept_gap += tl.sum(kept * p_gap, 0)
+            kept_p += tl.sum(kept * p, 0)
             clipped_p += tl.sum(clipped * p, 0)
-            exponent = lq + log_weight
-            largest = tl.maximum(shift, tl.max(tl.where(is_class, exponent, float("-inf")), 0))
-            scale = tl.exp(shift - largest)
-            term = tl.where(is_class, _exp(exponent - largest, 35.0 * F), 0.0)
-            total = total * scale + tl.sum(term * factor, 0)
+            classes += tl.sum(tl.where(is_class, kept, 0.0), 0)
+            if HAS_TOTALS:
+                exponent = lq + log_weight
+                largest = tl.maximum(shift, tl.max(tl.where(is_class, exponent, float("-inf")), 0))
+                scale = tl.exp(shift - largest)
+                term = tl.where(is_class, floored_exp(exponent - largest, 35.0 * F), 0.0)
+                total = total * scale + tl.sum(term * factor, 0)
+                if HAS_EDGES:
+                    total_l = total_l * scale + tl.sum(term * factor_l, 0)
+                    if HAS_UPPER:
+                        total_u = total_u * scale + tl.sum(term * factor_u, 0)
+                shift = largest
             if HAS_EDGES:
-                below = tl.where(is_lower, near_clipped, far_clipped)
-                above = tl.where(is_lower, far_clipped, near_clipped)
-                gap_l += tl.sum(below * mp_gap, 0)
-                p_l += tl.sum(below * mp, 0)
-                gap_u += tl.sum(above * mp_gap, 0)
-                p_u += tl.sum(above * mp, 0)
-                total_l = total_l * scale + tl.sum(term * tl.where(is_lower, factor_near, factor_far), 0)
-                total_u = total_u * scale + tl.sum(term * tl.where(is_lower, factor_far, factor_near), 0)
-            shift = largest
+                beside = tl.where(at == top, 0.0, p)
+                if HAS_BUCKET:
+                    beside = tl.where(at == num_classes - 1, 0.0, beside)
+                gap_l += tl.sum(lower * p_gap, 0)
+                p_l += tl.sum(lower * beside, 0)
+                if HAS_UPPER:
+                    gap_u += tl.sum(upper * p_gap, 0)
+                    p_u += tl.sum(upper * beside, 0)
+                    dense_l += tl.sum(density_l * beside, 0)
+                    above = (high - lp) * softness_inverse - _UPPER_EDGE
+                    e = tl.exp(tl.minimum(tl.maximum(above, -80.0 * F), 80.0 * F))
+                    over = 1.0 / (1.0 + e)
+                    dense_u += tl.sum(e * over * over * beside, 0)
         elif FORMULA is not None:
             value, slope = _divergence(lp, lq, share, FORMULA, F)
             value_sum += tl.sum(tl.where(is_class, value, 0.0), 0)
@@ -244,15 +222,20 @@ def sums_kernel(
         tl.store(out + _KEPT_GAP, kept_gap)
         tl.store(out + _KEPT_P, kept_p)
         tl.store(out + _CLIPPED_P, clipped_p)
-        tl.store(out + _SHIFT, shift)
-        tl.store(out + _TOTAL, total)
+        tl.store(out + _CLASSES, classes)
+        if HAS_TOTALS:
+            tl.store(out + _SHIFT, shift)
+            tl.store(out + _TOTAL, total)
+            if HAS_EDGES:
+                tl.store(out + _TOTAL_L, total_l)
+                tl.store(out + _TOTAL_U, total_u)
         if HAS_EDGES:
-            tl.store(out + _TOTAL_L, total_l)
-            tl.store(out + _TOTAL_U, total_u)
             tl.store(out + _GAP_L, gap_l)
             tl.store(out + _P_L, p_l)
             tl.store(out + _GAP_U, gap_u)
             tl.store(out + _P_U, p_u)
+            tl.store(out + _DENSITY_L, dense_l)
+            tl.store(out + _DENSITY_U, dense_u)
     elif FORMULA is not None:
         tl.store(out + _VALUE, value_sum)
         tl.store(out + _SLOPE, slope_sum)
@@ -262,7 +245,7 @@ def sums_kernel(
 def _factor(tile, largest, log_sum, token, at, is_class, stride, inverse: tl.constexpr, F: tl.constexpr):
     """A token's probabilities as factors of a span's product."""
     gap = tl.load(tile + token * stride + at, mask=is_class, other=0.0) - tl.load(largest + token)
-    return tl.where(is_class, _exp(gap * inverse - tl.load(log_sum + token), 20.0 * F), 0.0)
+    return tl.where(is_class, floored_exp(gap * inverse - tl.load(log_sum + token), 20.0 * F), 0.0)
 
 
 @triton.jit
@@ -293,8 +276,9 @@ def gradient_kernel(
     w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner, out,
     num_tokens, num_classes, stride, stride_out,
     inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
-    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, HAS_BUCKET: tl.constexpr,
-    HAS_TOKEN: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
+    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_NONE: tl.constexpr,
+    HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
+    HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
     ADDS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """See ``tile_math.gradient``; with the label and span parts, and added to ``out`` where ``ADDS``."""
@@ -305,30 +289,33 @@ def gradient_kernel(
     gap = tl.load(student + token * stride + at, mask=is_class, other=0.0) - tl.load(student_max + token)
     gap = tl.where(is_class, gap, 0.0)
     lq = gap * inverse - tl.load(student_log + token)
-    result = tl.load(w_student + token) * _exp(lq, 41.0 * F)
+    result = tl.load(w_student + token) * floored_exp(lq, 41.0 * F)
     if HAS_UNTEMPERED:
-        result += tl.load(w_untempered + token) * _exp(gap - tl.load(untempered_log + token), 41.0 * F)
+        result += tl.load(w_untempered + token) * floored_exp(gap - tl.load(untempered_log + token), 41.0 * F)
     if HAS_TOKEN:
         gap_t = tl.load(teacher + token * stride + at, mask=is_class, other=0.0) - tl.load(teacher_max + token)
         lp = tl.where(is_class, gap_t, 0.0) * inverse - tl.load(teacher_log + token)
         factor_t = tl.load(w_teacher + token)
         if IS_CLIPPED:
-            near, far, is_lower = _edges(
-                lp, tl.load(theta_l + token), tl.load(theta_u + token), at, tl.load(top_column + token),
-                num_classes - 1, softness_inverse, HAS_BUCKET,
+            top = tl.load(top_column + token)
+            near, far, is_lower = edges(
+                lp, tl.load(theta_l + token), tl.load(theta_u + token), at, top, num_classes - 1, softness_inverse,
+                HAS_BUCKET, HAS_UPPER, IS_NONE,
             )  # fmt: skip
-            kept, clipped, near_clipped, far_clipped, log_weight, factor, factor_near, factor_far = _mask(
-                near, far, IS_BUCKET, F
+            kept, clipped, log_weight, factor, lower, upper, factor_l, factor_u, density_l = soft_mask(
+                near, far, is_lower, at == top, IS_BUCKET, HAS_UPPER, IS_NONE, F
             )
-            bucket = _exp(lq + log_weight - tl.load(log_norm + token), 41.0 * F) * factor
-            result += tl.load(w_bucket + token) * bucket - factor_t * kept * _exp(lp, 41.0 * F)
+            result -= factor_t * kept * floored_exp(lp, 41.0 * F)
+            if HAS_TOTALS:
+                bucket = floored_exp(lq + log_weight - tl.load(log_norm + token), 41.0 * F) * factor
+                result += tl.load(w_bucket + token) * bucket
         elif FORMULA is None:
-            result -= factor_t * _exp(lp, 41.0 * F)
+            result -= factor_t * floored_exp(lp, 41.0 * F)
         else:
             value, slope = _divergence(lp, lq, share, FORMULA, F)
             result += factor_t * slope
     if HAS_SPAN:
-        q = _exp(lq, 20.0 * F)
+        q = floored_exp(lq, 20.0 * F)
         p = _factor(teacher, teacher_max, teacher_log, token, at, is_class, stride, inverse, F)
         # The pair that the token starts (its weight is 0 for the last token), and the one that it ends.
         after = tl.minimum(token + 1, num_tokens - 1)

@@ -45,6 +45,7 @@ PANELS = (
     _LIKELIHOOD,
     Panel("greedy answers to the validation rows", "ROUGE-L", {"eval/rouge_l": "student"}, True),
     _KEPT,
+    Panel("classes that the mask keeps", "mean number", {"mask/classes": "classes"}),
     Panel("quantiles of the gate", "share", {"gate/lower": "lower", "gate/upper": "upper"}),
     Panel("student text that the teacher corrected", "share", {"scrg/corrected_fraction": "corrected"}),
     Panel("learning rate", "lr", {"lr": "lr"}),

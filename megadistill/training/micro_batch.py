@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from megadistill.data.collate import IGNORE_INDEX, SequenceBatch, concatenated, 
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.losses import DistillOutput, Head, LossConfig, QuantileGate, cross_entropy, distill_loss
 from megadistill.parallel.output_head import OutputHead
+
+# What each term contributes to the gradient, in metrics.jsonl, after the name of its weight in LossConfig.
+GRADIENT_NAMES = ("gradient_share/sft", "gradient_share/dac_kl", "gradient_share/span")
 
 
 class GlobalCounts(NamedTuple):
@@ -195,6 +198,9 @@ class MicroBatchLoss:
         config: Their weights and options.
         gate: The quantile gate; None where it is not used.
         teacher_head: The teacher's head; None for plain SFT.
+        is_diagnosed: Whether ``gradient_squares`` are wanted.
+        gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
+            position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
         output: The teacher's losses; None before the call.
     """
@@ -204,6 +210,8 @@ class MicroBatchLoss:
     config: LossConfig
     gate: QuantileGate | None
     teacher_head: OutputHead | None
+    is_diagnosed: bool = False
+    gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
     output: DistillOutput | None = None
 
@@ -223,6 +231,8 @@ class MicroBatchLoss:
     def __call__(self, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
         """The loss to back-propagate, a scalar, of hidden states [B, S, H]."""
         flat, micro, config = hidden.flatten(0, 1), self.micro_batch, self.config
+        if self.is_diagnosed:
+            self._diagnose(flat, head)
         if self.teacher_head is None or not config.uses_teacher:
             return self._reference_loss(flat, head)
         if micro.is_shared and self.counts.of_references(config) == self.counts.of_responses(config):
@@ -237,8 +247,33 @@ class MicroBatchLoss:
     def _weights(self, lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
         return row_weights(lengths, device) if self.config.average == "row" else None
 
+    def _diagnose(self, flat: torch.Tensor, head: OutputHead) -> None:
+        """Computes each term alone, for its gradient."""
+        bias = None if head.bias is None else head.bias.detach()
+        frozen = OutputHead(head.weight.detach(), bias, head.shard)
+        for name in GRADIENT_NAMES:
+            term = name.rpartition("/")[2]
+            others = {other.rpartition("/")[2]: 0.0 for other in GRADIENT_NAMES if other != name}
+            config = self.config.replace(**others)
+            with torch.enable_grad():
+                leaf = flat.detach().requires_grad_()
+                if getattr(config, term) == 0 or (self.teacher_head is None and term != "sft"):
+                    continue
+                if term == "sft":
+                    loss = config.sft * self._cross_entropy(leaf, frozen)
+                else:
+                    assert self.teacher_head is not None
+                    loss = self._distill(leaf, frozen, self.teacher_head, config).loss
+                (gradient,) = torch.autograd.grad(loss, leaf)
+            self.gradient_squares[name] = gradient.double().square().sum()
+
     def _reference_loss(self, flat: torch.Tensor, head: OutputHead) -> torch.Tensor:
-        loss = cross_entropy(
+        loss = self._cross_entropy(flat, head)
+        self.sft = loss.detach()
+        return self.config.sft * loss
+
+    def _cross_entropy(self, flat: torch.Tensor, head: OutputHead) -> torch.Tensor:
+        return cross_entropy(
             Head.of(flat[self.micro_batch.sft_index], head),
             self.micro_batch.sft_labels,
             head.shard,
@@ -247,8 +282,6 @@ class MicroBatchLoss:
             backend=self.config.backend,
             token_weights=self._weights(self.micro_batch.sft_lengths, flat.device),
         )
-        self.sft = loss.detach()
-        return self.config.sft * loss
 
     def _distill(
         self, flat: torch.Tensor, head: OutputHead, teacher_head: OutputHead, config: LossConfig

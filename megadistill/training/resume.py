@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "train.eval_every",
     "train.eval_rows",
     "train.log_every",
+    "train.diagnose_every",
     "train.samples_every",
     "train.samples_rows",
     "train.resume",

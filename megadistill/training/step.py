@@ -21,11 +21,11 @@ from megadistill.losses.span import written_spans
 from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
 from megadistill.training.components import Components
-from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
+from megadistill.training.micro_batch import GRADIENT_NAMES, GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.passes import plan_passes
 from megadistill.training.schedule import learning_rate
 
-_OF_THE_MASK = ("kept_mass", "gate/lower", "gate/upper")
+_OF_THE_MASK = ("kept_mass", "mask/classes", "mask/few_classes", "gate/lower", "gate/lower_square", "gate/upper")
 
 
 @dataclass
@@ -73,7 +73,9 @@ def distillation_step(
     # 3. Token, span and reference losses, pass by pass, few columns of which are padding; gradients are summed.
     with timers("train"):
         passes = plan_passes(trained, components.config.train, components.context)
-        losses = accumulate_gradients(trained, passes, counts, components)
+        every = components.config.train.diagnose_every
+        is_diagnosed = every > 0 and (step + 1) % every == 0
+        losses = accumulate_gradients(trained, passes, counts, components, is_diagnosed)
     metrics = loss_metrics(losses, samples, counts, components)
 
     # 4. One update of student and gate, unless a number in it is not finite.
@@ -134,7 +136,11 @@ def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCou
 
 
 def accumulate_gradients(
-    samples: Sequence[Sample], passes: Sequence[Sequence[int]], counts: GlobalCounts, components: Components
+    samples: Sequence[Sample],
+    passes: Sequence[Sequence[int]],
+    counts: GlobalCounts,
+    components: Components,
+    is_diagnosed: bool = False,
 ) -> list[MicroBatchLoss]:
     """Forward and backward passes over the samples with these indices; both heads are gathered once for all of them."""
     student, losses = components.student, []
@@ -147,7 +153,7 @@ def accumulate_gradients(
                 device=components.context.device,
                 padding_free=components.config.train.padding_free,
             )
-            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head)
+            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed)
             student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
             losses.append(loss_fn)
     return losses
@@ -170,6 +176,8 @@ def loss_metrics(
         if values:  # one wait for the device per micro-batch
             for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
                 shares[name] += value
+        for name, value in micro_batch_loss.gradient_squares.items():
+            shares[name] = shares.get(name, 0.0) + float(value)
     shares |= _correction_counts(samples)
     shares["num_columns"] = float(sum(loss.micro_batch.num_columns for loss in losses))
     shares["num_unpadded"] = float(sum(loss.micro_batch.num_tokens for loss in losses))
@@ -187,8 +195,13 @@ def loss_metrics(
     }
     # Without a mask they would be constants that look like measurements.
     has_mask = components.teacher is not None and config.is_clipped
-    names = [name for name in METRIC_NAMES if has_mask or name not in _OF_THE_MASK]
-    return {"loss": loss} | {name: total[name] for name in names} | metrics | _correction_metrics(total)
+    reported = {name: total[name] for name in METRIC_NAMES if has_mask or name not in _OF_THE_MASK}
+    if has_mask:
+        square = reported.pop("gate/lower_square")
+        reported["gate/lower_std"] = math.sqrt(max(0.0, square - reported["gate/lower"] ** 2))
+        if config.upper == 1:
+            del reported["gate/upper"]
+    return {"loss": loss} | reported | metrics | _correction_metrics(total) | _gradient_shares(total)
 
 
 def update(step: int, metrics: dict[str, float], components: Components) -> bool:
@@ -218,6 +231,13 @@ def source_metrics(source: TextSource, components: Components) -> dict[str, floa
     """Where the text of this step came from, and what the run's source has to report."""
     kinds = {f"text/{kind}": 0.0 for kind in STANDARD_KINDS} | {f"text/{source.kind}": 1.0}
     return {"phi": components.source.student_share} | kinds | components.source.metrics()
+
+
+def _gradient_shares(total: dict[str, float]) -> dict[str, float]:
+    """Norm of each term's derivative by the last hidden states, over the sum of these norms."""
+    norms = {name: math.sqrt(total[name]) for name in GRADIENT_NAMES if name in total}
+    whole = sum(norms.values())
+    return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
 
 
 def _correction_counts(samples: Sequence[Sample]) -> dict[str, float]:

@@ -67,9 +67,27 @@ def with_top_k(problem: Problem, num_listed: int, temperature: float = 1.0) -> P
     return replace(problem, teacher=TeacherTopK(ids[:, order], values[:, order], tail, temperature))
 
 
-def make_gate(top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards: bool = True) -> nn.Module:
+# Every option of the mask, each pair of two that meet in the code at least once.
+MASKS = [
+    dict(zip(("clip", "remainder", "temperature", "upper", "coverage"), case, strict=True))
+    for case in [
+        ("gate", "bucket", 1.0, 1.0, "absolute"), ("gate", "truncate", 2.0, 1.0, "relative"),
+        ("gate", "renormalize", 1.0, 1.0, "relative"), ("gate", "none", 2.0, 1.0, "absolute"),
+        ("gate", "bucket", 2.0, 0.95, "relative"), ("gate", "truncate", 1.0, 0.95, "absolute"),
+        ("gate", "renormalize", 2.0, 0.95, "absolute"), ("gate", "none", 1.0, 0.95, "relative"),
+        ("fixed", "bucket", 2.0, 1.0, "absolute"), ("fixed", "truncate", 1.0, 0.95, "absolute"),
+        ("fixed", "renormalize", 1.0, 0.95, "absolute"), ("fixed", "none", 2.0, 1.0, "absolute"),
+        ("entropy", "bucket", 1.0, 0.95, "absolute"), ("entropy", "truncate", 2.0, 1.0, "absolute"),
+        ("off", "bucket", 1.0, 1.0, "absolute"), ("off", "bucket", 2.0, 1.0, "absolute"),
+    ]
+]  # fmt: skip
+
+
+def make_gate(
+    top_k: int = TOP_K, *, seed: int = 0, spread: float = 0.3, guards: bool = True, upper: float = 1.0
+) -> nn.Module:
     """A float64 gate moved off its starting point, so that every parameter matters."""
-    gate = QuantileGate(top_k, guards=guards, seed=seed).double()
+    gate = QuantileGate(top_k, guards=guards, seed=seed, upper=upper).double()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in gate.parameters():

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from megadistill.errors import ConfigError
 from megadistill.losses import Head, LossConfig, QuantileGate, distill_loss
-from megadistill.losses.quantile_gate import QuantileFunction, constant_quantiles
-from megadistill.losses.reference import quantile_thresholds
+from megadistill.losses.quantile import find_thresholds
 from megadistill.parallel import VocabShard
 from tests.support.objective import make_gate, make_problem, run_fused
 
@@ -33,7 +32,7 @@ def log_probs(seed, num_classes, scale, length=6):
     scale=st.sampled_from([0.001, 1.0, 5.0, 100.0]),
 )
 def test_the_bounds_hold_by_construction(seed, spread, num_classes, scale):
-    gate = make_gate(8, seed=seed, spread=spread)
+    gate = make_gate(8, seed=seed, spread=spread, upper=0.98)
     lambda_l, lambda_u = gate(*top_and_tail(log_probs(seed, num_classes, scale), 8))
     lower, upper = torch.sigmoid(lambda_l), torch.sigmoid(lambda_u)
     assert (lower <= 0.1 + 1e-9).all() and (upper >= 0.9 - 1e-9).all()
@@ -43,7 +42,7 @@ def test_the_bounds_hold_by_construction(seed, spread, num_classes, scale):
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 1.0, 10.0]))
 def test_without_guards_lower_stays_below_upper(seed, spread):
-    gate = make_gate(8, seed=seed, spread=spread, guards=False)
+    gate = make_gate(8, seed=seed, spread=spread, guards=False, upper=0.98)
     lambda_l, lambda_u = gate(*top_and_tail(log_probs(seed, 50, 2.0), 8))
     assert (lambda_l <= lambda_u).all()
 
@@ -55,19 +54,6 @@ def test_every_token_starts_at_the_given_quantiles(guards, lower, upper):
     lambda_l, lambda_u = gate(*top_and_tail(log_probs(1, 50, 3.0), 8))
     torch.testing.assert_close(torch.sigmoid(lambda_l), torch.full_like(lambda_l, lower), rtol=1e-5, atol=0)
     torch.testing.assert_close(torch.sigmoid(lambda_u), torch.full_like(lambda_u, upper), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize(("num_classes", "scale"), [(2000, 2.0), (2000, 5.0), (512, 3.0), (32000, 5.0)])
-def test_a_new_gate_keeps_about_97_percent_of_the_mass(num_classes, scale):
-    kept = []
-    for token in log_probs(2, num_classes, scale, length=24):
-        head = Head(torch.ones(1, 1, dtype=torch.float64), token.unsqueeze(-1))
-        output = distill_loss(
-            head, head, torch.tensor([0]), torch.tensor([False]), QuantileGate(32).double(),
-            LossConfig(sft=0.0, span=0.0), VocabShard(0, num_classes, num_classes), num_tokens=1, num_pairs=0,
-        )  # fmt: skip
-        kept.append(float(output.kept_mass))
-    assert sum(kept) / len(kept) == pytest.approx(0.97, abs=0.025)
 
 
 def test_the_start_depends_on_nothing_but_the_seed():
@@ -83,7 +69,7 @@ def test_the_start_depends_on_nothing_but_the_seed():
     for one, two in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
-    assert [tuple(p.shape) for p in first.parameters()] == [(64, 9), (64,), (64, 64), (64,), (2, 64), (2,)]
+    assert [tuple(p.shape) for p in first.parameters()] == [(64, 9), (64,), (64, 64), (64,), (1, 64), (1,)]
 
 
 def test_making_a_gate_leaves_the_global_generator_alone():
@@ -101,71 +87,168 @@ def test_from_config_follows_the_config():
     torch.testing.assert_close(torch.sigmoid(lambda_l).mean(), torch.tensor(0.01), rtol=1e-4, atol=0)
     torch.testing.assert_close(torch.sigmoid(lambda_u).mean(), torch.tensor(0.95), rtol=1e-4, atol=0)
     assert QuantileGate.from_config(LossConfig(guards=False, lower=0.2, upper=0.7)).guards is False
+    assert QuantileGate.from_config(LossConfig())(*top_and_tail(log_probs(0, 20, 1.0), 32))[1] is None
 
 
-@pytest.mark.parametrize("start", [{"lower": 0.2}, {"upper": 0.8}, {"lower": 0.0}, {"upper": 1.0}])
+@pytest.mark.parametrize("start", [{"lower": 0.2}, {"upper": 0.8}, {"lower": 0.0}, {"upper": 1.5}])
 def test_a_start_outside_the_bounds_is_refused(start):
     with pytest.raises(ConfigError, match="the gate starts at"):
         QuantileGate(8, **start)
 
 
-quantile_logits = st.floats(-30, 30)
+def zipf(num_classes, power):
+    return -power * torch.arange(1, num_classes + 1, dtype=torch.float64).log()
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 10**6),
-    num_classes=st.integers(1, 100),
-    scale=st.sampled_from([0.5, 2.0, 5.0]),
-    point=quantile_logits,
-    kind=st.sampled_from(["mass", "rank"]),
-)
-def test_the_quantile_function_equals_the_reference(seed, num_classes, scale, point, kind):
-    top, tail = top_and_tail(log_probs(seed, num_classes, scale), 8)
-    theta = QuantileFunction(top, tail, kind, num_classes)(torch.full_like(tail, point))
-    expected = quantile_thresholds(top, tail, torch.full_like(tail, point), None if kind == "mass" else num_classes)
-    torch.testing.assert_close(theta, expected, rtol=1e-9, atol=1e-9)
+def flat_top(num_classes, num_equal, jitter=0.0):
+    """Equal classes that hold 99 %, as at the choice points of open text; the rest holds 1 %."""
+    probs = torch.full((num_classes,), 0.01 / (num_classes - num_equal), dtype=torch.float64)
+    probs[:num_equal] = 0.99 / num_equal
+    noise = torch.randn(num_equal, generator=torch.Generator().manual_seed(num_equal), dtype=torch.float64)
+    probs[:num_equal] *= (jitter * noise).exp()
+    return probs.log()
+
+
+def confident(num_classes, largest):
+    others = zipf(num_classes - 1, 1.2).log_softmax(-1) + math.log(1 - largest)
+    return torch.cat([torch.tensor([math.log(largest)], dtype=torch.float64), others])
+
+
+def rows(num_classes):
+    """Distributions that language models give."""
+    normal = log_probs(0, num_classes, 1.0, length=1)[0]
+    yield from (zipf(num_classes, power) for power in (1.0, 1.2, 1.5, 2.0))
+    yield from (spread * normal for spread in (0.1, 1.0, 3.0, 6.0))
+    yield from (flat_top(num_classes, n, jitter) for n in (2, 4, 6, 8, 12, 25, 60) for jitter in (0.0, 0.1))
+    yield from (confident(num_classes, largest) for largest in (0.6, 0.9, 0.98, 0.9999))
+
+
+def thresholds(logits, lower, upper, softness=0.25):
+    """(theta_l, theta_u, log p without the top class) of one row."""
+    log_p = logits.log_softmax(-1)
+    others = torch.cat([log_p[: log_p.argmax()], log_p[log_p.argmax() + 1 :]])
+
+    def masses_at(below, above, is_wide):
+        parts = [torch.sigmoid((node - others) / softness) @ others.exp() for node in below[0]]
+        parts += [torch.sigmoid((others - node) / softness) @ others.exp() for node in above[0]]
+        return torch.stack(parts).unsqueeze(0)
+
+    found = find_thresholds(
+        masses_at, *(torch.tensor([bound], dtype=torch.float64).logit() for bound in (lower, upper)),
+        log_top=log_p.max().view(1), log_beside=others.logsumexp(0).view(1), softness=softness,
+        num_classes=len(log_p),
+    )  # fmt: skip
+    return found.theta_l, found.theta_u, others
+
+
+@pytest.mark.parametrize("num_classes", [200, 32000, 262144])
+@pytest.mark.parametrize(("lower", "upper"), [(0.001, 0.9), (0.02, 0.98), (0.1, 0.95), (0.3, 0.9999)])
+def test_a_quantile_is_the_mass_that_its_edge_cuts(num_classes, lower, upper):
+    """Below within 0.002, or all there is beside the top class; above no more than asked for."""
+    for logits in rows(num_classes):
+        theta_l, theta_u, others = thresholds(logits, lower, upper)
+        below = float(torch.sigmoid((theta_l - others) / 0.25) @ others.exp())
+        above = float(torch.sigmoid((others - theta_u) / 0.25) @ others.exp())
+        assert below == pytest.approx(min(lower, float(others.exp().sum())), abs=0.002)
+        assert above <= 1 - upper + 1e-6
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.1])
+@pytest.mark.parametrize("num_equal", [2, 4, 8, 25, 100])
+def test_an_upper_edge_leaves_ties_whole(num_equal, jitter):
+    for upper in (0.9, 0.95, 0.98):
+        _, theta_u, others = thresholds(flat_top(32000, num_equal, jitter), 0.02, upper)
+        assert float(torch.sigmoid((others - theta_u) / 0.25) @ others.exp()) < 0.003
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
-    points=st.tuples(quantile_logits, quantile_logits),
+    points=st.tuples(st.floats(1e-5, 0.999), st.floats(1e-5, 0.999)),
     scale=st.sampled_from([0.01, 2.0, 100.0]),
 )
-def test_the_quantile_function_rises(seed, points, scale):
-    top, tail = top_and_tail(log_probs(seed, 60, scale), 8)
-    quantile = QuantileFunction(top, tail, "mass", 60)
-    low, high = (quantile(torch.full_like(tail, point)) for point in sorted(points))
-    assert (low <= high + 1e-9).all() and low.isfinite().all()
+def test_thresholds_rise_with_their_quantiles(seed, points, scale):
+    row = log_probs(seed, 60, scale, length=1)[0]
+    low, high = (thresholds(row, point, point) for point in sorted(points))
+    assert low[0] <= high[0] + 1e-9 and low[1] <= high[1] + 1e-9
+    assert low[0].isfinite() and low[1] >= low[0]
 
 
-def test_the_quantile_function_passes_through_its_knots_and_has_slope_one_outside():
-    probs = torch.tensor([[0.5, 0.3, 0.1]], dtype=torch.float64)
-    quantile = QuantileFunction(probs.log(), torch.tensor([0.1], dtype=torch.float64).log(), "mass", 10)
-    # Mass below, own half included, for each class: 0.75, 0.35, 0.15.
-    knots = torch.tensor([0.75, 0.35, 0.15], dtype=torch.float64).logit()
-    for knot, prob in zip(knots, probs[0], strict=True):
-        torch.testing.assert_close(quantile(knot.view(1)), prob.log().view(1))
-    torch.testing.assert_close(quantile(knots[:1] + 2.5), probs[:, 0].log() + 2.5)
-    torch.testing.assert_close(quantile(knots[2:] - 2.5), probs[:, 2].log() - 2.5)
+@pytest.mark.parametrize("softness", [1e-4, 0.01, 0.05, 0.25, 2.0])
+def test_any_softness_finds_its_threshold(softness):
+    theta_l, _, others = thresholds(zipf(2000, 1.2), 0.1, 0.9, softness)
+    assert float(torch.sigmoid((theta_l - others) / softness) @ others.exp()) == pytest.approx(0.1, abs=0.002)
 
 
 def test_infinite_quantiles_are_open_ends():
-    top, tail = top_and_tail(log_probs(0, 60, 2.0), 8)
-    quantile = QuantileFunction(top, tail, "mass", 60)
-    low, high = (quantile(bound) for bound in constant_quantiles(0.0, 1.0, tail))
-    assert torch.isneginf(low).all() and torch.isposinf(high).all()
+    theta_l, theta_u, _ = thresholds(zipf(60, 1.0), 0.0, 1.0)
+    assert float(theta_l) == -1e4 and float(theta_u) == 1e4
 
 
-def test_a_confident_teacher_keeps_its_knots_apart():
-    """Beside a first class of probability 1 - 1e-90, mass is far below round-off; in the log domain it is not."""
-    logits = torch.tensor([[0.0, -200.0, -210.0, -230.0]], dtype=torch.float64)
-    quantile = QuantileFunction(*top_and_tail(logits.log_softmax(-1), 4), "mass", 4)
-    assert (quantile.knots_CK.diff() > 5).all()
-    # In float32 inputs too: they carry log-probabilities, not probabilities.
-    single = QuantileFunction(*(part.float() for part in top_and_tail(logits.log_softmax(-1), 4)), "mass", 4)
-    torch.testing.assert_close(single.knots_CK, quantile.knots_CK, rtol=1e-6, atol=1e-6)
+def clip_rows(logits, config, gate=None):
+    """The objective of a student equal to its teacher, for rows of logits."""
+    head = Head(torch.eye(len(logits), dtype=torch.float64), logits.T.contiguous())
+    no_pairs = torch.zeros(len(logits), dtype=torch.bool)
+    return distill_loss(
+        head, head, torch.zeros(len(logits), dtype=torch.int64), no_pairs, gate, config,
+        VocabShard(0, logits.shape[1], logits.shape[1]), num_tokens=len(logits), num_pairs=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lower", [0.02, 0.1])
+def test_the_kept_mass_is_what_the_quantile_leaves(lower):
+    """Through the whole objective, in float64, without an upper edge."""
+    logits = torch.stack(list(rows(9000)))
+    beside = 1 - logits.log_softmax(-1).exp().amax(-1)
+    output = clip_rows(logits, LossConfig(sft=0, span=0, clip="fixed", lower=lower))
+    assert float(output.kept_mass) == pytest.approx(float(1 - beside.clamp(max=lower).mean()), abs=0.001)
+
+
+def test_the_metrics_of_the_mask_tell_confident_rows_of_one_class():
+    """What kept mass hides: a row of 0.9999 loses all but its first class, and a flat one keeps its 25."""
+    logits = torch.stack([confident(400, 0.9999), flat_top(400, 25)])
+    config = LossConfig(sft=0, span=0, clip="fixed", lower=0.01)
+    both, sure, open_ = clip_rows(logits, config), clip_rows(logits[:1], config), clip_rows(logits[1:], config)
+    assert float(sure.classes) == pytest.approx(1.0, abs=0.01) and float(sure.few_classes) == 1
+    assert float(open_.classes) == pytest.approx(25.0, abs=0.5) and float(open_.few_classes) == 0
+    assert float(both.few_classes) == 0.5 and float(both.kept_mass) > 0.99
+    torch.testing.assert_close(both.classes, (sure.classes + open_.classes) / 2)
+
+
+def test_entropy_clips_open_rows_and_leaves_confident_ones_their_second_classes():
+    logits = torch.stack([confident(400, 0.98), torch.zeros(400, dtype=torch.float64)])
+    by_entropy = LossConfig(sft=0, span=0, clip="entropy", lower=0.3)
+    sure, even = (clip_rows(logits[i : i + 1], by_entropy) for i in (0, 1))
+    assert float(even.mean_lower) == pytest.approx(0.3) and float(even.kept_mass) == pytest.approx(0.7, abs=0.002)
+    entropy = -(logits[0].exp() * logits[0]).sum()
+    assert 0 < float(sure.mean_lower) < 0.3 * 1.1 * float(entropy) / math.log(400)
+    constant = clip_rows(logits[:1], LossConfig(sft=0, span=0, clip="fixed", lower=0.3))
+    assert float(sure.classes) > 3 and float(constant.classes) < 1.01
+
+
+def test_a_clip_removes_planted_noise():
+    """20 % of the mass spread over classes that the clean teacher does not use: truncation drops nine tenths of it."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.zeros(64, 1000, dtype=torch.float64)
+    clean[:, :20] = torch.rand(64, 20, generator=generator, dtype=torch.float64)
+    clean = 0.8 * clean / clean.sum(-1, keepdim=True)
+    noise = torch.rand(64, 980, generator=generator, dtype=torch.float64)
+    noisy = clean.clone()
+    noisy[:, 20:] = 0.2 * noise / noise.sum(-1, keepdim=True)
+    hidden = torch.zeros(64, 1000, dtype=torch.float64, requires_grad=True)  # logits of a student that knows nothing
+    eye = torch.eye(1000, dtype=torch.float64)
+    left = {}
+    for remainder in ("bucket", "truncate"):
+        hidden.grad = None
+        config = LossConfig(sft=0, span=0, clip="fixed", lower=0.2, remainder=remainder)
+        distill_loss(
+            Head(hidden, eye), Head(noisy.log(), eye), torch.zeros(64, dtype=torch.int64),
+            torch.zeros(64, dtype=torch.bool), None, config, VocabShard(0, 1000, 1000), num_tokens=64, num_pairs=0,
+        ).loss.backward()  # fmt: skip
+        # The derivative is q - g: g is what the student is told to become.
+        left[remainder] = float((1 / 1000 - 64 * hidden.grad)[:, 20:].sum() / 64)
+    assert left["bucket"] == pytest.approx(0.2, abs=0.01)  # the bucket asks for the same mass
+    assert left["truncate"] < 0.02
 
 
 def train_gate(config, steps=100):
@@ -242,8 +325,40 @@ def test_a_gate_of_ones_own_works():
             return self.bounds[0].expand_as(log_tail), self.bounds[1].expand_as(log_tail)
 
     gate, problem = Constant(), make_problem()
-    output, gradients, _ = run_fused(problem, LossConfig(top_k=8), gate)
+    output, gradients, _ = run_fused(problem, LossConfig(top_k=8, upper=0.95), gate)
     bound = 1 / (1 + math.exp(3.0))
     fixed, _, _ = run_fused(problem, LossConfig(top_k=8, clip="fixed", lower=bound, upper=1 - bound), None)
     torch.testing.assert_close(output.loss, fixed.loss)
-    assert gradients["gate.bounds"].any() and not gradients["gate.unused"].any()
+    assert gradients["gate.bounds"].all() and not gradients["gate.unused"].any()
+    with pytest.raises(ConfigError, match="the gate gives an upper quantile, and loss.upper=1 asks for none"):
+        run_fused(problem, LossConfig(top_k=8), gate)
+    with pytest.raises(ConfigError, match="the gate gives no upper quantile, and loss.upper=0.95 asks for one"):
+        run_fused(problem, LossConfig(top_k=8, upper=0.95), make_gate())
+
+
+def learned_quantiles(coverage):
+    """l of confident and of open rows after the default gate has learned at its default rate."""
+    logits = torch.cat([torch.stack([confident(200, 0.98)] * 8), log_probs(4, 200, 0.5, length=8)])
+    student = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    config = LossConfig(sft=0, span=0, coverage=coverage)
+    gate = QuantileGate.from_config(config)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=1e-3)
+    eye, shard = torch.eye(200, dtype=torch.float64), VocabShard(0, 200, 200)
+    for _ in range(120):
+        optimizer.zero_grad()
+        output = distill_loss(
+            Head(student, eye), Head(logits, eye), torch.zeros(16, dtype=torch.int64),
+            torch.zeros(16, dtype=torch.bool), gate, config, shard, num_tokens=16, num_pairs=0,
+        )  # fmt: skip
+        output.loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        lower = torch.sigmoid(gate(*top_and_tail(logits.log_softmax(-1), 32))[0])
+    return float(lower[:8].mean()), float(lower[8:].mean()), float(output.few_classes)
+
+
+def test_relative_coverage_leaves_confident_rows_what_lies_beside_their_first_class():
+    sure, even, few = learned_quantiles("absolute")
+    assert sure > 0.02 and even > 0.02 and few == 0.5  # of confident rows, all is cut that there is
+    sure, even, few = learned_quantiles("relative")
+    assert sure < 0.05 * 0.02 and even > 2 * sure and few == 0

@@ -45,9 +45,9 @@ def test_a_configuration_holds_what_the_losses_take(run_yaml):
         ({"temperature": 10**400}, ["loss.temperature="]),
         ({"softness": 0}, ["loss.softness=0"]),
         ({"span_eps": 0.0}, ["loss.span_eps"]),
-        ({"clip": "of"}, ["loss.clip='of'", "gate | fixed | off"]),
-        ({"remainder": "x"}, ["loss.remainder='x'", "bucket | renormalize"]),
-        ({"quantile": "x"}, ["mass | rank"]),
+        ({"clip": "of"}, ["loss.clip='of'", "gate | fixed | entropy | off"]),
+        ({"remainder": "x"}, ["loss.remainder='x'", "bucket | truncate | renormalize | none"]),
+        ({"coverage": "x"}, ["absolute | relative"]),
         ({"gate_objective": "x"}, ["minimize | maximize | frozen"]),
         ({"divergence": "kl"}, ["loss.divergence='kl'", "dac_kl | forward_kl"]),
         ({"backend": "x"}, ["auto | torch | compile | triton"]),
@@ -58,6 +58,7 @@ def test_a_configuration_holds_what_the_losses_take(run_yaml):
         ({"lower": -0.1}, ["loss.lower=-0.1"]),
         ({"upper": 1.1}, ["loss.upper=1.1"]),
         ({"lower": 0.5, "upper": 0.5}, ["loss.lower=0.5", "less than loss.upper=0.5"]),
+        ({"quantile": "mass"}, ["loss.quantile", "unknown key"]),
         ({"lower_max": 0.95}, ["loss.lower_max=0.95", "less than loss.upper_min=0.9"]),
         ({"guards": 1}, ["loss.guards=1", "true or false"]),
         ({"coverage_weight": -1}, ["loss.coverage_weight"]),
@@ -86,14 +87,14 @@ def test_a_changed_copy():
     ("overrides", "is_fine"),
     [
         (["loss.lower=0"], False),
-        (["loss.upper=1"], False),
+        (["loss.upper=1"], True),
         (["loss.lower=0", "loss.upper=1", "loss.clip=fixed"], True),
         (["loss.lower=0", "loss.divergence=reverse_kl"], True),
     ],
 )
 def test_a_gate_cannot_start_at_an_open_end(run_yaml, overrides, is_fine):
     if is_fine:
-        assert load_config(run_yaml, overrides).loss.lower == 0
+        assert load_config(run_yaml, overrides).loss.lower in (0, 0.02)
         return
     with pytest.raises(ConfigError, match="command line: loss.lower=.* loss.upper=.*the gate starts there"):
         load_config(run_yaml, overrides)
@@ -124,6 +125,20 @@ def test_old_spellings_in_files_and_on_the_command_line_give_the_same_run(run_ya
     (tmp_path / "resolved.yaml").write_text(text, encoding="utf-8")
     with pytest.warns(FutureWarning, match="maximize"):
         assert load_config(tmp_path / "resolved.yaml") == new
+
+
+def test_a_run_of_a_former_release_keeps_its_upper_edge_and_is_told_of_its_quantiles(run_yaml, tmp_path):
+    """The default became 1, and resolved.yaml has what it was; quantiles of ranks cannot go on."""
+    old = load_config(run_yaml, ["loss.upper=0.98"])
+    dump_resolved(old, tmp_path / "resolved.yaml")
+    text = (tmp_path / "resolved.yaml").read_text(encoding="utf-8")
+    for name, line in {"mass": "loss:\n  quantile: mass", "rank": "loss:\n  quantile: rank"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text.replace("loss:", line, 1), encoding="utf-8")
+    with pytest.warns(FutureWarning, match="mass.yaml: loss.quantile is gone: .* the former ones") as caught:
+        assert load_config(tmp_path / "mass.yaml", is_record=True) == old
+    assert len(caught) == 1 and load_config(run_yaml).loss.upper == 1
+    with pytest.raises(ConfigError, match="rank.yaml: loss.quantile=.rank. is gone: "):
+        load_config(tmp_path / "rank.yaml", is_record=True)
 
 
 def test_a_warning_is_printed_in_one_line(monkeypatch):

@@ -45,7 +45,7 @@ def test_nothing_but_the_loss_carries_a_graph():
     output, _, _ = run_fused(make_problem(), CONFIG, make_gate())
     assert output.loss.requires_grad
     others = [name for name in vars(output) if name != "loss"]
-    assert len(others) == 8 and not any(getattr(output, name).requires_grad for name in others)
+    assert len(others) == 11 and not any(getattr(output, name).requires_grad for name in others)
 
 
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
@@ -131,9 +131,10 @@ def test_a_gate_may_hold_a_bound_constant():
         def forward(self, sorted_log_probs, log_tail):
             return torch.full_like(log_tail, -3.0), self.upper.expand(len(log_tail))
 
-    problem, gate = make_problem(), Half()
-    output, gradients, _ = run_fused(problem, CONFIG, gate)
-    assert_same(output, gradients, run_reference(problem, CONFIG, gate), 1e-10)
+    problem, gate, config = make_problem(), Half(), CONFIG.replace(upper=0.95)
+    output, gradients, _ = run_fused(problem, config, gate)
+    assert gradients["gate.upper"] != 0
+    assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
@@ -260,8 +261,14 @@ def test_metrics_by_name():
     output, _, _ = run_fused(make_problem(), CONFIG, make_gate())
     metrics = output.metrics
     assert tuple(metrics) == METRIC_NAMES
-    assert METRIC_NAMES == ("loss/sft", "loss/dac_kl", "loss/span", "kept_mass", "gate/lower", "gate/upper")
-    fields = (output.sft, output.dac_kl, output.span, output.kept_mass, output.mean_lower, output.mean_upper)
+    assert METRIC_NAMES == (
+        "loss/sft", "loss/dac_kl", "loss/span", "kept_mass", "mask/classes", "mask/few_classes", "gate/lower",
+        "gate/lower_square", "gate/upper",
+    )  # fmt: skip
+    fields = (
+        output.sft, output.dac_kl, output.span, output.kept_mass, output.classes, output.few_classes,
+        output.mean_lower, output.square_lower, output.mean_upper,
+    )  # fmt: skip
     assert all(metric is value for metric, value in zip(metrics.values(), fields, strict=True))
     stacked = torch.stack(list(metrics.values()))
     assert stacked.shape == (len(METRIC_NAMES),) and not stacked.requires_grad

@@ -1,7 +1,5 @@
 """The fused objective, cross-entropy and KL map against the dense reference on one rank."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 from tests.support.backends import BACKENDS
 from tests.support.objective import (
+    MASKS,
     TOP_K,
     Problem,
     assert_same,
@@ -32,13 +31,10 @@ def whole(problem: Problem) -> VocabShard:
     return VocabShard(0, problem.num_classes, problem.num_classes)
 
 
-@pytest.mark.parametrize(
-    ("clip", "remainder", "temperature", "quantile"),
-    list(itertools.product(["gate", "fixed", "off"], ["bucket", "renormalize"], [1.0, 2.0], ["mass", "rank"])),
-)
-def test_values_and_gradients_equal_the_reference(backend, clip, remainder, temperature, quantile):
-    problem, gate = make_problem(), make_gate()
-    config = CONFIG.replace(clip=clip, remainder=remainder, temperature=temperature, quantile=quantile, backend=backend)
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "-".join(str(value) for value in mask.values()))
+def test_values_and_gradients_equal_the_reference(backend, mask):
+    problem, gate = make_problem(), make_gate(upper=mask["upper"])
+    config = CONFIG.replace(backend=backend, **mask)
     output, gradients, _ = run_fused(problem, config, gate)
     assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
 
@@ -58,8 +54,8 @@ def test_chunks_do_not_matter(backend, chunk_tokens):
         {"gate_objective": "maximize"}, {"guards": False}, {"coverage_weight": 3.0, "coverage_target": 0.0},
         {"softness": 0.05}, {"span_eps": 1e-2}, {"sft": 0.0, "temperature": 3.0},
         {"clip": "fixed", "lower": 0.3, "upper": 0.6},
-        {"clip": "fixed", "lower": 0.3, "upper": 0.6, "quantile": "rank"},
-        {"clip": "fixed", "lower": 0.2, "upper": 1.0, "remainder": "renormalize"},
+        {"clip": "fixed", "lower": 0.2, "softness": 0.02}, {"clip": "fixed", "lower": 0.0, "upper": 1.0},
+        {"clip": "entropy", "lower": 0.6, "softness": 1.5}, {"clip": "fixed", "lower": 0.9, "upper": 0.99},
     ],
 )  # fmt: skip
 def test_options_equal_the_reference(backend, change):

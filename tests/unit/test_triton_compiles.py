@@ -21,7 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megadistill.losses import triton_kernels as kernels
 from megadistill.losses.divergences import DIVERGENCES
-from megadistill.losses.tiles import TileSpec
+from megadistill.losses.tiles import ClippedSum, TileSpec
+from megadistill.losses.triton_mask import edge_masses_kernel
+
+REMAINDERS = ("bucket", "truncate", "renormalize", "none")
 
 INTEGERS = dict.fromkeys(("num_classes", "num_groups", "num_tokens", "stride", "stride_out"), "i32")
 CLASSES = dict.fromkeys(("top_column", "label_column"), "*i64")
@@ -40,13 +43,17 @@ for dtype, F in (("fp32", 1.0), ("fp64", 8.0)):
     for teacher, plain, width in itertools.product(flags, flags, (1, 64)):
         build(kernels.statistics_kernel, dtype, dtype, inverse=0.5, HAS_TEACHER=teacher, HAS_UNTEMPERED=plain, WIDTH=width, BLOCK=1024)
     build(kernels.span_sums_kernel, dtype, dtype, inverse=0.5, F=F, BLOCK=1024)
+    for upper, wide in itertools.product(flags, flags):
+        build(edge_masses_kernel, dtype, dtype, num_nodes=7, inverse=0.5, softness_inverse=4.0, IS_WIDE=wide, HAS_UPPER=upper, HAS_BUCKET=wide, F=F, NODES=8, BLOCK=256)
     for spec in specs:
         kind = dict(IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula))
-        for bucket, edges in itertools.product(flags, flags) if spec.is_clipped else [(True, False)]:
-            num_sums = replace(spec, has_edges=edges).num_sums
-            build(kernels.sums_kernel, dtype, dtype, **numbers, **kind, IS_BUCKET=bucket, HAS_EDGES=edges, HAS_BUCKET=not edges, F=F, NUM_SUMS=num_sums, BLOCK=1024)
+        for remainder, edges, upper in itertools.product(REMAINDERS, flags, flags) if spec.is_clipped else [("bucket", False, False)]:
+            num_sums = len(ClippedSum) if spec.is_clipped else spec.num_sums
+            mask = dict(IS_BUCKET=remainder == "bucket", IS_NONE=remainder == "none", HAS_TOTALS=replace(spec, remainder=remainder).has_totals, HAS_UPPER=upper)
+            build(kernels.sums_kernel, dtype, dtype, **numbers, **kind, **mask, IS_TRUNCATE=remainder == "truncate", HAS_EDGES=edges, HAS_BUCKET=not edges, F=F, NUM_SUMS=num_sums, BLOCK=1024)
         for out, rest in itertools.product((dtype, "bf16") if F == 1 else (dtype,), flags):
-            build(kernels.gradient_kernel, dtype, out, **numbers, **kind, IS_BUCKET=rest, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_UNTEMPERED=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
+            mask = dict(IS_BUCKET=rest, IS_NONE=not rest, HAS_TOTALS=rest, HAS_UPPER=rest)
+            build(kernels.gradient_kernel, dtype, out, **numbers, **kind, **mask, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_UNTEMPERED=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
 print("compiled")
 """  # noqa: E501
 

@@ -2,7 +2,7 @@
 
 Every contender does forward and backward of one call on the same inputs and leaves gradients in ``problem.student``.
 ``work`` names what it computes: "products", "ce+kl" (cross-entropy and forward KL), "kl", "full" (with DAC-KL, gate
-and span) or "full, span log" (the same with the span term of phrases as written).
+and span) or an option in place of its default (``OPTIONS``).
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from torch import Tensor
 from megadistill.losses import Head, LossConfig, QuantileGate, distill_loss
 from megadistill.losses.backends import has_compiler, has_triton
 from megadistill.losses.fused import chunk_size
-from megadistill.losses.quantile_gate import QuantileFunction
+from megadistill.losses.quantile import find_thresholds
 from megadistill.parallel import VocabShard
 
 FULL = LossConfig()
 CE_KL = FULL.replace(clip="off", span=0.0)
-# What ours computes -> its configuration.
-WORKS = {"ce+kl": CE_KL, "full": FULL, "full, span log": FULL.replace(span_relation="log")}
+# Everything, with one option changed.
+OPTIONS = {
+    "span log": FULL.replace(span_relation="log"),
+    "truncate": FULL.replace(remainder="truncate"),
+    "none": FULL.replace(remainder="none"),
+    "entropy": FULL.replace(clip="entropy"),
+    "upper 0.98": FULL.replace(upper=0.98),
+}
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Problem:
     labels: Tensor
     pairs: Tensor
     gate: QuantileGate
+    two_sided_gate: QuantileGate
     shard: VocabShard
     num_pairs: int
 
@@ -47,7 +54,12 @@ class Problem:
 
     def clear(self) -> None:
         """Forgets all gradients."""
-        for part in (self.student.hidden, self.student.weight, *self.gate.parameters()):
+        for part in (
+            self.student.hidden,
+            self.student.weight,
+            *self.gate.parameters(),
+            *self.two_sided_gate.parameters(),
+        ):
             part.grad = None
 
 
@@ -88,8 +100,8 @@ def make_problem(
     pairs = torch.rand(num_tokens, generator=generator, device=device) < 0.5
     pairs[-1] = False
     student = Head(hidden[0].requires_grad_(), weights[0].requires_grad_())
-    gate = QuantileGate().to(device)
-    return Problem(student, Head(hidden[1], weights[1]), labels, pairs, gate, shard, int(pairs.sum()))
+    gates = QuantileGate().to(device), QuantileGate(upper=0.98).to(device)
+    return Problem(student, Head(hidden[1], weights[1]), labels, pairs, *gates, shard, int(pairs.sum()))
 
 
 def first_tokens(problem: Problem) -> Problem:
@@ -131,14 +143,17 @@ def floor(problem: Problem) -> Contender:
 def ours(problem: Problem, backends: list[str]) -> Iterator[Contender]:
     """The objective on each backend."""
     for backend in backends:
-        for work, config in WORKS.items():
+        options = OPTIONS if backend == backends[0] else {}
+        for work, config in {"ce+kl": CE_KL, "full": FULL, **options}.items():
             yield _one_of_ours(backend, work, config.replace(backend=backend), problem)
 
 
 def _one_of_ours(backend: str, work: str, config: LossConfig, problem: Problem) -> Contender:
+    gate = problem.gate if config.upper == 1 else problem.two_sided_gate
+
     def run() -> None:
         distill_loss(
-            problem.student, problem.teacher, problem.labels, problem.pairs, problem.gate, config, problem.shard,
+            problem.student, problem.teacher, problem.labels, problem.pairs, gate, config, problem.shard,
             num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
         ).loss.backward()  # fmt: skip
 
@@ -223,6 +238,24 @@ def _dense_ce_kl(problem: Problem) -> Tensor:
     return F.cross_entropy(logits, problem.labels) + kl
 
 
+@torch.no_grad()
+def _dense_thresholds(beside: Tensor, log_p: Tensor, top: Tensor, log_tail: Tensor, problem: Problem) -> Tensor:
+    """Lower thresholds [T] for probabilities ``beside`` the top class."""
+
+    def masses_at(nodes: Tensor, upper: Tensor | None, is_wide: bool) -> Tensor:
+        return torch.stack([
+            (beside * torch.sigmoid((node.unsqueeze(-1) - log_p) / FULL.softness)).sum(-1)
+            for node in nodes.float().unbind(-1)
+        ], -1)  # fmt: skip
+
+    lambda_l, _ = problem.gate(top, log_tail)
+    log_beside = torch.cat([top[:, 1:], log_tail.unsqueeze(-1)], -1).logsumexp(-1)
+    return find_thresholds(
+        masses_at, lambda_l, None, log_top=top[:, 0], log_beside=log_beside, softness=FULL.softness,
+        num_classes=log_p.shape[-1],
+    ).theta_l.float()  # fmt: skip
+
+
 def _dense_full(problem: Problem) -> Tensor:
     """The whole objective, as short as it can be written."""
     config = FULL
@@ -232,11 +265,10 @@ def _dense_full(problem: Problem) -> Tensor:
         log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
     logits = (problem.student.hidden @ problem.student.weight.T).float()
     log_q = logits.log_softmax(-1)
-    quantile = QuantileFunction(top, log_tail, config.quantile, log_p.shape[-1])
-    lower, upper = (quantile(bound).float().unsqueeze(-1) for bound in problem.gate(top, log_tail))
-    mask = torch.sigmoid((log_p - lower) / config.softness) * torch.sigmoid((upper - log_p) / config.softness)
-    mask = mask.scatter(-1, log_p.argmax(-1, keepdim=True), 1.0)
     p, q = log_p.exp(), log_q.exp()
+    theta = _dense_thresholds(p.scatter(-1, index[:, :1], 0.0), log_p, top, log_tail, problem)
+    mask = torch.sigmoid((log_p - theta.unsqueeze(-1)) / config.softness)
+    mask = mask.scatter(-1, log_p.argmax(-1, keepdim=True), 1.0)
     clipped_p, clipped_q = ((1 - mask) * p).sum(-1), ((1 - mask) * q).sum(-1)
     tiny = torch.finfo(torch.float32).tiny
     dac = (mask * p * (log_p - log_q)).sum(-1)

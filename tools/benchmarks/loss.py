@@ -30,10 +30,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ERROR_ELEMENTS = 2**22  # tokens times classes of the problem on which gradients are compared with float64
 _LEGEND = """\
 Work: the four matrix products; cross-entropy and forward KL; the KL alone; everything (cross-entropy, DAC-KL with its
-gate, span), also with loss.span_relation=log. s: best of the rounds, CPU seconds of one thread (CUDA: between events).
-Ratio: median over the rounds of time over the products' in the same round, the products in chunks of the same size.
-Peak: GB above the inputs, then the same without the gradients. Error: worse of hidden and weight gradient against the
-dense float64 reference, relative to its largest entry, on fewer tokens; not measured across shards (tests do)."""
+gate, span), and everything with one option changed. s: best of the rounds, CPU seconds of one thread (CUDA: between
+events). Ratio: median over the rounds of time over the products' in the same round, the products in chunks of the same
+size. Peak: GB above the inputs, then the same without the gradients. Error: worse of hidden and weight gradient against
+the dense float64 reference, relative to its largest entry, on fewer tokens; not measured across shards (tests do)."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _errors_of(case: Case, device: torch.device) -> dict[tuple[str, str], float]
     shard = VocabShard(0, case.num_classes, case.num_classes)
     problem = field.make_problem(case.num_rows, shard, case.width, _DTYPES[case.dtype], device, seed=1)
     torch.set_num_threads(os.cpu_count() or 1)  # nothing is timed here
-    expected = {work: _expected(problem, work) for work in ("kl", *field.WORKS)}
+    expected = {work: _expected(problem, work) for work in ("ce+kl", "kl", "full", *field.OPTIONS)}
     torch.set_num_threads(1)
     found = {}
     for contender in [
@@ -283,12 +283,13 @@ def _expected(problem: field.Problem, work: str) -> tuple[torch.Tensor, ...]:
 
     student, teacher = double(problem.student), double(problem.teacher)
     sources = (student.hidden.requires_grad_(), student.weight.requires_grad_())
-    config = field.WORKS.get(work, field.CE_KL)
+    config = {"full": field.FULL, **field.OPTIONS}.get(work, field.CE_KL)
+    gate = problem.gate if config.upper == 1 else problem.two_sided_gate
     output = reference_loss(
-        student, teacher, problem.labels.cpu(), problem.pairs.cpu(), problem.gate.cpu(), config,
+        student, teacher, problem.labels.cpu(), problem.pairs.cpu(), gate.cpu(), config,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs,
     )  # fmt: skip
-    problem.gate.to(problem.labels.device)
+    gate.to(problem.labels.device)
     loss = output.dac_kl if work == "kl" else output.loss
     return torch.autograd.grad(loss, sources)
 

@@ -77,7 +77,8 @@ def _phase_rows(formula: PhaseUse, exact: PhaseUse) -> list[Difference]:
     rows = [Difference(f"peak of {name}", formula.peak, exact.peak, is_memory=True)]
     if formula.flops or exact.flops:
         rows.append(Difference(f"FLOPs of {name}", formula.flops, exact.flops))
-    rows.append(Difference(f"operations of {name}", formula.operations, exact.operations))
+    if formula.operations:
+        rows.append(Difference(f"operations of {name}", formula.operations, exact.operations))
     for group in ("tp", "dp"):
         ours, theirs = (sum(t.bytes for t in phase.traffic if t.group == group) for phase in (formula, exact))
         if ours or theirs:

@@ -371,7 +371,8 @@ def _optimizer(case: Case) -> Sequence[Owners]:
         temporaries = (_FP32 + narrow) * part
     elif case.zero_stage == 0:
         alive[GRADIENTS] = case.gradient_bytes * part
-        temporaries = 0 if itemsize == _FP32 else _FP32 * part
+        # The norm squares one gradient after the other in float64 (engines/student.py).
+        temporaries = max(2 * _FP64 * max(case.student.sizes), 0 if itemsize == _FP32 else _FP32 * part)
     elif _sums_all(case):
         temporaries = 0
     else:

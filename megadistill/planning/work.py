@@ -6,21 +6,27 @@ what was written is written and read again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megadistill.planning.case import Case
-from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released
+from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released, uses_triton
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 
-# Operations that torch dispatches, views left out, counted from the code: one layer of decoding/decoder.py with joined
-# products and rotary positions; embedding, head and sampling of a token; a layer of transformers' forward pass, and of
-# its backward pass with DeepSpeed's hooks; a parameter's update and its copies.
-_DECODE_LAYER, _DECODE_TOKEN = 17, 29
-_READ_LAYER, _SCORE_CHUNK = 26, 200
-_FORWARD_LAYER, _BACKWARD_LAYER = 40, 90
-_LOSS_CHUNK, _UPDATE_PARAMETER = 120, 6
+# Operations that torch dispatches on a GPU, views left out, as differences between dry runs of small models that differ
+# by one thing: a layer, a row, a step, a pass, a chunk. Elsewhere norms and losses are made of more of them.
+_READ_LAYER, _CACHED_LAYER, _CACHED_EXAMPLE, _UNPACKED_EXAMPLE, _READING = 12, 2, 2, 5, 16
+_DECODE_LAYER, _DECODE_TOKEN, _DRAWN_OVER_TP, _TIED_OVER_TP, _RECORDING_LAYER = 13, 30, 26, 10, 38
+_ROLLOUT, _ROUND, _RMS_NORMS = 290, 237, 2
+_HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
+_SCORE, _SCORE_CHUNK = 140, 204  # losses in eager torch
+_OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
+_PASS, _STEP = 185, 60
+_TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
+# Of the optimizer: for each parameter and in all, by ZeRO stage; of a bf16 model whose gradients are summed in fp32.
+_UPDATE: Mapping[int, tuple[float, int]] = {0: (7, 58), 1: (2, 100), 2: (2, 110), 3: (2, 110)}
+_WIDE_UPDATE: Mapping[int, tuple[float, int]] = {0: (25, 54), 1: (2, 74), 2: (7.5, 139), 3: (2, 110)}
 _KV_READS = 0.5  # of the columns, on average over a response
 _SMALL_BYTES, _TOGETHER = 2**22, 64  # engines/gathered.py
 _FP32 = 4
@@ -32,7 +38,7 @@ class Work:
 
     Attributes:
         flops: Of products and attention.
-        operations: What torch dispatches, without views; a recorded decoding step is one.
+        operations: What torch dispatches, without views; a recorded decoding step is one. 0 on CPUs: not known.
         recorded: Kernels of recorded decoding steps.
         memory_bytes: Read from and written to the GPU's memory by products and elementwise passes, about.
         sent: (group, op) -> [calls, bytes].
@@ -69,6 +75,9 @@ def work(case: Case) -> dict[str, Work]:
         phases["regenerate"] = _regenerate(case)
     phases["train"] = _train(case)
     phases["optimizer"] = _optimizer(case)
+    if not case.like_gpu:
+        for done in phases.values():
+            done.operations = 0
     return phases
 
 
@@ -98,15 +107,22 @@ def _attention(model: ModelShape, queries: float, keys: float) -> float:
     return 4 * queries * keys * model.query * model.num_layers
 
 
-def _read(done: Work, case: Case, model: ModelShape, examples: int, tokens: float, keys: float, itemsize: int) -> None:
-    """Adds the reading of ``tokens`` of each example, which attend to ``keys`` columns, to ``done``."""
+def _read(
+    done: Work, case: Case, model: ModelShape, examples: int, tokens: float, keys: float, itemsize: int, launches: float
+) -> None:
+    """Adds the reading of ``tokens`` of each example, which attend to ``keys`` columns, to ``done``.
+
+    ``launches`` of a layer come on top of those of its products and norms.
+    """
     total = examples * tokens
     done.flops += 2 * model.products * total + _attention(model, total, keys)
-    done.operations += model.num_layers * _READ_LAYER * max(1, -(-total // PIECE_TOKENS))
+    pieces = max(1, -(-total // PIECE_TOKENS))
+    of_layer = _READ_LAYER + (_RMS_NORMS if model.is_rms else 0) + (2 if case.tp_size > 1 else 0)
+    of_layer += _HEAD_NORMS_READ if model.has_head_norms else 0
+    done.operations += _READING + model.num_layers * (of_layer * pieces + launches)
     weights = itemsize * model.num_layers * model.layer
     done.memory_bytes += weights + total * model.num_layers * itemsize * 12 * model.hidden
     if case.tp_size > 1:
-        pieces = -(-total // PIECE_TOKENS)
         of_layers = 2 * model.num_layers
         done.send("tp", "all_reduce", of_layers * pieces + model.is_tied, (of_layers + model.is_tied) * total
                   * model.hidden * itemsize)  # fmt: skip
@@ -120,10 +136,13 @@ def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) 
     read, columns = (examples * steps, case.columns) if case.records_steps else (tokens, columns)
     done.flops += 2 * (model.products * read + model.head * tokens) + _attention(model, read, columns)
     unjoined = sum(2 * len(parts) - 2 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
-    kernels = steps * model.num_layers * (_DECODE_LAYER + unjoined)
+    of_layer = _DECODE_LAYER + (_RMS_NORMS if model.is_rms else 0) + unjoined
+    of_layer += _HEAD_NORMS_DECODED if model.has_head_norms else 0
+    kernels = steps * model.num_layers * of_layer
+    over_tp = _DRAWN_OVER_TP + (_TIED_OVER_TP if model.is_tied else 0) if case.tp_size > 1 else 0
     if case.records_steps:
         done.recorded += kernels
-    done.operations += steps * _DECODE_TOKEN + (0 if case.records_steps else kernels)
+    done.operations += steps * (_DECODE_TOKEN + over_tp) + (steps if case.records_steps else kernels)
     weights = itemsize * (model.num_layers * model.layer + model.head)
     done.memory_bytes += steps * weights + read * columns * model.kv_bytes(itemsize)
     if case.tp_size > 1:
@@ -136,7 +155,9 @@ def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
     _gather(done, case, released(case, model), case.student_bytes)
     for examples in _batches(case):
-        _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes)
+        kept = _CACHED_LAYER + _CACHED_EXAMPLE * examples + (_RECORDING_LAYER if case.records_steps else 0)
+        _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes, kept)
+        done.operations += _ROLLOUT
         steps = case.response_tokens - 1
         _decode(done, case, examples, steps, examples * steps)
     return done
@@ -147,6 +168,7 @@ def _regenerate(case: Case) -> Work:
     for examples in _batches(case):
         steps = case.rounds * _rewritten(case)
         _decode(done, case, examples, steps, case.rounds * examples * case.response_tokens / 2)
+        done.operations += case.rounds * (_ROUND + examples)
     return done
 
 
@@ -158,8 +180,12 @@ def _teacher(case: Case, teacher: ModelShape) -> Work:
                 _gather(done, case, teacher.layer_sizes, itemsize)
             _gather(done, case, [teacher.embedding], itemsize)
             _gather(done, case, [teacher.hidden] * (1 if teacher.is_rms else 2), itemsize)  # the last norm
-            again = case.response_tokens / 2 if reading and case.keeps_teacher_cache else case.columns
-            _read(done, case, teacher, examples, again, case.columns, itemsize)
+            is_short = reading > 0 and case.keeps_teacher_cache
+            again = case.response_tokens / 2 if is_short else case.columns
+            kept = _CACHED_LAYER + _CACHED_EXAMPLE * examples if case.keeps_teacher_cache else 0
+            kept += _UNPACKED_EXAMPLE * examples if is_short and itemsize == _FP32 else 0
+            kept += 1 + len(teacher.layer_sizes) if case.zero_stage == 3 and case.dp_size > 1 else 0
+            _read(done, case, teacher, examples, again, case.columns, itemsize, kept)
     return done
 
 
@@ -170,7 +196,7 @@ def _score(case: Case, teacher: ModelShape) -> Work:
             tokens = examples * case.response_tokens / 2**number
             chunks = -(-tokens // chunk_tokens(case))
             done.flops += 2 * tokens * student.classes * (student.hidden + teacher.hidden)
-            done.operations += _SCORE_CHUNK * chunks
+            done.operations += _SCORE + _launches_of_chunk(case, _SCORE_CHUNK) * chunks
             done.memory_bytes += 10 * _FP32 * tokens * student.classes
             _gather(done, case, [teacher.head], case.teacher_bytes)
             if case.tp_size > 1:
@@ -187,8 +213,10 @@ def _train(case: Case) -> Work:
     again = student.products - student.num_layers * student.down.size if is_checkpointed else 0
     attention = _attention(student, tokens, case.columns)
     done.flops = passes * (2 * tokens * (3 * student.products + again) + attention * (4.5 if is_checkpointed else 3.5))
-    layers = _FORWARD_LAYER * (2 if is_checkpointed else 1) + _BACKWARD_LAYER
-    done.operations = passes * student.num_layers * layers
+    layer = _TRAIN_LAYER + (_TRAIN_RMS + (_TRAIN_CASTS if itemsize < _FP32 else 0) if student.is_rms else 0)
+    layer += _HEAD_NORMS_TRAINED if student.has_head_norms else 0
+    layer = layer * (1 + _AGAIN if is_checkpointed else 1) + (_RELEASED_LAYER if case.zero_stage == 3 else 0)
+    done.operations = _STEP + passes * (_PASS + student.num_layers * layer)
     weights = itemsize * student.num_layers * student.layer
     kept = tokens * student.kept_by_layer(itemsize) * student.num_layers
     done.memory_bytes = passes * (weights * (4 if is_checkpointed else 3) + kept * (4 if is_checkpointed else 3))
@@ -213,7 +241,9 @@ def _losses(done: Work, case: Case) -> None:
     for teacher_hidden in terms:
         chunks = case.passes * -(-tokens // (case.passes * chunk_tokens(case)))
         done.flops += 2 * tokens * student.classes * (3 * student.hidden + teacher_hidden)
-        done.operations += _LOSS_CHUNK * chunks
+        launches = _OBJECTIVE_CHUNK if teacher_hidden else _REFERENCE_CHUNK
+        launches += _CLIPPING_CHUNK if teacher_hidden and case.config.loss.is_clipped else 0
+        done.operations += _launches_of_chunk(case, launches) * chunks
         done.memory_bytes += 12 * _FP32 * tokens * student.classes
         if case.tp_size > 1:
             columns = 14 + 7 + case.config.loss.top_k if teacher_hidden else 3
@@ -222,6 +252,11 @@ def _losses(done: Work, case: Case) -> None:
             done.send("tp", "all_reduce", case.passes * 2, tokens * student.hidden * _FP32)
     if teacher is not None:
         _gather(done, case, [teacher.head], case.teacher_bytes)
+
+
+def _launches_of_chunk(case: Case, in_torch: int) -> int:
+    """Triton's kernels take the place of most of what eager torch does between the products of a chunk."""
+    return max(in_torch // 2, in_torch - _TORCH_CHUNK) if uses_triton(case) else in_torch
 
 
 def _exchange(done: Work, case: Case) -> None:
@@ -247,7 +282,9 @@ def _exchange(done: Work, case: Case) -> None:
 
 def _optimizer(case: Case) -> Work:
     done, part = Work(), partition_size(case)
-    done.operations = _UPDATE_PARAMETER * len(case.student.sizes)
+    is_wide = case.gradient_bytes > case.student_bytes
+    of_parameter, in_all = (_WIDE_UPDATE if is_wide else _UPDATE)[case.zero_stage]
+    done.operations = in_all + of_parameter * len(case.student.sizes)
     done.memory_bytes = 36 * part  # master and moments read and written, the gradient copied, weights written
     if case.zero_stage == 3 and case.dp_size > 1:
         small = case.student.size - sum(released(case, case.student))

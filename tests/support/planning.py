@@ -14,6 +14,7 @@ import torch
 
 from megadistill.config.schema import RunConfig
 from megadistill.planning.use import StepUse
+from tests.support.preload import preload
 from tests.support.runs import join_deepspeed
 from tests.support.spawn import run_ranks
 
@@ -94,7 +95,7 @@ def settings(models: Path, layout: Layout) -> RunConfig:
 
 def forked(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What a function returns in a fork of this process, which it may leave in any state."""
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     torch.set_num_threads(1)  # a thread pool of the parent does not survive the fork
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -116,7 +117,7 @@ def _dry_run(config: RunConfig, **named: Any) -> StepUse:
 
 def measure(models: Path, layouts: Sequence[Layout]) -> list[list[StepUse]]:
     """The measured steps of layouts of one world size: for each layout those of all ranks."""
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     ranks = run_ranks(_measured, layouts[0].world_size, models, layouts, timeout_s=1500.0)
     return [list(of_layout) for of_layout in zip(*ranks, strict=True)]

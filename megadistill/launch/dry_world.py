@@ -21,7 +21,7 @@ def dry_world(rank: int, world_size: int) -> Iterator[None]:
         rank: Which rank this process is.
         world_size: Processes in all.
     """
-    ours = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_SIZE": 1}
+    ours: dict[str, int | str] = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_SIZE": 1}
     ours |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     before = {name: os.environ.get(name) for name in ours}
     os.environ |= {name: str(value) for name, value in ours.items()}

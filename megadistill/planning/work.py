@@ -213,7 +213,7 @@ def _train(case: Case) -> Work:
     again = student.products - student.num_layers * student.down.size if is_checkpointed else 0
     attention = _attention(student, tokens, case.columns)
     done.flops = passes * (2 * tokens * (3 * student.products + again) + attention * (4.5 if is_checkpointed else 3.5))
-    layer = _TRAIN_LAYER + (_TRAIN_RMS + (_TRAIN_CASTS if itemsize < _FP32 else 0) if student.is_rms else 0)
+    layer: float = _TRAIN_LAYER + (_TRAIN_RMS + (_TRAIN_CASTS if itemsize < _FP32 else 0) if student.is_rms else 0)
     layer += _HEAD_NORMS_TRAINED if student.has_head_norms else 0
     layer = layer * (1 + _AGAIN if is_checkpointed else 1) + (_RELEASED_LAYER if case.zero_stage == 3 else 0)
     done.operations = _STEP + passes * (_PASS + student.num_layers * layer)

@@ -107,11 +107,11 @@ def peak_memory() -> Iterator[dict[str, float]]:
     peak = {"anonymous": 0.0, "mapped": 0.0}
     gc.collect()
     trim()
-    base, done = _memory(), threading.Event()
+    base, done = resident_bytes(), threading.Event()
 
     def sample() -> None:
         while not done.wait(0.002):
-            now = _memory()
+            now = resident_bytes()
             for kind in peak:
                 peak[kind] = max(peak[kind], now[kind] - base[kind])
 
@@ -124,7 +124,8 @@ def peak_memory() -> Iterator[dict[str, float]]:
         thread.join()
 
 
-def _memory() -> dict[str, float]:
+def resident_bytes() -> dict[str, float]:
+    """Bytes of this process that are ``anonymous`` or ``mapped`` from files."""
     kinds = {"RssAnon": "anonymous", "RssFile": "mapped"}
     with open("/proc/self/status", encoding="ascii") as status:
         lines = (line.split() for line in status)

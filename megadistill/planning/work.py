@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megadistill.planning.case import Case
-from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released, uses_triton
+from megadistill.planning.memory import (
+    DRAWN_ELEMENTS,
+    PIECE_TOKENS,
+    chunk_tokens,
+    joins,
+    partition_size,
+    released,
+    uses_triton,
+)
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 
@@ -20,6 +28,7 @@ _READ_LAYER, _CACHED_LAYER, _CACHED_EXAMPLE, _UNPACKED_EXAMPLE, _READING = 12, 2
 _DECODE_LAYER, _DECODE_TOKEN, _DRAWN_OVER_TP, _TIED_OVER_TP, _RECORDING_LAYER = 13, 30, 26, 10, 38
 _ROLLOUT, _ROUND, _RMS_NORMS = 290, 237, 2
 _HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
+_JOINING, _DRAWN_PIECE, _DRAWN_PIECE_OVER_TP = 6, 21, 17
 _SCORE, _SCORE_CHUNK = 140, 204  # losses in eager torch
 _OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
 _PASS, _STEP = 185, 60
@@ -119,6 +128,7 @@ def _read(
     pieces = max(1, -(-total // PIECE_TOKENS))
     of_layer = _READ_LAYER + (_RMS_NORMS if model.is_rms else 0) + (2 if case.tp_size > 1 else 0)
     of_layer += _HEAD_NORMS_READ if model.has_head_norms else 0
+    of_layer -= 0 if joins(model.qkv, itemsize) else _JOINING
     done.operations += _READING + model.num_layers * (of_layer * pieces + launches)
     weights = itemsize * model.num_layers * model.layer
     done.memory_bytes += weights + total * model.num_layers * itemsize * 12 * model.hidden
@@ -196,7 +206,10 @@ def _score(case: Case, teacher: ModelShape) -> Work:
             tokens = examples * case.response_tokens / 2**number
             chunks = -(-tokens // chunk_tokens(case))
             done.flops += 2 * tokens * student.classes * (student.hidden + teacher.hidden)
-            done.operations += _SCORE + _launches_of_chunk(case, _SCORE_CHUNK) * chunks
+            # Tokens are drawn from a part of a chunk at a time (decoding/sampling.py).
+            pieces = -(-min(chunk_tokens(case), tokens) // max(1, DRAWN_ELEMENTS // student.classes))
+            drawn = _DRAWN_PIECE * (pieces - 1) + (_DRAWN_PIECE_OVER_TP * pieces if case.tp_size > 1 else 0)
+            done.operations += _SCORE + (_launches_of_chunk(case, _SCORE_CHUNK) + drawn) * chunks
             done.memory_bytes += 10 * _FP32 * tokens * student.classes
             _gather(done, case, [teacher.head], case.teacher_bytes)
             if case.tp_size > 1:

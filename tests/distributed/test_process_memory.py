@@ -13,6 +13,8 @@ from megadistill.planning.case import Case, Models
 from megadistill.planning.counted_step import Lengths, measured_step, plannable, vocabulary
 from megadistill.planning.dry_run import dry_run
 from megadistill.planning.formulas import step_use
+from megadistill.planning.search import step_bytes
+from megadistill.planning.storage import PROCESS_BYTES
 from tests.support.planning import forked
 from tests.support.preload import preload
 from tests.support.runs import join_deepspeed
@@ -80,8 +82,9 @@ def test_a_process_holds_what_the_planner_says(tmp_path: Path) -> None:
     case = Case.of(config, Models.of(config), nodes=1, gpus_per_node=2, gpu_memory=2**34, like_gpu=False)
     exact = forked(_dry_run, config)
     for measured in run_ranks(_peak, 2, tmp_path, timeout_s=900):
-        for planned in (exact, step_use(case)):
-            assert measured == pytest.approx(planned.peak, rel=0.1), (measured, planned.peak, planned.source)
+        for use in (exact, step_use(case)):
+            planned = step_bytes(case, use) - PROCESS_BYTES
+            assert measured == pytest.approx(planned, rel=0.1), (measured, planned, use.source)
 
 
 def _dry_run(config: RunConfig) -> Any:

@@ -15,7 +15,7 @@ from megadistill.cli.preparers import models_to_make
 from megadistill.config.section import PositiveInt
 from megadistill.errors import ConfigError, ExitCode
 from megadistill.files import write_json
-from megadistill.planning.gpus import GPUS
+from megadistill.planning.gpus import CPU_CORE, GPUS, Gpu, total_memory
 
 if TYPE_CHECKING:
     from megadistill.planning.case import Case
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.planning.case import Case, Models
     from megadistill.planning.known import with_configurations
 
-    gpu = GPUS[parsed.gpu]
+    gpu = _gpu(parsed)
     with tempfile.TemporaryDirectory() as folder:
         described, notes = with_configurations(config, models_to_make(config), Path(folder))
         case = Case.of(
@@ -48,9 +48,10 @@ def run(arguments: Sequence[str]) -> int:
             Models.of(described),
             nodes=parsed.nodes,
             gpus_per_node=parsed.gpus_per_node,
-            gpu_memory=parsed.gpu_memory or gpu.memory,
+            gpu_memory=parsed.gpu_memory or gpu.memory or total_memory() // parsed.gpus_per_node,
             prompt_tokens=parsed.prompt_tokens,
             response_tokens=parsed.response_tokens,
+            like_gpu=not parsed.cpu,
             is_checked=not parsed.sweep,
         )
         plan = _planned(parsed, case, notes)
@@ -76,10 +77,14 @@ def _parser() -> Parser:
     number = value_of(PositiveInt)
     parser.add_argument("--nodes", type=number, default=1, metavar="N", help="machines; default: 1")
     parser.add_argument("--gpus-per-node", type=number, default=8, metavar="G", help="GPUs of each; default: 8")
+    parser.add_argument("--gpu", choices=tuple(GPUS), help=f"speed and memory; default: {_DEFAULT_GPU}")
     parser.add_argument(
-        "--gpu", choices=tuple(GPUS), default=_DEFAULT_GPU, help=f"speed and memory; default: {_DEFAULT_GPU}"
+        "--cpu", action="store_true", help="plan processes that compute on CPU cores, --gpus-per-node on each machine"
     )
-    parser.add_argument("--gpu-memory", type=size, metavar="SIZE", help="such as 80GB; default: that of --gpu")
+    parser.add_argument(
+        "--gpu-memory", type=size, metavar="SIZE",
+        help="such as 80GB; default: that of --gpu, with --cpu a process's share of this machine's",
+    )  # fmt: skip
     parser.add_argument(
         "--prompt-tokens", type=number, metavar="N", help="length of prompts; default: data.max_prompt_tokens"
     )
@@ -101,6 +106,12 @@ def _parser() -> Parser:
     return parser
 
 
+def _gpu(parsed: argparse.Namespace) -> Gpu:
+    if parsed.cpu and parsed.gpu is not None:
+        raise ConfigError(f"--cpu plans without GPUs: leave out --gpu {parsed.gpu}, or --cpu")
+    return CPU_CORE if parsed.cpu else GPUS[parsed.gpu or _DEFAULT_GPU]
+
+
 def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Plan:
     from megadistill.planning.compare import compare
     from megadistill.planning.formulas import step_use
@@ -110,7 +121,7 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
 
     if parsed.exact and parsed.sweep:
         raise ConfigError("--exact runs one layout and --sweep compares all of them: give one of the two")
-    gpu = GPUS[parsed.gpu]
+    gpu = _gpu(parsed)
     factors = {} if parsed.rates is None else measured_factors(Path(parsed.rates), gpu, case.gpus_per_node)
     layouts = sweep(case, gpu, factors) if parsed.sweep else None
     if layouts:
@@ -162,6 +173,6 @@ def _write(parsed: argparse.Namespace, plan: Plan) -> None:
 
         case = plan.case
         stacked_bars(
-            bars(plan.use), Path(parsed.plot), limit=case.gpu_memory / 1e9, limit_label=f"{plan.gpu.name}", unit="GB",
+            bars(plan), Path(parsed.plot), limit=case.gpu_memory / 1e9, limit_label=plan.gpu.name, unit="GB",
             title=f"tp {case.tp_size} x dp {case.dp_size}, ZeRO-{case.zero_stage}: memory of a rank",
         )  # fmt: skip

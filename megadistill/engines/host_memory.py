@@ -64,7 +64,7 @@ class _Copy:
     """A storage of the device and its copy in host memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._storage, self._dtype = tensor.untyped_storage(), tensor.dtype
+        self._storage, self._dtype, self._device = tensor.untyped_storage(), tensor.dtype, tensor.device
         self.num_bytes = self._storage.nbytes()
         self._host: torch.Tensor | None = None
 
@@ -77,14 +77,14 @@ class _Copy:
         if self._storage.nbytes() == 0:
             return
         if self._host is None:
-            self._host = host_buffer(self.num_bytes // self._dtype.itemsize, self._dtype, self._storage.device)
+            self._host = host_buffer(self.num_bytes // self._dtype.itemsize, self._dtype, self._device)
             is_changed = True
         if is_changed:
             self._host.copy_(self._whole())  # waits: the storage is freed next
         self._storage.resize_(0)
 
     def _whole(self) -> torch.Tensor:
-        empty = torch.empty(0, dtype=self._dtype, device=self._storage.device)
+        empty = torch.empty(0, dtype=self._dtype, device=self._device)
         return empty.set_(self._storage, 0, (self.num_bytes // self._dtype.itemsize,), (1,))
 
 

@@ -26,6 +26,10 @@ class Difference:
     exact: float
     is_memory: bool = False
 
+    def shown(self, value: float) -> str:
+        """One of the numbers, for people."""
+        return f"{value:,.0f}" if self.what.startswith("operations") else f"{value / _GB:.3f}"
+
     @property
     def ratio(self) -> float:
         """The formulas' number over the exact one; 1 where both are 0."""
@@ -50,10 +54,10 @@ class Comparison:
 
     def __str__(self) -> str:
         cells = [
-            (row.what, *(f"{value / _GB:.3f}" for value in (row.formula, row.exact)), f"{100 * (row.ratio - 1):+.1f} %")
+            (row.what, *map(row.shown, (row.formula, row.exact)), f"{100 * (row.ratio - 1):+.1f} %")
             for row in self.rows
         ]
-        return text_table(("memory and traffic in GB, FLOPs and operations in 10^9", "formulas", "exact", "off"), cells)
+        return text_table(("memory and traffic in GB, FLOPs in 10^9", "formulas", "exact", "off"), cells)
 
 
 def compare(formula: StepUse, exact: StepUse) -> Comparison:
@@ -77,7 +81,8 @@ def _phase_rows(formula: PhaseUse, exact: PhaseUse) -> list[Difference]:
     rows = [Difference(f"peak of {name}", formula.peak, exact.peak, is_memory=True)]
     if formula.flops or exact.flops:
         rows.append(Difference(f"FLOPs of {name}", formula.flops, exact.flops))
-    rows.append(Difference(f"operations of {name}", formula.operations, exact.operations))
+    if formula.operations:
+        rows.append(Difference(f"operations of {name}", formula.operations, exact.operations))
     for group in ("tp", "dp"):
         ours, theirs = (sum(t.bytes for t in phase.traffic if t.group == group) for phase in (formula, exact))
         if ours or theirs:

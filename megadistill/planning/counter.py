@@ -176,12 +176,32 @@ class Counter:
         key, holder, num_bytes = _key_of(tensor)
         if num_bytes == 0 or key in self._blocks:
             return
-        size = -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        size = _rounded(num_bytes)
         block = _Block(size, owner_of_frame(sys._getframe(2)) if size >= _OWNED_BYTES else OTHER)
         self._blocks[key] = block
         self._references[key] = weakref.ref(holder, lambda _: self._free(key))
         self.live += size
         self._owners[block.owner] += size
+        if self.live > self._current.peak:
+            self._note_peak()
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Does not count a tensor's storage, which is in another memory."""
+        key, holder, _ = _key_of(tensor)
+        self.resize(key, 0)
+        if key not in self._blocks:
+            self._blocks[key] = _Block(0, OTHER)
+            self._references[key] = weakref.ref(holder, lambda _: self._free(key))
+
+    def resize(self, key: int, num_bytes: int) -> None:
+        """A storage, named by its ``_cdata``, was given other bytes."""
+        block = self._blocks.get(key)
+        if block is None:
+            return
+        grown = _rounded(num_bytes) - block.size
+        block.size += grown
+        self.live += grown
+        self._owners[block.owner] += grown
         if self.live > self._current.peak:
             self._note_peak()
 
@@ -214,6 +234,10 @@ def _phase_use(name: str, phase: _Phase) -> PhaseUse:
     )
     owners = {owner: size for owner, size in sorted(phase.owners.items()) if size}
     return PhaseUse(name, phase.peak, owners, phase.tally.flops, phase.tally.operations, tuple(traffic))
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _key_of(tensor: torch.Tensor) -> tuple[int, Any, int]:

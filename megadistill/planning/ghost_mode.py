@@ -27,6 +27,8 @@ _FILLED = 4096
 _FACTORIES = frozenset(("zeros", "ones", "full", "rand", "randn"))
 _PLAIN_WRITES = frozenset((_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default, _aten.copy_.default))
 _STORAGE_WRITES = frozenset(("aten::set_", "aten::resize_"))
+# Give their input's memory, which their schemas do not say.
+_HIDDEN_VIEWS = frozenset(("aten::_unsafe_view", "aten::lift", "aten::lift_fresh"))
 _DATA_DEPENDENT = frozenset(("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"))
 _PLACES = frozenset(("aten::searchsorted", "aten::bucketize"))
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -101,7 +103,7 @@ class _Kind:
         schema = func._schema
         self.name: str = schema.name
         self.short = schema.name.split("::")[1]
-        self.is_view = is_view(func)
+        self.is_view = is_view(func) or self.name in _HIDDEN_VIEWS
         self.writes_storage = schema.name in _STORAGE_WRITES
         names = [a.name for a in schema.arguments]
         self.written = [(i, names[i]) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]

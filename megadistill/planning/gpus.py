@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU in a usual machine with eight of them.
+    """A GPU in a usual machine with eight of them, or a core of a CPU.
 
     Attributes:
         name: What ``--gpu`` calls it.
@@ -42,8 +43,16 @@ _PRESETS = (
 )
 GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _PRESETS}
 
+# One core of a server with AVX-512 that runs one of the processes, which meet over gloo. Its memory is the machine's.
+CPU_CORE = Gpu("CPU core", 0, 60e9, 120e9, 8e9, 1.5e9, 1e9)
+
 # [est]: not yet measured on a GPU.
 MFU = 0.40  # share of the peak that products reach
 LINK_SHARE, NETWORK_SHARE = 0.7, 0.8  # shares of the links that collectives reach
 LAUNCH_S, RECORDED_LAUNCH_S = 6.5e-6, 2.0e-6  # of an operation from Python, and within a CUDA graph
 COLLECTIVE_S = 14e-6  # of a small collective
+
+
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -30,7 +30,7 @@ _FP32 = 4
 # Tiles of temporaries between the products of the losses in eager torch on a GPU, and elements of the float64 copy from
 # which tokens are drawn (decoding/sampling.py).
 _TILES_OF_KL, _TILES_OF_CLIPPING = 5, 27
-_DRAWN_ELEMENTS = 2**22
+DRAWN_ELEMENTS = 2**22
 # DeepSpeed's norm of a gradient.
 _FP64 = 8
 # Temporaries of torch's AdamW over lists of tensors: two of the size of the float32 weights.
@@ -227,7 +227,7 @@ def _score(case: Case, teacher: ModelShape) -> Owners:
     states = tokens * (case.student.hidden * case.student_bytes + teacher.hidden * case.teacher_bytes)
     chunk = min(_auto_chunk(case), tokens)
     read = _batch(case) * case.columns * teacher.hidden * case.teacher_bytes
-    drawn = 8 * min(_DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
+    drawn = 8 * min(DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
     temporaries = 0 if uses_triton(case) else _TILES_OF_KL * _FP32 * chunk * case.student.classes
     return _sum(
         _writing(case),
@@ -371,7 +371,8 @@ def _optimizer(case: Case) -> Sequence[Owners]:
         temporaries = (_FP32 + narrow) * part
     elif case.zero_stage == 0:
         alive[GRADIENTS] = case.gradient_bytes * part
-        temporaries = 0 if itemsize == _FP32 else _FP32 * part
+        # The norm squares one gradient after the other in float64 (engines/student.py).
+        temporaries = max(2 * _FP64 * max(case.student.sizes), 0 if itemsize == _FP32 else _FP32 * part)
     elif _sums_all(case):
         temporaries = 0
     else:

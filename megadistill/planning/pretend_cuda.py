@@ -60,7 +60,15 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
         "CUDAGraph": Graph,
         "graph": _capture,
     }
-    mode, engine = _SaysCuda(), torch.autograd._engine_run_backward
+    mode, engine = _SaysCuda(counter), torch.autograd._engine_run_backward
+    storage: Any = torch.UntypedStorage
+    change_size = storage.resize_
+
+    def resize(self: Any, num_bytes: int) -> Any:
+        """What waits in host memory gives its storage back, and gets it again."""
+        changed = change_size(self, num_bytes)
+        counter.resize(self._cdata, num_bytes)
+        return changed
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         """Torch leaves modes while it looks for gradients, but what is computed again must choose as it did before."""
@@ -68,12 +76,19 @@ def pretend_cuda(counter: Counter, memory: int) -> Iterator[torch.device]:
             return engine(*args, **kwargs)
 
     backward = mock.patch.object(torch.autograd, "_engine_run_backward", run_backward)
-    with mock.patch.multiple(torch.cuda, **table), backward, mode:
+    with mock.patch.multiple(torch.cuda, **table), mock.patch.object(storage, "resize_", resize), backward, mode:
         yield CUDA
 
 
 class _SaysCuda(TorchFunctionMode):
-    """Tensors say that they are on CUDA to those who choose by it; what is asked for on CUDA is made on the CPU."""
+    """Tensors say that they are on CUDA to those who choose by it; what is asked for on CUDA is made on the CPU.
+
+    Pinned memory is the host's and not counted.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self._counter = counter
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -92,6 +107,10 @@ class _SaysCuda(TorchFunctionMode):
             args = tuple(_on_cpu(arg) if isinstance(arg, torch.device) else arg for arg in args)
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": _on_cpu(torch.device(kwargs["device"]))}
+        if kwargs.get("pin_memory"):
+            pinned = func(*args, **kwargs | {"pin_memory": False})
+            self._counter.leave_out(pinned)
+            return pinned
         return func(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@ from megadistill.planning.memory import OWNERS
 from megadistill.planning.search import (
     CHECKPOINTING,
     FRAGMENTATION,
+    HEAP,
     MICRO,
     OUTSIDE_BYTES,
     TP,
@@ -23,7 +24,7 @@ from megadistill.planning.search import (
     changes,
     needed_bytes,
 )
-from megadistill.planning.storage import host_while_loading, host_while_saving
+from megadistill.planning.storage import PROCESS, PROCESS_BYTES, host_while_loading, host_while_saving
 from megadistill.planning.times import PhaseTime, crosses_nodes, rate_assumptions, step_seconds
 from megadistill.planning.use import StepUse
 
@@ -57,7 +58,7 @@ class Plan:
     @property
     def is_fitting(self) -> bool:
         """Whether the planned layout fits."""
-        return needed_bytes(self.use) <= self.case.gpu_memory
+        return needed_bytes(self.case, self.use) <= self.case.gpu_memory
 
     @property
     def seconds(self) -> float:
@@ -71,18 +72,31 @@ class Plan:
         if measured:
             factors = ", ".join(f"{name} {factor:.2f}" for name, factor in measured.items())
             lines.append(f"measured over predicted seconds, by which times are multiplied: {factors}")
-        lines.append(
-            f"[est] needed memory = peak x {FRAGMENTATION:.2f} (fragmentation) + {OUTSIDE_BYTES / _GB:g} GB (CUDA "
-            "context, NCCL, cuBLAS)"
-        )
+        if self.case.like_gpu:
+            lines.append(
+                f"[est] needed memory = peak x {FRAGMENTATION:.2f} (fragmentation) + {OUTSIDE_BYTES / _GB:g} GB (CUDA "
+                "context, NCCL, cuBLAS)"
+            )
+        else:
+            lines.append(
+                f"needed memory = (peak, or what is resident and a checkpoint's copies) x {HEAP:.2f} (what the heap "
+                f"keeps) + {PROCESS_BYTES / _GB:g} GB of each process for Python and its libraries: measured, "
+                "docs/planning.md"
+            )
         return lines
+
+    def memory(self) -> dict[str, Mapping[str, int]]:
+        """Column of the table -> owner -> bytes."""
+        tables = {"resident": self.use.resident} | {phase.name: phase.owners for phase in self.use.phases}
+        outside = {} if self.case.like_gpu else {PROCESS: PROCESS_BYTES}
+        return {name: {**outside, **owners} for name, owners in tables.items()}
 
 
 def text(plan: Plan) -> str:
     """The whole plan for a terminal."""
     if plan.layouts is not None:
         return f"{_headline(plan)}\n\n{_layouts(plan.layouts)}\n\n{_bullets(plan.assumptions())}"
-    parts = [_headline(plan), _memory(plan.use), _phases(plan), _verdict(plan)]
+    parts = [_headline(plan), _memory(plan.memory()), _phases(plan), _verdict(plan)]
     if plan.comparison is not None:
         parts.append(str(plan.comparison))
     return "\n\n".join([*parts, _bullets(plan.assumptions())])
@@ -100,7 +114,7 @@ def _headline(plan: Plan) -> str:
     source = {"formulas": "by formulas", "dry run": "by a dry run of the code", "measured": "measured"}[plan.use.source]
     return (
         f"{' -> '.join(of_models)}: {config.train.global_batch_size} examples a step on {case.nodes} x "
-        f"{case.gpus_per_node} {plan.gpu.name} of {case.gpu_memory / _GB:g} GB{layout}; rank 0, {source}"
+        f"{case.gpus_per_node} {plan.gpu.name} of {case.gpu_memory / _GB:.3g} GB{layout}; rank 0, {source}"
     )
 
 
@@ -108,17 +122,14 @@ def _billions(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.2f}M"
 
 
-def _memory(use: StepUse) -> str:
+def _memory(columns: Mapping[str, Mapping[str, int]]) -> str:
     """Owner by phase, in GB."""
-    found = [*use.resident, *(owner for phase in use.phases for owner in phase.owners)]
-    known = [owner for owner in OWNERS if owner in found]
-    owners = [
-        *known,
-        *sorted(set(found) - set(known), key=lambda owner: -max(p.owners.get(owner, 0) for p in use.phases)),
-    ]
+    tables = list(columns.values())
+    found = {owner for table in tables for owner in table}
+    known = [owner for owner in (PROCESS, *OWNERS) if owner in found]
+    owners = [*known, *sorted(found - set(known), key=lambda owner: -max(table.get(owner, 0) for table in tables))]
     shown, rest = owners[:_SHOWN_OWNERS], owners[_SHOWN_OWNERS:]
-    header = ("memory, GB", "resident", *(phase.name for phase in use.phases))
-    tables = [use.resident, *(phase.owners for phase in use.phases)]
+    header = ("memory, GB", *columns)
     rows: list[list[object]] = [[owner, *(_gb(table.get(owner, 0)) for table in tables)] for owner in shown]
     if rest:
         rows.append(["others", *(_gb(sum(table.get(owner, 0) for owner in rest)) for table in tables)])
@@ -139,8 +150,10 @@ def _phases(plan: Plan) -> str:
         sent = {group: sum(t.bytes for t in phase.traffic if t.group == group) for group in ("tp", "dp")}
         calls = {group: sum(t.calls for t in phase.traffic if t.group == group) for group in ("tp", "dp")}
         traffic = [f"{_gb(sent[group])} in {calls[group]}" if calls[group] else "-" for group in ("tp", "dp")]
-        rows.append([phase.name, phase.flops / 1e12, phase.operations, *traffic, f"{time.seconds:.3f}", time.bound])
-    rows.append(["sum", sum(p.flops for p in plan.use.phases) / 1e12, sum(p.operations for p in plan.use.phases),
+        rows.append(
+            [phase.name, phase.flops / 1e12, phase.operations or "-", *traffic, f"{time.seconds:.3f}", time.bound]
+        )
+    rows.append(["sum", sum(p.flops for p in plan.use.phases) / 1e12, sum(p.operations for p in plan.use.phases) or "-",
                  "", "", f"{plan.seconds:.3f}", ""])  # fmt: skip
     names = [f"{group}, GB{' across nodes' if crosses_nodes(case, group) else ''}" for group in ("tp", "dp")]
     return text_table(("phase", "TFLOP", "launches", *names, "seconds", "mostly"), rows)
@@ -148,12 +161,12 @@ def _phases(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     case, steps = plan.case, plan.case.config.train.max_steps
-    needed, fullest = needed_bytes(plan.use), max(plan.use.phases, key=lambda phase: phase.peak)
+    needed, fullest = needed_bytes(case, plan.use), max(plan.use.phases, key=lambda phase: phase.peak)
     words = "fits" if plan.is_fitting else "DOES NOT FIT"
     length = f", {steps} steps in {steps * plan.seconds / 3600:.1f} h" if steps is not None else ""
     ranks = case.gpus_per_node
     lines = [
-        f"{words}: needs {needed / _GB:.1f} of {case.gpu_memory / _GB:g} GB (peak {plan.use.peak / _GB:.1f} GB, in "
+        f"{words}: needs {needed / _GB:.1f} of {case.gpu_memory / _GB:.3g} GB (peak {plan.use.peak / _GB:.1f} GB, in "
         f"{fullest.name}); {plan.seconds:.2f} s a step{length}",
         f"host memory of a node: {ranks * host_while_loading(case) / _GB:.1f} GB while loading, "
         f"{ranks * host_while_saving(case) / _GB:.1f} GB while a checkpoint is written",
@@ -171,8 +184,8 @@ def _advice(plan: Plan) -> str:
         )
     found = plan.nearest
     return (
-        f"nearest that fits: {setting_words(changes(plan.case, found.case))} ({needed_bytes(found.use) / _GB:.1f} GB, "
-        f"{found.seconds:.2f} s a step)"
+        f"nearest that fits: {setting_words(changes(plan.case, found.case))} "
+        f"({needed_bytes(found.case, found.use) / _GB:.1f} GB, {found.seconds:.2f} s a step)"
     )
 
 
@@ -195,7 +208,7 @@ def _layouts(layouts: Sequence[Candidate]) -> str:
         [
             *(_typed(value) for value in (found.case.tp_size, found.case.dp_size, found.case.zero_stage)),
             *(_typed(found.settings()[key]) for key in (MICRO, CHECKPOINTING)),
-            f"{needed_bytes(found.use) / _GB:.1f}",
+            f"{needed_bytes(found.case, found.use) / _GB:.1f}",
             f"{found.seconds:.2f}",
         ]
         for found in layouts[:_SHOWN_LAYOUTS]
@@ -228,10 +241,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "response_tokens": case.response_tokens,
         },
         "fits": plan.is_fitting,
-        "needed": needed_bytes(plan.use),
+        "needed": needed_bytes(case, plan.use),
         "seconds": plan.seconds,
         "use": plan.use.as_dict(),
         "times": {name: {**asdict(time), "seconds": time.seconds} for name, time in plan.times.items()},
+        "process": 0 if case.like_gpu else PROCESS_BYTES,
         "host": {"loading": host_while_loading(case), "saving": host_while_saving(case)},
         "nearest": None if plan.nearest is None else _candidate(plan, plan.nearest),
         "layouts": None if plan.layouts is None else [_candidate(plan, found) for found in plan.layouts],
@@ -245,12 +259,11 @@ def _candidate(plan: Plan, found: Candidate) -> dict[str, Any]:
         "settings": found.settings(),
         "changes": changes(plan.case, found.case),
         "peak": found.use.peak,
-        "needed": needed_bytes(found.use),
+        "needed": needed_bytes(found.case, found.use),
         "seconds": found.seconds,
     }
 
 
-def bars(use: StepUse) -> dict[str, dict[str, float]]:
+def bars(plan: Plan) -> dict[str, dict[str, float]]:
     """Bar -> owner -> GB, for a picture."""
-    tables = {"resident": use.resident} | {phase.name: phase.owners for phase in use.phases}
-    return {name: {owner: size / _GB for owner, size in table.items()} for name, table in tables.items()}
+    return {name: {owner: size / _GB for owner, size in table.items()} for name, table in plan.memory().items()}

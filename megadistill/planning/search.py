@@ -11,12 +11,15 @@ from megadistill.parallel.topology import divisors
 from megadistill.planning.case import Case
 from megadistill.planning.formulas import step_use
 from megadistill.planning.gpus import Gpu
+from megadistill.planning.storage import PROCESS_BYTES, host_while_saving
 from megadistill.planning.times import phase_times, step_seconds
 from megadistill.planning.use import StepUse
 
 # What the caching allocator loses to fragmentation, and what it does not see: the CUDA context, the buffers of NCCL for
 # three or four groups, the workspaces of cuBLAS. [est]
 FRAGMENTATION, OUTSIDE_BYTES = 1.10, 1_500_000_000
+# What the heap of a process on a CPU keeps of small tensors that were freed (tools/benchmark.py memory).
+HEAP = 1.05
 
 TP, ZERO, MICRO = "parallel.tp_size", "parallel.zero_stage", "train.micro_batch_size"
 CHECKPOINTING, CACHE = "model.gradient_checkpointing", "generation.max_cache_bytes"
@@ -24,14 +27,24 @@ _MOST_TIMES_NODES = 8
 _NODES_ARE_WORTH = 10  # changed settings: another machine is the last thing to suggest
 
 
-def needed_bytes(use: StepUse) -> int:
-    """Bytes of a GPU that a step needs, with what the predicted peak leaves out."""
-    return int(use.peak * FRAGMENTATION) + OUTSIDE_BYTES
+def step_bytes(case: Case, use: StepUse) -> int:
+    """Bytes that a step needs, with what the predicted peak leaves out: of a GPU, or of a process on a CPU."""
+    if case.like_gpu:
+        return int(use.peak * FRAGMENTATION) + OUTSIDE_BYTES
+    return int(use.peak * HEAP) + PROCESS_BYTES
+
+
+def needed_bytes(case: Case, use: StepUse) -> int:
+    """Bytes that a rank needs of its device: a step, and on a CPU the copies from which a checkpoint is written."""
+    if case.like_gpu:
+        return step_bytes(case, use)
+    saving = sum(use.resident.values()) + host_while_saving(case)
+    return max(step_bytes(case, use), int(saving * HEAP) + PROCESS_BYTES)
 
 
 def fits(case: Case, use: StepUse) -> bool:
-    """Whether a step fits into a GPU."""
-    return needed_bytes(use) <= case.gpu_memory
+    """Whether a rank has the memory that a step needs."""
+    return needed_bytes(case, use) <= case.gpu_memory
 
 
 @dataclass(frozen=True)

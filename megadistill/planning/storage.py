@@ -1,9 +1,12 @@
-"""Closed formulas for host memory and disk."""
+"""Closed formulas for host memory and disk, and what a process itself takes."""
 
 from __future__ import annotations
 
 from megadistill.planning.case import Case
 
+# Of a process that computes on a CPU: Python, torch, transformers, DeepSpeed, gloo and the allocator's small change, as
+# measured by tools/benchmark.py plan.
+PROCESS, PROCESS_BYTES = "process", 600_000_000
 # Bytes of a parameter's float32 weight and two moments.
 _TRAINED = 12
 

@@ -110,11 +110,12 @@ def rate_assumptions(case: Case, gpu: Gpu) -> tuple[str, ...]:
     launch = f"{LAUNCH_S * 1e6:g} us a launch"
     if case.records_steps:
         launch += f" ({RECORDED_LAUNCH_S * 1e6:g} in a recorded decoding step)"
+    ranks = "GPUs" if case.like_gpu else "processes"
     return (
         f"[est] {gpu.name}: {MFU:.0%} of {gpu.bf16 / 1e12:g} TFLOP/s{fp32}; memory {gpu.bandwidth / 1e12:g} TB/s; "
         f"{launch}, {COLLECTIVE_S * 1e6:g} us a collective",
-        f"[est] {LINK_SHARE:.0%} of {gpu.link / 1e9:g} GB/s between the GPUs of a node, {NETWORK_SHARE:.0%} of "
-        f"{gpu.network / 1e9:g} GB/s a GPU between nodes; collectives do not overlap with computing",
+        f"[est] {LINK_SHARE:.0%} of {gpu.link / 1e9:g} GB/s between the {ranks} of a node, {NETWORK_SHARE:.0%} of "
+        f"{gpu.network / 1e9:g} GB/s each between nodes; collectives do not overlap with computing",
     )
 
 

@@ -36,7 +36,8 @@ class PhaseUse:
         peak: Bytes alive at the fullest moment of the phase, what is resident included.
         owners: Owner ("teacher weights", "kv cache", "activations" ...) -> bytes at that moment; they sum to ``peak``.
         flops: Floating-point operations of products and attention on this rank.
-        operations: Operations that torch dispatches, which on a GPU are launches; views are not counted.
+        operations: Operations that torch dispatches, which on a GPU are launches; views are not counted. Formulas say 0
+            for CPUs, where there are others.
         traffic: The collective calls.
     """
 

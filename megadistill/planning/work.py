@@ -6,25 +6,39 @@ what was written is written and read again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megadistill.decoding.static_step import STEPS_BEFORE_RECORDING
 from megadistill.decoding.token_steps import INTERVAL, rounded_rows
 from megadistill.planning.case import Case
-from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released
+from megadistill.planning.memory import (
+    DRAWN_ELEMENTS,
+    PIECE_TOKENS,
+    chunk_tokens,
+    joins,
+    partition_size,
+    released,
+    uses_triton,
+)
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 
-# Operations that torch dispatches, views left out, counted from the code: one layer of decoding/decoder.py with joined
-# products and rotary positions; embedding, head, sampling and the places of a token (tests/unit/test_static_step.py);
-# a layer of transformers' forward pass, and of its backward pass with DeepSpeed's hooks; a parameter's update and its
-# copies.
-_DECODE_LAYER, _DECODE_TOKEN = 13, 27
+# Operations that torch dispatches on a GPU, views left out, as differences between dry runs of small models that differ
+# by one thing: a layer, a row, a step, a pass, a chunk. Elsewhere norms and losses are made of more of them.
+_READ_LAYER, _CACHED_LAYER, _CACHED_EXAMPLE, _UNPACKED_EXAMPLE, _READING = 12, 2, 2, 5, 16
+_DECODE_LAYER, _DECODE_TOKEN, _DRAWN_OVER_TP, _TIED_OVER_TP = 13, 27, 26, 10
 _DECODE_CALL = 8  # around the steps between two looks at which responses have ended
-_READ_LAYER, _SCORE_CHUNK = 26, 200
-_FORWARD_LAYER, _BACKWARD_LAYER = 40, 90
-_LOSS_CHUNK, _UPDATE_PARAMETER = 120, 6
+_ROLLOUT, _ROUND, _RMS_NORMS = 290, 237, 2
+_HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
+_JOINING, _DRAWN_PIECE, _DRAWN_PIECE_OVER_TP = 6, 21, 17
+_SCORE, _SCORE_CHUNK = 140, 204  # losses in eager torch
+_OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
+_PASS, _STEP = 185, 60
+_TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
+# Of the optimizer: for each parameter and in all, by ZeRO stage; of a bf16 model whose gradients are summed in fp32.
+_UPDATE: Mapping[int, tuple[float, int]] = {0: (7, 58), 1: (2, 100), 2: (2, 110), 3: (2, 110)}
+_WIDE_UPDATE: Mapping[int, tuple[float, int]] = {0: (25, 54), 1: (2, 74), 2: (7.5, 139), 3: (2, 110)}
 _KV_READS = 0.5  # of the columns, on average over a response
 _SMALL_BYTES, _TOGETHER = 2**22, 64  # engines/gathered.py
 _FP32 = 4
@@ -36,7 +50,7 @@ class Work:
 
     Attributes:
         flops: Of products and attention.
-        operations: What torch dispatches, without views; a step that is recorded is one.
+        operations: What torch dispatches, without views; a recorded decoding step is one. 0 on CPUs: not known.
         recorded: Kernels of recorded decoding steps.
         memory_bytes: Read from and written to the GPU's memory by products and elementwise passes, about.
         sent: (group, op) -> [calls, bytes].
@@ -73,6 +87,9 @@ def work(case: Case) -> dict[str, Work]:
         phases["regenerate"] = _regenerate(case)
     phases["train"] = _train(case)
     phases["optimizer"] = _optimizer(case)
+    if not case.like_gpu:
+        for done in phases.values():
+            done.operations = 0
     return phases
 
 
@@ -107,15 +124,23 @@ def _attention(model: ModelShape, queries: float, keys: float) -> float:
     return 4 * queries * keys * model.query * model.num_layers
 
 
-def _read(done: Work, case: Case, model: ModelShape, examples: int, tokens: float, keys: float, itemsize: int) -> None:
-    """Adds the reading of ``tokens`` of each example, which attend to ``keys`` columns, to ``done``."""
+def _read(
+    done: Work, case: Case, model: ModelShape, examples: int, tokens: float, keys: float, itemsize: int, launches: float
+) -> None:
+    """Adds the reading of ``tokens`` of each example, which attend to ``keys`` columns, to ``done``.
+
+    ``launches`` of a layer come on top of those of its products and norms.
+    """
     total = examples * tokens
     done.flops += 2 * model.products * total + _attention(model, total, keys)
-    done.operations += model.num_layers * _READ_LAYER * max(1, -(-total // PIECE_TOKENS))
+    pieces = max(1, -(-total // PIECE_TOKENS))
+    of_layer = _READ_LAYER + (_RMS_NORMS if model.is_rms else 0) + (2 if case.tp_size > 1 else 0)
+    of_layer += _HEAD_NORMS_READ if model.has_head_norms else 0
+    of_layer -= 0 if joins(model.qkv, itemsize) else _JOINING
+    done.operations += _READING + model.num_layers * (of_layer * pieces + launches)
     weights = itemsize * model.num_layers * model.layer
     done.memory_bytes += weights + total * model.num_layers * itemsize * 12 * model.hidden
     if case.tp_size > 1:
-        pieces = -(-total // PIECE_TOKENS)
         of_layers = 2 * model.num_layers
         done.send("tp", "all_reduce", of_layers * pieces + model.is_tied, (of_layers + model.is_tied) * total
                   * model.hidden * itemsize)  # fmt: skip
@@ -127,7 +152,9 @@ def _decode(done: Work, case: Case, rows: Sequence[int], steps: float, num_recor
     tokens = steps * sum(rows) / len(rows)
     columns = case.prompt_tokens + _KV_READS * case.response_tokens
     unjoined = sum(len(parts) - 1 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
-    kernels = model.num_layers * (_DECODE_LAYER + unjoined) + _DECODE_TOKEN
+    over_tp = _DRAWN_OVER_TP + (_TIED_OVER_TP if model.is_tied else 0) if case.tp_size > 1 else 0
+    of_layer = _DECODE_LAYER + unjoined + (_HEAD_NORMS_DECODED if model.has_head_norms else 0)
+    kernels = model.num_layers * of_layer + _DECODE_TOKEN + over_tp
     if case.records_steps:
         columns = case.columns  # a step of fixed shape reads all of them
         eager = min(steps, STEPS_BEFORE_RECORDING * (len(set(rows)) - num_recorded))
@@ -148,7 +175,9 @@ def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
     _gather(done, case, released(case, model), case.student_bytes)
     for examples in _batches(case):
-        _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes)
+        kept = _CACHED_LAYER + _CACHED_EXAMPLE * examples
+        _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes, kept)
+        done.operations += _ROLLOUT
         _decode(done, case, [examples], case.response_tokens - 1)
     return done
 
@@ -158,6 +187,7 @@ def _regenerate(case: Case) -> Work:
     for examples in _batches(case):
         rows = _joining_rows(case, examples)
         _decode(done, case, rows, case.rounds * _rewritten(case), num_recorded=1)  # that of all examples
+        done.operations += case.rounds * (_ROUND + examples)
     return done
 
 
@@ -169,8 +199,12 @@ def _teacher(case: Case, teacher: ModelShape) -> Work:
                 _gather(done, case, teacher.layer_sizes, itemsize)
             _gather(done, case, [teacher.embedding], itemsize)
             _gather(done, case, [teacher.hidden] * (1 if teacher.is_rms else 2), itemsize)  # the last norm
-            again = case.response_tokens / 2 if reading and case.keeps_teacher_cache else case.columns
-            _read(done, case, teacher, examples, again, case.columns, itemsize)
+            is_short = reading > 0 and case.keeps_teacher_cache
+            again = case.response_tokens / 2 if is_short else case.columns
+            kept = _CACHED_LAYER + _CACHED_EXAMPLE * examples if case.keeps_teacher_cache else 0
+            kept += _UNPACKED_EXAMPLE * examples if is_short and itemsize == _FP32 else 0
+            kept += 1 + len(teacher.layer_sizes) if case.zero_stage == 3 and case.dp_size > 1 else 0
+            _read(done, case, teacher, examples, again, case.columns, itemsize, kept)
     return done
 
 
@@ -181,7 +215,10 @@ def _score(case: Case, teacher: ModelShape) -> Work:
             tokens = examples * case.response_tokens / 2**number
             chunks = -(-tokens // chunk_tokens(case))
             done.flops += 2 * tokens * student.classes * (student.hidden + teacher.hidden)
-            done.operations += _SCORE_CHUNK * chunks
+            # Tokens are drawn from a part of a chunk at a time (decoding/sampling.py).
+            pieces = -(-min(chunk_tokens(case), tokens) // max(1, DRAWN_ELEMENTS // student.classes))
+            drawn = _DRAWN_PIECE * (pieces - 1) + (_DRAWN_PIECE_OVER_TP * pieces if case.tp_size > 1 else 0)
+            done.operations += _SCORE + (_launches_of_chunk(case, _SCORE_CHUNK) + drawn) * chunks
             done.memory_bytes += 10 * _FP32 * tokens * student.classes
             _gather(done, case, [teacher.head], case.teacher_bytes)
             if case.tp_size > 1:
@@ -198,8 +235,10 @@ def _train(case: Case) -> Work:
     again = student.products - student.num_layers * student.down.size if is_checkpointed else 0
     attention = _attention(student, tokens, case.columns)
     done.flops = passes * (2 * tokens * (3 * student.products + again) + attention * (4.5 if is_checkpointed else 3.5))
-    layers = _FORWARD_LAYER * (2 if is_checkpointed else 1) + _BACKWARD_LAYER
-    done.operations = passes * student.num_layers * layers
+    layer: float = _TRAIN_LAYER + (_TRAIN_RMS + (_TRAIN_CASTS if itemsize < _FP32 else 0) if student.is_rms else 0)
+    layer += _HEAD_NORMS_TRAINED if student.has_head_norms else 0
+    layer = layer * (1 + _AGAIN if is_checkpointed else 1) + (_RELEASED_LAYER if case.zero_stage == 3 else 0)
+    done.operations = _STEP + passes * (_PASS + student.num_layers * layer)
     weights = itemsize * student.num_layers * student.layer
     kept = tokens * student.kept_by_layer(itemsize) * student.num_layers
     done.memory_bytes = passes * (weights * (4 if is_checkpointed else 3) + kept * (4 if is_checkpointed else 3))
@@ -224,7 +263,9 @@ def _losses(done: Work, case: Case) -> None:
     for teacher_hidden in terms:
         chunks = case.passes * -(-tokens // (case.passes * chunk_tokens(case)))
         done.flops += 2 * tokens * student.classes * (3 * student.hidden + teacher_hidden)
-        done.operations += _LOSS_CHUNK * chunks
+        launches = _OBJECTIVE_CHUNK if teacher_hidden else _REFERENCE_CHUNK
+        launches += _CLIPPING_CHUNK if teacher_hidden and case.config.loss.is_clipped else 0
+        done.operations += _launches_of_chunk(case, launches) * chunks
         done.memory_bytes += 12 * _FP32 * tokens * student.classes
         if case.tp_size > 1:
             columns = 14 + 7 + case.config.loss.top_k if teacher_hidden else 3
@@ -233,6 +274,11 @@ def _losses(done: Work, case: Case) -> None:
             done.send("tp", "all_reduce", case.passes * 2, tokens * student.hidden * _FP32)
     if teacher is not None:
         _gather(done, case, [teacher.head], case.teacher_bytes)
+
+
+def _launches_of_chunk(case: Case, in_torch: int) -> int:
+    """Triton's kernels take the place of most of what eager torch does between the products of a chunk."""
+    return max(in_torch // 2, in_torch - _TORCH_CHUNK) if uses_triton(case) else in_torch
 
 
 def _exchange(done: Work, case: Case) -> None:
@@ -258,7 +304,9 @@ def _exchange(done: Work, case: Case) -> None:
 
 def _optimizer(case: Case) -> Work:
     done, part = Work(), partition_size(case)
-    done.operations = _UPDATE_PARAMETER * len(case.student.sizes)
+    is_wide = case.gradient_bytes > case.student_bytes
+    of_parameter, in_all = (_WIDE_UPDATE if is_wide else _UPDATE)[case.zero_stage]
+    done.operations = in_all + of_parameter * len(case.student.sizes)
     done.memory_bytes = 36 * part  # master and moments read and written, the gradient copied, weights written
     if case.zero_stage == 3 and case.dp_size > 1:
         small = case.student.size - sum(released(case, case.student))

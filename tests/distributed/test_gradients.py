@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.engines import make_student, masters, on_grid, train_step, write_config
+from tests.support.preload import preload
 from tests.support.spawn import run_ranks
 
 MICRO_BATCHES = 16
@@ -56,7 +57,7 @@ def _error(rank: int, path: Path, tp_size: int, stages: list[int], gradient_dtyp
 @pytest.mark.parametrize(("tp_size", "dp_size"), [(1, 3), (2, 1)])
 def test_gradients_are_summed_in_float32(tmp_path: Path, tp_size: int, dp_size: int) -> None:
     """Three ranks, by which no binary number can be divided exactly, and two shards; every ZeRO stage."""
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     path = write_config(tmp_path)
     for rank_errors in run_ranks(_error, tp_size * dp_size, path, tp_size, [0, 1, 2, 3], "fp32"):
@@ -66,7 +67,7 @@ def test_gradients_are_summed_in_float32(tmp_path: Path, tp_size: int, dp_size: 
 
 def test_bfloat16_sums_are_what_they_were(tmp_path: Path) -> None:
     """The setting has an effect, and the test above could fail."""
-    import deepspeed  # noqa: F401
+    preload()
 
     for error, norm_error in run_ranks(_error, 1, write_config(tmp_path), 1, [0, 3], "bf16")[0]:
         assert 2e-3 < error < 1e-2 and norm_error < 1e-2
@@ -88,7 +89,7 @@ def _updates(rank: int, path: Path, stage: int, gradient_dtype: str) -> list[tor
 
 
 def test_the_number_of_micro_batches_hardly_matters(tmp_path: Path) -> None:
-    import deepspeed  # noqa: F401
+    preload()
 
     path = write_config(tmp_path)
     differences = {}
@@ -100,7 +101,7 @@ def test_the_number_of_micro_batches_hardly_matters(tmp_path: Path) -> None:
 
 def test_stage_0_in_bfloat16_clips_as_stage_3(tmp_path: Path) -> None:
     """DeepSpeed's own norm is that of rank 0's shard there; and its first update is the first of AdamW's."""
-    import deepspeed  # noqa: F401
+    preload()
 
     path = write_config(tmp_path)
 

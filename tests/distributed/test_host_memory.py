@@ -12,6 +12,7 @@ from torch import nn
 from megadistill.engines.host_memory import HostMemory
 from megadistill.models.shards import MASTER
 from tests.support.engines import make_student, on_grid, train_step, write_config
+from tests.support.preload import preload
 from tests.support.spawn import run_ranks
 
 
@@ -82,7 +83,7 @@ def _train(rank: int, path: Path, tp_size: int, cases: list[tuple[int, str]]) ->
 def test_an_optimizer_in_host_memory_changes_no_bit(
     tmp_path: Path, tp_size: int, dp_size: int, cases: list[tuple[int, str]]
 ) -> None:
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     for results in run_ranks(_train, tp_size * dp_size, write_config(tmp_path), tp_size, cases):
         for case, result in zip(cases, results, strict=True):
@@ -142,7 +143,7 @@ def _waiting(teacher: Any) -> list[torch.UntypedStorage]:
 
 @pytest.mark.parametrize(("tp_size", "dp_size", "stages"), [(1, 1, [3]), (1, 2, [3]), (2, 1, [1])])
 def test_a_teacher_in_host_memory_reads_the_same(tmp_path: Path, tp_size: int, dp_size: int, stages: list[int]) -> None:
-    import deepspeed  # noqa: F401
+    preload()
 
     for found in run_ranks(_read, tp_size * dp_size, write_config(tmp_path), tp_size, stages):
         for without, with_offload in found:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.preload import preload
 from tests.support.runs import join_deepspeed
 from tests.support.spawn import run_ranks
 from tools.benchmarks.loading import FILE_TYPES, LAYOUTS, TYPES, load_and_measure, write_checkpoint
@@ -30,7 +31,7 @@ def _forget_groups() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     base = tmp_path_factory.mktemp("models")
     for name, dtype in FILE_TYPES.items():

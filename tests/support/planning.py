@@ -14,6 +14,7 @@ import torch
 
 from megadistill.config.schema import RunConfig
 from megadistill.planning.use import StepUse
+from tests.support.preload import preload
 from tests.support.runs import join_deepspeed
 from tests.support.spawn import run_ranks
 
@@ -27,7 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"model_type": "opt", **COMMON, "num_hidden_layers": 2},
     "gpt2": {"model_type": "gpt2", "n_head": HEADS, "n_layer": 2, "n_positions": 128, "vocab_size": VOCABULARY},
 }
-PROMPT, RESPONSE = 12, 10
+PROMPT, RESPONSE = 12, 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def settings(models: Path, layout: Layout) -> RunConfig:
         "parallel": {"tp_size": layout.tp_size, "zero_stage": layout.zero_stage},
         "data": {"train_path": "unused", "max_prompt_tokens": PROMPT, "max_tokens": PROMPT + RESPONSE},
         "generation": {"max_new_tokens": RESPONSE},
-        "train": {"global_batch_size": 8, "micro_batch_size": 2},
+        "train": {"global_batch_size": 4 * layout.world_size // layout.tp_size, "micro_batch_size": 2},
     }
     for section, values in layout.more:
         tree[section] = tree.get(section, {}) | values
@@ -94,7 +95,7 @@ def settings(models: Path, layout: Layout) -> RunConfig:
 
 def forked(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What a function returns in a fork of this process, which it may leave in any state."""
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     torch.set_num_threads(1)  # a thread pool of the parent does not survive the fork
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -108,6 +109,34 @@ def ghost(models: Path, layout: Layout, rank: int = 0, **named: Any) -> StepUse:
     return found
 
 
+def ghosts(models: Path, asked: Sequence[tuple[Layout, int]]) -> list[StepUse]:
+    """The dry runs of ranks of layouts, one after the other in one fork."""
+    runs = [(settings(models, layout), rank, layout.world_size) for layout, rank in asked]
+    found: list[StepUse] = forked(_dry_runs, runs)
+    return found
+
+
+def _dry_runs(runs: Sequence[tuple[RunConfig, int, int]]) -> list[StepUse]:
+    from deepspeed.utils import groups
+
+    found = []
+    for config, rank, world_size in runs:
+        found.append(
+            _dry_run(
+                config, rank=rank, world_size=world_size, like_gpu=False, gpu_memory=0, prompt_tokens=PROMPT,
+                response_tokens=RESPONSE,
+            )
+        )  # fmt: skip
+        _forget_groups(groups)
+    return found
+
+
+def _forget_groups(groups: Any) -> None:
+    """DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next layout has others."""
+    for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
+        setattr(groups, name, None)
+
+
 def _dry_run(config: RunConfig, **named: Any) -> StepUse:
     from megadistill.planning.dry_run import dry_run
 
@@ -116,7 +145,7 @@ def _dry_run(config: RunConfig, **named: Any) -> StepUse:
 
 def measure(models: Path, layouts: Sequence[Layout]) -> list[list[StepUse]]:
     """The measured steps of layouts of one world size: for each layout those of all ranks."""
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     ranks = run_ranks(_measured, layouts[0].world_size, models, layouts, timeout_s=1500.0)
     return [list(of_layout) for of_layout in zip(*ranks, strict=True)]
@@ -134,7 +163,5 @@ def _measured(rank: int, models: Path, layouts: Sequence[Layout]) -> list[StepUs
         config, _ = plannable(settings(models, layout))
         context = ParallelContext.build(layout.tp_size, 120, torch.device("cpu"))
         found.append(measured_step(config, context, Lengths(PROMPT, RESPONSE), vocab_size=vocabulary(config)))
-        # DeepSpeed keeps the tensor-parallel groups of the first engine for good; the next layout has others.
-        for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
-            setattr(groups, name, None)
+        _forget_groups(groups)
     return found

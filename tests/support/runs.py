@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.support.preload import preload
 from tests.support.spawn import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def run_layout(
 
     ``more_ends``: every fifth token ends a response, so rows end early, at once, and by a correction.
     """
-    import deepspeed  # noqa: F401  imported once, before the forks
+    preload()
 
     run_ranks(train_all, world_size, runs, config, more_ends, timeout_s=timeout_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from megadistill.planning.pretend_cuda import pretend_cuda
 from megadistill.planning.use import PHASES, StepUse
 from tests.support.planning import PROMPT, RESPONSE, Layout, forked, ghost, settings, write_models
 
-TP2 = Layout(2, 2, 3)
+TP2, ALONE = Layout(2, 2, 3), Layout(1, 1, 3, "bf16")
+GPU_MEMORY = 2**34
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
+def known(models: Path, layout: Layout, like_gpu: bool = False) -> StepUse:
+    """The dry run of a layout, which several tests look at."""
+    return ghost(models, layout, like_gpu=like_gpu, gpu_memory=GPU_MEMORY)
+
+
 @pytest.fixture(scope="module")
 def use(models: Path) -> StepUse:
-    return ghost(models, TP2)
+    return known(models, TP2)
 
 
 # What a ghost computes.
@@ -163,7 +171,7 @@ def test_owners_are_what_they_say(models: Path, use: StepUse) -> None:
     assert {owner for phase in use.phases for owner in phase.owners} <= set(OWNERS)
     assert [phase.name for phase in use.phases] == list(PHASES)
     rollout = use.phases[0]
-    rows, columns, heads, head_dim, layers = 8, PROMPT + RESPONSE, 12 // 2, 16, 2
+    rows, columns, heads, head_dim, layers = 4, PROMPT + RESPONSE, 12 // 2, 16, 2
     # Both are there at once where the teacher reads; the student's alone while it writes.
     assert use.phases[1].owners["kv cache"] == 2 * layers * 2 * rows * heads * columns * head_dim * 4
     assert use.resident["optimizer states"] == pytest.approx(3 * use.resident["gradients"], rel=0.05)
@@ -176,13 +184,11 @@ def test_owners_are_what_they_say(models: Path, use: StepUse) -> None:
 # Decoding.
 
 
-@pytest.mark.parametrize("like_gpu", [False, True])
-@pytest.mark.parametrize("layout", [TP2, Layout(1, 1, 3, "bf16")], ids=str)
+@pytest.mark.parametrize(("layout", "like_gpu"), [(TP2, False), (ALONE, True)], ids=str)
 def test_counted_decoding_is_that_of_all_steps(models: Path, layout: Layout, like_gpu: bool) -> None:
-    arguments = {"like_gpu": like_gpu, "gpu_memory": 2**34}
-    some = ghost(models, layout, **arguments)
-    assert some == ghost(models, layout, **arguments, skips_decoding=False)
-    first_error = int(RESPONSE * 0.5 / 8)
+    some = known(models, layout, like_gpu)
+    assert some == ghost(models, layout, like_gpu=like_gpu, gpu_memory=GPU_MEMORY, skips_decoding=False)
+    first_error = int(RESPONSE * 0.5 / 4)
     assert some.decode_steps == (RESPONSE - 1) + (RESPONSE - 1 - first_error)
 
 
@@ -215,15 +221,14 @@ def test_a_short_first_step_prepares_as_a_long_one(models: Path, use: StepUse, m
 
 
 def test_a_gpu_makes_other_choices(models: Path) -> None:
-    layout = Layout(1, 1, 3, "bf16")
-    as_cpu, as_gpu = ghost(models, layout), ghost(models, layout, like_gpu=True, gpu_memory=2**34)
+    as_cpu, as_gpu = known(models, ALONE), known(models, ALONE, True)
     cpu, gpu = ({phase.name: phase for phase in use.phases} for use in (as_cpu, as_gpu))
     assert gpu["rollout"].operations < 0.8 * cpu["rollout"].operations  # decoding steps are recorded and replayed
     assert gpu["rollout"].owners["activations"] < cpu["rollout"].owners["activations"]  # no float32 copy of the head
     assert gpu["train"].operations <= cpu["train"].operations  # no blocks that fit a cache
     assert [phase.traffic for phase in as_cpu.phases] == [phase.traffic for phase in as_gpu.phases]
     assert any("NCCL" in line for line in as_gpu.assumptions)
-    unrecorded = dataclasses.replace(layout, more=(("generation", {"cuda_graphs": False}),))
+    unrecorded = dataclasses.replace(ALONE, more=(("generation", {"cuda_graphs": False}),))
     without = {p.name: p for p in ghost(models, unrecorded, like_gpu=True, gpu_memory=2**34).phases}
     assert gpu["rollout"].operations < 0.6 * without["rollout"].operations
 
@@ -241,11 +246,7 @@ def test_only_this_package_takes_tensors_for_a_gpus() -> None:
 
 
 def test_what_is_computed_again_makes_the_same_choices(models: Path) -> None:
-    layout = Layout(1, 1, 3, "bf16", checkpoints=True)
-    stored, recomputed = (
-        ghost(models, dataclasses.replace(layout, checkpoints=c), like_gpu=True, gpu_memory=2**34)
-        for c in (False, True)
-    )
+    stored, recomputed = (known(models, dataclasses.replace(ALONE, checkpoints=c), True) for c in (False, True))
     flops = [use.phases[-2].flops for use in (stored, recomputed)]
     assert 1.1 * flops[0] < flops[1] < 1.35 * flops[0]
 
@@ -324,7 +325,7 @@ def test_a_process_of_its_own_gives_the_same(models: Path, use: StepUse) -> None
     [
         ({"rank": 2}, "rank 2 does not exist among 2 processes"),
         ({"world_size": 5}, "a tensor-parallel size of 2 does not divide the number of processes, 5"),
-        ({"response_tokens": 11}, "12 prompt and 11 response tokens are more than data.max_tokens=22 together"),
+        ({"response_tokens": 9}, "12 prompt and 9 response tokens are more than data.max_tokens=20 together"),
         ({"response_tokens": 1}, "rows of 12 prompt and 1 response tokens"),
     ],
 )

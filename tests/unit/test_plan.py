@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megadistill.config.load import load_config
-from megadistill.decoding import decoder, layer
+from megadistill.decoding import decoder, layer, sampling
 from megadistill.planning import memory
 from megadistill.planning.case import Case, Models
 from megadistill.planning.compare import compare
@@ -162,6 +162,7 @@ def test_owners_sum_to_the_peak(models: Models) -> None:
 def test_constants_are_those_of_the_code() -> None:
     assert memory.PIECE_TOKENS == decoder._MAX_TOKENS
     assert memory.MAX_JOINED_BYTES == layer._MAX_JOINED_BYTES
+    assert memory.DRAWN_ELEMENTS == sampling._MAX_ELEMENTS_ACCELERATOR
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

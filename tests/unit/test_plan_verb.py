@@ -102,10 +102,26 @@ def test_json_sweep_and_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert run("--sweep", "--gpu-memory", "2GB") == 1 and "no layout fits" in capsys.readouterr().out
 
 
+def test_processes_on_cpus_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--cpu", "--gpus-per-node", 8, "--gpu-memory", "90GB"]
+    assert run(*words, "--json", "-") == 0
+    plan = json.loads(capsys.readouterr().out)
+    kept = sum(plan["use"]["resident"].values())
+    assert plan["process"] > 3e8 and plan["layout"]["gpu"]["name"] == "CPU core"
+    assert plan["needed"] > plan["process"] + max(plan["use"]["peak"], kept + plan["host"]["saving"])
+    assert all(phase["operations"] == 0 for phase in plan["use"]["phases"])
+    assert run(*words) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^process +0\.60", shown, re.MULTILINE) and "for Python and its libraries" in shown
+    assert "CUDA context" not in shown
+    assert run("--cpu", "--gpu-memory", f"{plan['needed'] / 1e9 - 0.1:.2f}GB") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--gpu", "H100"], "invalid choice: 'H100'"),
+        (["--cpu", "--gpu", "H100-80"], "leave out --gpu H100-80, or --cpu"),
         (["--gpu-memory", "80 things"], "is not a size"),
         (["--nodes", "0"], "0 is not a whole number >= 1"),
         (["--gpus-per-node", "three"], "three is not a whole number"),

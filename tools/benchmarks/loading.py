@@ -62,9 +62,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_checkpoint(folder: Path, dtype: torch.dtype, hidden: int, layers: int, vocab: int) -> None:
-    """A Llama folder with contents that are cheap to make, one file of at most 500 MB in memory at a time."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A Llama folder with contents that are cheap to make."""
+    from transformers import LlamaConfig
 
     heads = max(4, hidden // 128)
     config = LlamaConfig(
@@ -72,9 +71,18 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, hidden: int, layers: int,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2, dtype=dtype,
     )  # fmt: skip
+    write_weights(folder, config)
+
+
+def write_weights(folder: Path, config: Any) -> None:
+    """A folder of a Llama configuration and its type, one file of at most 500 MB in memory at a time."""
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    dtype: torch.dtype = config.dtype
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
     groups: list[dict[str, torch.Size]] = [{}]
     for name, shape in shapes.items():
         if sum(each.numel() for each in (*groups[-1].values(), shape)) * dtype.itemsize > _FILE_BYTES and groups[-1]:
@@ -99,11 +107,11 @@ def peak_memory() -> Iterator[dict[str, float]]:
     peak = {"anonymous": 0.0, "mapped": 0.0}
     gc.collect()
     trim()
-    base, done = _memory(), threading.Event()
+    base, done = resident_bytes(), threading.Event()
 
     def sample() -> None:
         while not done.wait(0.002):
-            now = _memory()
+            now = resident_bytes()
             for kind in peak:
                 peak[kind] = max(peak[kind], now[kind] - base[kind])
 
@@ -116,7 +124,8 @@ def peak_memory() -> Iterator[dict[str, float]]:
         thread.join()
 
 
-def _memory() -> dict[str, float]:
+def resident_bytes() -> dict[str, float]:
+    """Bytes of this process that are ``anonymous`` or ``mapped`` from files."""
     kinds = {"RssAnon": "anonymous", "RssFile": "mapped"}
     with open("/proc/self/status", encoding="ascii") as status:
         lines = (line.split() for line in status)

@@ -1,0 +1,21 @@
+"""Imports of a whole run, made once in a parent: every fork that made them itself would spend seconds of its own."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+_MODULES = (
+    "deepspeed",
+    "megadistill.planning.dry_run",
+    "megadistill.training.loop",
+    "megadistill.training.setup",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("gpt2", "llama", "opt", "qwen2", "qwen3")),
+)
+
+
+@functools.cache
+def preload() -> None:
+    """Imports DeepSpeed, the models' families and the training loop."""
+    for name in _MODULES:
+        importlib.import_module(name)

@@ -51,6 +51,7 @@ MEANT = {
     "kd": ("dataset", None, "forward_kl", (0.5, 0.5, 0)),
     "seqkd": ("teacher", None, None, (1, 0, 0)),
     "imitkd": ("mixed", False, "forward_kl", (0, 1, 0)),
+    "distillm": ("off_policy", False, "skewed_forward_kl", (0, 1, 0)),
     "gkd": ("mixed", False, "jensen_shannon", (0, 1, 0)),
     "opd": ("on_policy", False, "reverse_kl", (0, 1, 0)),
     "skd": ("skd", None, "forward_kl", (0, 1, 0)),

@@ -160,7 +160,7 @@ def by_row(ratio: float, largest: int = 0) -> tuple[ByRow, _Writer, _Writer]:
             return number.clamp_min(largest)
 
     student, dataset, context = _Writer(True), _Writer(False), Context()
-    return ByRow(student, dataset, cast(Any, context), ratio, 5, "mixed"), student, dataset
+    return ByRow(student, dataset, cast(Any, context), ratio, 5), student, dataset
 
 
 def test_rows_without_a_reference_take_student_text() -> None:

@@ -25,20 +25,20 @@ class ByRow(TextSource):
         context: The grid of processes.
         ratio: Probability that a row with a reference takes student text.
         seed: Keys that choice, with the row's sequence id.
-        kind: Flag of this text in metrics.jsonl.
     """
 
+    kind = Dataset.kind
+
     def __init__(
-        self, student: TextSource, dataset: TextSource, context: ParallelContext, ratio: float, seed: int, kind: str
+        self, student: TextSource, dataset: TextSource, context: ParallelContext, ratio: float = 0.0, seed: int = 0
     ) -> None:
         self._student, self._dataset, self._context = student, dataset, context
         self._ratio, self._seed = ratio, seed
-        self.kind = kind  # type: ignore[misc]  # one for each use
 
     @classmethod
     def build(cls, inputs: SourceInputs) -> ByRow:
         """References, and student text where there is none."""
-        return cls(OnPolicy.build(inputs), Dataset.build(inputs), inputs.context, 0.0, 0, Dataset.kind)
+        return cls(OnPolicy.build(inputs), Dataset.build(inputs), inputs.context)
 
     @property
     def student_share(self) -> float:
@@ -73,3 +73,9 @@ class ByRow(TextSource):
         return [
             sample.reference_ids is None or number < self._ratio for sample, number in zip(batch, numbers, strict=True)
         ]
+
+
+class MixedRows(ByRow):
+    """The same where student text is meant for rows with a reference, too."""
+
+    kind = "mixed"

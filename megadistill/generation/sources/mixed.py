@@ -10,7 +10,7 @@ from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
-from megadistill.generation.sources.by_row import ByRow
+from megadistill.generation.sources.by_row import ByRow, MixedRows
 from megadistill.generation.sources.dataset import Dataset
 from megadistill.generation.sources.on_policy import OnPolicy
 from megadistill.observability.timers import Timers
@@ -59,8 +59,8 @@ class Mixed(TextSource):
         ratio, seed = inputs.config.generation.student_ratio, inputs.config.run.seed
         by_row = inputs.config.generation.mixed_by == "row"
         student = OnPolicy.build(inputs)
-        of_rows = (ratio, "mixed") if by_row else (0.0, Dataset.kind)
-        second = ByRow(student, Dataset.build(inputs), inputs.context, of_rows[0], seed, of_rows[1])
+        parts = student, Dataset.build(inputs), inputs.context
+        second = MixedRows(*parts, ratio, seed) if by_row else ByRow(*parts)
         return cls(student, second, ratio, seed, by_row)
 
     @property

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from megadistill.config.loss import LossConfig
+from megadistill.losses.quantile import NUM_NODES, num_rounds
+from megadistill.losses.tiles import SpanSum, TileSpec
 from megadistill.planning.case import Case
 from megadistill.planning.memory import PIECE_TOKENS, chunk_tokens, joins, partition_size, released
 from megadistill.planning.shape import ModelShape
@@ -216,12 +219,19 @@ def _losses(done: Work, case: Case) -> None:
         done.operations += _LOSS_CHUNK * chunks
         done.memory_bytes += 12 * _FP32 * tokens * student.classes
         if case.tp_size > 1:
-            columns = 14 + 7 + case.config.loss.top_k if teacher_hidden else 3
-            gathers = 2 if teacher_hidden else 1
+            columns, gathers = _exchanged(case.config.loss) if teacher_hidden else (3, 1)
             done.send("tp", "all_gather", gathers * chunks, tokens * columns * _FP32 * case.tp_size)
             done.send("tp", "all_reduce", case.passes * 2, tokens * student.hidden * _FP32)
     if teacher is not None:
         _gather(done, case, [teacher.head], case.teacher_bytes)
+
+
+def _exchanged(loss: LossConfig) -> tuple[int, int]:
+    """Floats per token, and gathers per chunk, of the objective across vocabulary shards."""
+    spec = TileSpec.of(loss, has_edges=loss.uses_gate)
+    rounds = num_rounds(loss.softness) if loss.is_clipped else 0
+    nodes = rounds * NUM_NODES * (1 + spec.has_upper)
+    return 7 + loss.top_k + nodes + spec.num_sums + len(SpanSum), 2 + rounds
 
 
 def _exchange(done: Work, case: Case) -> None:

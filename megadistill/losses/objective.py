@@ -69,8 +69,9 @@ def distill_loss(
     ``config.gate_objective`` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
 
-    Communicates over ``shard.group``: two all-gathers per chunk (at most 8 + K and 14 floats per token; with a
-    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2) and one all-reduce of the hidden gradient; per call
+    Communicates over ``shard.group``: two all-gathers per chunk (at most 8 + K and 17 floats per token; with a
+    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2), with a mask one more for each round of the search for
+    its thresholds (7 or 14 floats), and one all-reduce of the hidden gradient; per call
     one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows from
     ``labels``, ``config`` and which heads have a bias.
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megadistill.config.loss import LossConfig
 from megadistill.decoding.static_step import STEPS_BEFORE_RECORDING
 from megadistill.decoding.token_steps import INTERVAL, rounded_rows
+from megadistill.losses.quantile import NUM_NODES, num_rounds
+from megadistill.losses.tiles import SpanSum, TileSpec
 from megadistill.planning.case import Case
 from megadistill.planning.memory import (
     DRAWN_ELEMENTS,
@@ -268,8 +271,7 @@ def _losses(done: Work, case: Case) -> None:
         done.operations += _launches_of_chunk(case, launches) * chunks
         done.memory_bytes += 12 * _FP32 * tokens * student.classes
         if case.tp_size > 1:
-            columns = 14 + 7 + case.config.loss.top_k if teacher_hidden else 3
-            gathers = 2 if teacher_hidden else 1
+            columns, gathers = _exchanged(case.config.loss) if teacher_hidden else (3, 1)
             done.send("tp", "all_gather", gathers * chunks, tokens * columns * _FP32 * case.tp_size)
             done.send("tp", "all_reduce", case.passes * 2, tokens * student.hidden * _FP32)
     if teacher is not None:
@@ -279,6 +281,15 @@ def _losses(done: Work, case: Case) -> None:
 def _launches_of_chunk(case: Case, in_torch: int) -> int:
     """Triton's kernels take the place of most of what eager torch does between the products of a chunk."""
     return max(in_torch // 2, in_torch - _TORCH_CHUNK) if uses_triton(case) else in_torch
+
+
+def _exchanged(loss: LossConfig) -> tuple[int, int]:
+    """Floats per token, and gathers per chunk, of the objective across vocabulary shards."""
+    spec = TileSpec.of(loss, has_edges=loss.uses_gate)
+    rounds = num_rounds(loss.softness) if loss.is_clipped else 0
+    nodes = rounds * NUM_NODES * (1 + spec.has_upper)
+    labels = 0 if loss.span_relation == "hadamard" else 1
+    return 7 + labels + loss.top_k + nodes + spec.num_sums + len(SpanSum), 2 + rounds
 
 
 def _exchange(done: Work, case: Case) -> None:

@@ -126,8 +126,9 @@ def test_recorded_steps_are_the_steps(variant: str, dtype: torch.dtype) -> None:
         recorded = history(on_gpu(model, variant), sampling)
         as_they_are = history(on_gpu(model, variant, Stepping(INTERVAL, is_static=True)), sampling)
         assert_same(recorded, as_they_are, 0.0)
-        texts = [[texts for texts, *_ in found] for found in (recorded, history(cpu, sampling))]
-        assert dtype == torch.bfloat16 or texts[0] == texts[1]
+        if dtype == torch.float32:
+            texts = [[texts for texts, *_ in found] for found in (recorded, history(cpu, sampling))]
+            assert texts[0] == texts[1]
 
 
 def test_what_is_not_finite_in_recorded_steps() -> None:

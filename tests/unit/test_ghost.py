@@ -230,7 +230,7 @@ def test_a_gpu_makes_other_choices(models: Path) -> None:
     assert any("NCCL" in line for line in as_gpu.assumptions)
     unrecorded = dataclasses.replace(ALONE, more=(("generation", {"cuda_graphs": False}),))
     without = {p.name: p for p in ghost(models, unrecorded, like_gpu=True, gpu_memory=2**34).phases}
-    assert gpu["rollout"].operations < 0.6 * without["rollout"].operations
+    assert gpu["rollout"].operations < 0.75 * without["rollout"].operations
 
 
 def test_only_this_package_takes_tensors_for_a_gpus() -> None:

@@ -68,24 +68,23 @@ def reference_loss(
 
     sft = mean(F.cross_entropy(logits_TV, labels[positions], reduction="none"))
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
-    num_classes = full_log_q.shape[-1]
-    mask = _masks(log_p, gate, config, has_rest, num_classes)
+    mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
     dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
-    coverage = mean(_coverage(mask, p, config))
 
     first = _first_of_pairs(pair_mask, is_valid)
-    if config.span_relation == "hadamard":
-        span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
-    else:
-        span_values = _written_span_values(log_p, log_q, _label_places(teacher, positions, labels), first, config)
+    places = _label_places(teacher, positions, labels)
+    span_values = (
+        _pair_values(full_log_q, full_p, first, config.span_eps)
+        if config.span_relation == "hadamard"
+        else _written_span_values(log_p, log_q, places, first, config)
+    )
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
-    sign = -1.0 if config.gate_objective == "maximize" else 1.0
-    guard = config.coverage_weight * coverage if config.guards else 0.0
+    sign, guard = -1.0 if config.gate_objective == "maximize" else 1.0, config.coverage_weight * config.guards
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
-        gate_objective=sign * config.dac_kl * dac_kl + guard,
+        gate_objective=sign * config.dac_kl * dac_kl + guard * mean(_coverage(mask, p, config)),
         sft=sft,
         dac_kl=dac_kl,
         span=span,

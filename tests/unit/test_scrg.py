@@ -173,6 +173,19 @@ def test_continuing_is_writing_again(data: st.DataObject) -> None:
             assert rollout_state.hidden(row).argmax(-1).tolist() == [prompts[row][-1], *text][: len(text)]
 
 
+@pytest.mark.parametrize("interval", [1, 4, 8])
+def test_examples_join_at_their_columns(interval: int) -> None:
+    """Also between two looks at which responses have ended; and nothing is written behind the last limit."""
+    model = Counter()
+    model.interval = interval
+    rollout_state = _state(samples_of((2,), (2,)), [9, 9], model)
+    rollout_state.write(0)
+    assert model.widths == [2] * 9  # the prompts, and all tokens but the last
+    model.widths.clear()
+    rollout_state.rewrite([Correction(0, 1, 2), Correction(1, 3, 2)], 0)
+    assert model.widths == [1] * 2 + [2] * 5
+
+
 def _continued(last: int, text: tuple[int, ...], limit: int) -> tuple[int, ...]:
     while len(text) < limit and (not text or text[-1] != EOS):
         last = last + 1 if last + 1 < V else EOS

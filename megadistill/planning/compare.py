@@ -54,7 +54,8 @@ class Comparison:
 
     def __str__(self) -> str:
         cells = [
-            (row.what, *map(row.shown, (row.formula, row.exact)), f"{100 * (row.ratio - 1):+.1f} %") for row in self.rows
+            (row.what, *map(row.shown, (row.formula, row.exact)), f"{100 * (row.ratio - 1):+.1f} %")
+            for row in self.rows
         ]
         return text_table(("memory and traffic in GB, FLOPs in 10^9", "formulas", "exact", "off"), cells)
 

@@ -29,7 +29,7 @@ _DECODE_LAYER, _DECODE_TOKEN, _DRAWN_OVER_TP, _TIED_OVER_TP, _RECORDING_LAYER = 
 _ROLLOUT, _ROUND, _RMS_NORMS = 290, 237, 2
 _HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
 _JOINING, _DRAWN_PIECE, _DRAWN_PIECE_OVER_TP = 6, 21, 17
-_SCORE, _SCORE_CHUNK = 140, 204  # losses in eager torch
+_SCORE, _SCORE_CHUNK, _SCORE_OVER_TP = 294, 29, 25  # losses in eager torch
 _OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
 _PASS, _STEP = 185, 60
 _TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
@@ -149,16 +149,22 @@ def _decode(done: Work, case: Case, examples: int, steps: float, tokens: float) 
     of_layer = _DECODE_LAYER + (_RMS_NORMS if model.is_rms else 0) + unjoined
     of_layer += _HEAD_NORMS_DECODED if model.has_head_norms else 0
     kernels = steps * model.num_layers * of_layer
-    over_tp = _DRAWN_OVER_TP + (_TIED_OVER_TP if model.is_tied else 0) if case.tp_size > 1 else 0
+    of_token: float = _DRAWN_OVER_TP + (_TIED_OVER_TP if model.is_tied else 0) if case.tp_size > 1 else 0
+    of_token += (_drawn_pieces(model, tokens / max(1, steps)) - 1) * _DRAWN_PIECE
     if case.records_steps:
         done.recorded += kernels
-    done.operations += steps * (_DECODE_TOKEN + over_tp) + (steps if case.records_steps else kernels)
+    done.operations += steps * (_DECODE_TOKEN + of_token) + (steps if case.records_steps else kernels)
     weights = itemsize * (model.num_layers * model.layer + model.head)
     done.memory_bytes += steps * weights + read * columns * model.kv_bytes(itemsize)
     if case.tp_size > 1:
         calls = 2 * model.num_layers + model.is_tied
         done.send("tp", "all_reduce", steps * (calls + 1), tokens * (calls * model.hidden * itemsize + 8))
         done.send("tp", "all_gather", steps, tokens * 16 * case.tp_size)
+
+
+def _drawn_pieces(model: ModelShape, rows: float) -> float:
+    """In how many pieces tokens are drawn for some rows of logits (decoding/sampling.py)."""
+    return max(1, -(-rows // max(1, DRAWN_ELEMENTS // model.classes)))
 
 
 def _rollout(case: Case) -> Work:
@@ -206,10 +212,10 @@ def _score(case: Case, teacher: ModelShape) -> Work:
             tokens = examples * case.response_tokens / 2**number
             chunks = -(-tokens // chunk_tokens(case))
             done.flops += 2 * tokens * student.classes * (student.hidden + teacher.hidden)
-            # Tokens are drawn from a part of a chunk at a time (decoding/sampling.py).
-            pieces = -(-min(chunk_tokens(case), tokens) // max(1, DRAWN_ELEMENTS // student.classes))
-            drawn = _DRAWN_PIECE * (pieces - 1) + (_DRAWN_PIECE_OVER_TP * pieces if case.tp_size > 1 else 0)
-            done.operations += _SCORE + (_launches_of_chunk(case, _SCORE_CHUNK) + drawn) * chunks
+            pieces = _drawn_pieces(student, min(chunk_tokens(case), tokens))
+            of_chunk = _launches_of_chunk(case, _SCORE_CHUNK) + _DRAWN_PIECE * pieces
+            of_chunk += _SCORE_OVER_TP + _DRAWN_PIECE_OVER_TP * pieces if case.tp_size > 1 else 0
+            done.operations += _SCORE + of_chunk * chunks
             done.memory_bytes += 10 * _FP32 * tokens * student.classes
             _gather(done, case, [teacher.head], case.teacher_bytes)
             if case.tp_size > 1:

@@ -35,7 +35,7 @@ _DECODE_CALL = 8  # around the steps between two looks at which responses have e
 _ROLLOUT, _ROUND, _RMS_NORMS = 290, 237, 2
 _HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
 _JOINING, _DRAWN_PIECE, _DRAWN_PIECE_OVER_TP = 6, 21, 17
-_SCORE, _SCORE_CHUNK = 140, 204  # losses in eager torch
+_SCORE, _SCORE_CHUNK, _SCORE_OVER_TP = 294, 29, 25  # losses in eager torch
 _OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
 _PASS, _STEP = 185, 60
 _TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
@@ -157,7 +157,8 @@ def _decode(done: Work, case: Case, rows: Sequence[int], steps: float, num_recor
     unjoined = sum(len(parts) - 1 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
     over_tp = _DRAWN_OVER_TP + (_TIED_OVER_TP if model.is_tied else 0) if case.tp_size > 1 else 0
     of_layer = _DECODE_LAYER + unjoined + (_HEAD_NORMS_DECODED if model.has_head_norms else 0)
-    kernels = model.num_layers * of_layer + _DECODE_TOKEN + over_tp
+    pieces = _drawn_pieces(model, tokens / max(1, steps))
+    kernels = model.num_layers * of_layer + _DECODE_TOKEN + over_tp + (pieces - 1) * _DRAWN_PIECE
     if case.records_steps:
         columns = case.columns  # a step of fixed shape reads all of them
         eager = min(steps, STEPS_BEFORE_RECORDING * (len(set(rows)) - num_recorded))
@@ -172,6 +173,11 @@ def _decode(done: Work, case: Case, rows: Sequence[int], steps: float, num_recor
         calls = 2 * model.num_layers + model.is_tied
         done.send("tp", "all_reduce", steps * (calls + 1), tokens * (calls * model.hidden * itemsize + 8))
         done.send("tp", "all_gather", steps, tokens * 16 * case.tp_size)
+
+
+def _drawn_pieces(model: ModelShape, rows: float) -> float:
+    """In how many pieces tokens are drawn for some rows of logits (decoding/sampling.py)."""
+    return max(1, -(-rows // max(1, DRAWN_ELEMENTS // model.classes)))
 
 
 def _rollout(case: Case) -> Work:
@@ -218,10 +224,10 @@ def _score(case: Case, teacher: ModelShape) -> Work:
             tokens = examples * case.response_tokens / 2**number
             chunks = -(-tokens // chunk_tokens(case))
             done.flops += 2 * tokens * student.classes * (student.hidden + teacher.hidden)
-            # Tokens are drawn from a part of a chunk at a time (decoding/sampling.py).
-            pieces = -(-min(chunk_tokens(case), tokens) // max(1, DRAWN_ELEMENTS // student.classes))
-            drawn = _DRAWN_PIECE * (pieces - 1) + (_DRAWN_PIECE_OVER_TP * pieces if case.tp_size > 1 else 0)
-            done.operations += _SCORE + (_launches_of_chunk(case, _SCORE_CHUNK) + drawn) * chunks
+            pieces = _drawn_pieces(student, min(chunk_tokens(case), tokens))
+            of_chunk = _launches_of_chunk(case, _SCORE_CHUNK) + _DRAWN_PIECE * pieces
+            of_chunk += _SCORE_OVER_TP + _DRAWN_PIECE_OVER_TP * pieces if case.tp_size > 1 else 0
+            done.operations += _SCORE + of_chunk * chunks
             done.memory_bytes += 10 * _FP32 * tokens * student.classes
             _gather(done, case, [teacher.head], case.teacher_bytes)
             if case.tp_size > 1:

@@ -268,10 +268,10 @@ def test_a_recorded_graph_is_one_launch_with_all_that_was_recorded() -> None:
 
 
 def test_every_parameter_has_one_owner_on_1024_ranks(models: Path) -> None:
-    """ZeRO-3 cuts each shard into equal runs, of which the last is shorter: asked of three ranks."""
+    """ZeRO-3 cuts each shard into equal runs, of which the last is shorter: asked of two ranks."""
     more = (("train", {"global_batch_size": 512, "micro_batch_size": 1}),)
     layout = dataclasses.replace(TP2, world_size=1024, more=more)
-    for rank in (0, 513, 1023):
+    for rank in (512, 1023):
         shards, runs = forked(_runs, settings(models, layout), rank)
         tp_rank, dp_rank = rank % 2, rank // 2
         assert len(shards) > 10

@@ -67,7 +67,6 @@ def reference_loss(
     mask = _masks(log_p, gate, config, has_rest, num_classes)
     token_values = _token_values(log_p, log_q, mask, config)
     dac_kl = config.temperature**2 * token_values.sum() / num_tokens
-    coverage = _coverage(mask, p, config).sum() / num_tokens
 
     first = _first_of_pairs(pair_mask, is_valid)
     difference = (full_log_q[first] + full_log_q[first + 1]).exp() - full_p[first] * full_p[first + 1]
@@ -76,7 +75,7 @@ def reference_loss(
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
     sign = -1.0 if config.gate_objective == "maximize" else 1.0
-    guard = config.coverage_weight * coverage if config.guards else 0.0
+    guard = config.coverage_weight * _coverage(mask, p, config).sum() / num_tokens if config.guards else 0.0
     kl_map = torch.zeros(len(labels), dtype=log_p.dtype)
     top1 = torch.full_like(labels, -1)
     kl_map[positions] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
@@ -188,12 +187,14 @@ def lower_threshold(
     places, masses = (others, others)
     if has_rest:
         places, masses = torch.cat([others, torch.full_like(log_p[-1:], -1e6)]), torch.cat([others, log_p[-1:]])
-    theta = find_place(places, masses, log_l, low, listed.max() + 8 * softness, log_beside, softness)
-    is_all_cut = bool(log_l >= log_beside)
+    high = listed.max() + 8 * softness
+    if log_l >= log_beside:
+        return high, True
+    theta = find_place(places, masses, log_l, low, high, log_beside, softness)
     density = _density(others, theta, softness)
-    if not is_all_cut and theta > low and density > 0:
+    if theta > low and density > 0:
         theta = theta + (quantile - quantile.detach()) / density
-    return theta, is_all_cut
+    return theta, False
 
 
 def upper_threshold(log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int) -> Tensor:

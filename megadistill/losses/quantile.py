@@ -108,8 +108,8 @@ def find_thresholds(
         None if lambda_u is None else log_top,
     )
     is_on_EC = target_EC > _SMALLEST
-    theta_l = torch.where(is_on_EC[0], place_EC[0], -_FARTHEST)
     is_all_cut = is_on_EC[0] & (target_EC[0] >= log_beside)
+    theta_l = torch.where(is_all_cut, highs[0], torch.where(is_on_EC[0], place_EC[0], -_FARTHEST))
     cut_share = torch.where(is_all_cut, (log_beside - target_EC[0]).exp(), 1.0)
     # At the lowest place is a threshold where what is not listed (TeacherTopK) is more than l.
     moves_l = is_on_EC[0] & ~is_all_cut & (place_EC[0] > lows[0])

@@ -80,11 +80,12 @@ def reference_loss(
     )
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
-    sign, guard = -1.0 if config.gate_objective == "maximize" else 1.0, config.coverage_weight * config.guards
+    sign = -1.0 if config.gate_objective == "maximize" else 1.0
+    guard = config.coverage_weight * mean(_coverage(mask, p, config)) if config.guards else 0.0
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
-        gate_objective=sign * config.dac_kl * dac_kl + guard * mean(_coverage(mask, p, config)),
+        gate_objective=sign * config.dac_kl * dac_kl + guard,
         sft=sft,
         dac_kl=dac_kl,
         span=span,
@@ -222,12 +223,14 @@ def lower_threshold(
     places, masses = (others, others)
     if has_rest:
         places, masses = torch.cat([others, torch.full_like(log_p[-1:], -1e6)]), torch.cat([others, log_p[-1:]])
-    theta = find_place(places, masses, log_l, low, listed.max() + 8 * softness, log_beside, softness)
-    is_all_cut = bool(log_l >= log_beside)
+    high = listed.max() + 8 * softness
+    if log_l >= log_beside:
+        return high, True
+    theta = find_place(places, masses, log_l, low, high, log_beside, softness)
     density = _density(others, theta, softness)
-    if not is_all_cut and theta > low and density > 0:
+    if theta > low and density > 0:
         theta = theta + (quantile - quantile.detach()) / density
-    return theta, is_all_cut
+    return theta, False
 
 
 def upper_threshold(log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int) -> Tensor:

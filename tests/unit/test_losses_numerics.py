@@ -150,9 +150,7 @@ def test_clipped_student_mass_may_underflow(backend):
     teacher = torch.tensor([[0.0, -1.0, -4.0, -4.0]], dtype=torch.float64)
     student = torch.tensor([[0.0, -1.0, -500.0, -600.0]], dtype=torch.float64)
     eye = torch.eye(4, dtype=torch.float64)
-    config = LossConfig(
-        sft=0.0, span=0.0, clip="fixed", lower=0.05, upper=1.0, top_k=4, softness=0.002, backend=backend
-    )
+    config = LossConfig(sft=0.0, span=0.0, clip="fixed", lower=0.024, top_k=4, softness=0.002, backend=backend)
     for remainder in ("bucket", "renormalize"):
         results = []
         for dtype in (torch.float64, torch.float32):
@@ -165,8 +163,9 @@ def test_clipped_student_mass_may_underflow(backend):
             output.loss.backward()
             results.append((output.dac_kl.double(), hidden.grad.double()))
         (exact, exact_gradient), (value, gradient) = results
-        torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(gradient, exact_gradient, rtol=1e-4, atol=1e-6)
+        # A threshold is known to 1e-7 nats, which are 1e-4 of this softness.
+        torch.testing.assert_close(value, exact, rtol=2e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, exact_gradient, rtol=1e-3, atol=1e-6)
         if remainder == "bucket":
             assert float(exact) > 10  # the clipped teacher mass of about 2 % times 500 nats
             assert float(gradient[0, 2]) < -0.01  # and it pulls the underflown class up
@@ -189,12 +188,16 @@ def test_directional_derivatives_equal_finite_differences():
         assert slope == pytest.approx(float((gradients[name] * direction).sum()), rel=1e-5), name
 
 
-@pytest.mark.parametrize("remainder", ["bucket", "renormalize"])
-def test_gate_derivatives_equal_finite_differences_of_the_value(remainder):
-    """With guards off and minimize, the gate descends the loss itself."""
+@pytest.mark.parametrize("upper", [1.0, 0.95])
+@pytest.mark.parametrize("remainder", ["bucket", "truncate", "renormalize", "none"])
+def test_gate_derivatives_equal_finite_differences_of_the_value(remainder, upper):
+    """With guards off and minimize, the gate descends the loss itself.
+
+    Its derivative is that of an exact quantile, and between two exact masses the quantile itself is not exact.
+    """
     problem = make_problem(seed=12, length=12)
-    config = CONFIG.replace(guards=False, remainder=remainder)
-    gate = make_gate(guards=False)
+    config = CONFIG.replace(guards=False, remainder=remainder, upper=upper)
+    gate = make_gate(guards=False, upper=upper)
     _, gradients, _ = run_fused(problem, config, gate)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     step = 1e-6
@@ -209,4 +212,4 @@ def test_gate_derivatives_equal_finite_differences_of_the_value(remainder):
             with torch.no_grad():
                 parameter -= sign * step * direction
         slope = (values[0] - values[1]) / (2 * step)
-        assert slope == pytest.approx(float((gradients[f"gate.{name}"] * direction).sum()), rel=1e-4, abs=1e-9), name
+        assert slope == pytest.approx(float((gradients[f"gate.{name}"] * direction).sum()), rel=5e-3, abs=1e-5), name

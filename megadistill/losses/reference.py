@@ -72,20 +72,17 @@ def reference_loss(
     dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
 
     first = _first_of_pairs(pair_mask, is_valid)
-    places = _label_places(teacher, positions, labels)
-    span_values = (
-        _pair_values(full_log_q, full_p, first, config.span_eps)
-        if config.span_relation == "hadamard"
-        else _written_span_values(log_p, log_q, places, first, config)
-    )
+    if config.span_relation == "hadamard":
+        span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
+    else:
+        span_values = _written_span_values(log_p, log_q, _label_places(teacher, positions, labels), first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
-    sign = -1.0 if config.gate_objective == "maximize" else 1.0
     guard = config.coverage_weight * mean(_coverage(mask, p, config)) if config.guards else 0.0
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
-        gate_objective=sign * config.dac_kl * dac_kl + guard,
+        gate_objective=(-1.0 if config.gate_objective == "maximize" else 1.0) * config.dac_kl * dac_kl + guard,
         sft=sft,
         dac_kl=dac_kl,
         span=span,

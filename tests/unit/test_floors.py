@@ -56,7 +56,7 @@ FENCES = {
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = {"megadistill": 60, "tools": 80, "tests": 80, "setup.py": 80}
-LONGER_FUNCTIONS = {"sums_kernel": 80}  # a Triton kernel, which cannot return a part of its many running sums
+LONGER_FUNCTIONS = {"sums_kernel": 100}  # a Triton kernel, which cannot return a part of its many running sums
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FILES = sorted([*MODULES, *ROOT.glob("tools/**/*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("*.py")])
 

@@ -150,9 +150,7 @@ def test_clipped_student_mass_may_underflow(backend):
     teacher = torch.tensor([[0.0, -1.0, -4.0, -4.0]], dtype=torch.float64)
     student = torch.tensor([[0.0, -1.0, -500.0, -600.0]], dtype=torch.float64)
     eye = torch.eye(4, dtype=torch.float64)
-    config = LossConfig(
-        sft=0.0, span=0.0, clip="fixed", lower=0.024, top_k=4, softness=0.002, backend=backend
-    )
+    config = LossConfig(sft=0.0, span=0.0, clip="fixed", lower=0.024, top_k=4, softness=0.002, backend=backend)
     for remainder in ("bucket", "renormalize"):
         results = []
         for dtype in (torch.float64, torch.float32):

@@ -75,6 +75,8 @@ def _train(config: RunConfig, request: StopRequest) -> int:
     log = get_logger(rank_of(os.environ), "data")
     for line in data.sources:
         log.info(f"{line}; template {data.template}")
+    for line in start.changes():
+        log.warning(line)
     config = config.with_template(data.template)  # resolved.yaml has what auto meant
     length = RunLength.of(config, data)  # finds out whether the rows can fill a step
     check_best(config, data.valid)

@@ -275,11 +275,10 @@ def gradient_kernel(
     student, teacher, student_max, student_log, untempered_log, teacher_max, teacher_log, theta_l, theta_u, top_column,
     w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner, out,
     num_tokens, num_classes, stride, stride_out,
-    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
+    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
     IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_NONE: tl.constexpr,
     HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
-    ADDS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """See ``tile_math.gradient``; with the label and span parts, and added to ``out`` where ``ADDS``."""
     token = tl.program_id(0).to(tl.int64)
@@ -297,11 +296,10 @@ def gradient_kernel(
         lp = tl.where(is_class, gap_t, 0.0) * inverse - tl.load(teacher_log + token)
         factor_t = tl.load(w_teacher + token)
         if IS_CLIPPED:
-            top = tl.load(top_column + token)
+            low, high, top = tl.load(theta_l + token), tl.load(theta_u + token), tl.load(top_column + token)
             near, far, is_lower = edges(
-                lp, tl.load(theta_l + token), tl.load(theta_u + token), at, top, num_classes - 1, softness_inverse,
-                HAS_BUCKET, HAS_UPPER, IS_NONE,
-            )  # fmt: skip
+                lp, low, high, at, top, num_classes - 1, softness_inverse, HAS_BUCKET, HAS_UPPER, IS_NONE
+            )
             kept, clipped, log_weight, factor, lower, upper, factor_l, factor_u, density_l = soft_mask(
                 near, far, is_lower, at == top, IS_BUCKET, HAS_UPPER, IS_NONE, F
             )
@@ -319,10 +317,9 @@ def gradient_kernel(
         p = _factor(teacher, teacher_max, teacher_log, token, at, is_class, stride, inverse, F)
         # The pair that the token starts (its weight is 0 for the last token), and the one that it ends.
         after = tl.minimum(token + 1, num_tokens - 1)
-        weight = tl.load(span_pair + token)
         r_s = q * _factor(student, student_max, student_log, after, at, is_class, stride, inverse, F)
         r_t = p * _factor(teacher, teacher_max, teacher_log, after, at, is_class, stride, inverse, F)
-        result += weight * ((r_s - r_t) * r_s - tl.load(span_inner + token) * q)
+        result += tl.load(span_pair + token) * ((r_s - r_t) * r_s - tl.load(span_inner + token) * q)
         before = tl.maximum(token - 1, 0)
         weight = tl.where(token > 0, tl.load(span_pair + before), 0.0)
         r_s = q * _factor(student, student_max, student_log, before, at, is_class, stride, inverse, F)

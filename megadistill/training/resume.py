@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from megadistill.checkpoint.manifest import checkpoints_of, find_checkpoint
 from megadistill.checkpoint.run_settings import RESOLVED, load_resolved
 from megadistill.config.load import flatten
@@ -46,6 +48,12 @@ _MAY_CHANGE = (
     "data.valid_path",
 )
 
+# A key that the record of an earlier release lacks -> what this release computes in another way since.
+_NEW_MEANINGS = {
+    "data.span_verb_objects": "a prepositional phrase has its noun phrase now, so loss.span has other pairs",
+    "loss.coverage": "the quantiles of loss.clip cut the mass that they name now, which they did not",
+}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -59,6 +67,17 @@ class Start:
 
     run_dir: Path
     checkpoints: tuple[Path, ...] = ()
+
+    def changes(self) -> list[str]:
+        """What an earlier release, which made the checkpoints, computed in another way: one line each."""
+        if not self.checkpoints or not (self.run_dir / RESOLVED).is_file():
+            return []
+        keys = flatten(yaml.safe_load((self.run_dir / RESOLVED).read_text(encoding="utf-8")))
+        return [
+            f"{self.run_dir} was begun by an earlier release: {change}"
+            for key, change in _NEW_MEANINGS.items()
+            if key not in keys
+        ]
 
 
 def plan_start(config: RunConfig) -> Start:

@@ -35,7 +35,7 @@ def secondary_partitions(context: ParallelContext, size: int) -> Iterator[None]:
     """
     if context.dp_size % size:
         raise TopologyError(
-            f"parallel.zero.hpz_partition_size={size} does not divide the number of data-parallel ranks, "
+            f"a secondary partition over {size} ranks does not divide the number of data-parallel ranks, "
             f"{context.dp_size}; allowed: {', '.join(map(str, divisors(context.dp_size)))}",
             setting="parallel.zero.hpz_partition_size",
         )

@@ -104,4 +104,4 @@ def _refused(rank: int, path: Path) -> str:
 
 def test_a_size_that_does_not_divide_the_ranks_is_refused(tmp_path: Path) -> None:
     for message in run_ranks(_refused, 2, write_config(tmp_path)):
-        assert "hpz_partition_size=3 does not divide" in message and "allowed: 1, 2" in message
+        assert "over 3 ranks does not divide" in message and "allowed: 1, 2" in message

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Trains with a control in place of SCRG's rule: what correcting helps beyond it, if it does.
 
-python tools/scrg_controls.py random --config configs/demo.yaml
-python tools/scrg_controls.py resample --config configs/demo.yaml run.dir=runs/resample
+usage: python tools/scrg_controls.py random --config configs/demo.yaml
+       python tools/scrg_controls.py resample --config configs/demo.yaml run.dir=runs/resample
 
 random: the teacher's token goes in at a disagreement drawn at random, not where the KL is the largest.
 resample: the student writes anew from the position of the largest KL on, without the teacher's token. (A response

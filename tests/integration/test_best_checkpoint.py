@@ -21,7 +21,7 @@ def _settings(assets: Path, *more: str) -> list[str]:
     return settings(
         assets, "llama", "train.max_steps=null", "train.epochs=1", "train.eval_every=1", "train.eval_rows=4",
         f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "checkpoint.keep_best=eval/rouge_l",
-        "checkpoint.keep_last=1", "optim.lr=0.05", *more,
+        "checkpoint.keep_last=1", "optim.lr=0.03", *more,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.rollout import Correction
-from megadistill.decoding.sampling import NO_TOKEN, sample_tokens
+from megadistill.decoding.sampling import NO_TOKEN, Drawer, sample_tokens
+from megadistill.decoding.token_steps import EagerSteps
 from megadistill.generation.scoring import TeacherScores, TextScores
 from megadistill.generation.scrg import ErrorRule, error_positions, find_corrections
 from megadistill.generation.sources import source_class
@@ -59,6 +60,9 @@ class Markov:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    def steps(self, state: Any, drawer: Drawer, *, keep_hidden: bool) -> EagerSteps:
+        return EagerSteps(self, state, drawer, keep_hidden=keep_hidden, interval=1)
 
 
 class Model:

@@ -26,8 +26,8 @@ def diagnosed(problem: Problem, shard: VocabShard) -> dict[str, float]:
     index = (problem.labels >= 0).nonzero().squeeze(-1)
     batch: Any = None
     micro_batch = MicroBatch(
-        batch, index, problem.labels[index], index, problem.labels[index], problem.pair_mask[index],
-        problem.teacher.hidden[index], num_tokens=len(index),
+        batch, index, problem.labels[index], index, problem.labels[index], (len(index),), (len(index),),
+        problem.pair_mask[index], problem.teacher.hidden[index], num_tokens=len(index),
     )  # fmt: skip
     counts = GlobalCounts(problem.num_tokens, problem.num_tokens, problem.num_pairs)
     loss = MicroBatchLoss(micro_batch, counts, CONFIG, make_gate(), heads[1], is_diagnosed=True)

@@ -216,7 +216,7 @@ class RolloutState:
 
     def _numbers(self, stream: int) -> torch.Tensor | None:
         """Random numbers [N, B] of all N response positions, drawn at once; None for greedy decoding."""
-        if self._sampling.temperature == 0:
+        if self._drawer.is_greedy:
             return None
         num_examples = len(self._sequence_ids)
         ids = torch.tensor(self._sequence_ids, device=self._model.device).repeat_interleave(self._longest)

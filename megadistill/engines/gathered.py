@@ -96,12 +96,13 @@ def _gathered(partitioned: Sequence[ZeroParameter]) -> Iterator[None]:
     DeepSpeed's own gathers one parameter after the other, and never from secondary partitions.
     """
     missing = [p for p in partitioned if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    small = [p for p in missing if p.ds_numel * p.element_size() <= _SMALL_BYTES]
-    for start in range(0, len(small), _TOGETHER):
-        together = small[start : start + _TOGETHER]
-        together[0].all_gather_coalesced(together).wait()
-    for parameter in missing:
-        if parameter.ds_secondary_tensor is not None and parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
-            parameter.all_gather_coalesced([parameter]).wait()
+    for has_secondary in (False, True):  # a call takes all of its parameters from the same kind of partition
+        these = [p for p in missing if (p.ds_secondary_tensor is not None) == has_secondary]
+        small = [p for p in these if p.ds_numel * p.element_size() <= _SMALL_BYTES]
+        calls = [small[start : start + _TOGETHER] for start in range(0, len(small), _TOGETHER)]
+        if has_secondary:
+            calls += [[p] for p in these if p.ds_numel * p.element_size() > _SMALL_BYTES]
+        for together in calls:
+            together[0].all_gather_coalesced(together).wait()
     with deepspeed.zero.GatheredParameters(list(partitioned), modifier_rank=None):
         yield

@@ -254,16 +254,17 @@ def frozen_model(
     model = loaded.model
     use_head_fn_forward(model)
     model.eval()
+    zero = zero or ZeroSection()
     config = teacher_config(
         zero_stage=zero_stage,
         tp_size=context.tp_size,
         dtype=dtype,
         family=loaded.family,
-        zero=zero or ZeroSection(),
+        zero=zero,
         device_type=context.device.type,
         passed=deepspeed_settings,
     )
-    engine = initialize(model, config, context, hpz_partition_size=zero.hpz_partition_size if zero else 1)
+    engine = initialize(model, config, context, hpz_partition_size=zero.hpz_partition_size)
     # Not before: AutoTP registers gradient hooks on Qwen3's norms, which a frozen parameter refuses.
     model.requires_grad_(False)
     return PartitionedModel(engine, loaded, context, cpu_products, cuda_graphs, offload_weights=offload)

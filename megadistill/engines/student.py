@@ -256,14 +256,15 @@ def trained_model(
     model.train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    zero = zero or ZeroSection()
     num_elements = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = student_config(
         optim, train, zero_stage=zero_stage, tp_size=context.tp_size, dp_size=context.dp_size, dtype=dtype,
-        family=loaded.family, zero=zero or ZeroSection(), device_type=context.device.type, num_elements=num_elements,
+        family=loaded.family, zero=zero, device_type=context.device.type, num_elements=num_elements,
         passed=deepspeed_settings,
     )  # fmt: skip
     adamw = _adamw(model, optim, context.device)
-    engine = initialize(model, config, context, adamw, hpz_partition_size=zero.hpz_partition_size if zero else 1)
+    engine = initialize(model, config, context, adamw, hpz_partition_size=zero.hpz_partition_size)
     if needs_wide_gradients(dtype, optim):
         _sum_in_float32(engine, zero_stage)
     # Stage 0 in bfloat16 clips by the norm of one tensor-parallel shard.

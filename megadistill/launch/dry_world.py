@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -23,19 +24,18 @@ def dry_world(rank: int, world_size: int) -> Iterator[None]:
     """
     ours = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_SIZE": "1"}
     ours |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ |= ours
-    import deepspeed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    # What this process starts later is not a rank of that world.
+    with mock.patch.dict(os.environ, ours):
+        import deepspeed
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megadistill.launch.deepspeed_patches import (
-        destroy_process_groups,
-        disable_shm_op,
-        skip_muon_compilation,
-        trust_other_ranks,
-    )
+        from megadistill.launch.deepspeed_patches import (
+            destroy_process_groups,
+            disable_shm_op,
+            skip_muon_compilation,
+            trust_other_ranks,
+        )
 
-    try:
         disable_shm_op()
         skip_muon_compilation()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -47,10 +47,3 @@ def dry_world(rank: int, world_size: int) -> Iterator[None]:
                 yield
         finally:
             destroy_process_groups()
-    finally:
-        # What this process starts later is not a rank of that world.
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -93,7 +93,8 @@ def dry_run(
 ) -> StepUse:
     """Counts a step of one rank, from configurations alone.
 
-    It makes this process a rank of a world that is not there, for good: use ``dry_run_in_process`` anywhere else.
+    Meanwhile this process is a rank of a world that is not there, and some patches of DeepSpeed stay: use
+    ``dry_run_in_process`` in a process that goes on.
 
     Args:
         config: The configuration of the run; ``parallel.tp_size`` is a number.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megadistill.planning.case import Case
 
 # Of a process that computes on a CPU: Python, torch, transformers, DeepSpeed, gloo and the allocator's small change, as
-# measured by tools/benchmark.py plan.
+# measured by tools/benchmark.py memory.
 PROCESS, PROCESS_BYTES = "process", 600_000_000
 # Bytes of a parameter's float32 weight and two moments.
 _TRAINED = 12

@@ -172,12 +172,10 @@ def loss_metrics(
     """
     shares = dict.fromkeys(METRIC_NAMES, 0.0)
     for micro_batch_loss in losses:
-        values = micro_batch_loss.metrics
-        if values:  # one wait for the device per micro-batch
-            for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
-                shares[name] += value
-        for name, value in micro_batch_loss.gradient_squares.items():
-            shares[name] = shares.get(name, 0.0) + float(value)
+        for values in (micro_batch_loss.metrics, micro_batch_loss.gradient_squares):
+            if values:  # one wait for the device per micro-batch
+                for name, value in zip(values, torch.stack(list(values.values())).tolist(), strict=True):
+                    shares[name] = shares.get(name, 0.0) + value
     shares |= _correction_counts(samples)
     shares["num_columns"] = float(sum(loss.micro_batch.num_columns for loss in losses))
     shares["num_unpadded"] = float(sum(loss.micro_batch.num_tokens for loss in losses))

@@ -23,6 +23,7 @@ def _run(rank: int, path: Path, tp_size: int, sizes: list[int]) -> list[Any]:
 
     from megadistill.config.parallel import ZeroSection
     from megadistill.decoding.kv_cache import PrefillChunk
+    from megadistill.engines.gathered import gathered_parameters
     from megadistill.engines.partitioned import frozen_model
     from megadistill.models.loading import load_model
 
@@ -45,6 +46,8 @@ def _run(rank: int, path: Path, tp_size: int, sizes: list[int]) -> list[Any]:
         members.clear()
         for step in range(3):
             numbers += [*train_step(student, 2, step, lr=1e-2), student.grad_norm]
+            with gathered_parameters([next(student.module.parameters())]):
+                pass  # now it has a secondary partition, and the others have none
             with student.decoder() as decoder:  # reads weights between updates
                 numbers += decoder.prefill(decoder.new_state([0], 4), [[5, 6, 7]]).flatten().tolist()
         by_student = list(members)

@@ -307,7 +307,8 @@ class _FusedPass:
         lower = torch.sigmoid(mask.lambda_l.detach())
         self._add("mean_lower", lower, is_own)
         self._add("square_lower", lower.double() ** 2, is_own)
-        self._add("mean_upper", is_own if mask.lambda_u is None else torch.sigmoid(mask.lambda_u.detach()), is_own)
+        upper = torch.ones_like(is_own) if mask.lambda_u is None else torch.sigmoid(mask.lambda_u.detach())
+        self._add("mean_upper", upper, is_own)
         return mask
 
     def _terms(self, sums: Tensor) -> _TokenTerms:

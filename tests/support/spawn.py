@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 class RankError(AssertionError):
@@ -71,6 +73,8 @@ def _run(
 ) -> tuple[bool, Any]:
     try:
         torch.set_num_threads(1)
+        # The parent's is shared by all forks: a rank that is killed with it would stop every bar of later ones.
+        tqdm.set_lock(threading.RLock())
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",

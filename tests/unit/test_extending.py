@@ -103,7 +103,9 @@ def test_a_metric_of_the_losses_goes_by_name(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(step_module, "METRIC_NAMES", (*step_module.METRIC_NAMES, "loss/fake"))
     losses: Any = [
         SimpleNamespace(
-            metrics={"loss/fake": torch.tensor(value)}, micro_batch=SimpleNamespace(num_columns=4, num_tokens=3)
+            metrics={"loss/fake": torch.tensor(value)},
+            gradient_squares={},
+            micro_batch=SimpleNamespace(num_columns=4, num_tokens=3),
         )
         for value in (1.5, 2.0)
     ]

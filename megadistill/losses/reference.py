@@ -21,6 +21,7 @@ from megadistill.losses.head import Head
 from megadistill.losses.output import DistillScalars
 from megadistill.losses.quantile import NUM_NODES, num_rounds
 from megadistill.losses.topk_teacher import TeacherTopK
+from megadistill.parallel.output_head import OutputHead
 
 _LOG_SMALLEST = math.log(1e-6)  # log of the mass below which an edge cuts nothing
 
@@ -46,6 +47,7 @@ def reference_loss(
     num_tokens: float,
     num_pairs: float,
     token_weights: Tensor | None = None,
+    ahead: OutputHead | None = None,
 ) -> ReferenceOutput:
     """As ``distill_loss``, with the whole vocabulary in one process.
 
@@ -55,11 +57,7 @@ def reference_loss(
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
     full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
-    if isinstance(teacher, TeacherTopK):
-        log_p, log_q, full_p = _listed(teacher, positions, full_log_q)
-    else:
-        log_p, log_q = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1), full_log_q
-        full_p = log_p.exp()
+    log_p, log_q, full_p = _both(teacher, positions, full_log_q, config)
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
@@ -72,17 +70,19 @@ def reference_loss(
     dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
 
     first = _first_of_pairs(pair_mask, is_valid)
-    if config.span_relation == "hadamard":
-        span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
-    else:
-        span_values = _written_span_values(log_p, log_q, _label_places(teacher, positions, labels), first, config)
+    places = _label_places(teacher, positions, labels)
+    span_values = _span_values(full_log_q, full_p, log_p, log_q, places, first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
 
-    guard = config.coverage_weight * mean(_coverage(mask, p, config)) if config.guards else 0.0
+    after = dac_kl
+    if ahead is not None:
+        full_ahead = F.log_softmax(_logits(Head.of(student.hidden, ahead))[positions] / config.temperature, -1)
+        ahead_log_q = _both(teacher, positions, full_ahead, config)[1]
+        after = config.temperature**2 * mean(_token_values(log_p, ahead_log_q, mask, config))
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
-        gate_objective=(-1.0 if config.gate_objective == "maximize" else 1.0) * config.dac_kl * dac_kl + guard,
+        gate_objective=_gate_objective(config, dac_kl, after, mean(_coverage(mask, p, config))),
         sft=sft,
         dac_kl=dac_kl,
         span=span,
@@ -95,6 +95,24 @@ def reference_loss(
         square_lower=mean(mask.lower.square()),
         mean_upper=mean(mask.upper),
     )
+
+
+def _gate_objective(config: LossConfig, now: Tensor, after: Tensor, coverage: Tensor) -> Tensor:
+    """What the gate minimizes: of DAC-KL now and after the virtual step, and the coverage penalty."""
+    if config.gate_objective == "student":
+        return config.dac_kl * (after - now)
+    sign = -1.0 if config.gate_objective == "maximize" else 1.0
+    return sign * config.dac_kl * now + (config.coverage_weight * coverage if config.guards else 0.0)
+
+
+def _both(
+    teacher: Head | TeacherTopK, positions: Tensor, full_log_q: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, log q) over the classes that the teacher tells apart, and p over all."""
+    if isinstance(teacher, TeacherTopK):
+        return _listed(teacher, positions, full_log_q)
+    log_p = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1)
+    return log_p, full_log_q, log_p.exp()
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,15 @@ def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
     """The first token of each span pair, counted among the valid tokens."""
     starts_pair = pair_mask[:-1] & is_valid[:-1] & is_valid[1:]
     return (is_valid.cumsum(0) - 1)[:-1][starts_pair]
+
+
+def _span_values(
+    full_log_q: Tensor, full_p: Tensor, log_p: Tensor, log_q: Tensor, places: Tensor, first: Tensor, config: LossConfig
+) -> Tensor:
+    """The value of each pair of neighbors, or of each span as written."""
+    if config.span_relation == "hadamard":
+        return _pair_values(full_log_q, full_p, first, config.span_eps)
+    return _written_span_values(log_p, log_q, places, first, config)
 
 
 def _pair_values(log_q: Tensor, p: Tensor, first: Tensor, eps: float) -> Tensor:

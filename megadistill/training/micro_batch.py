@@ -199,6 +199,7 @@ class MicroBatchLoss:
         gate: The quantile gate; None where it is not used.
         teacher_head: The teacher's head; None for plain SFT.
         is_diagnosed: Whether ``gradient_squares`` are wanted.
+        ahead: The student's head after a virtual step on the references, for ``loss.gate_objective`` student.
         gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
             position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
@@ -211,6 +212,7 @@ class MicroBatchLoss:
     gate: QuantileGate | None
     teacher_head: OutputHead | None
     is_diagnosed: bool = False
+    ahead: OutputHead | None = None
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
     output: DistillOutput | None = None
@@ -300,4 +302,5 @@ class MicroBatchLoss:
             num_tokens=self.counts.of_responses(config),
             num_pairs=self.counts.of_spans(config),
             token_weights=self._weights(micro.kd_lengths, flat.device),
+            ahead=self.ahead,
         )

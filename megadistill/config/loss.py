@@ -118,6 +118,21 @@ class LossConfig(Section):
     span_eps: PositiveFloat = Field(
         1e-6, description="Smoothing of the root in the span loss, for span_relation hadamard."
     )
+    policy: NonNegativeFloat = Field(
+        0.0,
+        description="Weight of the policy gradient of the reverse KL, from the tokens as written alone; it needs "
+        "student text (generation.mode on_policy without SCRG, or teacher_mixed) at temperature 1.",
+    )
+    policy_reward: Literal["token", "return"] = Field(
+        "token",
+        description="What rewards a token. token: its own log p - log q (on-policy distillation); return: the mean of "
+        "those of all later tokens of its row (MiniLLM).",
+    )
+    policy_clip: OpenUnitInterval = Field(
+        0.2,
+        description="For generation.mode teacher_mixed and policy_reward return: the policy gradient follows "
+        "importance weights no further than 1 -/+ this (PPO).",
+    )
 
     if not TYPE_CHECKING:  # type checkers and editors see the fields as keywords
 
@@ -138,7 +153,7 @@ class LossConfig(Section):
     @property
     def uses_teacher(self) -> bool:
         """Whether a term compares student and teacher."""
-        return self.dac_kl > 0 or self.span > 0
+        return self.dac_kl > 0 or self.span > 0 or self.policy > 0
 
     @property
     def pairs_neighbors(self) -> bool:
@@ -149,6 +164,11 @@ class LossConfig(Section):
     def compares_written(self) -> bool:
         """Whether the span loss compares the probabilities of whole spans as written."""
         return self.span > 0 and self.span_relation != "hadamard"
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether a term needs the teacher's probabilities of the labels."""
+        return self.compares_written or self.policy > 0
 
     @property
     def uses_gate(self) -> bool:
@@ -187,6 +207,21 @@ class LossConfig(Section):
                 f"loss.{low}={low_value:g} must be less than loss.{high}={high_value:g}",
                 (f"loss.{low}", f"loss.{high}"),
             )
+        return self
+
+    @model_validator(mode="after")
+    def _policy(self) -> Self:
+        require_combination(
+            self.policy == 0 or self.temperature == 1,
+            f"loss.policy={self.policy:g} with loss.temperature={self.temperature:g}: the policy gradient is about the "
+            "distribution that the text was drawn from; set loss.temperature to 1",
+            ("loss.policy", "loss.temperature"),
+        )
+        require_combination(
+            self.policy > 0 or self.policy_reward == "token",
+            f"loss.policy_reward={self.policy_reward} has no effect with loss.policy=0",
+            ("loss.policy", "loss.policy_reward"),
+        )
         return self
 
 

@@ -10,6 +10,7 @@ from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.loss import LossConfig
 from megadistill.config.optim import OptimSection
 from megadistill.config.parallel import ParallelSection
+from megadistill.config.policy import check_policy
 from megadistill.config.sampling import SamplingOptions
 from megadistill.config.section import (
     BelowOne,
@@ -17,6 +18,7 @@ from megadistill.config.section import (
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
+    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -140,13 +142,14 @@ class OffPolicySection(Section):
 class GenerationSection(SamplingOptions):
     """Section ``generation``."""
 
-    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher", "skd"] = Field(
+    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher", "skd", "teacher_mixed"] = Field(
         "on_policy",
         description="Source of the responses for the token and span losses. on_policy: the student generates them; "
         "off_policy: references first, then more and more student text, new or replayed (DistiLLM); "
         "mixed: student text in a random share of the steps, references in the others; "
         "dataset: the references; teacher: the teacher generates them once, before training (SeqKD); "
-        "skd: the student writes, and the teacher replaces every token that it would hardly write (speculative KD).",
+        "skd: the student writes, and the teacher replaces every token that it would hardly write (speculative KD); "
+        "teacher_mixed: each token is drawn from a mixture of teacher and student (MiniLLM).",
     )
     student_ratio: UnitInterval = Field(0.5, description="For mode mixed: probability of student text.")
     mixed_by: Literal["step", "row"] = Field(
@@ -160,6 +163,9 @@ class GenerationSection(SamplingOptions):
     teacher_cache: NonEmptyStr | None = Field(
         None,
         description="For mode teacher: file of the teacher's responses, written once; null: RUN/teacher_text.jsonl.",
+    )
+    teacher_share: OpenUnitInterval = Field(
+        0.2, description="For mode teacher_mixed: alpha, the teacher's share of the mixture."
     )
     max_new_tokens: PositiveInt = Field(
         256, description="Longest generated response, in tokens; data.max_tokens limits prompt and response together."
@@ -177,6 +183,11 @@ class GenerationSection(SamplingOptions):
         True, description="On GPUs: record a decoding step as a CUDA graph, one launch for each token."
     )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
+
+    @property
+    def share_of_teacher(self) -> float:
+        """The teacher's share in the distribution that the student's text is drawn from."""
+        return self.teacher_share if self.mode == "teacher_mixed" else 0.0
 
 
 class EvalSection(SamplingOptions):
@@ -289,9 +300,9 @@ class RunConfig(Section):
             ("train.global_batch_size", "train.micro_batch_size"),
         )
         require_combination(
-            loss.sft > 0 or loss.dac_kl > 0 or loss.span > 0,
-            "loss.sft, loss.dac_kl and loss.span are all 0; at least one must be positive",
-            ("loss.sft", "loss.dac_kl", "loss.span"),
+            loss.sft > 0 or loss.uses_teacher,
+            "loss.sft, loss.dac_kl, loss.span and loss.policy are all 0; at least one must be positive",
+            ("loss.sft", "loss.dac_kl", "loss.span", "loss.policy"),
         )
         require_combination(
             self.model.teacher.path is not None or not self.needs_teacher,
@@ -339,6 +350,11 @@ class RunConfig(Section):
             f"teacher_temperature={scrg.teacher_temperature:g} need teacher_token=sample",
             ("generation.scrg.teacher_token", "generation.scrg.teacher_top_p", "generation.scrg.teacher_temperature"),
         )
+        return self
+
+    @model_validator(mode="after")
+    def _policy(self) -> "RunConfig":
+        check_policy(self)
         return self
 
     @model_validator(mode="after")

@@ -43,6 +43,7 @@ class RolloutState:
         limits: The most tokens that each response may have; a token of ``eos_ids`` (kept) ends it earlier.
         sampling: How tokens are drawn.
         keep_hidden: Keep the hidden states, for ``hidden``.
+        drawer: What draws the tokens; default: a ``Drawer`` of ``sampling``.
 
     Attributes:
         nonfinite: Example -> response position of its first token whose logits were not finite, the same on every
@@ -58,6 +59,7 @@ class RolloutState:
         eos_ids: frozenset[int],
         sampling: Sampling,
         keep_hidden: bool = False,
+        drawer: Drawer | None = None,
     ) -> None:
         self._model, self._limits, self._eos, self._sampling = model, list(limits), eos_ids, sampling
         self._sequence_ids = [sample.sequence_id for sample in samples]
@@ -65,7 +67,7 @@ class RolloutState:
         self._width, self._longest = max(map(len, self._prompts)), max(0, *limits)
         offsets = [self._width - len(prompt) for prompt in self._prompts]
         self._cache = model.new_state(offsets, self._width + self._longest)
-        self._drawer = Drawer(model.shard, sampling, len(samples))
+        self._drawer = drawer or Drawer(model.shard, sampling, len(samples))
         self._steps = model.steps(self._cache, self._drawer, keep_hidden=keep_hidden)
         self._example_of = list(range(len(samples)))  # slot -> example
         self._tokens = torch.zeros(len(samples), self._longest, dtype=torch.int64, device=model.device)  # by example

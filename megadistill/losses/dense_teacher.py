@@ -90,11 +90,11 @@ class DenseTeacher:
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
-        span_label: Tensor | None = None,
+        of_label: Tensor | None = None,
     ) -> None:
-        """Writes the derivative by the student's logits; ``span_label`` [C] is what the span term takes off labels."""
-        if span_label is not None:
-            weights = weights._replace(label=span_label if weights.label is None else weights.label + span_label)
+        """Writes the derivative by the student's logits; ``of_label`` [C] is what terms of the labels take off them."""
+        if of_label is not None:
+            weights = weights._replace(label=of_label if weights.label is None else weights.label + of_label)
         if student_CVs.shape[1]:
             self.kernels.gradient(self.spec, student_CVs, self.tile_CVs, norms, bounds, weights, out_CVs)
 

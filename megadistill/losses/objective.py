@@ -1,4 +1,4 @@
-"""The whole objective in one pass over chunks of tokens: L = w_sft L_SFT + w_dac L_DAC-KL + w_span L_span.
+"""The whole objective in one pass over chunks of tokens: L = w_sft L_SFT + w_dac L_DAC-KL + ...
 
 Paper: section 3 and Eq. 6-10; docs/method.md decides what it leaves open. A chunk takes three matrix products of the
 student and one of the teacher: nothing is recomputed, and no tensor is as large as the logits of all tokens. The
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from megadistill.config.loss import LossConfig
-from megadistill.errors import ConfigError
 from megadistill.losses.backends import make_kernels
 from megadistill.losses.clipping import ClipTerms, MergedClip
 from megadistill.losses.dense_teacher import DenseTeacher
@@ -38,7 +37,9 @@ from megadistill.losses.fused import (
 )
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.mask import Mask, coverage_slope, find_mask
-from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, DistillOutput
+from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, TERMS, DistillOutput
+from megadistill.losses.policy import PolicyTerm
+from megadistill.losses.quantile_gate import learning_parameters
 from megadistill.losses.span import WrittenSpans, span_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, EdgeNodes, GradientWeights, MaskBounds, SpanSum, TileSpec
@@ -62,18 +63,20 @@ def distill_loss(
     num_tokens: Normalizer,
     num_pairs: Normalizer,
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
+    teacher_share: float = 0.0,
 ) -> DistillOutput:
-    """Weighted sum of cross-entropy, DAC-KL and span term, differentiable in the student's head and the gate.
+    """Weighted sum of the terms, differentiable in the student's head and the gate.
 
     Gradients are computed here and scaled by ``loss.backward()``, which works once. The gate's gradients follow
     ``config.gate_objective`` and include the coverage penalty, which is not part of the value; they are the same on
     every tensor-parallel rank. The teacher gets none.
 
     Communicates over ``shard.group``: two all-gathers per chunk (at most 8 + K and 17 floats per token; with a
-    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2), with a mask one more for each round of the search for
-    its thresholds (7 or 14 floats), and one all-reduce of the hidden gradient; per call
-    one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows from
-    ``labels``, ``config`` and which heads have a bias.
+    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2; one more with the policy term), with a mask one more
+    for each round of the search for its thresholds (7 or 14 floats), and one all-reduce of the hidden gradient; per
+    call one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows
+    from ``labels``, ``config`` and which heads have a bias.
 
     Args:
         student: Hidden states [T, H] and head shard.
@@ -88,15 +91,19 @@ def distill_loss(
         num_pairs: Global count that divides the sum over pairs (``span_relation`` joint and log: over spans); for 0
             the span term is 0.
         token_weights: [T] factors of the tokens in the sums over tokens; None: 1. The span term has none.
+        rows: [T] int64, not falling: the row of each token, for ``policy_reward`` return; None: all are one row.
+        teacher_share: The teacher's share in what the labels were drawn from, for the policy term.
 
     Raises:
         ConfigError: The gate is missing or does not fit, or the backend cannot run here.
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
-    call = _Call(teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights)
+    call = _Call(
+        teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share
+    )
     _check_shapes(student, call)
-    parameters = _learning_parameters(gate, config)
+    parameters = learning_parameters(gate, config)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
         call, needs, student.hidden, student.weight, student.bias, *parameters
@@ -120,19 +127,6 @@ def _check_shapes(student: Head, call: _Call) -> None:
     check_weights(call.token_weights, length)
 
 
-def _learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tensor]:
-    """The gate's parameters that get a gradient. Raises ConfigError for a gate that is missing or does not fit."""
-    if config.clip != "gate":
-        return []
-    if gate is None and config.uses_gate:
-        raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
-    if getattr(gate, "top_k", config.top_k) != config.top_k:
-        raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
-    if gate is None or config.gate_objective == "frozen" or not torch.is_grad_enabled():
-        return []
-    return [parameter for parameter in gate.parameters() if parameter.requires_grad]
-
-
 @dataclass(frozen=True)
 class _Call:
     """Arguments that get no gradient."""
@@ -146,6 +140,8 @@ class _Call:
     num_tokens: Normalizer
     num_pairs: Normalizer
     token_weights: Tensor | None
+    rows: Tensor | None
+    teacher_share: float
 
 
 @dataclass(frozen=True)
@@ -215,6 +211,9 @@ class _FusedPass:
             self.chunks = self.written.chunks(self.chunk_size)
         else:  # each with a halo token where span pairs may cross the border between two
             self.chunks = list(chunks(len(self.positions), self.chunk_size, halo=int(config.pairs_neighbors)))
+        self.policy = PolicyTerm(config, call.rows, call.teacher_share, self.positions) if config.policy > 0 else None
+        if self.policy is not None:
+            self.chunks.reverse()
         max_tokens = max((chunk.stop - chunk.start for chunk, _ in self.chunks), default=0)
         self.logits_buffer = self.student.new_buffer(max_tokens)
         self.gradient_buffer = self.student.new_buffer(
@@ -226,18 +225,13 @@ class _FusedPass:
             projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
             top_k = config.top_k if config.is_clipped else 0
             self.teacher = DenseTeacher(
-                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.compares_written
+                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.reads_labels
             )
         else:
             self.teacher = TopKTeacher(
-                call.teacher,
-                self.positions,
-                self.dtype,
-                spec=self.spec,
-                kernels=self.kernels,
-                shard=call.shard,
+                call.teacher, self.positions, self.dtype, spec=self.spec, kernels=self.kernels, shard=call.shard,
                 config=config,
-            )
+            )  # fmt: skip
         self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SCALAR_NAMES}
         self.kl_map = torch.zeros(len(self.positions), dtype=self.dtype, device=device)
         self.top1 = torch.zeros(len(self.positions), dtype=torch.int64, device=device)
@@ -270,16 +264,21 @@ class _FusedPass:
         if span_sums is not None:
             pair, inner = self._span(span_sums, chunk)
             weights = weights._replace(span_pair=pair, span_inner=inner)
-        span_label: Tensor | None = None
+        of_label: Tensor | None = None
         if self.written is not None:
-            value, span_label = self.written.term(stats, chunk, self.inv_num_pairs)
+            value, of_label = self.written.term(stats, chunk, self.inv_num_pairs)
             self.totals["span"] += value
-            column = labels - self.shard.start
-            weights = weights._replace(student=weights.student + span_label, label_column=column)
+        if self.policy is not None:
+            assert stats.label_logs is not None
+            value, of_policy = self.policy.term(stats.label_logs, chunk, num_halo, is_own, self.inv_num_tokens)
+            self.totals["policy"] += value
+            of_label = of_policy if of_label is None else of_label + of_policy
+        if of_label is not None:
+            weights = weights._replace(student=weights.student + of_label, label_column=labels - self.shard.start)
         if not self.gradients.is_wanted:
             return
         gradient_CVs = self.gradient_buffer[: len(labels)]
-        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs, span_label)
+        self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs, of_label)
         self.gradients.add(chunk, gradient_CVs)
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -289,7 +288,7 @@ class _FusedPass:
             name: total * (self.inv_num_pairs if name in PER_PAIR else self.inv_num_tokens)
             for name, total in self.totals.items()
         }
-        loss = config.sft * scalars["sft"] + config.dac_kl * scalars["dac_kl"] + config.span * scalars["span"]
+        loss = sum((getattr(config, name) * scalars[name] for name in TERMS), torch.zeros_like(self.inv_num_tokens))
         kl_map = torch.zeros(len(self.call.labels), dtype=self.dtype, device=self.device)
         top1 = torch.full_like(self.call.labels, -1)
         kl_map[self.positions], top1[self.positions] = self.kl_map, self.top1

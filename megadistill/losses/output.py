@@ -23,6 +23,7 @@ class DistillScalars:
         sft: Cross-entropy, in nats per token.
         dac_kl: Token loss times temperature squared, in nats per token; without its weight, like the other terms.
         span: Span term, a norm per pair.
+        policy: Policy term per token; it can be negative.
         kept_mass: Teacher probability that the mask keeps.
         classes: Sum of the mask over the classes; 0 without clipping, like the next ones.
         few_classes: Share of the tokens of which the mask keeps less than 1.5 classes.
@@ -34,6 +35,7 @@ class DistillScalars:
     sft: Tensor = _scalar("loss/sft")
     dac_kl: Tensor = _scalar("loss/dac_kl")
     span: Tensor = _scalar("loss/span", per="pair")
+    policy: Tensor = _scalar("loss/policy")
     kept_mass: Tensor = _scalar("kept_mass")
     classes: Tensor = _scalar("mask/classes")
     few_classes: Tensor = _scalar("mask/few_classes")
@@ -42,6 +44,7 @@ class DistillScalars:
     mean_upper: Tensor = _scalar("gate/upper")
 
 
+TERMS = ("sft", "dac_kl", "span", "policy")  # names of their weights in LossConfig, too
 SCALAR_NAMES = tuple(scalar.name for scalar in fields(DistillScalars))
 METRIC_NAMES = tuple(str(scalar.metadata["metric"]) for scalar in fields(DistillScalars))
 PER_PAIR = frozenset(scalar.name for scalar in fields(DistillScalars) if scalar.metadata["per"] == "pair")

@@ -127,3 +127,16 @@ def logit(probability: float) -> float:
 
 def _inverse_softplus(value: float) -> float:
     return value + math.log(-math.expm1(-value))
+
+
+def learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tensor]:
+    """The gate's parameters that get a gradient. Raises ConfigError for a gate that is missing or does not fit."""
+    if config.clip != "gate":
+        return []
+    if gate is None and config.uses_gate:
+        raise ConfigError("loss.clip=gate needs a gate; pass a QuantileGate or set loss.clip to fixed or off")
+    if getattr(gate, "top_k", config.top_k) != config.top_k:
+        raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
+    if gate is None or config.gate_objective == "frozen" or not torch.is_grad_enabled():
+        return []
+    return [parameter for parameter in gate.parameters() if parameter.requires_grad]

@@ -46,6 +46,8 @@ def reference_loss(
     num_tokens: float,
     num_pairs: float,
     token_weights: Tensor | None = None,
+    rows: Tensor | None = None,
+    teacher_share: float = 0.0,
 ) -> ReferenceOutput:
     """As ``distill_loss``, with the whole vocabulary in one process.
 
@@ -71,21 +73,20 @@ def reference_loss(
     mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
     dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
 
+    places = _label_places(teacher, positions, labels)
     first = _first_of_pairs(pair_mask, is_valid)
-    if config.span_relation == "hadamard":
-        span_values = _pair_values(full_log_q, full_p, first, config.span_eps)
-    else:
-        span_values = _written_span_values(log_p, log_q, _label_places(teacher, positions, labels), first, config)
+    span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
-
+    policy = mean(_policy_values(log_p, log_q, places, _row_numbers(rows, positions), teacher_share, config))
     guard = config.coverage_weight * mean(_coverage(mask, p, config)) if config.guards else 0.0
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
-        loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span,
+        loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span + config.policy * policy,
         gate_objective=(-1.0 if config.gate_objective == "maximize" else 1.0) * config.dac_kl * dac_kl + guard,
         sft=sft,
         dac_kl=dac_kl,
         span=span,
+        policy=policy,
         kept_mass=mean(1 - (mask.clipped * p).sum(-1)),
         classes=mean(mask.classes) if config.is_clipped else torch.zeros(()),
         few_classes=mean((mask.classes < 1.5).to(p.dtype)) if config.is_clipped else torch.zeros(()),
@@ -134,6 +135,15 @@ def _first_of_pairs(pair_mask: Tensor, is_valid: Tensor) -> Tensor:
     return (is_valid.cumsum(0) - 1)[:-1][starts_pair]
 
 
+def _span_values(
+    listed: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor], labels: Tensor, first: Tensor, config: LossConfig
+) -> Tensor:
+    if config.span_relation == "hadamard":
+        p, log_q = full
+        return _pair_values(log_q, p, first, config.span_eps)
+    return _written_span_values(*listed, labels, first, config)
+
+
 def _pair_values(log_q: Tensor, p: Tensor, first: Tensor, eps: float) -> Tensor:
     """The span value of each pair of neighbors (paper, Eq. 10)."""
     difference = (log_q[first] + log_q[first + 1]).exp() - p[first] * p[first + 1]
@@ -165,6 +175,28 @@ def _written_span_values(log_p: Tensor, log_q: Tensor, labels: Tensor, first: Te
         else:
             values.append((of_teacher - of_student) ** 2 / (end + 1 - start))
     return torch.stack(values) if values else log_q[:0]
+
+
+def _row_numbers(rows: Tensor | None, positions: Tensor) -> list[int]:
+    return [0] * len(positions) if rows is None else rows[positions].tolist()
+
+
+def _policy_values(
+    log_p: Tensor, log_q: Tensor, labels: Tensor, rows: list[int], teacher_share: float, config: LossConfig
+) -> Tensor:
+    """-min(w A, clip(w) A) [T] with w = (q / q_old) (q_old / p~): q_old has this value and no gradient."""
+    if config.policy == 0:
+        return 0.0 * log_q.sum(-1)
+    log_p, log_q = (logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for logs in (log_p, log_q))
+    p, q_old = log_p.exp(), log_q.exp().detach()
+    gains = advantages = (log_p - log_q).detach()
+    if config.policy_reward == "return":
+        later = [[u for u in range(t + 1, len(rows)) if rows[u] == row] for t, row in enumerate(rows)]
+        means = [gains[places].mean() if places else gains.new_zeros(()) for places in later]
+        advantages = torch.stack(means) if means else gains
+    weight = log_q.exp() / (teacher_share * p + (1 - teacher_share) * q_old)
+    clipped = weight.clamp(1 - config.policy_clip, 1 + config.policy_clip)
+    return -torch.minimum(weight * advantages, clipped * advantages)
 
 
 def find_place(

@@ -87,7 +87,7 @@ class TopKTeacher:
         config: LossConfig,
     ) -> None:
         self.spec, self.kernels, self.shard, self.dtype = spec, kernels, shard, dtype
-        self.top_k, self._has_label_p = config.top_k if config.is_clipped else 0, config.compares_written
+        self.top_k, self._has_label_p = config.top_k if config.is_clipped else 0, config.reads_labels
         self._ids = top.ids[positions]
         log_probs = torch.cat([top.log_probs[positions], top.log_tail[positions].unsqueeze(-1)], -1)
         if len(self._ids):
@@ -156,9 +156,9 @@ class TopKTeacher:
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
-        span_label: Tensor | None = None,
+        of_label: Tensor | None = None,
     ) -> None:
-        """Writes the derivative by the student's logits; ``span_label`` [C] is what the span term takes off labels.
+        """Writes the derivative by the student's logits; ``of_label`` [C] is what terms of the labels take off them.
 
         The derivative by the rest's logit is spread over its classes by their shares of the rest.
         """
@@ -167,9 +167,9 @@ class TopKTeacher:
         self._small_kernels.gradient(
             self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds, of_token, small_CM
         )
-        if span_label is not None:
+        if of_label is not None:
             assert self._label_place is not None
-            small_CM.scatter_add_(-1, self._label_place, -span_label.unsqueeze(-1))
+            small_CM.scatter_add_(-1, self._label_place, -of_label.unsqueeze(-1))
         if student_CVs.shape[1] == 0:
             return
         spread = GradientWeights(small_CM[:, -1].contiguous(), untempered=weights.untempered)
@@ -269,6 +269,8 @@ def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num
     infinite = f"loss.divergence={config.divergence}" if divergence_of(config).needs_support else ""
     if config.compares_written and config.span_relation == "log":
         infinite = infinite or "loss.span_relation=log"
+    if config.policy > 0:
+        infinite = infinite or "loss.policy"
     if infinite and bool(torch.isneginf(possible).any()):
         raise DataError(
             f"{infinite} is infinite where the teacher excludes classes: teacher.log_tail or teacher.log_probs is -inf"

@@ -18,7 +18,7 @@ from megadistill.planning.shape import ModelOutline, ModelShape
 
 # DeepSpeed's own value (deepspeed/runtime/zero/config.py) of what the project does not set.
 _ZERO_DEFAULTS: Mapping[str, Any] = {"sub_group_size": 1_000_000_000}
-STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed", "skd"})
+STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed", "skd", "teacher_mixed"})
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Case:
     def rounds(self) -> int:
         """Rounds of correction; mode skd, which goes on until nothing is left, is planned with one."""
         generation = self.config.generation
-        if not self.writes:
+        if not self.writes or generation.mode == "teacher_mixed":
             return 0
         return 1 if generation.mode == "skd" else generation.scrg.rounds * generation.scrg.enabled
 
@@ -275,12 +275,14 @@ class Case:
         """How many examples are written at a time, as ``training/setup.py`` plans it."""
         data, generation = self.config.data, self.config.generation
         longest = data.max_prompt_tokens + min(generation.max_new_tokens, data.max_tokens - 1)
+        of_teacher = self.teacher.kv_bytes(self.teacher_bytes) if self.writes and self.teacher else 0
+        is_beside = generation.mode == "teacher_mixed"
         return plan_decode_batches(
             examples_per_rank=self.examples,
             columns=longest,
             example_columns=min(longest, data.max_tokens),
-            decoder_bytes=self.student.kv_bytes(self.student_bytes) if self.writes else 0,
-            prefiller_bytes=self.teacher.kv_bytes(self.teacher_bytes) if self.writes and self.teacher else 0,
+            decoder_bytes=(self.student.kv_bytes(self.student_bytes) if self.writes else 0) + of_teacher * is_beside,
+            prefiller_bytes=of_teacher * (not is_beside),
             max_cache_bytes=generation.max_cache_bytes,
         )
 

@@ -87,6 +87,11 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     elif scrg.after != "regenerate":
         notes.append(f"a step whose corrections are continued (generation.scrg.after={scrg.after} writes nothing anew)")
         scrg = scrg.model_copy(update={"after": "regenerate"})
+    if mode == "teacher_mixed":
+        notes.append(
+            "a step on the student's text; generation.mode=teacher_mixed also needs what the teacher writes with"
+        )
+        mode, scrg = "on_policy", scrg.model_copy(update={"enabled": False})
     if mode == "teacher":
         notes.append("a step on the teacher's text, which was written before training")
         mode = "dataset"

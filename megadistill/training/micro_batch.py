@@ -16,10 +16,11 @@ import torch
 from megadistill.data.collate import IGNORE_INDEX, SequenceBatch, concatenated, right_padded
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.losses import DistillOutput, Head, LossConfig, QuantileGate, cross_entropy, distill_loss
+from megadistill.losses.output import TERMS
 from megadistill.parallel.output_head import OutputHead
 
 # What each term contributes to the gradient, in metrics.jsonl, after the name of its weight in LossConfig.
-GRADIENT_NAMES = ("gradient_share/sft", "gradient_share/dac_kl", "gradient_share/span")
+GRADIENT_NAMES = tuple(f"gradient_share/{name}" for name in TERMS)
 
 
 class GlobalCounts(NamedTuple):
@@ -186,6 +187,12 @@ def row_weights(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return (1.0 / numbers.double()).repeat_interleave(numbers, output_size=sum(lengths))
 
 
+def row_numbers(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """For each token of sequences that follow one another, the number of its sequence."""
+    numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(numbers, output_size=sum(lengths))
+
+
 @dataclass
 class MicroBatchLoss:
     """The three losses of one micro-batch as a function of the student's hidden states and head (method.md section 4).
@@ -199,6 +206,7 @@ class MicroBatchLoss:
         gate: The quantile gate; None where it is not used.
         teacher_head: The teacher's head; None for plain SFT.
         is_diagnosed: Whether ``gradient_squares`` are wanted.
+        teacher_share: The teacher's share in what responses were drawn from (the policy term).
         gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
             position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
@@ -211,6 +219,7 @@ class MicroBatchLoss:
     gate: QuantileGate | None
     teacher_head: OutputHead | None
     is_diagnosed: bool = False
+    teacher_share: float = 0.0
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
     output: DistillOutput | None = None
@@ -300,4 +309,6 @@ class MicroBatchLoss:
             num_tokens=self.counts.of_responses(config),
             num_pairs=self.counts.of_spans(config),
             token_weights=self._weights(micro.kd_lengths, flat.device),
+            rows=row_numbers(micro.kd_lengths, flat.device) if config.policy > 0 else None,
+            teacher_share=self.teacher_share,
         )

@@ -308,7 +308,7 @@ def _plan_decode_batches(config: RunConfig, paths: Mapping[str, str], context: P
         examples_per_rank=MAX_EXAMPLES if needs.is_offline else config.train.global_batch_size // context.dp_size,
         columns=longest,
         example_columns=min(longest, data.max_tokens),
-        decoder_bytes=token_bytes(needs.decoder),
+        decoder_bytes=token_bytes(needs.decoder) + token_bytes("teacher" if needs.is_written_by_both else None),
         prefiller_bytes=token_bytes("teacher" if needs.is_scored else None),
         max_cache_bytes=config.generation.max_cache_bytes,
     )

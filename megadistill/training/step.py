@@ -16,7 +16,7 @@ from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.data.spans import pair_mask_from_span_ids, token_span_ids
 from megadistill.generation.sources.base import STANDARD_KINDS, TextSource
 from megadistill.losses import LossConfig
-from megadistill.losses.output import METRIC_NAMES
+from megadistill.losses.output import METRIC_NAMES, TERMS
 from megadistill.losses.span import written_spans
 from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
@@ -153,7 +153,8 @@ def accumulate_gradients(
                 device=components.context.device,
                 padding_free=components.config.train.padding_free,
             )
-            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed)
+            share = components.config.generation.share_of_teacher
+            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share)
             student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
             losses.append(loss_fn)
     return losses
@@ -182,7 +183,7 @@ def loss_metrics(
     local = torch.tensor(list(shares.values()), dtype=torch.float64, device=components.context.device)
     total = dict(zip(shares, components.context.sum_over_dp(local).tolist(), strict=True))
     config = components.loss
-    loss = config.sft * total["loss/sft"] + config.dac_kl * total["loss/dac_kl"] + config.span * total["loss/span"]
+    loss = sum(getattr(config, term) * total[f"loss/{term}"] for term in TERMS)
     if total["num_nonfinite"]:  # text that ended where the student had no distribution: no step to learn from
         loss = math.nan
     metrics = {
@@ -193,7 +194,8 @@ def loss_metrics(
     }
     # Without a mask they would be constants that look like measurements.
     has_mask = components.teacher is not None and config.is_clipped
-    reported = {name: total[name] for name in METRIC_NAMES if has_mask or name not in _OF_THE_MASK}
+    absent = (() if has_mask else _OF_THE_MASK) + (() if config.policy > 0 else ("loss/policy",))
+    reported = {name: total[name] for name in METRIC_NAMES if name not in absent}
     if has_mask:
         square = reported.pop("gate/lower_square")
         reported["gate/lower_std"] = math.sqrt(max(0.0, square - reported["gate/lower"] ** 2))

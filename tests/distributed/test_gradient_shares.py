@@ -16,7 +16,7 @@ from megadistill.training.micro_batch import GRADIENT_NAMES, GlobalCounts, Micro
 from tests.support.objective import TOP_K, Problem, leaf, make_gate, make_problem
 from tests.support.spawn import run_ranks
 
-CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, temperature=1.5)
+CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, temperature=1.5, policy=1.1)
 
 
 def diagnosed(problem: Problem, shard: VocabShard) -> dict[str, float]:

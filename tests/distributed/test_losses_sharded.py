@@ -29,6 +29,7 @@ from tests.support.objective import (
     leaf,
     make_gate,
     make_problem,
+    make_rows,
     run_fused,
     run_reference,
     with_top_k,
@@ -115,6 +116,19 @@ def test_written_spans_equal_the_reference(tp_size):
             problem = with_top_k(make_problem(ignored=0.1), 20, temperature)
             check(rank, problem, config, make_gate(), torch.float64, 1e-10)
         check(rank, make_problem(seed=5), CONFIG.replace(span_relation="log"), make_gate(), torch.float32, 1e-5)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_the_policy_term_equals_the_reference(tp_size):
+    def body(rank):
+        for reward, share in itertools.product(["token", "return"], [0.0, 0.2]):
+            problem = make_rows(make_problem(), share)
+            config = CONFIG.replace(policy=1.7, policy_reward=reward)
+            check(rank, problem, config, make_gate(), torch.float64, 1e-10)
+            check(rank, with_top_k(problem, 20), config, make_gate(), torch.float64, 1e-10)
+        check(rank, make_rows(make_problem(seed=5), 0.2), config, make_gate(), torch.float32, 1e-5)
 
     run_ranks(body, tp_size)
 

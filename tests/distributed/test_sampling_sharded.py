@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadistill.decoding.sampling import NO_TOKEN, sample_tokens
+from megadistill.config.sampling import SamplingOptions
+from megadistill.decoding.mixture import MixtureDrawer
+from megadistill.decoding.sampling import NO_TOKEN, Sampling, sample_tokens
 from megadistill.parallel import VocabShard
 from tests.support.sampling import expected_probabilities
 from tests.support.spawn import run_ranks
@@ -144,3 +146,21 @@ def test_no_exchange_carries_logits(options, most):
 
     first, second = run_ranks(body, 2)
     assert first == second and max(first) <= 10 * most
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
+def test_a_mixture_is_the_same_on_every_layout(tp_size):
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = 3 * torch.randn(2, 300, 53, generator=generator)
+    numbers = torch.rand(300, generator=generator, dtype=torch.float64)
+    numbers[:3] = torch.tensor([0.2, 2.0**-53, 1 - 2.0**-52])  # the border of the parts, and both ends
+    for sampling in (Sampling(), Sampling(temperature=0.7, options=SamplingOptions(top_p=0.9))):
+        whole = MixtureDrawer(VocabShard(0, 53, 53), sampling, 300, 0.2)(torch.cat([student, teacher], -1), numbers)
+        assert int(whole.min()) >= 0 and int(whole.max()) < 53
+
+        def body(rank, sampling=sampling):
+            shard = VocabShard.split(53, tp_size, rank, dist.group.WORLD)
+            parts = [logits[:, shard.start : shard.stop] for logits in (student, teacher)]
+            return MixtureDrawer(shard, sampling, 300, 0.2)(torch.cat(parts, -1), numbers)
+
+        assert all(torch.equal(drawn, whole) for drawn in run_ranks(body, tp_size))

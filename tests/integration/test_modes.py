@@ -36,6 +36,13 @@ MODES: dict[str, tuple[str, ...]] = {
     "three rounds": ("generation.scrg.rounds=3",),
     "five rounds, greedy teacher": ("generation.scrg.rounds=5", "generation.scrg.teacher_token=greedy"),
     "skd": ("generation.mode=skd", "generation.skd.top_k=3", "generation.scrg.teacher_top_p=0.9"),
+    "teacher_mixed": (
+        "generation.mode=teacher_mixed",
+        "generation.teacher_share=0.4",
+        "loss.policy=1",
+        "loss.policy_reward=return",
+        "loss.divergence=reverse_kl",
+    ),
     "mixed by row": ("generation.mode=mixed", "generation.mixed_by=row", "loss.average=row", "loss.span_relation=log"),
     "first, kept": ("generation.scrg.error=first", "generation.scrg.after=keep", "generation.scrg.competence=0.001"),
     "text": ("generation.mode=teacher", "loss.sft_text=text", "loss.dac_kl=0", "loss.span=0"),
@@ -96,7 +103,11 @@ def test_every_mode_on_another_layout(assets: Path, reference: Path, tmp_path: P
 @pytest.mark.parametrize(("tp_size", "dp_size"), [(4, 1), (1, 4)])
 def test_some_modes_on_more_layouts(assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int) -> None:
     runs = _runs(assets, tmp_path, f"parallel.tp_size={tp_size}")
-    some = [run for run in runs if Path(run[0]).name in ("off_policy", "three rounds", "narrow", "skd", "mixed by row")]
+    some = [
+        run
+        for run in runs
+        if Path(run[0]).name in ("off_policy", "three rounds", "narrow", "skd", "mixed by row", "teacher_mixed")
+    ]
     _assert_same(tmp_path, reference, tp_size, dp_size, some)
 
 
@@ -106,12 +117,25 @@ def _assert_same(out: Path, reference: Path, tp_size: int, dp_size: int, runs: l
         assert _texts(out / mode) == _texts(reference / mode), mode
         for key in ("loss", "loss/dac_kl", "loss/span", "grad_norm", "phi"):
             assert losses(out / mode, key) == pytest.approx(losses(reference / mode, key), rel=1e-4), (mode, key)
+    if "teacher_mixed" in [Path(run_dir).name for run_dir, _ in runs]:  # gains cancel
+        ours, theirs = (losses(folder / "teacher_mixed", "loss/policy") for folder in (out, reference))
+        assert ours == pytest.approx(theirs, abs=1e-5) and any(ours)
 
 
 def test_the_modes_do_what_they_say(reference: Path) -> None:
     written = {mode: {sample["step"] for sample in _texts(reference / mode)} for mode in MODES}
     # In the dataset steps of mixed, too, rows without a reference are written.
-    always = ["without correction", "three rounds", "one token", "nucleus", "narrow", "skd", "mixed", "mixed by row"]
+    always = [
+        "teacher_mixed",
+        "without correction",
+        "three rounds",
+        "one token",
+        "nucleus",
+        "narrow",
+        "skd",
+        "mixed",
+        "mixed by row",
+    ]
     for mode in always:
         assert written[mode] == set(range(1, STEPS + 1)), mode
     assert written["dataset"] == written["teacher"] == written["text"] == set()

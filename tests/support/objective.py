@@ -28,6 +28,8 @@ class Problem:
     num_tokens: int
     num_pairs: int
     token_weights: Tensor | None = None
+    rows: Tensor | None = None
+    teacher_share: float = 0.0
 
     @property
     def num_classes(self) -> int:
@@ -65,6 +67,13 @@ def with_top_k(problem: Problem, num_listed: int, temperature: float = 1.0) -> P
     tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
     order = torch.randperm(num_listed, generator=torch.Generator().manual_seed(0))
     return replace(problem, teacher=TeacherTopK(ids[:, order], values[:, order], tail, temperature))
+
+
+def make_rows(problem: Problem, teacher_share: float = 0.0) -> Problem:
+    """The same problem with its tokens in rows of 1 to 9, in chunks and across them."""
+    lengths = torch.tensor([3, 1, 9, 2, 100])
+    rows = torch.arange(5).repeat_interleave(lengths)[: len(problem.labels)]
+    return replace(problem, rows=rows, teacher_share=teacher_share)
 
 
 # Every option of the mask, each pair of two that meet in the code at least once.
@@ -124,6 +133,7 @@ def run_fused(
     output = distill_loss(
         student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
+        rows=problem.rows, teacher_share=problem.teacher_share,
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -140,6 +150,7 @@ def run_reference(
     output = reference_loss(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
+        rows=problem.rows, teacher_share=problem.teacher_share,
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]

@@ -164,7 +164,7 @@ def test_resolved_yaml_gives_the_same_tree(minimal: Path, tmp_path: Path, overri
         ("train.micro_batch_size=5", ["train.global_batch_size=16", "train.micro_batch_size=5"]),
         ("data.max_tokens=256", ["data.max_tokens=256", "data.max_prompt_tokens=256"]),
         ("model.teacher.path=null", ["model.teacher.path", "plain SFT"]),
-        ("loss={sft: 0, dac_kl: 0, span: 0}", ["loss.sft, loss.dac_kl and loss.span"]),
+        ("loss={sft: 0, dac_kl: 0, span: 0}", ["loss.sft, loss.dac_kl, loss.span and loss.policy"]),
         ("loss.lower=1.0", ["loss.lower=1", "loss.upper=1"]),
         ("loss.upper_min=0.05", ["loss.lower_max=0.1", "loss.upper_min=0.05"]),
         ("data.prompts_ratio=0.5", ["data.prompts_ratio=0.5", "data.prompts_path"]),

@@ -1,4 +1,4 @@
-"""SCRG's other rules, what follows a correction, and mode skd: with tables for models, and with a planted error."""
+"""SCRG's other rules, what follows a correction, modes skd and teacher_mixed: tables for models, a planted error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megadistill.data.sample import NO_ERROR, Sample
 from megadistill.decoding.batch_plan import DecodeBatchPlan
 from megadistill.decoding.kv_cache import PrefillChunk
 from megadistill.decoding.rollout import Correction
-from megadistill.decoding.sampling import NO_TOKEN, Drawer, sample_tokens
+from megadistill.decoding.sampling import NO_TOKEN, Drawer, draw_tokens, sample_tokens, sampling_numbers
 from megadistill.decoding.token_steps import EagerSteps
 from megadistill.generation.scoring import TeacherScores, TextScores
 from megadistill.generation.scrg import ErrorRule, error_positions, find_corrections
@@ -303,6 +303,52 @@ def test_skd_draws_from_its_distribution() -> None:
     assert chi2 < 31.3, chi2  # 0.1 % of chi-square with 11 degrees of freedom
     # What accepts everything is q, and would be told apart.
     assert float(((number * q - expected)[enough] ** 2 / expected[enough]).sum()) > 300
+
+
+def test_a_mixture_is_drawn_token_by_token() -> None:
+    """One number at each position says whose token it is, and which one; both models' caches follow the text."""
+    (student, teacher), share = random_tables(), 0.3
+    prompts = [(2 + i % 9,) for i in range(60)]
+    samples = written(student, teacher, prompts, seed=8, limit=9, mode="teacher_mixed", teacher_share=share)
+    num_teachers = 0
+    for i, sample in enumerate(samples):
+        text: list[int] = []
+        while len(text) < 9 and text[-1:] != [EOS]:
+            number = sampling_numbers(8, torch.tensor([i]), torch.tensor([len(text)]), stream=Stream.ROLLOUT)
+            is_teachers = bool(number < share)
+            table, inside = (teacher, number / share) if is_teachers else (student, (number - share) / (1 - share))
+            text.append(int(draw_tokens(table[[text[-1] if text else prompts[i][0]]], SHARD, inside)))
+            num_teachers += is_teachers
+        assert sample.response_ids == sample.rollout_ids == tuple(text)
+        assert sample.teacher_hidden is not None
+        assert torch.equal(sample.teacher_hidden, teacher[[prompts[i][0], *text[:-1]]])
+    assert num_teachers > 40
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_a_mixture_has_its_distribution(share: float) -> None:
+    """Chi-square of the first token, and of the second one behind the most frequent first one."""
+    student, teacher = random_tables()
+    samples = written(student, teacher, [(2,)] * 8000, limit=2, mode="teacher_mixed", teacher_share=share)
+    texts = [sample.response_ids or (EOS,) for sample in samples]
+    firsts = torch.tensor([text[0] for text in texts])
+    common = int(torch.bincount(firsts[firsts != EOS]).argmax())
+    seconds = torch.tensor([text[1] for text in texts if text[0] == common])
+    for last, drawn in ((2, firsts), (common, seconds)):
+        q, p = student[last].softmax(-1), teacher[last].softmax(-1)
+        counts, expected = torch.bincount(drawn, minlength=V), len(drawn) * (share * p + (1 - share) * q)
+        enough = expected > 5
+        chi2 = float(((counts - expected)[enough] ** 2 / expected[enough]).sum())
+        assert chi2 < 31.3, chi2  # 0.1 % of chi-square with 11 degrees of freedom
+        for other in (p, q):  # either model alone would be told apart
+            assert float(((len(drawn) * other - expected)[enough] ** 2 / expected[enough]).sum()) > 100
+
+
+def test_a_mixture_of_best_tokens() -> None:
+    """Sampling options hold for either part."""
+    student, teacher = random_tables()
+    for sample in written(student, teacher, [(2,)] * 50, limit=1, mode="teacher_mixed", top_k=1):
+        assert sample.response_ids and sample.response_ids[0] in (int(student[2].argmax()), int(teacher[2].argmax()))
 
 
 def test_sampling_without_the_rules_is_the_papers() -> None:

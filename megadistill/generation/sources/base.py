@@ -30,11 +30,13 @@ class CacheNeeds(NamedTuple):
         decoder: The model that writes, "student" or "teacher"; None where no text is written.
         is_scored: The teacher's cache may be kept beside it.
         is_offline: The text of many steps is written at a time, rather than one step's.
+        is_written_by_both: The teacher writes beside the student, so its cache is needed, too.
     """
 
     decoder: str | None
     is_scored: bool = False
     is_offline: bool = False
+    is_written_by_both: bool = False
 
 
 @dataclass(frozen=True)

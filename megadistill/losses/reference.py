@@ -73,8 +73,7 @@ def reference_loss(
     mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
     dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
 
-    places = _label_places(teacher, positions, labels)
-    first = _first_of_pairs(pair_mask, is_valid)
+    places, first = _label_places(teacher, positions, labels), _first_of_pairs(pair_mask, is_valid)
     span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
     policy = mean(_policy_values(log_p, log_q, places, _row_numbers(rows, positions), teacher_share, config))

@@ -45,7 +45,7 @@ def test_nothing_but_the_loss_carries_a_graph():
     output, _, _ = run_fused(make_problem(), CONFIG, make_gate())
     assert output.loss.requires_grad
     others = [name for name in vars(output) if name != "loss"]
-    assert len(others) == 11 and not any(getattr(output, name).requires_grad for name in others)
+    assert len(others) == 12 and not any(getattr(output, name).requires_grad for name in others)
 
 
 @pytest.mark.parametrize("clip", ["gate", "fixed", "off"])
@@ -262,11 +262,11 @@ def test_metrics_by_name():
     metrics = output.metrics
     assert tuple(metrics) == METRIC_NAMES
     assert METRIC_NAMES == (
-        "loss/sft", "loss/dac_kl", "loss/span", "kept_mass", "mask/classes", "mask/few_classes", "gate/lower",
-        "gate/lower_square", "gate/upper",
+        "loss/sft", "loss/dac_kl", "loss/span", "loss/policy", "kept_mass", "mask/classes", "mask/few_classes",
+        "gate/lower", "gate/lower_square", "gate/upper",
     )  # fmt: skip
     fields = (
-        output.sft, output.dac_kl, output.span, output.kept_mass, output.classes, output.few_classes,
+        output.sft, output.dac_kl, output.span, output.policy, output.kept_mass, output.classes, output.few_classes,
         output.mean_lower, output.square_lower, output.mean_upper,
     )  # fmt: skip
     assert all(metric is value for metric, value in zip(metrics.values(), fields, strict=True))

@@ -104,9 +104,9 @@ def evaluate_once(config: RunConfig, models: dict[str, str], output: Path) -> di
     return add_results(output, evaluation["results"])[0]
 
 
-def scores_of(evaluation: dict[str, Any], name: str) -> dict[str, float]:
+def scores_of(evaluation: dict[str, Any], name: str, suite: str = "test") -> dict[str, float]:
     """The measures of one model, flat: means over seeds for sampled answers."""
-    result = evaluation["results"][name]["test"]
+    result = evaluation["results"][name][suite]
     return {
         "rouge_l_greedy": result["greedy"]["rouge_l"],
         "exact_match_greedy": result["greedy"]["exact_match"],

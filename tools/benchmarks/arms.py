@@ -1,8 +1,8 @@
 """What each part of the method does in the demo: one arm for each setting, several seeds, equal updates and equal time.
 
-Every arm distils the demo's student with ``configs/demo.yaml`` and the settings below, in one process of one thread. It is
-trained twice: for ``--updates`` updates, and for as many as fit into ``--time-share`` of the CPU time of the first arm's
-updates. A finished run is not repeated, so the command may be stopped and started again.
+Every arm distils the demo's student with ``configs/demo.yaml`` and the settings below, in one process of one thread. It
+is trained twice: for ``--updates`` updates, and for as many as fit into ``--time-share`` of the CPU time of the first
+arm's updates. A finished run is not repeated, so the command may be stopped and started again.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
 from megadistill.data.pairing import pair_tokenizers
-from megadistill.data.spans import make_span_prior
+from megadistill.data.spans import SpanPrior, make_span_prior
 from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.decoding.plan import kv_bytes_per_token
@@ -179,7 +179,7 @@ def build_components(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id < vocab_size else 0,  # masked, but it needs a row
         eos_ids=student_ends,
         teacher_eos_ids=teacher_ends,
-        span_prior=make_span_prior(config.data.span_prior, config.data.span_window, config.data.span_verb_objects),
+        span_prior=span_prior_of(config),
         loss=config.loss,
         student=student,
         teacher=teacher,
@@ -189,6 +189,12 @@ def build_components(
         model_folders=paths,
         length=length,
     )
+
+
+def span_prior_of(config: RunConfig) -> SpanPrior:
+    """Of ``data.span_prior``; none, and no parser is needed, without a span loss."""
+    name = config.data.span_prior if config.loss.span > 0 else "none"
+    return make_span_prior(name, config.data.span_window, config.data.span_verb_objects)
 
 
 def _gate(config: RunConfig, context: ParallelContext) -> GateTrainer | None:

@@ -93,13 +93,15 @@ def distillation_step(
 
 
 def find_spans(samples: Sequence[Sample], components: Components) -> list[Sample]:
-    """Which neighboring tokens of each response share a phrase (no communication)."""
+    """Which neighboring tokens of each response share a phrase (no communication); none without a span loss."""
     if components.teacher is None:
         return list(samples)
 
     ends = components.eos_ids | components.teacher_eos_ids
 
     def pair_mask(response_ids: tuple[int, ...]) -> Sequence[bool]:
+        if components.loss.span == 0:
+            return [False] * len(response_ids)
         text = cut_end(response_ids, ends)  # an end token is part of no phrase
         span_ids = token_span_ids(text, components.tokenizer, components.span_prior)
         return pair_mask_from_span_ids([*span_ids, *[-1] * (len(response_ids) - len(text))])

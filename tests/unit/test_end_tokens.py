@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +14,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from megadistill.cli.main import main
+from megadistill.config.loss import LossConfig
 from megadistill.config.schema import RunConfig
 from megadistill.data.sample import Sample
-from megadistill.data.spans import WindowPrior
+from megadistill.data.spans import NoPrior, WindowPrior
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import ConfigError
 from megadistill.generation.teacher_cache import _open, _settings, teacher_responses
 from megadistill.models.end_tokens import cut_end, describe_end_tokens, end_tokens, named_end_tokens
 from megadistill.parallel.context import ParallelContext
 from megadistill.training.components import Components
-from megadistill.training.setup import _end_tokens
+from megadistill.training.setup import _end_tokens, span_prior_of
 from megadistill.training.step import find_spans
 from tests.support.tokenizers import byte_level
 
@@ -182,13 +184,25 @@ def test_an_end_token_is_part_of_no_span(tokenizer: Any) -> None:
     plain = tokenizer.convert_tokens_to_ids(PLAIN)
     ids = tuple(tokenizer("The dog", add_special_tokens=False)["input_ids"])
     components: Any = SimpleNamespace(
-        tokenizer=tokenizer, eos_ids=frozenset({0}), teacher_eos_ids=frozenset(), span_prior=WindowPrior(9), teacher=1
-    )
+        tokenizer=tokenizer, eos_ids=frozenset({0}), teacher_eos_ids=frozenset(), span_prior=WindowPrior(9), teacher=1,
+        loss=LossConfig(),
+    )  # fmt: skip
     (sample,) = find_spans([Sample(0, (1,), response_ids=(*ids, plain))], components)
     assert list(sample.pair_mask) == [True] * len(ids) + [False]
     components.eos_ids = frozenset({0, plain})
     (sample,) = find_spans([Sample(0, (1,), response_ids=(*ids, plain))], components)
     assert list(sample.pair_mask) == [True] * (len(ids) - 1) + [False, False]
+
+
+def test_without_a_span_loss_nothing_is_parsed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    components: Any = SimpleNamespace(eos_ids={0}, teacher_eos_ids={0}, teacher=1, loss=LossConfig(span=0))
+    (sample,) = find_spans([Sample(0, (1,), response_ids=(5, 6, 7))], components)
+    assert list(sample.pair_mask) == [False] * 3
+    monkeypatch.setitem(sys.modules, "textblob.en", None)
+    models = {"model": {"teacher": {"path": "owner/t"}, "student": {"path": "owner/s"}}}
+    assert isinstance(span_prior_of(RunConfig.model_validate(models | {"loss": {"span": 0}})), NoPrior)
+    with pytest.raises(ConfigError, match="phrases"):
+        span_prior_of(RunConfig.model_validate(models))
 
 
 def cache_config(tmp_path: Path, **more: Any) -> RunConfig:

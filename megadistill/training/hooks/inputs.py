@@ -83,6 +83,7 @@ def describe_inputs(components: Components, data: TrainingData) -> dict[str, str
     teacher = components.model_folders.get("model.teacher.path")
     if teacher is not None:
         described["model.teacher.path"] = _teacher(teacher)
+    if teacher is not None and config.loss.span > 0:
         described["the span parser"] = span_prior_version(config.data.span_prior)
     return described
 

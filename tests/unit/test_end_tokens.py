@@ -199,7 +199,7 @@ def test_without_a_span_loss_nothing_is_parsed(tokenizer: Any, monkeypatch: pyte
     (sample,) = find_spans([Sample(0, (1,), response_ids=(5, 6, 7))], components)
     assert list(sample.pair_mask) == [False] * 3
     monkeypatch.setitem(sys.modules, "textblob.en", None)
-    models = {"model": {"teacher": {"path": "owner/t"}, "student": {"path": "owner/s"}}}
+    models = {"run": {"dir": "r"}, "model": {"teacher": {"path": "owner/t"}, "student": {"path": "owner/s"}}}
     assert isinstance(span_prior_of(RunConfig.model_validate(models | {"loss": {"span": 0}})), NoPrior)
     with pytest.raises(ConfigError, match="phrases"):
         span_prior_of(RunConfig.model_validate(models))

@@ -1,8 +1,9 @@
 """What each part of the method does in the demo: one arm for each setting, several seeds, equal updates and equal time.
 
 Every arm distils the demo's student with ``configs/demo.yaml`` and the settings below, in one process of one thread. It
-is trained twice: for ``--updates`` updates, and for as many as fit into ``--time-share`` of the CPU time of the first
-arm's updates. A finished run is not repeated, so the command may be stopped and started again.
+is trained twice: for ``--updates`` updates, and for as many as take as long as ``--time-share`` of the first arm's.
+What an update costs is measured between the two, all arms in turn. A finished run is not repeated, so the command may
+be stopped and started again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from megadistill.demo.assets import assets_folder, make_assets, settings_for
 from megadistill.demo.stages import CONFIG, scores_of
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.evaluation.report import mean_std, text_table
-from megadistill.files import write_json
+from megadistill.files import read_json_lines, write_json
 from tools.benchmarks.measure import at_least, machine, save
 
 _PLAIN = ("loss.span=0", "generation.scrg.enabled=false")
@@ -48,9 +52,11 @@ _MEASURES = {
     "rouge_l_greedy": "ROUGE-L greedy",
     "nll": "NLL",
 }
+SUITES = ("valid", "test")
+COST_UPDATES = 16
 _LEGEND = """\
-Mean and standard deviation over seeds, each with its own corpus, tokenizer, teacher and student. Time: CPU time of a
-run beyond that of a run of one update, as a share of the first arm's, writing of the teacher's text included."""
+Mean and standard deviation over seeds, each with its own corpus, tokenizer, teacher and student. Time: that of the
+updates, where the first arm's in the first table take 1; without writing the teacher's text, once before training."""
 
 
 def main(arguments: list[str]) -> int:
@@ -60,27 +66,18 @@ def main(arguments: list[str]) -> int:
     try:
         if options.only:
             arms = {name: arms[_known(name, arms)] for name in options.only}
-        seeds = {seed: _one_seed(seed, arms, options) for seed in options.seeds}
+        seeds = _run_all(arms, options)
     except MegadistillError as error:
         print(f"benchmark.py arms: {error}", file=sys.stderr)
         return error.exit_code
-    text = "\n\n".join(
-        f"{title}\n\n{_table(seeds, arms, kind, suite)}"
-        for suite in ("valid", "test")
-        for kind, title in (
-            ("updates", f"Split {suite}, {options.updates} updates each"),
-            ("time", f"Split {suite}, as much time as {options.time_share:g} of the first arm's"),
-        )
-    )
-    print(f"{text}\n\n{_LEGEND}")
+    text = f"{_tables(seeds, arms, options)}\n\n{_LEGEND}"
+    print(text)
     if options.output:
-        import torch
-
         record = {
             "machine": machine(torch.device("cpu")), "updates": options.updates, "time_share": options.time_share,
             "arms": {name: list(settings) for name, settings in arms.items()}, "seeds": seeds,
         }  # fmt: skip
-        save(options.output, record, f"{text}\n\n{_LEGEND}")
+        save(options.output, record, text)
     return 0
 
 
@@ -91,8 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--updates", type=at_least(2), default=100, metavar="N", help="updates of an arm, default 100")
     parser.add_argument(
-        "--time-share", type=float, default=0.6, metavar="S", help="equal time: S of the first arm's, default 0.6"
+        "--time-share",
+        type=float,
+        default=0.6,
+        metavar="S",
+        help="equal time: that of S of the first arm's updates, default 0.6",
     )
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="of the measurement of costs, default 3")
     parser.add_argument("--only", nargs="+", metavar="ARM", help=f"these arms alone, of: {', '.join(ARMS)}")
     parser.add_argument(
         "--arm", action="append", default=[], metavar="NAME=SETTINGS", help="one more: 'hot=loss.temperature=4'"
@@ -113,43 +115,89 @@ def _known(name: str, arms: dict[str, tuple[str, ...]]) -> str:
     return name
 
 
-def _one_seed(seed: int, arms: dict[str, tuple[str, ...]], options: argparse.Namespace) -> dict[str, Any]:
-    """Arm -> kind of run -> updates, seconds and scores on both splits; ``start``: the student before."""
-    root, folder = options.folder / "assets", options.folder / f"seed_{seed}"
-    make_assets("demo", seed, root=root)
-    base = settings_for(CONFIG, seed, root)
-    # The first run of all fills the file system's cache.
-    startup = min(_train(base, _FORWARD, folder / f"startup_{number}", 1) for number in range(3))
-    runs: dict[str, dict[str, Any]] = {}
-    for name, settings in arms.items():
-        here = folder / name.replace(" ", "_").replace("'", "")
-        seconds = _train(base, settings, here / "updates", options.updates) - startup
-        runs[name] = {"updates": {"run": here / "updates", "updates": options.updates, "seconds": seconds}}
-        budget = options.time_share * runs[next(iter(arms))]["updates"]["seconds"]
-        updates = max(1, round(options.updates * budget / seconds))
-        seconds = _train(base, settings, here / f"time_{updates}", updates) - startup
-        runs[name]["time"] = {"run": here / f"time_{updates}", "updates": updates, "seconds": seconds}
-    models = {f"{name} {kind}": run["run"] for name, kinds in runs.items() for kind, run in kinds.items()}
-    models["start"] = assets_folder("demo", seed, root) / "student"
-    evaluation = _evaluate(base, models, folder / "evaluation.json", assets_folder("demo", seed, root) / "data")
-    for name, kinds in runs.items():
-        for kind, run in kinds.items():
-            del run["run"]
-            run |= {suite: scores_of(evaluation, f"{name} {kind}", suite) for suite in ("valid", "test")}
-    return {**runs, "start": {suite: scores_of(evaluation, "start", suite) for suite in ("valid", "test")}}
+def _run_all(arms: dict[str, tuple[str, ...]], options: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """Seed -> arm -> kind of run -> updates, time and scores on both splits; ``start``: the student before."""
+    for seed in options.seeds:
+        make_assets("demo", seed, root=options.folder / "assets")
+        for name, settings in arms.items():
+            _train(_base(seed, options), settings, _folder(seed, name, options) / "updates", options.updates)
+    costs = _costs(arms, options)
+    seeds: dict[int, dict[str, Any]] = {}
+    for seed in options.seeds:
+        runs: dict[str, dict[str, Any]] = {}
+        for name, settings in arms.items():
+            updates = max(1, round(options.updates * options.time_share / costs[name]))
+            here = _folder(seed, name, options)
+            if updates != options.updates:
+                _train(_base(seed, options), settings, here / f"time_{updates}", updates)
+            runs[name] = {
+                kind: {"run": here / folder, "updates": number, "time": costs[name] * number / options.updates}
+                for kind, folder, number in (
+                    ("updates", "updates", options.updates),
+                    ("time", "updates" if updates == options.updates else f"time_{updates}", updates),
+                )
+            }
+        seeds[seed] = _scored(seed, runs, options)
+        print(f"after seed {seed}\n\n{_tables(seeds, arms, options)}\n", flush=True)
+    return seeds
 
 
-def _train(base: list[str], settings: tuple[str, ...], run: Path, updates: int) -> float:
-    """CPU seconds of a whole run of ``updates`` updates; those that were measured, where it is finished."""
-    record = run / "seconds.json"
-    if record.is_file():
-        return float(json.loads(record.read_text(encoding="utf-8")))
-    overrides = [*base, *settings, f"run.dir={run}", f"train.max_steps={updates}", "train.eval_every=0"]
-    arguments = ["train", "--config", CONFIG, *overrides, "train.samples_every=0"]
+def _costs(arms: dict[str, tuple[str, ...]], options: argparse.Namespace) -> dict[str, float]:
+    """Time of an update, of the first arm's: medians over a run's steps and over the rounds."""
+    record = options.folder / "costs.json"
+    rounds: list[dict[str, float]] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+    first, seed = next(iter(arms)), options.seeds[0]
+    while len(rounds) < options.rounds or any(name not in found for name in arms for found in rounds):
+        missing = next((found for found in rounds if any(name not in found for name in arms)), None)
+        found = {} if missing is None else missing
+        names = [name for name in arms if name not in found or name == first]
+        seconds = {}
+        for name in names:
+            run = options.folder / "costs" / f"{len(list((options.folder / 'costs').glob('*.log')))}"
+            _train(_base(seed, options), arms[name], run, COST_UPDATES)
+            steps = [step["time/step_s"] for step in read_json_lines(run / "metrics.jsonl")]
+            seconds[name] = median(steps[len(steps) // 4 :])
+        found |= {name: seconds[name] / seconds[first] for name in names}
+        if missing is None:
+            rounds.append(found)
+        write_json(record, rounds)
+    return {name: median(found[name] for found in rounds) for name in arms}
+
+
+def _scored(seed: int, runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    assets = assets_folder("demo", seed, options.folder / "assets")
+    models = {f"{name} {run['updates']}": run["run"] for name, kinds in runs.items() for run in kinds.values()}
+    models["start"] = assets / "student"
+    evaluation = _evaluate(_base(seed, options), models, options.folder / f"evaluation_{seed}.json", assets / "data")
+    scores: dict[str, Any] = {
+        name: {
+            kind: {
+                "updates": run["updates"],
+                "time": run["time"],
+                **{suite: scores_of(evaluation, f"{name} {run['updates']}", suite) for suite in SUITES},
+            }
+            for kind, run in kinds.items()
+        }
+        for name, kinds in runs.items()
+    }
+    return {**scores, "start": {suite: scores_of(evaluation, "start", suite) for suite in SUITES}}
+
+
+def _base(seed: int, options: argparse.Namespace) -> list[str]:
+    return settings_for(CONFIG, seed, options.folder / "assets")
+
+
+def _folder(seed: int, arm: str, options: argparse.Namespace) -> Path:
+    folder: Path = options.folder / f"seed_{seed}" / arm.replace(" ", "_").replace("'", "")
+    return folder
+
+
+def _train(base: list[str], settings: tuple[str, ...], run: Path, updates: int) -> None:
+    if (run / "summary.json").is_file():
+        return
     print(f"{run}: {updates} updates", flush=True)
-    seconds = _call(arguments, run.with_suffix(".log"))
-    write_json(record, seconds)
-    return seconds
+    overrides = [*base, *settings, f"run.dir={run}", f"train.max_steps={updates}", "train.eval_every=0"]
+    _call(["train", "--config", CONFIG, *overrides, "train.samples_every=0"], run.with_suffix(".log"))
 
 
 def _evaluate(base: list[str], models: dict[str, Path], output: Path, data: Path) -> dict[str, Any]:
@@ -165,31 +213,34 @@ def _evaluate(base: list[str], models: dict[str, Path], output: Path, data: Path
     return evaluation
 
 
-def _call(arguments: list[str], log: Path) -> float:
-    """Runs ``megadistill ARGUMENTS`` with one thread; returns its CPU seconds. Raises ConfigError where it fails."""
+def _call(arguments: list[str], log: Path) -> None:
+    """Runs ``megadistill ARGUMENTS`` with one thread. Raises ConfigError where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megadistill", *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        code = os.waitstatus_to_exitcode(status)
+        command = [sys.executable, "-m", "megadistill", *arguments]
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
         raise ConfigError(f"megadistill {arguments[0]} ended with exit code {code}; its output is in {log}")
-    return usage.ru_utime + usage.ru_stime
+
+
+def _tables(seeds: dict[int, Any], arms: dict[str, tuple[str, ...]], options: argparse.Namespace) -> str:
+    titles = {
+        "updates": f"{options.updates} updates each",
+        "time": f"as much time as {options.time_share * options.updates:.0f} updates of the first arm",
+    }
+    return "\n\n".join(
+        f"Split {suite}, {title}\n\n{_table(seeds, arms, kind, suite)}"
+        for suite in SUITES
+        for kind, title in titles.items()
+    )
 
 
 def _table(seeds: dict[int, Any], arms: dict[str, tuple[str, ...]], kind: str, suite: str) -> str:
-    first = next(iter(arms))
     rows = [["student before", "", "", *_scores([seeds[seed]["start"] for seed in seeds], suite)]]
     for name in arms:
         found = [seeds[seed][name][kind] for seed in seeds]
-        updates = sum(run["updates"] for run in found) / len(found)
-        shares = [
-            run["seconds"] / seeds[seed][first]["updates"]["seconds"] for seed, run in zip(seeds, found, strict=True)
-        ]
-        rows.append([name, f"{updates:.0f}", f"{sum(shares) / len(shares):.2f}", *_scores(found, suite)])
+        rows.append([name, str(found[0]["updates"]), f"{found[0]['time']:.2f}", *_scores(found, suite)])
     return text_table(["arm", "updates", "time", *_MEASURES.values()], rows)
 
 

@@ -67,8 +67,9 @@ class DivergenceError(MegadistillError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message; its type where the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message, with the one that it announces; its type where there is no message."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
     from megadistill.planning.compare import compare
     from megadistill.planning.formulas import step_use
     from megadistill.planning.report import Plan
-    from megadistill.planning.search import fits, nearest, sweep
+    from megadistill.planning.search import fits, left_out, nearest, sweep
     from megadistill.planning.times import measured_factors, phase_times
 
     if parsed.exact and parsed.sweep:
@@ -125,6 +125,7 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
     factors = {} if parsed.rates is None else measured_factors(Path(parsed.rates), gpu, case.gpus_per_node)
     layouts = sweep(case, gpu, factors) if parsed.sweep else None
     if layouts:
+        notes = [*notes, *filter(None, [left_out(case, layouts)])]
         case = layouts[0].case
     case.check()
     use = formula = step_use(case)

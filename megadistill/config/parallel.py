@@ -88,7 +88,7 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _stages(self) -> "ParallelSection":
-        for name, stage in self._without_effect():
+        for name, stage in self.without_effect():
             value = str(getattr(self.zero, name)).lower()
             require_combination(
                 False,
@@ -98,7 +98,7 @@ class ParallelSection(Section):
             )
         return self
 
-    def _without_effect(self) -> Iterator[tuple[str, int]]:
+    def without_effect(self) -> Iterator[tuple[str, int]]:
         """Keys of ``zero`` that this stage does not use, where they are not the default, and from which stage on."""
         for name, field in ZeroSection.model_fields.items():
             if self.zero_stage < _FROM_STAGE[name] and getattr(self.zero, name) != field.default:

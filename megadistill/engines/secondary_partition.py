@@ -15,9 +15,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 
 from megadistill.engines.zero_parameter import ZeroParameter
-from megadistill.errors import TopologyError
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.topology import divisors
+from megadistill.parallel.topology import check_hpz_size
 
 
 @contextmanager
@@ -33,12 +32,7 @@ def secondary_partitions(context: ParallelContext, size: int) -> Iterator[None]:
     Raises:
         TopologyError: ``size`` does not divide the data-parallel size.
     """
-    if context.dp_size % size:
-        raise TopologyError(
-            f"a secondary partition over {size} ranks does not divide the number of data-parallel ranks, "
-            f"{context.dp_size}; allowed: {', '.join(map(str, divisors(context.dp_size)))}",
-            setting="parallel.zero.hpz_partition_size",
-        )
+    check_hpz_size(size, context.dp_size)
     if size == 1:
         yield
         return

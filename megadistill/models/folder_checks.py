@@ -16,6 +16,10 @@ SHARDS = "shards"  # folder of a model that ``megadistill shard`` made
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _LFS_POINTER = b"version https://git-lfs"
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Older tools name the method in a file beside config.json, or by the file alone.
 _QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -83,6 +87,23 @@ def check_folder(path: str, where: str) -> None:
     for name, method in _QUANTIZATION_FILES.items():
         if (folder / name).is_file():
             raise _quantized(path, method, where)
+
+
+def check_sizes(config: PreTrainedConfig, path: str, where: str) -> None:
+    """Refuses a configuration with sizes that no model has; transformers checks their types alone.
+
+    Args:
+        config: The configuration.
+        path: What the user named.
+        where: The key or option that names the model; the error begins with it.
+
+    Raises:
+        ConfigError: A size is less than 1.
+    """
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise ConfigError(f"{where}: '{path}' has {name}={size}; at least 1 is needed")
 
 
 def check_not_quantized(config: PreTrainedConfig, path: str, where: str) -> None:

@@ -20,7 +20,15 @@ from megadistill.data.hub import check_name, is_hub_name, offline, offline_if_ne
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
 from megadistill.models.families import Family, family_of, has_own_head
-from megadistill.models.folder_checks import SHARDS, check_folder, check_not_quantized, has_weights, is_sharded
+from megadistill.models.folder_checks import (
+    SHARDS,
+    check_folder,
+    check_not_quantized,
+    check_sizes,
+    has_weights,
+    is_sharded,
+)
+from megadistill.models.meta import made_model
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT, ShardReader
 from megadistill.models.tensor_reader import TensorReader
@@ -110,10 +118,11 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
         hint = "" if Path(path).exists() else did_you_mean_path(path)
-        reason = f"{first_line(error)}{hint}"
+        reason = f"{first_line(error).rstrip('.')}{hint}"
         raise ConfigError(f"{where}: cannot read a model configuration from '{path}': {reason}") from error
     check_not_quantized(config, path, where)
     family_of(config, where)
+    check_sizes(config, path, where)
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         # transformers chooses its frequencies by the longest example of a batch: one would depend on the others.
         raise ConfigError(f"{where}: '{path}' has rotary positions of type longrope, which are not supported")
@@ -173,10 +182,10 @@ def load_model(
         config.tie_word_embeddings = not has_own_head(shards.shard_specs)
     tensors: dict[str, StoredTensor] = {}
     if shards is not None or has_weights(path):
-        model = _weightless_model(config, wanted, attention)
+        model = _weightless_model(config, wanted, attention, where)
     else:
         get_logger(rank, "model").info(f"{where}: {path} is a configuration file: its weights are random")
-        model = _random_model(config, wanted, attention, seed)
+        model = _random_model(config, wanted, attention, seed, where)
     if shards is None and has_weights(path):
         files = weight_files(path, where, getattr(config, "transformers_weights", None))
         tensors = placed_tensors(model, open_tensors(files, path, where, read), path, where, rank=rank)
@@ -260,7 +269,7 @@ def model_from_shards(config: PreTrainedConfig, shards: ShardReader, kind: str, 
     """
     config, where = copy.deepcopy(config), str(shards.folder)
     config.tie_word_embeddings = not has_own_head(shards.shard_specs)
-    model = _weightless_model(config, dtype, "eager")
+    model = _weightless_model(config, dtype, "eager", where)
     head: Any = model.get_output_embeddings()
     name = next(name for name, parameter in model.named_parameters() if parameter is head.weight)
     _prepare(model, family_of(config, where), shards.spec_of(name).shape[0], where)
@@ -284,24 +293,23 @@ def _in_memory(model: PreTrainedModel) -> dict[str, StoredTensor]:
     }
 
 
-def _random_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str, seed: int, where: str
+) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = made_model(config, where, attn_implementation=attention)
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in loaded models
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def _weightless_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _weightless_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, where: str) -> PreTrainedModel:
     """A model whose parameters have shape and type, and no memory."""
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = made_model(config, where, attn_implementation=attention)
     model.tie_weights()
     _set_parameters(model, lambda parameter, device: torch.empty_like(parameter, dtype=dtype, device=device), "meta")
     return model

@@ -56,6 +56,8 @@ def weight_files(path: str, where: str, named: str | None = None) -> list[Path]:
     Raises:
         ConfigError: There are none, or one that an index names is missing; a hub name cannot be had.
     """
+    if not isinstance(named, str | None):
+        raise ConfigError(f"{where}: in the config.json of '{path}', transformers_weights={named} is no file's name")
     names = _NAMES if named is None else (named,)
     folder = Path(path)
     if not folder.is_dir():

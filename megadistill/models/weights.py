@@ -79,8 +79,8 @@ def placed_tensors(
         Name of each parameter -> its tensor.
 
     Raises:
-        ConfigError: A tensor is missing, has another shape, holds no floating-point numbers, or belongs to a layer that
-            has no place for it.
+        ConfigError: A tensor is missing or there twice, has another shape, holds no floating-point numbers, or belongs
+            to a layer that has no place for it.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     prefix = f"{model.base_model_prefix}."
@@ -88,6 +88,10 @@ def placed_tensors(
     unused = []
     for key, stored in tensors.items():
         name = key if key in shapes else prefix + key
+        if name in placed:
+            raise ConfigError(
+                f"{where}: '{path}' has both {placed[name].key} and {key}, which are one weight of its model"
+            )
         if name in shapes:
             placed[name] = stored
         else:

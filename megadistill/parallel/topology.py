@@ -70,6 +70,16 @@ def gradient_accumulation_steps(global_batch_size: int, micro_batch_size: int, d
     return examples // micro_batch_size
 
 
+def check_hpz_size(size: int, dp_size: int) -> None:
+    """Raises TopologyError where a secondary partition over ``size`` ranks does not divide the data-parallel ranks."""
+    if dp_size % size:
+        raise TopologyError(
+            f"a secondary partition over {size} ranks does not divide the number of data-parallel ranks, {dp_size}; "
+            f"allowed: {_listed(divisors(dp_size))}",
+            setting="parallel.zero.hpz_partition_size",
+        )
+
+
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from megadistill.config.schema import RunConfig
+from megadistill.config.section import Section
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
 from megadistill.engines.ds_config import needs_wide_gradients, student_config
+from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.models.families import head_counts
 from megadistill.models.loading import DTYPES, check_positions, load_model_config
-from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
+from megadistill.parallel.topology import check_hpz_size, gradient_accumulation_steps, resolve_tp_size
 from megadistill.planning.shape import ModelOutline, ModelShape
 
+S = TypeVar("S", bound=Section)
 # DeepSpeed's own value (deepspeed/runtime/zero/config.py) of what the project does not set.
 _ZERO_DEFAULTS: Mapping[str, Any] = {"sub_group_size": 1_000_000_000}
 STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed", "skd", "teacher_mixed"})
@@ -132,6 +135,7 @@ class Case:
         asked = config.parallel.tp_size if is_checked else "auto"
         tp_size = resolve_tp_size(asked, nodes * gpus_per_node, models.head_counts())
         data = config.data
+        _check_lengths(config, prompt_tokens, response_tokens)
         prompt = data.max_prompt_tokens if prompt_tokens is None else prompt_tokens
         limit = config.generation.max_new_tokens if config.generation.mode in STUDENT_TEXT else data.max_tokens
         response = min(limit, data.max_tokens - prompt) if response_tokens is None else response_tokens
@@ -148,6 +152,7 @@ class Case:
         train = self.config.train
         rows = train.micro_batch_size if train.micro_batch_tokens is None else 1
         gradient_accumulation_steps(train.global_batch_size, rows, self.dp_size)
+        check_hpz_size(self.hpz_size, self.dp_size)
         self.decode_plan  # noqa: B018  raises
 
     def with_settings(self, settings: Mapping[str, Any], nodes: int | None = None) -> Case:
@@ -174,6 +179,11 @@ class Case:
     def zero_stage(self) -> int:
         """ZeRO stage."""
         return self.config.parallel.zero_stage
+
+    @property
+    def hpz_size(self) -> int:
+        """Data-parallel ranks that together keep the weights once more; 1: none do."""
+        return self.config.parallel.zero.hpz_partition_size if self.zero_stage == 3 else 1
 
     @property
     def examples(self) -> int:
@@ -297,10 +307,32 @@ class Case:
         return self.rounds > 0 and self.decode_plan.keeps_teacher_cache
 
 
+def _check_lengths(config: RunConfig, prompt: int | None, response: int | None) -> None:
+    """Refuses lengths that a run's limits do not let occur."""
+    data, generation = config.data, config.generation
+    if prompt is not None and prompt > data.max_prompt_tokens:
+        raise ConfigError(f"prompts of {prompt} tokens are more than data.max_prompt_tokens={data.max_prompt_tokens}")
+    if response is None:
+        return
+    if config.needs_teacher and generation.mode in STUDENT_TEXT and response > generation.max_new_tokens:
+        raise ConfigError(
+            f"responses of {response} tokens are more than generation.max_new_tokens={generation.max_new_tokens}"
+        )
+    longest = data.max_prompt_tokens if prompt is None else prompt
+    if longest + response > data.max_tokens:
+        raise ConfigError(
+            f"{longest} prompt and {response} response tokens are more than data.max_tokens={data.max_tokens} together"
+        )
+
+
 def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """A configuration with other values under dotted keys of two parts; they are not validated."""
+    """A configuration with other values under dotted keys; they are not validated."""
     for key, value in settings.items():
-        section, name = key.split(".")
-        inner = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: inner})
+        config = _changed(config, key.split("."), value)
     return config
+
+
+def _changed(section: S, path: Sequence[str], value: Any) -> S:
+    name, *rest = path
+    inner = _changed(getattr(section, name), rest, value) if rest else value
+    return section.model_copy(update={name: inner})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megadistill.evaluation.report import text_table
-from megadistill.planning.use import PhaseUse, StepUse
+from megadistill.planning.use import GROUPS, PhaseUse, StepUse
 
 _GB = 1e9
 
@@ -83,7 +83,7 @@ def _phase_rows(formula: PhaseUse, exact: PhaseUse) -> list[Difference]:
         rows.append(Difference(f"FLOPs of {name}", formula.flops, exact.flops))
     if formula.operations:
         rows.append(Difference(f"operations of {name}", formula.operations, exact.operations))
-    for group in ("tp", "dp"):
+    for group in GROUPS:
         ours, theirs = (sum(t.bytes for t in phase.traffic if t.group == group) for phase in (formula, exact))
         if ours or theirs:
             rows.append(Difference(f"traffic of {group} in {name}", ours, theirs))

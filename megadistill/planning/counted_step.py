@@ -142,7 +142,7 @@ def counted_step(
         MegadistillError: The rows do not fit the configuration, or a step did not do what was to be counted.
     """
     _check_lengths(config, lengths)
-    counter.groups = Groups(context)
+    counter.groups = Groups(context, config.parallel.zero.hpz_partition_size)
     progress("building the engines")
     limit = _Limit(_WARM_UP)
     components, writer = _build(config, context, counter, limit, vocab_size, skips_decoding)

@@ -16,11 +16,12 @@ from megadistill.planning.shape import Linear, ModelShape
 Owners = Mapping[str, int]
 
 TEACHER, STUDENT, OPTIMIZER = "teacher weights", "student weights", "optimizer states"
-GRADIENTS, BUCKET = "gradients", "reduce bucket"
+SECONDARY, GRADIENTS, BUCKET = "secondary weights", "gradients", "reduce bucket"
 GATHERED, JOINED, CACHE = "gathered parameters", "joined weights", "kv cache"
 HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES = "hidden states", "activations", "logits", "optimizer temporaries"
 OWNERS = (
-    TEACHER, STUDENT, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, JOINED, CACHE, HIDDEN, ACTIVATIONS, LOGITS, TEMPORARIES
+    TEACHER, STUDENT, SECONDARY, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, JOINED, CACHE, HIDDEN, ACTIVATIONS, LOGITS,
+    TEMPORARIES,
 )  # fmt: skip
 
 # decoding/decoder.py and decoding/layer.py; a test compares them.
@@ -44,6 +45,8 @@ def resident(case: Case) -> dict[str, int]:
     if case.teacher is not None and not case.config.parallel.offloads_teacher:
         owners[TEACHER] = _weights(case, case.teacher, case.teacher_bytes, keeps_small=False)
     owners[STUDENT] = _weights(case, student, itemsize)
+    if case.hpz_size > 1 and case.teacher is not None:
+        owners[SECONDARY] = _secondary(case, case.teacher, case.teacher_bytes)
     owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else _state(case)
     if stage in (1, 2):  # DeepSpeed keeps them until the next ones are there, summed by stage 1 in bf16 alone
         owners[GRADIENTS] = (case.gradient_bytes if _sums_all(case) else itemsize) * student.size
@@ -88,6 +91,11 @@ def _weights(case: Case, model: ModelShape, itemsize: int, *, keeps_small: bool 
     if case.zero_stage < 3:
         return itemsize * model.size
     return itemsize * (_partitioned(model.sizes, case.dp_size) + (_persistent(case, model) if keeps_small else 0))
+
+
+def _secondary(case: Case, model: ModelShape, itemsize: int) -> int:
+    """Bytes of the partitions that few ranks keep (engines/secondary_partition.py): the student's until its update."""
+    return itemsize * _partitioned(model.sizes, case.hpz_size) if case.hpz_size > 1 else 0
 
 
 def _persistent(case: Case, model: ModelShape) -> int:
@@ -289,7 +297,7 @@ def _train(case: Case) -> Sequence[Owners]:
         {HIDDEN: teacher_states(case), GATHERED: _gathered(case, trained_parameters(case), itemsize)},
         {GATHERED: _gathered(case, case.teacher.head, case.teacher_bytes) if case.teacher else 0},
         _brought_in(case, case.teacher.head) if case.teacher else {},
-        {GRADIENTS: _summed(case)},
+        {GRADIENTS: _summed(case), SECONDARY: _secondary(case, student, itemsize)},
     )
     final_norm = tokens * student.hidden * ((4 + 2 * itemsize) if student.is_rms else 2 * itemsize)
     at_loss = _sum(always, {ACTIVATIONS: stored + final_norm}, bucket if case.zero_stage == 1 else {})
@@ -364,7 +372,7 @@ def _losses(case: Case) -> tuple[Sequence[Owners], int]:
 def _optimizer(case: Case) -> Sequence[Owners]:
     """AdamW on a float32 copy of the gradient; stage 3 goes through it in groups of ``sub_group_size``."""
     part, itemsize = partition_size(case), case.student_bytes
-    alive = {HIDDEN: teacher_states(case)}
+    alive = {HIDDEN: teacher_states(case), SECONDARY: _secondary(case, case.student, itemsize)}
     narrow = case.gradient_bytes if case.gradient_bytes < _FP32 else 0
     if case.zero_stage == 3:
         part = min(part, int(case.zero("sub_group_size")))

@@ -9,9 +9,10 @@ from __future__ import annotations
 from types import FrameType
 
 TEACHER, STUDENT, OPTIMIZER = "teacher weights", "student weights", "optimizer states"
+SECONDARY = "secondary weights"
 GRADIENTS, BUCKET, GATHERED = "gradients", "reduce bucket", "gathered parameters"
 CACHE, ACTIVATIONS, LOSS, OTHER = "kv cache", "activations", "loss", "other"
-OWNERS = (TEACHER, STUDENT, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, CACHE, ACTIVATIONS, LOSS, OTHER)
+OWNERS = (TEACHER, STUDENT, SECONDARY, OPTIMIZER, GRADIENTS, BUCKET, GATHERED, CACHE, ACTIVATIONS, LOSS, OTHER)
 
 # Module -> owner, or (function -> owner) with "" for its other functions. Names only: no library is imported for them.
 _TABLE: dict[str, str | dict[str, str]] = {
@@ -19,7 +20,7 @@ _TABLE: dict[str, str | dict[str, str]] = {
     "megadistill.decoding.hf_cache": CACHE,
     "megadistill.losses": LOSS,
     "megadistill.engines.gathered": GATHERED,
-    "deepspeed.runtime.zero.partition_parameters": GATHERED,
+    "deepspeed.runtime.zero.partition_parameters": {"_partition_param_sec": SECONDARY, "": GATHERED},
     "deepspeed.runtime.zero.partitioned_param_coordinator": GATHERED,
     "deepspeed.runtime.zero.stage3": {"_setup_for_real_optimizer": BUCKET, "": GRADIENTS},
     "deepspeed.runtime.zero.stage_1_and_2": {"setup_buckets": BUCKET, "": GRADIENTS},

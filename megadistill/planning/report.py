@@ -13,9 +13,11 @@ from megadistill.planning.compare import Comparison
 from megadistill.planning.gpus import Gpu
 from megadistill.planning.memory import OWNERS
 from megadistill.planning.search import (
+    BUDGET,
     CHECKPOINTING,
     FRAGMENTATION,
     HEAP,
+    HPZ,
     MICRO,
     OUTSIDE_BYTES,
     TP,
@@ -26,7 +28,7 @@ from megadistill.planning.search import (
 )
 from megadistill.planning.storage import PROCESS, PROCESS_BYTES, host_while_loading, host_while_saving
 from megadistill.planning.times import PhaseTime, crosses_nodes, rate_assumptions, step_seconds
-from megadistill.planning.use import StepUse
+from megadistill.planning.use import GROUPS, StepUse
 
 _GB, _WIDTH, _SHOWN_LAYOUTS, _SHOWN_OWNERS = 1e9, 118, 20, 14
 
@@ -108,7 +110,7 @@ def _headline(plan: Plan) -> str:
     if case.models.teacher is not None:
         of_models.insert(0, f"teacher {_billions(case.models.teacher.size)}")
     layout = "" if plan.layouts is not None else (
-        f"; tp {case.tp_size} x dp {case.dp_size}, ZeRO-{case.zero_stage}, micro-batch {config.train.micro_batch_size}"
+        f"; tp {case.tp_size} x dp {case.dp_size}, ZeRO-{case.zero_stage}, {_micro_batch(case)}"
         f"{', checkpointed' if config.model.gradient_checkpointing else ''}"
     )  # fmt: skip
     source = {"formulas": "by formulas", "dry run": "by a dry run of the code", "measured": "measured"}[plan.use.source]
@@ -116,6 +118,13 @@ def _headline(plan: Plan) -> str:
         f"{' -> '.join(of_models)}: {config.train.global_batch_size} examples a step on {case.nodes} x "
         f"{case.gpus_per_node} {plan.gpu.name} of {case.gpu_memory / _GB:.3g} GB{layout}; rank 0, {source}"
     )
+
+
+def _micro_batch(case: Case) -> str:
+    train = case.config.train
+    if train.micro_batch_tokens is None:
+        return f"micro-batch {train.micro_batch_size}"
+    return f"micro-batches of {train.micro_batch_tokens} tokens ({case.rows} examples)"
 
 
 def _billions(parameters: int) -> str:
@@ -145,17 +154,18 @@ def _gb(num_bytes: int) -> str:
 
 def _phases(plan: Plan) -> str:
     case, rows = plan.case, []
+    groups = [g for g in GROUPS if g != "hpz" or any(t.group == g for p in plan.use.phases for t in p.traffic)]
     for phase in plan.use.phases:
         time = plan.times[phase.name]
-        sent = {group: sum(t.bytes for t in phase.traffic if t.group == group) for group in ("tp", "dp")}
-        calls = {group: sum(t.calls for t in phase.traffic if t.group == group) for group in ("tp", "dp")}
-        traffic = [f"{_gb(sent[group])} in {calls[group]}" if calls[group] else "-" for group in ("tp", "dp")]
+        sent = {group: sum(t.bytes for t in phase.traffic if t.group == group) for group in groups}
+        calls = {group: sum(t.calls for t in phase.traffic if t.group == group) for group in groups}
+        traffic = [f"{_gb(sent[group])} in {calls[group]}" if calls[group] else "-" for group in groups]
         rows.append(
             [phase.name, phase.flops / 1e12, phase.operations or "-", *traffic, f"{time.seconds:.3f}", time.bound]
         )
     rows.append(["sum", sum(p.flops for p in plan.use.phases) / 1e12, sum(p.operations for p in plan.use.phases) or "-",
-                 "", "", f"{plan.seconds:.3f}", ""])  # fmt: skip
-    names = [f"{group}, GB{' across nodes' if crosses_nodes(case, group) else ''}" for group in ("tp", "dp")]
+                 *[""] * len(groups), f"{plan.seconds:.3f}", ""])  # fmt: skip
+    names = [f"{group}, GB{' across nodes' if crosses_nodes(case, group) else ''}" for group in groups]
     return text_table(("phase", "TFLOP", "launches", *names, "seconds", "mostly"), rows)
 
 
@@ -203,11 +213,14 @@ def _typed(value: Any) -> str:
 def _layouts(layouts: Sequence[Candidate]) -> str:
     if not layouts:
         return "no layout fits"
-    header = (TP, "dp", ZERO, MICRO, CHECKPOINTING, "needed GB", "s a step")
+    zero = [ZERO, HPZ] if any(found.case.hpz_size > 1 for found in layouts) else [ZERO]
+    micro = BUDGET if BUDGET in layouts[0].settings() else MICRO
+    header = (TP, "dp", *zero, micro, CHECKPOINTING, "needed GB", "s a step")
     rows = [
         [
-            *(_typed(value) for value in (found.case.tp_size, found.case.dp_size, found.case.zero_stage)),
-            *(_typed(found.settings()[key]) for key in (MICRO, CHECKPOINTING)),
+            *(_typed(value) for value in (found.case.tp_size, found.case.dp_size)),
+            *(_typed(value) for value in (found.case.zero_stage, found.case.hpz_size)[: len(zero)]),
+            *(_typed(found.settings()[key]) for key in (micro, CHECKPOINTING)),
             f"{needed_bytes(found.case, found.use) / _GB:.1f}",
             f"{found.seconds:.2f}",
         ]
@@ -234,7 +247,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "tp_size": case.tp_size,
             "dp_size": case.dp_size,
             "zero_stage": case.zero_stage,
+            "hpz_partition_size": case.hpz_size,
             "micro_batch_size": case.config.train.micro_batch_size,
+            "micro_batch_tokens": case.config.train.micro_batch_tokens,
             "global_batch_size": case.config.train.global_batch_size,
             "gradient_checkpointing": case.config.model.gradient_checkpointing,
             "prompt_tokens": case.prompt_tokens,

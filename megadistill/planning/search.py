@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megadistill.config.parallel import ZeroSection
 from megadistill.errors import ConfigError
 from megadistill.parallel.topology import divisors
 from megadistill.planning.case import Case
@@ -21,8 +23,10 @@ FRAGMENTATION, OUTSIDE_BYTES = 1.10, 1_500_000_000
 # What the heap of a process on a CPU keeps of small tensors that were freed (tools/benchmark.py memory).
 HEAP = 1.05
 
-TP, ZERO, MICRO = "parallel.tp_size", "parallel.zero_stage", "train.micro_batch_size"
+TP, ZERO = "parallel.tp_size", "parallel.zero_stage"
+MICRO, BUDGET = "train.micro_batch_size", "train.micro_batch_tokens"
 CHECKPOINTING, CACHE = "model.gradient_checkpointing", "generation.max_cache_bytes"
+HPZ = "parallel.zero.hpz_partition_size"
 _MOST_TIMES_NODES = 8
 _NODES_ARE_WORTH = 10  # changed settings: another machine is the last thing to suggest
 
@@ -67,11 +71,12 @@ class Candidate:
 
 
 def _settings(case: Case) -> dict[str, Any]:
-    config = case.config
+    config, train = case.config, case.config.train
+    micro = {MICRO: train.micro_batch_size} if train.micro_batch_tokens is None else {BUDGET: train.micro_batch_tokens}
     return {
         TP: case.tp_size,
         ZERO: case.zero_stage,
-        MICRO: config.train.micro_batch_size,
+        **micro,
         CHECKPOINTING: config.model.gradient_checkpointing,
         CACHE: config.generation.max_cache_bytes,
     }
@@ -81,7 +86,20 @@ def changes(case: Case, to: Case) -> dict[str, Any]:
     """Key -> value of the settings in which ``to`` differs; ``--nodes`` among them."""
     before, after = _settings(case), _settings(to)
     nodes = {} if to.nodes == case.nodes else {"--nodes": to.nodes}
-    return nodes | {key: value for key, value in after.items() if value != before[key]}
+    return nodes | {key: value for key, value in after.items() if value != before[key]} | _of_zero(case, to)
+
+
+def _of_zero(case: Case, to: Case) -> dict[str, Any]:
+    before, after = (each.config.parallel.zero.model_dump() for each in (case, to))
+    return {f"parallel.zero.{name}": value for name, value in after.items() if value != before[name]}
+
+
+def left_out(case: Case, layouts: Sequence[Candidate]) -> str | None:
+    """A line about settings of the run that some layouts do without, because their ZeRO stage refuses them."""
+    keys = sorted({key for found in layouts for key in _of_zero(case, found.case)} - {HPZ})
+    if not keys:
+        return None
+    return f"layouts of ZeRO stages that do not use {', '.join(keys)} are planned, and must be run, without it"
 
 
 def sweep(case: Case, gpu: Gpu, factors: Mapping[str, float] | None = None) -> list[Candidate]:
@@ -115,7 +133,7 @@ def nearest(case: Case, gpu: Gpu, factors: Mapping[str, float] | None = None) ->
             layout.with_settings({CACHE: before[CACHE] // part})
             for layout in _layouts(wide)
             for part in (1, 4)
-            if layout.config.train.micro_batch_size <= before[MICRO]
+            if all(_settings(layout)[key] <= before[key] for key in (MICRO, BUDGET) if key in before)
             and layout.zero_stage >= before[ZERO]
             and layout.config.model.gradient_checkpointing >= before[CHECKPOINTING]
         )
@@ -127,7 +145,10 @@ def nearest(case: Case, gpu: Gpu, factors: Mapping[str, float] | None = None) ->
 
 
 def _layouts(case: Case) -> Iterator[Case]:
-    """Every layout of a run on its machines; groups of tensor parallelism stay within a machine."""
+    """Every layout of a run on its machines; groups of tensor parallelism stay within a machine.
+
+    Keys of ``parallel.zero`` that a stage refuses have their defaults in its layouts.
+    """
     global_batch = case.config.train.global_batch_size
     counts = case.models.head_counts().values()
     for tp_size in divisors(case.gpus_per_node):
@@ -136,11 +157,26 @@ def _layouts(case: Case) -> Iterator[Case]:
             continue
         # Alone in its group, a rank has nothing to partition.
         stages = range(4) if dp_size > 1 else [case.zero_stage]
-        for stage in stages:
-            for micro_batch in divisors(global_batch // dp_size):
-                for is_checkpointed in (False, True):
-                    settings = {TP: tp_size, ZERO: stage, MICRO: micro_batch, CHECKPOINTING: is_checkpointed}
-                    yield case.with_settings(settings)
+        for stage, micro_batch in itertools.product(stages, _micro_batches(case, global_batch // dp_size)):
+            plain = case.with_settings({TP: tp_size, ZERO: stage, **micro_batch, **_defaults(case, stage)})
+            sizes = [size for size in (plain.hpz_size, 1) if dp_size % size == 0]
+            for size, is_checkpointed in itertools.product(dict.fromkeys(sizes), (False, True)):
+                yield plain.with_settings({HPZ: size, CHECKPOINTING: is_checkpointed})
+
+
+def _micro_batches(case: Case, examples: int) -> list[dict[str, int]]:
+    """Settings of the passes of so many examples of a rank; a budget of tokens takes the place of a number of rows."""
+    budget, of_example = case.config.train.micro_batch_tokens, case.columns * case.sequences_of_example
+    if budget is None:
+        return [{MICRO: rows} for rows in divisors(examples)]
+    return [{BUDGET: tokens} for tokens in sorted({budget, *(rows * of_example for rows in divisors(examples))})]
+
+
+def _defaults(case: Case, stage: int) -> dict[str, Any]:
+    """The settings of ``parallel.zero`` that another stage refuses, as they are where nobody sets them."""
+    parallel = case.config.parallel.model_copy(update={"zero_stage": stage})
+    fields = ZeroSection.model_fields
+    return {f"parallel.zero.{name}": fields[name].default for name, _ in parallel.without_effect()}
 
 
 def _fitting(layouts: Iterator[Case], gpu: Gpu, factors: Mapping[str, float] | None) -> Iterator[Candidate]:

@@ -14,7 +14,7 @@ from megadistill.files import read_json_lines
 from megadistill.planning.case import Case, Models
 from megadistill.planning.formulas import step_use
 from megadistill.planning.gpus import COLLECTIVE_S, LAUNCH_S, LINK_SHARE, MFU, NETWORK_SHARE, RECORDED_LAUNCH_S, Gpu
-from megadistill.planning.use import Group, PhaseUse, StepUse, Traffic
+from megadistill.planning.use import GROUPS, Group, PhaseUse, StepUse, Traffic
 from megadistill.planning.work import Work, work
 
 _WARM_UP_STEPS = 2
@@ -30,6 +30,7 @@ class PhaseTime:
         launches: At the assumed time of a launch.
         tp: Collectives of the tensor-parallel group.
         dp: Collectives of the data-parallel group.
+        hpz: Collectives of the data-parallel ranks that keep the weights once more.
         factor: What measured seconds were over predicted ones; 1 without a measurement.
     """
 
@@ -38,19 +39,21 @@ class PhaseTime:
     launches: float
     tp: float
     dp: float
+    hpz: float = 0.0
     factor: float = 1.0
 
     @property
     def seconds(self) -> float:
         """The longest of products, memory and launches, and the collectives after one another."""
-        return self.factor * (max(self.products, self.memory, self.launches) + self.tp + self.dp)
+        return self.factor * (max(self.products, self.memory, self.launches) + self.tp + self.dp + self.hpz)
 
     @property
     def bound(self) -> str:
         """What the largest part of the time is spent on."""
         parts = {"products": self.products, "memory": self.memory, "launches": self.launches}
         longest = max(parts, key=lambda name: parts[name])
-        return max({longest: parts[longest], "tp": self.tp, "dp": self.dp}.items(), key=lambda item: item[1])[0]
+        sent = {"tp": self.tp, "dp": self.dp, "hpz": self.hpz}
+        return max({longest: parts[longest], **sent}.items(), key=lambda item: item[1])[0]
 
 
 def phase_times(case: Case, use: StepUse, gpu: Gpu, factors: Mapping[str, float] | None = None) -> dict[str, PhaseTime]:
@@ -78,13 +81,14 @@ def step_seconds(times: Mapping[str, PhaseTime]) -> float:
 def _phase_time(case: Case, phase: PhaseUse, gpu: Gpu, done: Work, factor: float) -> PhaseTime:
     itemsize = case.teacher_bytes if phase.name == "teacher" else case.student_bytes
     peak = gpu.bf16 if itemsize == 2 else gpu.fp32
-    sent = {group: sum(_seconds(case, t, gpu) for t in phase.traffic if t.group == group) for group in ("tp", "dp")}
+    sent = {group: sum(_seconds(case, t, gpu) for t in phase.traffic if t.group == group) for group in GROUPS}
     return PhaseTime(
         phase.flops / (peak * MFU),
         done.memory_bytes / gpu.bandwidth,
         phase.operations * LAUNCH_S + done.recorded * RECORDED_LAUNCH_S,
         sent["tp"],
         sent["dp"],
+        sent["hpz"],
         factor,
     )
 
@@ -93,11 +97,14 @@ def crosses_nodes(case: Case, group: Group) -> bool:
     """Whether a group has ranks on several machines. Tensor-parallel ranks are neighbors."""
     if group == "tp":
         return case.gpus_per_node % case.tp_size != 0
+    if group == "hpz":
+        return case.gpus_per_node % (case.tp_size * case.hpz_size) != 0
     return case.nodes > 1
 
 
 def _seconds(case: Case, traffic: Traffic, gpu: Gpu) -> float:
-    size = {"tp": case.tp_size, "dp": case.dp_size, "world": case.world_size}[traffic.group]
+    sizes: dict[Group, int] = {"tp": case.tp_size, "dp": case.dp_size, "hpz": case.hpz_size, "world": case.world_size}
+    size = sizes[traffic.group]
     share = (size - 1) / size
     volume = traffic.bytes * (2 * share if traffic.op == "all_reduce" else share)
     speed = gpu.network * NETWORK_SHARE if crosses_nodes(case, traffic.group) else gpu.link * LINK_SHARE
@@ -134,6 +141,8 @@ def measured_factors(metrics: Path, gpu: Gpu, gpus_per_node: int) -> dict[str, f
         DataError: A file is missing or damaged, or there are too few steps.
         ConfigError: The run's models cannot be read.
     """
+    if metrics.is_dir():
+        raise DataError(f"--rates {metrics} is a folder; give the metrics.jsonl in it, of a finished run")
     folder = metrics.parent
     for file in (metrics, folder / "resolved.yaml", folder / "summary.json"):
         if not file.is_file():

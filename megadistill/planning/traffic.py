@@ -73,12 +73,15 @@ class Groups:
 
     Args:
         context: The grid of processes.
+        hpz_size: Data-parallel ranks that together keep the weights once more; 1: none.
     """
 
-    def __init__(self, context: ParallelContext) -> None:
+    def __init__(self, context: ParallelContext, hpz_size: int = 1) -> None:
         tp, dp = context.tp_size, context.dp_size
         self._tp = [context.dp_rank * tp + i for i in range(tp)]
         self._dp = [i * tp + context.tp_rank for i in range(dp)]
+        first = context.dp_rank // hpz_size * hpz_size
+        self._hpz = self._dp[first : first + hpz_size]
         self._names: dict[str, Group] = {}
 
     def name_of(self, group: dist.ProcessGroup) -> Group:
@@ -86,6 +89,7 @@ class Groups:
         name = self._names.get(group.group_name)
         if name is None:
             ranks = sorted(dist.get_process_group_ranks(group))
-            name = "tp" if ranks == self._tp else "dp" if ranks == self._dp else "world"
+            known: dict[Group, list[int]] = {"tp": self._tp, "dp": self._dp, "hpz": self._hpz, "world": ranks}
+            name = next(each for each, members in known.items() if members == ranks)
             self._names[group.group_name] = name
         return name

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 PHASES = ("rollout", "teacher", "score", "regenerate", "train", "optimizer")
-Group = Literal["tp", "dp", "world"]
+# hpz: the data-parallel ranks, fewer than all, that keep the weights once more.
+Group = Literal["tp", "dp", "hpz", "world"]
+GROUPS: tuple[Group, ...] = ("tp", "dp", "hpz")  # of which a run knows what they send
 
 
 @dataclass(frozen=True)

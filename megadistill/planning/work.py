@@ -182,7 +182,7 @@ def _drawn_pieces(model: ModelShape, rows: float) -> float:
 
 def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
-    _gather(done, case, released(case, model), case.student_bytes)
+    _gather(done, case, released(case, model), case.student_bytes, "dp")  # for the first time since the update
     for examples in _batches(case):
         kept = _CACHED_LAYER + _CACHED_EXAMPLE * examples
         _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes, kept)
@@ -309,8 +309,12 @@ def _exchange(done: Work, case: Case) -> None:
         times = 1 + max(0.0, 1 - kept / max(1, whole))  # what was released is gathered again to go back
         ahead = int(case.zero("stage3_prefetch_bucket_size"))
         calls = min(len(sizes), -(-whole // ahead)) if ahead else len(sizes)
-        done.send("dp", "all_gather", passes * calls * times, passes * times * whole * itemsize)
-        _gather(done, case, [student.head], itemsize)
+        first, group = 0 if case.writes else 1, _among_few(case)  # who writes has gathered everything before
+        again = passes * times - first
+        done.send("dp", "all_gather", calls * first, whole * itemsize * first)
+        done.send(group, "all_gather", calls * again, whole * itemsize * again)
+        _gather(done, case, [student.head], itemsize, group if case.writes else "dp")
+        done.operations += 2 * len(student.sizes) if case.hpz_size > 1 else 0
         buckets = -(-student.size // int(case.zero("reduce_bucket_size")))
         done.send("dp", "reduce_scatter", passes * buckets, passes * student.size * case.gradient_bytes)
         return
@@ -334,10 +338,15 @@ def _optimizer(case: Case) -> Work:
     return done
 
 
-def _gather(done: Work, case: Case, sizes: Sequence[int], itemsize: int) -> None:
+def _among_few(case: Case) -> Group:
+    """The ranks among whom weights are gathered that few ranks keep once more; "dp" where they are all of these."""
+    return "hpz" if 1 < case.hpz_size < case.dp_size else "dp"
+
+
+def _gather(done: Work, case: Case, sizes: Sequence[int], itemsize: int, group: Group | None = None) -> None:
     """Adds what ZeRO-3 gathers of parameters of these sizes; small ones go together (engines/gathered.py)."""
     if case.zero_stage < 3 or case.dp_size == 1:
         return
     small = sum(size * itemsize <= _SMALL_BYTES for size in sizes)
     calls = len(sizes) - small + -(-small // _TOGETHER)
-    done.send("dp", "all_gather", calls, sum(sizes) * itemsize)
+    done.send(group or _among_few(case), "all_gather", calls, sum(sizes) * itemsize)

@@ -32,6 +32,7 @@ TokenLoss = Literal[
     "jensen_shannon",
     "total_variation",
 ]
+SKEWED = frozenset({"skewed_forward_kl", "skewed_reverse_kl"})  # those of which ``skew`` is a setting
 SpanRelation = Literal["hadamard", "joint", "log"]
 Backend = Literal["auto", "torch", "compile", "triton"]
 
@@ -149,6 +150,11 @@ class LossConfig(Section):
     def is_clipped(self) -> bool:
         """Whether a mask is computed at all."""
         return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def is_skewed(self) -> bool:
+        """Whether the divergence compares with a mixture of which ``skew`` is one side's share."""
+        return self.divergence in SKEWED
 
     @property
     def uses_teacher(self) -> bool:

@@ -279,11 +279,12 @@ def span_sums_kernel(
 def gradient_kernel(
     student, teacher, student_max, student_log, untempered_log, teacher_max, teacher_log, shares, theta_l, theta_u,
     top_column, w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner,
-    out, num_tokens, num_classes, stride, stride_out, HAS_SHARES: tl.constexpr,
-    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
-    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_NONE: tl.constexpr,
-    HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
-    HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr, ADDS: tl.constexpr,
+    out, num_tokens, num_classes, stride, stride_out,
+    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr, HAS_SHARES: tl.constexpr,
+    F: tl.constexpr, BLOCK: tl.constexpr, IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr,
+    IS_NONE: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr,
+    HAS_TOKEN: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
+    ADDS: tl.constexpr,
 ):  # fmt: skip
     """See ``tile_math.gradient``; with the label and span parts, and added to ``out`` where ``ADDS``."""
     token = tl.program_id(0).to(tl.int64)

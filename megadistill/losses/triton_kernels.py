@@ -137,10 +137,10 @@ def triton_formula(formula: Formula | None) -> Any:
 
 
 @triton.jit
-def _divergence(lp, lq, share: tl.constexpr, shares, SHARES: tl.constexpr, FORMULA: tl.constexpr, F: tl.constexpr):
-    """Returns value and slope; the token's own share is at ``shares`` where there is one."""
+def _divergence(lp, lq, share: tl.constexpr, shares, FORMULA: tl.constexpr, F: tl.constexpr):
+    """Returns value and slope; a share of None is the token's own, at ``shares``."""
     p, q = floored_exp(lp, 41.0 * F), floored_exp(lq, 41.0 * F)
-    if SHARES:
+    if share is None:
         value, slope = FORMULA(lp, lq, p, q, tl.load(shares))
     else:
         value, slope = FORMULA(lp, lq, p, q, share)
@@ -151,7 +151,6 @@ def _divergence(lp, lq, share: tl.constexpr, shares, SHARES: tl.constexpr, FORMU
 def sums_kernel(
     student, teacher, student_max, student_log, teacher_max, teacher_log, shares, theta_l, theta_u, top_column, out,
     num_classes, stride, inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
-    HAS_SHARES: tl.constexpr,
     IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_TRUNCATE: tl.constexpr,
     IS_NONE: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_EDGES: tl.constexpr,
     HAS_BUCKET: tl.constexpr, F: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
@@ -218,7 +217,7 @@ def sums_kernel(
                     over = 1.0 / (1.0 + e)
                     dense_u += tl.sum(e * over * over * beside, 0)
         elif FORMULA is not None:
-            value, slope = _divergence(lp, lq, share, shares + token, HAS_SHARES, FORMULA, F)
+            value, slope = _divergence(lp, lq, share, shares + token, FORMULA, F)
             value_sum += tl.sum(tl.where(is_class, value, 0.0), 0)
             slope_sum += tl.sum(tl.where(is_class, slope, 0.0), 0)
     out += token * NUM_SUMS
@@ -280,11 +279,10 @@ def gradient_kernel(
     student, teacher, student_max, student_log, untempered_log, teacher_max, teacher_log, shares, theta_l, theta_u,
     top_column, w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner,
     out, num_tokens, num_classes, stride, stride_out,
-    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr, HAS_SHARES: tl.constexpr,
-    F: tl.constexpr, BLOCK: tl.constexpr, IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr,
-    IS_NONE: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr,
-    HAS_TOKEN: tl.constexpr, HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr,
-    ADDS: tl.constexpr,
+    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_NONE: tl.constexpr,
+    HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
+    HAS_UNTEMPERED: tl.constexpr, HAS_LABEL: tl.constexpr, HAS_SPAN: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     """See ``tile_math.gradient``; with the label and span parts, and added to ``out`` where ``ADDS``."""
     token = tl.program_id(0).to(tl.int64)
@@ -316,7 +314,7 @@ def gradient_kernel(
         elif FORMULA is None:
             result -= factor_t * floored_exp(lp, 41.0 * F)
         else:
-            value, slope = _divergence(lp, lq, share, shares + token, HAS_SHARES, FORMULA, F)
+            value, slope = _divergence(lp, lq, share, shares + token, FORMULA, F)
             result += factor_t * slope
     if HAS_SPAN:
         q = floored_exp(lq, 20.0 * F)

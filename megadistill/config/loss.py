@@ -1,7 +1,7 @@
 """Section ``loss`` of a run's configuration, which is also what the losses take from Python."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -133,6 +133,22 @@ class LossConfig(Section):
         0.2,
         description="For generation.mode teacher_mixed and policy_reward return: the policy gradient follows "
         "importance weights no further than 1 -/+ this (PPO).",
+    )
+
+    divergence_teacher_text: TokenLoss | None = Field(
+        None,
+        description="For generation.mode contrast: the divergence on the teacher's text; null: loss.divergence, as on "
+        "the student's.",
+    )
+    adaptive_skew: bool = Field(
+        False,
+        description="For generation.mode contrast and skewed divergences: each row has its own skew, from 0.01 for "
+        "rows on which the models nearly agree to loss.skew (DistiLLM-2).",
+    )
+    student_text_weight: Annotated[float, Field(gt=0, lt=2)] = Field(
+        1.0,
+        description="For generation.mode contrast: weight of the student's text from the middle of the run on, which "
+        "is 1 at first; the teacher's is 2 minus that.",
     )
 
     if not TYPE_CHECKING:  # type checkers and editors see the fields as keywords

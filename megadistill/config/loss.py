@@ -1,7 +1,7 @@
 """Section ``loss`` of a run's configuration, which is also what the losses take from Python."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -32,6 +32,7 @@ TokenLoss = Literal[
     "jensen_shannon",
     "total_variation",
 ]
+SKEWED = frozenset({"skewed_forward_kl", "skewed_reverse_kl"})  # those of which ``skew`` is a setting
 SpanRelation = Literal["hadamard", "joint", "log"]
 Backend = Literal["auto", "torch", "compile", "triton"]
 
@@ -134,6 +135,22 @@ class LossConfig(Section):
         "importance weights no further than 1 -/+ this (PPO).",
     )
 
+    divergence_teacher_text: TokenLoss | None = Field(
+        None,
+        description="For generation.mode contrast: the divergence on the teacher's text; null: loss.divergence, as on "
+        "the student's.",
+    )
+    adaptive_skew: bool = Field(
+        False,
+        description="For generation.mode contrast and skewed divergences: each row has its own skew, from 0.01 for "
+        "rows on which the models nearly agree to loss.skew (DistiLLM-2).",
+    )
+    student_text_weight: Annotated[float, Field(gt=0, lt=2)] = Field(
+        1.0,
+        description="For generation.mode contrast: weight of the student's text from the middle of the run on, which "
+        "is 1 at first; the teacher's is 2 minus that.",
+    )
+
     if not TYPE_CHECKING:  # type checkers and editors see the fields as keywords
 
         def __init__(self, **settings: Any) -> None:
@@ -149,6 +166,11 @@ class LossConfig(Section):
     def is_clipped(self) -> bool:
         """Whether a mask is computed at all."""
         return self.dac_kl > 0 and self.divergence == "dac_kl" and self.clip != "off"
+
+    @property
+    def is_skewed(self) -> bool:
+        """Whether the divergence compares with a mixture of which ``skew`` is one side's share."""
+        return self.divergence in SKEWED
 
     @property
     def uses_teacher(self) -> bool:

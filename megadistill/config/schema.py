@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megadistill.config.checkpoint import CheckpointSection
+from megadistill.config.contrast import check_contrast
 from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.loss import LossConfig
@@ -142,14 +143,15 @@ class OffPolicySection(Section):
 class GenerationSection(SamplingOptions):
     """Section ``generation``."""
 
-    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher", "skd", "teacher_mixed"] = Field(
+    mode: Literal["on_policy", "off_policy", "mixed", "dataset", "teacher", "skd", "teacher_mixed", "contrast"] = Field(
         "on_policy",
         description="Source of the responses for the token and span losses. on_policy: the student generates them; "
         "off_policy: references first, then more and more student text, new or replayed (DistiLLM); "
         "mixed: student text in a random share of the steps, references in the others; "
         "dataset: the references; teacher: the teacher generates them once, before training (SeqKD); "
         "skd: the student writes, and the teacher replaces every token that it would hardly write (speculative KD); "
-        "teacher_mixed: each token is drawn from a mixture of teacher and student (MiniLLM).",
+        "teacher_mixed: each token is drawn from a mixture of teacher and student (MiniLLM); "
+        "contrast: that of on_policy and that of teacher, two rows of every prompt (DistiLLM-2).",
     )
     student_ratio: UnitInterval = Field(0.5, description="For mode mixed: probability of student text.")
     mixed_by: Literal["step", "row"] = Field(
@@ -158,11 +160,12 @@ class GenerationSection(SamplingOptions):
     skd: SkdSection = Field(default_factory=SkdSection, description="For mode skd.")
     off_policy: OffPolicySection = Field(default_factory=OffPolicySection, description="For mode off_policy.")
     teacher_temperature: NonNegativeFloat = Field(
-        0.0, description="For mode teacher: sampling temperature of the teacher; 0: greedy."
+        0.0, description="For modes teacher and contrast: sampling temperature of the teacher; 0: greedy."
     )
     teacher_cache: NonEmptyStr | None = Field(
         None,
-        description="For mode teacher: file of the teacher's responses, written once; null: RUN/teacher_text.jsonl.",
+        description="For modes teacher and contrast: file of the teacher's responses, written once; null: "
+        "RUN/teacher_text.jsonl.",
     )
     teacher_share: OpenUnitInterval = Field(
         0.2, description="For mode teacher_mixed: alpha, the teacher's share of the mixture."
@@ -355,6 +358,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _policy(self) -> "RunConfig":
         check_policy(self)
+        check_contrast(self)
         return self
 
     @model_validator(mode="after")

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 NO_ERROR = -1
 TokenIds = tuple[int, ...]
+
+
+class RowLoss(NamedTuple):
+    """The token loss of a row of its own (``generation.mode`` contrast).
+
+    Attributes:
+        divergence: In place of ``loss.divergence``.
+        skew: In place of ``loss.skew``; None: that.
+        weight: Factor of the row.
+    """
+
+    divergence: str
+    skew: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Sample:
         pair_mask: ``pair_mask[t]`` is True where response tokens t and t + 1 are in one span.
         error_position: Response position of the first correction, ``NO_ERROR`` for none.
         num_corrections: Rounds of SCRG that changed the response.
+        row_loss: Its own token loss; None: as the configuration says.
         is_finite: False where the student's logits were NaN or infinite while it wrote, which ended the response.
     """
 
@@ -47,6 +63,7 @@ class Sample:
     num_corrections: int = 0
     is_finite: bool = True
     targets: Sequence[tuple[int, int]] = ()
+    row_loss: RowLoss | None = None
 
     @property
     def num_reference_tokens(self) -> int:

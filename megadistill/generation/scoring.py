@@ -14,7 +14,7 @@ from megadistill.config.loss import Backend
 from megadistill.data.sample import TokenIds
 from megadistill.decoding.protocols import TextModel
 from megadistill.decoding.sampling import Sampling, draw_tokens, sampling_numbers
-from megadistill.losses import Head, label_scores, token_kl
+from megadistill.losses import Head, label_nats, label_scores, token_kl
 from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.rng import Stream
 from megadistill.parallel.vocab import VocabShard
@@ -141,6 +141,25 @@ class _View:
         """Log-probability, regret and rank of each written token."""
         empty = [like[:0].double(), like[:0].double(), like[:0].long()]
         return [torch.cat(parts) for parts in zip(empty, *self._text, strict=True)]
+
+
+def mean_probabilities(
+    texts: Sequence[TokenIds], hidden: Sequence[torch.Tensor], head: OutputHead, *, backend: Backend = "auto"
+) -> list[float]:
+    """Geometric mean of a model's probabilities of the tokens of each text; 1 for a text without tokens.
+
+    Communicates over the tensor-parallel group as ``label_nats`` does.
+
+    Args:
+        texts: The tokens.
+        hidden: [length, H] of each text, the hidden states that predict its tokens.
+        head: The model's head.
+        backend: What runs the losses.
+    """
+    labels = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=head.weight.device)
+    nats = label_nats(Head.of(_concatenated(hidden, head.weight), head), labels, head.shard, backend=backend)
+    parts = nats.split([len(text) for text in texts])
+    return torch.stack([part.sum() / max(1, len(part)) for part in parts]).neg().exp().tolist()
 
 
 def padded_tokens(responses: Sequence[TokenIds], mask: torch.Tensor) -> torch.Tensor:

@@ -84,9 +84,14 @@ def with_teacher_states(samples: Sequence[Sample], teacher: TextModel | None, ex
     """
     if teacher is None:
         return list(samples)
-    states = TeacherStates(teacher.prefiller(examples_per_pass), [sample.prompt_ids for sample in samples])
-    states.update([sample.response_ids or () for sample in samples], [0] * len(samples))
     return [
         sample if sample.response_ids is None else replace(sample, teacher_hidden=hidden)
-        for sample, hidden in zip(samples, states.hidden, strict=True)
+        for sample, hidden in zip(samples, states_of(samples, teacher, examples_per_pass), strict=True)
     ]
+
+
+def states_of(samples: Sequence[Sample], model: TextModel, examples_per_pass: int) -> list[torch.Tensor | None]:
+    """A model's hidden states [length, H] that predict each sample's response, in one call of its prefiller."""
+    states = TeacherStates(model.prefiller(examples_per_pass), [sample.prompt_ids for sample in samples])
+    states.update([sample.response_ids or () for sample in samples], [0] * len(samples))
+    return states.hidden

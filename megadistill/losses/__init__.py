@@ -1,7 +1,7 @@
 """The objective: cross-entropy, DAC-KL and its baselines, span term and gate, on vocabulary shards."""
 
 from megadistill.config.loss import LossConfig
-from megadistill.losses.cross_entropy import cross_entropy
+from megadistill.losses.cross_entropy import cross_entropy, label_nats
 from megadistill.losses.fused import IGNORE_INDEX
 from megadistill.losses.head import Head
 from megadistill.losses.objective import distill_loss
@@ -20,6 +20,7 @@ __all__ = [
     "TeacherTopK",
     "cross_entropy",
     "distill_loss",
+    "label_nats",
     "label_scores",
     "token_kl",
 ]

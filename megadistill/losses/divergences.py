@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megadistill.config.loss import LossConfig
 
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-Reference = Callable[[Tensor, Tensor, float], Tensor]
+Share = float | Tensor
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Share], tuple[Tensor, Tensor]]
+Reference = Callable[[Tensor, Tensor, Share], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Divergence:
             ``def`` with arithmetic and the functions ``exp``, ``absolute``, ``sign`` and ``log_mixture`` of this module
             only (another function needs its Triton twin in ``triton_kernels.py``). None for the forward KL, whose sums
             the kernels compute in any case.
-        share: The share of the mixture that the formulas get, for divergences that have one.
+        share: The share of the mixture that the formulas get, for divergences that have one: a number, or one for each
+            token [T, 1].
         needs_support: Whether it is infinite where the teacher excludes a class.
     """
 
@@ -45,7 +47,7 @@ class Divergence:
 exp, absolute, sign = torch.exp, torch.abs, torch.sign
 
 
-def log_mixture(gap: Tensor, share: float) -> Tensor:
+def log_mixture(gap: Tensor, share: Share) -> Tensor:
     """Computes log((1 - share) + share exp(gap)); where the gap is too large for exp, the other side's term is 0.
 
     With gap = log p - log q this is the log of a mixture over q: near p = q a quotient would lose all digits.
@@ -63,38 +65,38 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def _mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+def _mix(log_a: Tensor, log_b: Tensor, share: Share) -> Tensor:
     """Computes log(share a + (1 - share) b)."""
     return (share * log_a.exp() + (1 - share) * log_b.exp()).log()
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     value = q * (log_q - log_p)
     return value, value
 
 
-def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     mixture = log_mixture(-(log_p - log_q), 1.0 - share)
     return -p * mixture, (share - 1.0) * q * exp(-mixture)
 
 
-def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     mixture = log_mixture(log_p - log_q, 1.0 - share)
     return -q * mixture, -q * (mixture + share * exp(-mixture))
 
 
-def _jensen_shannon(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _jensen_shannon(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     gap = log_p - log_q
     slope = (share - 1.0) * q * log_mixture(gap, share)
     return slope - share * p * log_mixture(-gap, 1.0 - share), slope
 
 
-def _jensen_shannon_reference(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+def _jensen_shannon_reference(log_p: Tensor, log_q: Tensor, share: Share) -> Tensor:
     mixture = _mix(log_p, log_q, share)
     return share * kl(log_p, mixture) + (1 - share) * kl(log_q, mixture)
 
 
-def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     difference = q - p
     return 0.5 * absolute(difference), 0.5 * q * sign(difference)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megadistill import IGNORE_INDEX
+from megadistill.config.loss import LossConfig
 from megadistill.errors import ConfigError, DataError
 from megadistill.losses.head import Head, LogitsProjector
 from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
@@ -48,6 +49,16 @@ def check_weights(weights: Tensor | None, num_tokens: int) -> None:
     """Raises ValueError for weights that are not one number a token."""
     if weights is not None and weights.shape != (num_tokens,):
         raise ValueError(f"token_weights must have shape ({num_tokens},), got {tuple(weights.shape)}")
+
+
+def check_skews(skews: Tensor | None, num_tokens: int, config: LossConfig) -> None:
+    """Raises ValueError for skews that are not one number a token, or that the divergence does not have."""
+    if skews is None:
+        return
+    if skews.shape != (num_tokens,):
+        raise ValueError(f"skews must have shape ({num_tokens},), got {tuple(skews.shape)}")
+    if not config.is_skewed:
+        raise ValueError(f"skews are for skewed divergences, not for loss.divergence={config.divergence}")
 
 
 def weights_of(weights: Tensor | None, positions: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -9,7 +9,7 @@ classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from megadistill.losses.fused import (
     bias_shifts,
     check_labels,
     check_shard,
+    check_skews,
     check_weights,
     chunk_size,
     chunks,
@@ -65,6 +66,7 @@ def distill_loss(
     token_weights: Tensor | None = None,
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
+    skews: Tensor | None = None,
 ) -> DistillOutput:
     """Weighted sum of the terms, differentiable in the student's head and the gate.
 
@@ -82,17 +84,16 @@ def distill_loss(
         student: Hidden states [T, H] and head shard.
         teacher: The same, or its top classes.
         labels: [T] int64; all terms ignore a token with label -100, whatever it contains.
-        pair_mask: [T] bool: positions t and t + 1 are one span pair, which counts where neither is ignored. A span is
-            a longest run of pairs.
+        pair_mask: [T] bool: positions t and t + 1, neither ignored, are one span pair. A span is a longest run of them.
         gate: Needed where ``config.uses_gate``; called with (sorted_log_probs [C, K], log_tail [C]).
         config: The three terms and their options.
         shard: This rank's slice of the vocabulary.
         num_tokens: Global count that divides the sums over tokens. Averaging over data-parallel ranks is the caller's.
-        num_pairs: Global count that divides the sum over pairs (``span_relation`` joint and log: over spans); for 0
-            the span term is 0.
+        num_pairs: The same of the sum over pairs (``span_relation`` joint and log: spans); for 0 the span term is 0.
         token_weights: [T] factors of the tokens in the sums over tokens; None: 1. The span term has none.
         rows: [T] int64, not falling: the row of each token, for ``policy_reward`` return; None: all are one row.
         teacher_share: The teacher's share in what the labels were drawn from, for the policy term.
+        skews: [T] each token's own ``config.skew``, for a skewed divergence.
 
     Raises:
         ConfigError: The gate is missing or does not fit, or the backend cannot run here.
@@ -100,8 +101,9 @@ def distill_loss(
         DataError: A label is not a class.
     """
     call = _Call(
-        teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share
-    )
+        teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share,
+        skews,
+    )  # fmt: skip
     _check_shapes(student, call)
     parameters = learning_parameters(gate, config)
     needs = needs_gradient(student, torch.is_grad_enabled())
@@ -125,6 +127,7 @@ def _check_shapes(student: Head, call: _Call) -> None:
     if pair_mask.shape != call.labels.shape or pair_mask.dtype != torch.bool:
         raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
     check_weights(call.token_weights, length)
+    check_skews(call.skews, length, call.config)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class _Call:
     token_weights: Tensor | None
     rows: Tensor | None
     teacher_share: float
+    skews: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -156,18 +160,11 @@ class _TokenTerms:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: _Call,
-        needs: tuple[bool, bool, bool],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, needs: tuple[bool, bool, bool], *tensors: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias, *parameters = tensors
         head = Head(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            fused = _FusedPass(call, head, needs, list(parameters))
+            fused = _FusedPass(call, head, needs, parameters)
             for chunk, num_halo in fused.chunks:
                 fused.step(chunk, num_halo)
             fused.gradients.reduce(call.shard.group)
@@ -197,6 +194,7 @@ class _FusedPass:
         follows[:-1] = self.positions[1:] == self.positions[:-1] + 1
         self.is_pair = call.pair_mask[self.positions] & follows
         self.token_weights = weights_of(call.token_weights, self.positions, self.dtype)
+        self.skews = weights_of(call.skews, self.positions, self.dtype)
         self.inv_num_tokens = inverse_count(call.num_tokens, device)
         self.inv_num_pairs = inverse_count(call.num_pairs, device)
         self.spec = TileSpec.of(config, has_edges=bool(parameters) and config.uses_gate)
@@ -247,6 +245,8 @@ class _FusedPass:
         is_own[:num_halo] = 0.0
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
+        if self.skews is not None:
+            stats = replace(stats, norms=stats.norms._replace(share=self.skews[chunk]))
         bounds = mask = None
         if config.is_clipped:
             mask = self._mask(stats, is_own)

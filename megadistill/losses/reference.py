@@ -48,11 +48,9 @@ def reference_loss(
     token_weights: Tensor | None = None,
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
+    skews: Tensor | None = None,
 ) -> ReferenceOutput:
-    """As ``distill_loss``, with the whole vocabulary in one process.
-
-    Back-propagate ``loss`` for the student and ``gate_objective`` for the gate.
-    """
+    """As ``distill_loss`` in one process; the student descends ``loss`` and the gate ``gate_objective``."""
     is_valid = labels != IGNORE_INDEX
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
@@ -71,7 +69,8 @@ def reference_loss(
     sft = mean(F.cross_entropy(logits_TV, labels[positions], reduction="none"))
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
-    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
+    skews = None if skews is None else skews[positions].unsqueeze(-1)
+    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config, skews))
 
     places, first = _label_places(teacher, positions, labels), _first_of_pairs(pair_mask, is_valid)
     span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
@@ -348,12 +347,12 @@ def _quantiles(
     return lower.logit(), None if config.upper == 1 else upper.logit()
 
 
-def _token_values(log_p: Tensor, log_q: Tensor, mask: _Mask, config: LossConfig) -> Tensor:
-    """The token loss [T], not multiplied by the temperature squared."""
+def _token_values(log_p: Tensor, log_q: Tensor, mask: _Mask, config: LossConfig, skews: Tensor | None) -> Tensor:
+    """The token loss [T], not multiplied by the temperature squared; ``skews`` [T, 1] are the tokens' own."""
     if config.is_clipped or config.divergence == "dac_kl":
         return _clipped_kl(log_p, log_q, mask.kept, mask.clipped, config.remainder)
     divergence = DIVERGENCES[config.divergence]
-    return divergence.reference(log_p, log_q, divergence.share(config))
+    return divergence.reference(log_p, log_q, divergence.share(config) if skews is None else skews)
 
 
 def _clipped_kl(log_p: Tensor, log_q: Tensor, mask: Tensor, complement: Tensor, remainder: str) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadistill.losses.divergences import saturation
+from megadistill.losses.divergences import Share, saturation
 from megadistill.losses.tiles import (
     UPPER_EDGE,
     ClippedSum,
@@ -61,7 +61,7 @@ def sums(
     if not spec.is_clipped:
         if spec.formula is None:
             return kl.unsqueeze(-1)
-        value, slope = spec.formula(lp, lq, p, _exp(lq), spec.share)
+        value, slope = spec.formula(lp, lq, p, _exp(lq), _share(spec, norms))
         return torch.stack([kl, value.sum(-1), slope.sum(-1)], -1)
     assert bounds is not None
     mask = soft_mask(spec, lp, bounds, spec.has_edges)
@@ -150,7 +150,7 @@ def gradient(
         elif spec.formula is None:
             result = result - factor * _exp(lp)
         else:
-            result = result + factor * spec.formula(lp, lq, _exp(lp), _exp(lq), spec.share)[1]
+            result = result + factor * spec.formula(lp, lq, _exp(lp), _exp(lq), _share(spec, norms))[1]
     out_CVs.copy_(result)
 
 
@@ -301,6 +301,11 @@ def log_p(spec: TileSpec, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
     """The teacher's log-probabilities."""
     assert norms.teacher_max is not None and norms.teacher_log is not None
     return _log_probs(spec, teacher_CVs, norms.teacher_max, norms.teacher_log)
+
+
+def _share(spec: TileSpec, norms: LogNormalizers) -> Share:
+    """What the formula gets: one number, or one for each token [C, 1]."""
+    return spec.share if norms.share is None else norms.share.unsqueeze(-1)
 
 
 def _log_probs(spec: TileSpec, tile_CVs: Tensor, largest: Tensor, log_sum: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class LogNormalizers(NamedTuple):
     """What turns logits into log-probabilities, per token [C].
 
     For the student log q = (logit - student_max) / tau - student_log; the same for the teacher. ``untempered_log`` is
-    ``student_log`` at temperature 1.
+    ``student_log`` at temperature 1; ``share`` is what the formula gets where tokens differ in ``TileSpec.share``.
     """
 
     student_max: Tensor
@@ -181,6 +181,7 @@ class LogNormalizers(NamedTuple):
     untempered_log: Tensor | None = None
     teacher_max: Tensor | None = None
     teacher_log: Tensor | None = None
+    share: Tensor | None = None
 
 
 class EdgeNodes(NamedTuple):

@@ -136,7 +136,7 @@ class TopKTeacher:
         In a span's product the teacher's probability of a class that is not listed counts as 0.
         """
         zeros = torch.zeros_like(norms.student_max)
-        self._small_norms = LogNormalizers(zeros, zeros, None, zeros, zeros)
+        self._small_norms = LogNormalizers(zeros, zeros, None, zeros, zeros, norms.share)
         self._small_bounds = None if bounds is None else bounds._replace(top_column=self._top_place)
         sums = self._small_kernels.sums(
             self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds

@@ -63,8 +63,9 @@ class TritonKernels(TorchKernels):
         num_sums = len(ClippedSum) if spec.is_clipped else spec.num_sums
         out = student_CVs.new_empty(num_tokens, num_sums)
         kernels.sums_kernel[(num_tokens,)](
-            student_CVs, teacher_CVs, *_normalizers(norms), *_bounds(bounds, norms), out, num_classes,
-            student_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.share,
+            student_CVs, teacher_CVs, *_normalizers(norms), _or(norms.share, norms.student_max),
+            *_bounds(bounds, norms), out, num_classes, student_CVs.stride(0), 1.0 / spec.temperature,
+            _inverse(spec.softness), _share(spec, norms),
             IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula),
             IS_BUCKET=spec.remainder == "bucket", IS_TRUNCATE=spec.remainder == "truncate",
             IS_NONE=spec.remainder == "none", HAS_TOTALS=spec.has_totals, HAS_UPPER=spec.has_upper,
@@ -116,9 +117,9 @@ class TritonKernels(TorchKernels):
         has_teacher = teacher_CVs is not None
         kernels.gradient_kernel[(num_tokens, triton.cdiv(num_classes, _BLOCK))](
             student_CVs, student_CVs if teacher_CVs is None else teacher_CVs, *normalizers[:2],
-            _or(norms.untempered_log, unread), *normalizers[2:], *_bounds(bounds, norms),
+            _or(norms.untempered_log, unread), *normalizers[2:], _or(norms.share, unread), *_bounds(bounds, norms),
             *(_or(part, unread) for part in weights), out_CVs, num_tokens, num_classes, student_CVs.stride(0),
-            out_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), spec.share,
+            out_CVs.stride(0), 1.0 / spec.temperature, _inverse(spec.softness), _share(spec, norms),
             IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula),
             IS_BUCKET=spec.remainder == "bucket", IS_NONE=spec.remainder == "none", HAS_TOTALS=spec.has_totals,
             HAS_UPPER=spec.has_upper, HAS_BUCKET=spec.has_bucket,
@@ -164,6 +165,11 @@ def _bounds(bounds: MaskBounds | None, norms: LogNormalizers) -> tuple[Tensor, .
 def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
     """A contiguous tensor; ``unread`` for None, because a kernel needs a pointer even for what it does not read."""
     return unread if tensor is None else tensor.contiguous()
+
+
+def _share(spec: TileSpec, norms: LogNormalizers) -> float | None:
+    """The share that all tokens have; None: each has its own."""
+    return spec.share if norms.share is None else None
 
 
 def _inverse(softness: float) -> float:

@@ -95,7 +95,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def _log_mixture(gap, share: tl.constexpr):
+def _log_mixture(gap, share):
     """Log of (1 - share) + share exp(gap); by series where the gap is so small that exp(gap) - 1 would lose digits."""
     gap = tl.minimum(gap, 640.0 if gap.dtype == tl.float64 else 80.0)
     series = gap * (1.0 + gap * (0.5 + gap * (1.0 / 6.0 + gap * (1.0 / 24.0 + gap * (1.0 / 120.0 + gap / 720.0)))))
@@ -132,21 +132,25 @@ def triton_formula(formula: Formula | None) -> Any:
         return None
     assert isinstance(formula, FunctionType)
     # Triton looks up annotations too.
-    names = {"__name__": __name__, "tl": tl, "Tensor": tl.tensor, **_FORMULA_NAMES}
+    names = {"__name__": __name__, "tl": tl, "Tensor": tl.tensor, "Share": None, **_FORMULA_NAMES}
     return triton.jit(FunctionType(formula.__code__, names, formula.__name__))
 
 
 @triton.jit
-def _divergence(lp, lq, share: tl.constexpr, FORMULA: tl.constexpr, F: tl.constexpr):
-    """Returns value and slope."""
-    return FORMULA(lp, lq, floored_exp(lp, 41.0 * F), floored_exp(lq, 41.0 * F), share)
+def _divergence(lp, lq, share: tl.constexpr, shares, FORMULA: tl.constexpr, F: tl.constexpr):
+    """Returns value and slope; a share of None is the token's own, at ``shares``."""
+    p, q = floored_exp(lp, 41.0 * F), floored_exp(lq, 41.0 * F)
+    if share is None:
+        value, slope = FORMULA(lp, lq, p, q, tl.load(shares))
+    else:
+        value, slope = FORMULA(lp, lq, p, q, share)
+    return value, slope
 
 
 @triton.jit
 def sums_kernel(
-    student, teacher, student_max, student_log, teacher_max, teacher_log, theta_l, theta_u, top_column, out,
-    num_classes, stride,
-    inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
+    student, teacher, student_max, student_log, teacher_max, teacher_log, shares, theta_l, theta_u, top_column, out,
+    num_classes, stride, inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr,
     IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_TRUNCATE: tl.constexpr,
     IS_NONE: tl.constexpr, HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_EDGES: tl.constexpr,
     HAS_BUCKET: tl.constexpr, F: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr,
@@ -213,7 +217,7 @@ def sums_kernel(
                     over = 1.0 / (1.0 + e)
                     dense_u += tl.sum(e * over * over * beside, 0)
         elif FORMULA is not None:
-            value, slope = _divergence(lp, lq, share, FORMULA, F)
+            value, slope = _divergence(lp, lq, share, shares + token, FORMULA, F)
             value_sum += tl.sum(tl.where(is_class, value, 0.0), 0)
             slope_sum += tl.sum(tl.where(is_class, slope, 0.0), 0)
     out += token * NUM_SUMS
@@ -272,9 +276,9 @@ def span_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    student, teacher, student_max, student_log, untempered_log, teacher_max, teacher_log, theta_l, theta_u, top_column,
-    w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner, out,
-    num_tokens, num_classes, stride, stride_out,
+    student, teacher, student_max, student_log, untempered_log, teacher_max, teacher_log, shares, theta_l, theta_u,
+    top_column, w_student, w_teacher, w_bucket, log_norm, w_untempered, w_label, label_column, span_pair, span_inner,
+    out, num_tokens, num_classes, stride, stride_out,
     inverse: tl.constexpr, softness_inverse: tl.constexpr, share: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
     IS_CLIPPED: tl.constexpr, FORMULA: tl.constexpr, IS_BUCKET: tl.constexpr, IS_NONE: tl.constexpr,
     HAS_TOTALS: tl.constexpr, HAS_UPPER: tl.constexpr, HAS_BUCKET: tl.constexpr, HAS_TOKEN: tl.constexpr,
@@ -310,7 +314,7 @@ def gradient_kernel(
         elif FORMULA is None:
             result -= factor_t * floored_exp(lp, 41.0 * F)
         else:
-            value, slope = _divergence(lp, lq, share, FORMULA, F)
+            value, slope = _divergence(lp, lq, share, shares + token, FORMULA, F)
             result += factor_t * slope
     if HAS_SPAN:
         q = floored_exp(lq, 20.0 * F)

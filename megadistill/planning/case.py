@@ -21,7 +21,7 @@ from megadistill.planning.shape import ModelOutline, ModelShape
 S = TypeVar("S", bound=Section)
 # DeepSpeed's own value (deepspeed/runtime/zero/config.py) of what the project does not set.
 _ZERO_DEFAULTS: Mapping[str, Any] = {"sub_group_size": 1_000_000_000}
-STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed", "skd", "teacher_mixed"})
+STUDENT_TEXT = frozenset({"on_policy", "off_policy", "mixed", "skd", "teacher_mixed", "contrast"})
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Case:
         data, generation = self.config.data, self.config.generation
         longest = data.max_prompt_tokens + min(generation.max_new_tokens, data.max_tokens - 1)
         of_teacher = self.teacher.kv_bytes(self.teacher_bytes) if self.writes and self.teacher else 0
-        is_beside = generation.mode == "teacher_mixed"
+        is_beside = source_class(self.config).cache_needs().is_written_by_both
         return plan_decode_batches(
             examples_per_rank=self.examples,
             columns=longest,

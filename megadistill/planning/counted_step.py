@@ -92,6 +92,9 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
             "a step on the student's text; generation.mode=teacher_mixed also needs what the teacher writes with"
         )
         mode, scrg = "on_policy", scrg.model_copy(update={"enabled": False})
+    if mode == "contrast":
+        notes.append("a step on the student's text; generation.mode=contrast also trains on the teacher's")
+        mode = "on_policy"
     if mode == "teacher":
         notes.append("a step on the teacher's text, which was written before training")
         mode = "dataset"

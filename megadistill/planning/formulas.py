@@ -49,6 +49,8 @@ def assumptions(case: Case) -> tuple[str, ...]:
         lines.append(f"generation.scrg.after={scrg.after}: what the student would write anew is counted")
     if mode == "teacher_mixed":
         lines.append("generation.mode=teacher_mixed: the teacher's writing beside the student's is not counted")
+    elif mode == "contrast":
+        lines.append("generation.mode=contrast: the teacher's text, a second row of every prompt, is not counted")
     elif case.writes and mode not in ("on_policy", "skd"):
         lines.append(f"generation.mode={mode}: this is a step with student text; steps with other text use less")
     lines.append(f"the vocabulary has the {case.models.vocab_size} rows that the models share (no tokenizer is read)")

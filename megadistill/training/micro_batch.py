@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from megadistill.data.collate import IGNORE_INDEX, SequenceBatch, concatenated, right_padded
-from megadistill.data.sample import Sample, TokenIds
+from megadistill.data.sample import RowLoss, Sample, TokenIds
 from megadistill.losses import DistillOutput, Head, LossConfig, QuantileGate, cross_entropy, distill_loss
 from megadistill.losses.output import TERMS
 from megadistill.parallel.output_head import OutputHead
+from megadistill.training.row_parts import RowPart, row_parts
 
 # What each term contributes to the gradient, in metrics.jsonl, after the name of its weight in LossConfig.
 GRADIENT_NAMES = tuple(f"gradient_share/{name}" for name in TERMS)
@@ -67,6 +68,7 @@ class MicroBatch:
         kd_labels: [T_kd] the tokens that they predict.
         sft_lengths: Tokens of each reference that are predicted, in the order of ``sft_index``.
         kd_lengths: The same of the responses.
+        row_losses: Token losses that responses have in place of the configuration's.
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
         num_tokens: Columns that are no padding.
@@ -82,6 +84,7 @@ class MicroBatch:
     pair_mask: torch.Tensor
     teacher_hidden: torch.Tensor | None
     num_tokens: int
+    row_losses: tuple[RowLoss | None, ...] = ()
 
     @property
     def num_columns(self) -> int:
@@ -91,7 +94,7 @@ class MicroBatch:
     @property
     def is_shared(self) -> bool:
         """Whether the responses are the references: one pass over the head then computes all three losses."""
-        return torch.equal(self.sft_index, self.kd_index)
+        return torch.equal(self.sft_index, self.kd_index) and not any(self.row_losses)
 
 
 def sequences_of(sample: Sample) -> list[tuple[TokenIds, TokenIds]]:
@@ -153,6 +156,7 @@ def build_micro_batch(
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
         num_tokens=sum(batch.lengths) if sequences else 0,
+        row_losses=tuple(sample.row_loss for sample in with_kd),
     )
 
 
@@ -210,7 +214,7 @@ class MicroBatchLoss:
         gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
             position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
-        output: The teacher's losses; None before the call.
+        outputs: The teacher's losses, of each part of the rows; none before the call.
     """
 
     micro_batch: MicroBatch
@@ -222,19 +226,21 @@ class MicroBatchLoss:
     teacher_share: float = 0.0
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
-    output: DistillOutput | None = None
+    outputs: list[DistillOutput] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, torch.Tensor]:
         """This micro-batch's share of the losses' metrics, by name; only what was computed."""
-        metrics = {} if self.output is None else self.output.metrics
+        metrics: dict[str, torch.Tensor] = {}
+        for output in self.outputs:
+            metrics |= {name: value + metrics.get(name, 0.0) for name, value in output.metrics.items()}
         return metrics if self.sft is None else metrics | {"loss/sft": self.sft}
 
     @property
     def is_finite(self) -> bool:
         """Whether the losses that were computed are finite numbers (waits for the device)."""
         values = [] if self.sft is None else [self.sft]
-        values += [] if self.output is None else [self.output.loss]
+        values += [output.loss for output in self.outputs]
         return all(math.isfinite(float(value.detach())) for value in values)
 
     def __call__(self, hidden: torch.Tensor, head: OutputHead) -> torch.Tensor:
@@ -245,13 +251,12 @@ class MicroBatchLoss:
         if self.teacher_head is None or not config.uses_teacher:
             return self._reference_loss(flat, head)
         if micro.is_shared and self.counts.of_references(config) == self.counts.of_responses(config):
-            self.output = self._distill(flat, head, self.teacher_head, config)
-            self.sft = self.output.sft
-            return self.output.loss
-        self.output = self._distill(flat, head, self.teacher_head, config.replace(sft=0.0))
-        if config.sft == 0:
-            return self.output.loss
-        return self.output.loss + self._reference_loss(flat, head)
+            self.outputs = self._distill(flat, head, self.teacher_head, config)
+            self.sft = self.outputs[0].sft
+            return self.outputs[0].loss
+        self.outputs = self._distill(flat, head, self.teacher_head, config.replace(sft=0.0))
+        loss = _total(self.outputs)
+        return loss if config.sft == 0 else loss + self._reference_loss(flat, head)
 
     def _weights(self, lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
         return row_weights(lengths, device) if self.config.average == "row" else None
@@ -272,7 +277,7 @@ class MicroBatchLoss:
                     loss = config.sft * self._cross_entropy(leaf, frozen)
                 else:
                     assert self.teacher_head is not None
-                    loss = self._distill(leaf, frozen, self.teacher_head, config).loss
+                    loss = _total(self._distill(leaf, frozen, self.teacher_head, config))
                 (gradient,) = torch.autograd.grad(loss, leaf)
             self.gradient_squares[name] = gradient.double().square().sum()
 
@@ -294,21 +299,36 @@ class MicroBatchLoss:
 
     def _distill(
         self, flat: torch.Tensor, head: OutputHead, teacher_head: OutputHead, config: LossConfig
+    ) -> list[DistillOutput]:
+        """The teacher's losses, of one part of the rows after the other."""
+        micro = self.micro_batch
+        parts = row_parts(micro.kd_lengths, micro.row_losses, config, flat.device)
+        return [self._distill_part(part, flat, head, teacher_head) for part in parts]
+
+    def _distill_part(
+        self, part: RowPart, flat: torch.Tensor, head: OutputHead, teacher_head: OutputHead
     ) -> DistillOutput:
-        micro, teacher_hidden = self.micro_batch, self.micro_batch.teacher_hidden
+        micro, config, teacher_hidden = self.micro_batch, part.config, self.micro_batch.teacher_hidden
         if teacher_hidden is None:
             teacher_hidden = teacher_head.weight.new_zeros(0, teacher_head.weight.shape[1])
+        tensors = (micro.kd_index, teacher_hidden, micro.kd_labels, micro.pair_mask)
+        index, states, labels, pair_mask = tensors if part.tokens is None else (t[part.tokens] for t in tensors)
         return distill_loss(
-            Head.of(flat[micro.kd_index], head),
-            Head.of(teacher_hidden, teacher_head),
-            micro.kd_labels,
-            micro.pair_mask,
+            Head.of(flat[index], head),
+            Head.of(states, teacher_head),
+            labels,
+            pair_mask,
             self.gate,
             config,
             head.shard,
             num_tokens=self.counts.of_responses(config),
             num_pairs=self.counts.of_spans(config),
-            token_weights=self._weights(micro.kd_lengths, flat.device),
+            token_weights=part.weights,
             rows=row_numbers(micro.kd_lengths, flat.device) if config.policy > 0 else None,
             teacher_share=self.teacher_share,
+            skews=part.skews,
         )
+
+
+def _total(outputs: Sequence[DistillOutput]) -> torch.Tensor:
+    return torch.stack([output.loss for output in outputs]).sum()

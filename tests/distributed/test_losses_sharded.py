@@ -30,6 +30,7 @@ from tests.support.objective import (
     make_gate,
     make_problem,
     make_rows,
+    make_skews,
     run_fused,
     run_reference,
     with_top_k,
@@ -93,6 +94,17 @@ def test_divergences_equal_the_reference(tp_size):
         for divergence, temperature in itertools.product(["dac_kl", *DIVERGENCES], [1.0, 2.0]):
             config = CONFIG.replace(divergence=divergence, temperature=temperature, clip="off")
             check(rank, make_problem(), config, None, torch.float64, 1e-10)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_skews_of_tokens_equal_the_reference(tp_size):
+    def body(rank):
+        for direction, temperature in itertools.product(["forward", "reverse"], [1.0, 2.0]):
+            config = CONFIG.replace(divergence=f"skewed_{direction}_kl", temperature=temperature)
+            check(rank, make_skews(make_problem()), config, None, torch.float64, 1e-10)
+            check(rank, make_skews(with_top_k(make_problem(), 20, temperature)), config, None, torch.float64, 1e-10)
 
     run_ranks(body, tp_size)
 

@@ -43,6 +43,16 @@ MODES: dict[str, tuple[str, ...]] = {
         "loss.policy_reward=return",
         "loss.divergence=reverse_kl",
     ),
+    "contrast": (
+        "generation.mode=contrast",
+        "generation.teacher_temperature=0.8",
+        "generation.scrg.enabled=false",
+        "loss.divergence=skewed_reverse_kl",
+        "loss.divergence_teacher_text=skewed_forward_kl",
+        "loss.adaptive_skew=true",
+        "loss.student_text_weight=1.5",
+        "loss.average=row",
+    ),
     "mixed by row": ("generation.mode=mixed", "generation.mixed_by=row", "loss.average=row", "loss.span_relation=log"),
     "first, kept": ("generation.scrg.error=first", "generation.scrg.after=keep", "generation.scrg.competence=0.001"),
     "text": ("generation.mode=teacher", "loss.sft_text=text", "loss.dac_kl=0", "loss.span=0"),
@@ -106,7 +116,8 @@ def test_some_modes_on_more_layouts(assets: Path, reference: Path, tmp_path: Pat
     some = [
         run
         for run in runs
-        if Path(run[0]).name in ("off_policy", "three rounds", "narrow", "skd", "mixed by row", "teacher_mixed")
+        if Path(run[0]).name
+        in ("off_policy", "three rounds", "narrow", "skd", "mixed by row", "teacher_mixed", "contrast")
     ]
     _assert_same(tmp_path, reference, tp_size, dp_size, some)
 
@@ -127,6 +138,7 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
     # In the dataset steps of mixed, too, rows without a reference are written.
     always = [
         "teacher_mixed",
+        "contrast",
         "without correction",
         "three rounds",
         "one token",
@@ -170,6 +182,24 @@ def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)["off_policy"]
     assert state["schedule"]["phi"] == _every(tmp_path / "whole", "phi")[6]
+
+
+def test_text_without_a_state_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
+    """teacher_mixed with the policy term, and contrast with its skews and weights, at tp 1 x dp 2."""
+    runs = []
+    for mode in ("teacher_mixed", "contrast"):
+        more = (*MODES[mode], "train.max_steps=4", "train.save_every=2", "parallel.tp_size=1")
+        whole, resumed = tmp_path / mode / "whole", tmp_path / mode / "resumed"
+        again = (*more, f"train.resume={whole / 'checkpoints' / 'step_2'}")
+        runs += [(str(out), settings(assets, "llama", *those)) for out, those in ((whole, more), (resumed, again))]
+    run_layout(2, runs)
+    for mode in ("teacher_mixed", "contrast"):
+        whole, resumed = tmp_path / mode / "whole", tmp_path / mode / "resumed"
+        for key in ("loss", "loss/policy", "contrast/teacher_skew", "contrast/student_weight", "grad_norm"):
+            assert _every(resumed, key) == _every(whole, key)[2:], (mode, key)
+        ours, theirs = weights(resumed, 4), weights(whole, 4)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), mode
+    assert _every(tmp_path / "contrast" / "whole", "contrast/student_weight") == [1.0, 1.25, 1.5, 1.5]
 
 
 def _every(run_dir: Path, key: str) -> list[float | None]:

@@ -30,6 +30,7 @@ class Problem:
     token_weights: Tensor | None = None
     rows: Tensor | None = None
     teacher_share: float = 0.0
+    skews: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -74,6 +75,11 @@ def make_rows(problem: Problem, teacher_share: float = 0.0) -> Problem:
     lengths = torch.tensor([3, 1, 9, 2, 100])
     rows = torch.arange(5).repeat_interleave(lengths)[: len(problem.labels)]
     return replace(problem, rows=rows, teacher_share=teacher_share)
+
+
+def make_skews(problem: Problem) -> Problem:
+    """The same problem with a skew of each token's own."""
+    return replace(problem, skews=torch.linspace(0.01, 0.4, len(problem.labels), dtype=torch.float64))
 
 
 # Every option of the mask, each pair of two that meet in the code at least once.
@@ -133,7 +139,7 @@ def run_fused(
     output = distill_loss(
         student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
-        rows=problem.rows, teacher_share=problem.teacher_share,
+        rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -150,7 +156,7 @@ def run_reference(
     output = reference_loss(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
-        rows=problem.rows, teacher_share=problem.teacher_share,
+        rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]

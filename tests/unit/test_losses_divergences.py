@@ -11,10 +11,20 @@ from megadistill.losses import Head, LossConfig, TeacherTopK, distill_loss
 from megadistill.losses.divergences import DIVERGENCES
 from megadistill.parallel import VocabShard
 from tests.support.backends import BACKENDS
-from tests.support.objective import TOP_K, assert_same, make_gate, make_problem, run_fused, run_reference, with_top_k
+from tests.support.objective import (
+    TOP_K,
+    assert_same,
+    make_gate,
+    make_problem,
+    make_skews,
+    run_fused,
+    run_reference,
+    with_top_k,
+)
 
 CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, chunk_tokens=5, skew=0.3, jensen_shannon_beta=0.3)
 BASELINES = list(DIVERGENCES)
+SKEWED = sorted(name for name in DIVERGENCES if CONFIG.replace(divergence=name).is_skewed)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -29,6 +39,28 @@ def test_divergences_equal_the_reference(backend, divergence, temperature):
     config = CONFIG.replace(divergence=divergence, temperature=temperature, backend=backend)
     output, gradients, _ = run_fused(make_problem(), config, None)
     assert_same(output, gradients, run_reference(make_problem(), config, None), 1e-10)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", SKEWED)
+def test_every_token_has_its_skew(backend, divergence, temperature):
+    """For a whole teacher and one of top classes; equal skews are the setting, unequal ones are not."""
+    config = CONFIG.replace(divergence=divergence, temperature=temperature, backend=backend)
+    plain = run_fused(make_problem(), config, None)[0]
+    for problem in (make_problem(), with_top_k(make_problem(), 20, temperature)):
+        output, gradients, _ = run_fused(make_skews(problem), config, None)
+        assert_same(output, gradients, run_reference(make_skews(problem), config, None), 1e-10)
+        assert abs(float(output.dac_kl - plain.dac_kl)) > 1e-3
+    equal = replace(make_problem(), skews=torch.full((23,), config.skew, dtype=torch.float64))
+    torch.testing.assert_close(run_fused(equal, config, None)[0].dac_kl, plain.dac_kl, rtol=1e-12, atol=0)
+
+
+def test_skews_that_do_not_fit():
+    with pytest.raises(ValueError, match="skews are for skewed divergences, not for loss.divergence=reverse_kl"):
+        run_fused(make_skews(make_problem()), CONFIG.replace(divergence="reverse_kl"), None)
+    wrong = replace(make_problem(), skews=torch.ones(3))
+    with pytest.raises(ValueError, match="skews must have shape"):
+        run_fused(wrong, CONFIG.replace(divergence="skewed_reverse_kl"), None)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])

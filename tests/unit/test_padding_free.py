@@ -83,8 +83,8 @@ def losses_and_gradients(model: Any, samples: list[Sample], *, padding_free: boo
     loss_fn = MicroBatchLoss(micro, GlobalCounts(15.0, 21.0, 6.0), LossConfig(clip="fixed"), None, teacher)
     loss = loss_fn(hidden, OutputHead(model.get_output_embeddings().weight, None, shard))
     loss.backward()
-    assert loss_fn.sft is not None and loss_fn.output is not None
-    values = [float(loss.detach()), float(loss_fn.sft), *(float(x) for x in loss_fn.output.metrics.values())]
+    assert loss_fn.sft is not None and loss_fn.outputs
+    values = [float(loss.detach()), float(loss_fn.sft), *(float(x) for x in loss_fn.outputs[0].metrics.values())]
     return values, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 

@@ -31,6 +31,7 @@ TokenLoss = Literal[
     "skewed_reverse_kl",
     "jensen_shannon",
     "total_variation",
+    "alpha_beta",
 ]
 SKEWED = frozenset({"skewed_forward_kl", "skewed_reverse_kl"})  # those of which ``skew`` is a setting
 SpanRelation = Literal["hadamard", "joint", "log"]
@@ -69,6 +70,12 @@ class LossConfig(Section):
         0.1, description="alpha of the skewed divergences: the first side's share of the mixture."
     )
     jensen_shannon_beta: OpenUnitInterval = Field(0.5, description="beta of jensen_shannon: the teacher's share.")
+    ab_alpha: NonNegativeFloat = Field(
+        0.2, description="alpha of alpha_beta; larger: larger gaps count more. 1 beside beta 0: the forward KL."
+    )
+    ab_beta: NonNegativeFloat = Field(
+        0.7, description="beta of alpha_beta; larger: classes count more by the student's probability."
+    )
     temperature: PositiveFloat = Field(
         1.0, description="Distillation temperature tau; the token loss is multiplied by tau squared."
     )
@@ -229,6 +236,11 @@ class LossConfig(Section):
                 f"loss.{low}={low_value:g} must be less than loss.{high}={high_value:g}",
                 (f"loss.{low}", f"loss.{high}"),
             )
+        require_combination(
+            self.ab_alpha + self.ab_beta > 0,
+            "loss.ab_alpha=0 and loss.ab_beta=0 leave no divergence: one of them must be positive",
+            ("loss.ab_alpha", "loss.ab_beta"),
+        )
         return self
 
     @model_validator(mode="after")

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadistill.config.loss import LossConfig
 
-Share = float | Tensor
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Share], tuple[Tensor, Tensor]]
-Reference = Callable[[Tensor, Tensor, Share], Tensor]
+Share = float | Tensor  # one number, or one for each token [T, 1]
+Exponents = tuple[float, float]
+Setting = float | Exponents  # what a configuration sets in a formula
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+Reference = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ class Divergence:
             only (another function needs its Triton twin in ``triton_kernels.py``). None for the forward KL, whose sums
             the kernels compute in any case.
         share: The share of the mixture that the formulas get, for divergences that have one: a number, or one for each
-            token [T, 1].
-        needs_support: Whether it is infinite where the teacher excludes a class.
+            token [T, 1]; or two exponents.
+        needs_support: Whether it is infinite where the teacher excludes a class, under a configuration.
     """
 
     reference: Reference
     formula: Formula | None
-    share: Callable[[LossConfig], float] = lambda config: 0.0
-    needs_support: bool = False
+    share: Callable[[LossConfig], Setting] = lambda config: 0.0
+    needs_support: Callable[[LossConfig], bool] = lambda config: False
 
 
 # What a formula may call.
@@ -101,6 +104,31 @@ def _total_variation(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: 
     return 0.5 * absolute(difference), 0.5 * q * sign(difference)
 
 
+def _alpha_beta(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, share: Exponents) -> tuple[Tensor, Tensor]:
+    # With A = (p^b - q^b) / b and B = (q^a - p^a) / a, whose limits for 0 are logs, phi = (p^a A + q^b B) / (a + b):
+    # differences of like powers are exactly 0 between equal models.
+    alpha, beta = share[0], share[1]
+    of_teacher, of_student = log_p - log_q, log_q - log_p
+    if beta > 0:
+        of_teacher = (exp(beta * log_p) - exp(beta * log_q)) / beta
+    if alpha > 0:
+        of_student = (exp(alpha * log_q) - exp(alpha * log_p)) / alpha
+    slope = exp(beta * log_q) * of_student
+    return (exp(alpha * log_p) * of_teacher + slope) / (alpha + beta), slope
+
+
+def _alpha_beta_reference(log_p: Tensor, log_q: Tensor, share: Exponents) -> Tensor:
+    alpha, beta = share
+    p_a, q_a, p_b, q_b = (alpha * log_p).exp(), (alpha * log_q).exp(), (beta * log_p).exp(), (beta * log_q).exp()
+    if beta == 0:
+        return ((p_a * alpha * (log_p - log_q)) - p_a + q_a).sum(-1) / alpha**2
+    if alpha == 0:
+        return ((q_b * beta * (log_q - log_p)) - q_b + p_b).sum(-1) / beta**2
+    total = alpha + beta
+    terms = p_a * q_b - alpha / total * (total * log_p).exp() - beta / total * (total * log_q).exp()
+    return -terms.sum(-1) / (alpha * beta)
+
+
 def divergence_of(config: LossConfig) -> Divergence:
     """The divergence of a configuration; without one, the forward KL, which is always reported."""
     is_asked = config.dac_kl > 0 and config.divergence != "dac_kl"
@@ -111,7 +139,9 @@ DIVERGENCES: dict[str, Divergence] = {
     # Hinton et al., 2015
     "forward_kl": Divergence(lambda log_p, log_q, share: kl(log_p, log_q), None),
     # MiniLLM
-    "reverse_kl": Divergence(lambda log_p, log_q, share: kl(log_q, log_p), _reverse_kl, needs_support=True),
+    "reverse_kl": Divergence(
+        lambda log_p, log_q, share: kl(log_q, log_p), _reverse_kl, needs_support=lambda config: True
+    ),
     # DistiLLM
     "skewed_forward_kl": Divergence(
         lambda log_p, log_q, share: kl(log_p, _mix(log_p, log_q, share)), _skewed_forward_kl, lambda config: config.skew
@@ -124,5 +154,12 @@ DIVERGENCES: dict[str, Divergence] = {
     # f-distill
     "total_variation": Divergence(
         lambda log_p, log_q, share: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1), _total_variation
+    ),
+    # ABKD; with alpha 0 the logs of both models are compared where the student is
+    "alpha_beta": Divergence(
+        _alpha_beta_reference,
+        _alpha_beta,
+        lambda config: (config.ab_alpha, config.ab_beta),
+        needs_support=lambda config: config.ab_alpha == 0,
     ),
 }

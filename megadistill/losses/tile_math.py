@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadistill.losses.divergences import Share, saturation
+from megadistill.losses.divergences import Setting, Share, saturation
 from megadistill.losses.tiles import (
     UPPER_EDGE,
     ClippedSum,
@@ -303,7 +303,7 @@ def log_p(spec: TileSpec, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
     return _log_probs(spec, teacher_CVs, norms.teacher_max, norms.teacher_log)
 
 
-def _share(spec: TileSpec, norms: LogNormalizers) -> Share:
+def _share(spec: TileSpec, norms: LogNormalizers) -> Share | Setting:
     """What the formula gets: one number, or one for each token [C, 1]."""
     return spec.share if norms.share is None else norms.share.unsqueeze(-1)
 

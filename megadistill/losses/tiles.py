@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megadistill.config.loss import LossConfig, Remainder
-from megadistill.losses.divergences import Formula, divergence_of
+from megadistill.losses.divergences import Formula, Setting, divergence_of
 
 # Classes that share one maximum and one sum in the statistics: the top K lie in the K groups with the largest maxima.
 GROUP = 64
@@ -83,8 +83,8 @@ class TileSpec:
     """DAC-KL with its mask; ``formula`` is None then."""
     formula: Formula | None = None
     """The divergence; where it is None and there is no mask, the forward KL."""
-    share: float = 0.0
-    """The share that the formula gets."""
+    share: Setting = 0.0
+    """The share or the exponents that the formula gets."""
     remainder: Remainder = "bucket"
     softness: float = 0.25
     has_upper: bool = False

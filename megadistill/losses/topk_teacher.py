@@ -266,7 +266,7 @@ def _check_distributions(ids: Tensor, log_probs: Tensor, config: LossConfig, num
             "both are natural logarithms, the tail that of the sum of all other classes"
         )
     possible = log_probs if ids.shape[1] < num_classes else log_probs[:, :-1]
-    infinite = f"loss.divergence={config.divergence}" if divergence_of(config).needs_support else ""
+    infinite = f"loss.divergence={config.divergence}" if divergence_of(config).needs_support(config) else ""
     if config.compares_written and config.span_relation == "log":
         infinite = infinite or "loss.span_relation=log"
     if config.policy > 0:

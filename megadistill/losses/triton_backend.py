@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from megadistill.losses import triton_kernels as kernels
+from megadistill.losses.divergences import Setting
 from megadistill.losses.tiles import (
     ClippedSum,
     EdgeNodes,
@@ -167,7 +168,7 @@ def _or(tensor: Tensor | None, unread: Tensor) -> Tensor:
     return unread if tensor is None else tensor.contiguous()
 
 
-def _share(spec: TileSpec, norms: LogNormalizers) -> float | None:
+def _share(spec: TileSpec, norms: LogNormalizers) -> Setting | None:
     """The share that all tokens have; None: each has its own."""
     return spec.share if norms.share is None else None
 

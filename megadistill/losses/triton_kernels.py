@@ -132,7 +132,7 @@ def triton_formula(formula: Formula | None) -> Any:
         return None
     assert isinstance(formula, FunctionType)
     # Triton looks up annotations too.
-    names = {"__name__": __name__, "tl": tl, "Tensor": tl.tensor, "Share": None, **_FORMULA_NAMES}
+    names = {"__name__": __name__, "tl": tl, "Tensor": tl.tensor, "Share": None, "Exponents": None, **_FORMULA_NAMES}
     return triton.jit(FunctionType(formula.__code__, names, formula.__name__))
 
 

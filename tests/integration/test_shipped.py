@@ -57,6 +57,7 @@ MEANT = {
     "skd": ("skd", None, "forward_kl", (0, 1, 0)),
     "opd_sampled": ("on_policy", False, None, (0, 0, 0)),
     "distillm2": ("contrast", False, "skewed_reverse_kl", (0, 1, 0)),
+    "abkd": ("dataset", None, "alpha_beta", (0, 1, 0)),
     "minillm": ("teacher_mixed", None, "reverse_kl", (1, 1, 0)),
 }
 

@@ -63,6 +63,20 @@ def test_skews_that_do_not_fit():
         run_fused(wrong, CONFIG.replace(divergence="skewed_reverse_kl"), None)
 
 
+@pytest.mark.parametrize("exponents", [(0.4, 0.0), (0.0, 0.4), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.3, 0.9)])
+def test_alpha_beta_with_any_exponents(backend, exponents):
+    """Where one is 0 its power is a log; nothing else changes."""
+    alpha, beta = exponents
+    config = CONFIG.replace(divergence="alpha_beta", ab_alpha=alpha, ab_beta=beta, backend=backend)
+    output, gradients, _ = run_fused(make_problem(), config, None)
+    assert_same(output, gradients, run_reference(make_problem(), config, None), 1e-10)
+
+
+def test_alpha_beta_needs_an_exponent():
+    with pytest.raises(ConfigError, match=r"loss.ab_alpha=0 and loss.ab_beta=0 leave no divergence"):
+        LossConfig(divergence="alpha_beta", ab_alpha=0, ab_beta=0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("divergence", BASELINES)
 def test_divergences_in_float32(backend, divergence, scale):
@@ -96,6 +110,10 @@ def test_nearly_equal_models_keep_their_digits():
         ({"divergence": "skewed_forward_kl", "skew": 1e-9}, "forward_kl", {}),
         ({"divergence": "skewed_reverse_kl", "skew": 1e-9}, "reverse_kl", {}),
         ({"divergence": "dac_kl", "clip": "off"}, "forward_kl", {}),
+        ({"divergence": "alpha_beta", "ab_alpha": 1.0, "ab_beta": 0.0}, "forward_kl", {}),
+        ({"divergence": "alpha_beta", "ab_alpha": 0.0, "ab_beta": 1.0}, "reverse_kl", {}),
+        ({"divergence": "alpha_beta", "ab_alpha": 0.4, "ab_beta": 1e-8}, "alpha_beta", {"ab_alpha": 0.4, "ab_beta": 0}),
+        ({"divergence": "alpha_beta", "ab_alpha": 1e-8, "ab_beta": 0.4}, "alpha_beta", {"ab_alpha": 0, "ab_beta": 0.4}),
     ],
 )
 def test_limits(one, limit, other):
@@ -192,6 +210,8 @@ def test_top_classes_that_do_not_fit_are_refused():
     certain = TeacherTopK(top.ids, top.log_probs.log_softmax(-1), torch.full_like(top.log_tail, -torch.inf))
     with pytest.raises(DataError, match="reverse_kl is infinite"):
         call(certain, divergence="reverse_kl")
+    with pytest.raises(DataError, match="alpha_beta is infinite"):
+        call(certain, divergence="alpha_beta", ab_alpha=0)
     for divergence in BASELINES:
         if divergence != "reverse_kl":
             assert call(certain, divergence=divergence).loss.isfinite()

@@ -3,6 +3,7 @@
 from megadistill.config.loss import LossConfig
 from megadistill.losses.cross_entropy import cross_entropy
 from megadistill.losses.fused import IGNORE_INDEX
+from megadistill.losses.gate_objective import virtual_step
 from megadistill.losses.head import Head
 from megadistill.losses.objective import distill_loss
 from megadistill.losses.output import METRIC_NAMES, DistillOutput
@@ -22,4 +23,5 @@ __all__ = [
     "distill_loss",
     "label_scores",
     "token_kl",
+    "virtual_step",
 ]

@@ -21,7 +21,7 @@ from megadistill.files import nearest
 Clip = Literal["gate", "fixed", "entropy", "off"]
 Remainder = Literal["bucket", "truncate", "renormalize", "none"]
 Coverage = Literal["absolute", "relative"]
-GateObjective = Literal["minimize", "maximize", "frozen"]
+GateObjective = Literal["minimize", "maximize", "student", "frozen"]
 # ``dac_kl``, and the names in ``megadistill.losses.divergences``, which cannot be imported from here.
 TokenLoss = Literal[
     "dac_kl",
@@ -106,7 +106,9 @@ class LossConfig(Section):
         "auto", description="What runs the losses between the matrix products; auto picks by device and vocabulary."
     )
     gate_objective: GateObjective = Field(
-        "minimize", description="What the gate does with DAC-KL; the guards' penalty is added in either direction."
+        "minimize",
+        description="What the gate does with DAC-KL. minimize, maximize: with the guards' penalty in either direction; "
+        "student: makes it agree with a step on the references of the batch, without the penalty.",
     )
     guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
     lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")

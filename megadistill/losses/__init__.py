@@ -3,6 +3,7 @@
 from megadistill.config.loss import LossConfig
 from megadistill.losses.cross_entropy import cross_entropy, label_nats
 from megadistill.losses.fused import IGNORE_INDEX
+from megadistill.losses.gate_objective import virtual_step
 from megadistill.losses.head import Head
 from megadistill.losses.objective import distill_loss
 from megadistill.losses.output import METRIC_NAMES, DistillOutput
@@ -23,4 +24,5 @@ __all__ = [
     "label_nats",
     "label_scores",
     "token_kl",
+    "virtual_step",
 ]

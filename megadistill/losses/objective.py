@@ -36,8 +36,9 @@ from megadistill.losses.fused import (
     valid_positions,
     weights_of,
 )
+from megadistill.losses.gate_objective import LookAhead, gate_gradients
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
-from megadistill.losses.mask import Mask, coverage_slope, find_mask
+from megadistill.losses.mask import Mask, find_mask
 from megadistill.losses.output import PER_PAIR, SCALAR_NAMES, TERMS, DistillOutput
 from megadistill.losses.policy import PolicyTerm
 from megadistill.losses.quantile_gate import learning_parameters
@@ -45,10 +46,9 @@ from megadistill.losses.span import WrittenSpans, span_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, EdgeNodes, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
+from megadistill.parallel.output_head import OutputHead
 from megadistill.parallel.vocab import VocabShard
 
-# The direction of each gate that learns.
-_GATE_SIGN = {"minimize": 1.0, "maximize": -1.0}
 _FEW_CLASSES = 1.5  # below, the mask leaves the top class alone
 
 
@@ -67,6 +67,7 @@ def distill_loss(
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
     skews: Tensor | None = None,
+    ahead: OutputHead | None = None,
 ) -> DistillOutput:
     """Weighted sum of the terms, differentiable in the student's head and the gate.
 
@@ -94,18 +95,19 @@ def distill_loss(
         rows: [T] int64, not falling: the row of each token, for ``policy_reward`` return; None: all are one row.
         teacher_share: The teacher's share in what the labels were drawn from, for the policy term.
         skews: [T] each token's own ``config.skew``, for a skewed divergence.
+        ahead: The student's head after the virtual step (``virtual_step``), for ``config.gate_objective`` student.
 
     Raises:
-        ConfigError: The gate is missing or does not fit, or the backend cannot run here.
+        ConfigError: The gate or ``ahead`` is missing or does not fit, or the backend cannot run here.
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
     call = _Call(
         teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share,
-        skews,
+        skews, ahead,
     )  # fmt: skip
     _check_shapes(student, call)
-    parameters = learning_parameters(gate, config)
+    parameters = learning_parameters(gate, config, looks_ahead=ahead is not None)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
         call, needs, student.hidden, student.weight, student.bias, *parameters
@@ -146,6 +148,7 @@ class _Call:
     rows: Tensor | None
     teacher_share: float
     skews: Tensor | None
+    ahead: OutputHead | None
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,9 @@ class _FusedPass:
         self.kernels = make_kernels(config.backend, call.shard, device)
         self.chunk_size = chunk_size(config.chunk_tokens, call.shard, device)
         heads = [head, call.teacher] if isinstance(call.teacher, Head) else [head]
+        looks_ahead = bool(parameters) and config.uses_gate and config.gate_objective == "student"
+        if looks_ahead and call.ahead is not None:
+            heads.append(Head.of(head.hidden, call.ahead))
         shifts = bias_shifts(heads, call.shard.group)
         self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0])
         self.gradients = StudentGradients(self.student, needs)
@@ -214,6 +220,7 @@ class _FusedPass:
             self.chunks.reverse()
         max_tokens = max((chunk.stop - chunk.start for chunk, _ in self.chunks), default=0)
         self.logits_buffer = self.student.new_buffer(max_tokens)
+        self.ahead = LookAhead(heads[-1], self.positions, self.dtype, shifts[-1], max_tokens) if looks_ahead else None
         self.gradient_buffer = self.student.new_buffer(
             max_tokens if self.gradients.is_wanted else 0,
             self.kernels.gradient_dtype(self.student.hidden_TH.dtype, self.dtype),
@@ -243,20 +250,27 @@ class _FusedPass:
         else:
             is_own = self.token_weights[chunk].clone()
         is_own[:num_halo] = 0.0
+        bounds = mask = ahead = None
+        if self.ahead is not None:  # before the present student, whose statistics the teacher keeps
+            ahead_CVs = self.ahead.logits(chunk)
+            stats = self.teacher.statistics(chunk, ahead_CVs, labels)
+            mask, bounds = self._mask(stats, is_own)
+            ahead = MergedClip(self.spec, self.teacher.sums(ahead_CVs, stats.norms, bounds, False)[0])
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
         if self.skews is not None:
             stats = replace(stats, norms=stats.norms._replace(share=self.skews[chunk]))
-        bounds = mask = None
-        if config.is_clipped:
-            mask = self._mask(stats, is_own)
-            theta_l, theta_u = (theta.to(self.dtype) for theta in (mask.place.theta_l, mask.place.theta_u))
-            bounds = MaskBounds(theta_l, theta_u, top_column=stats.teacher_top1 - self.shard.start)
+        if config.is_clipped and mask is None:
+            mask, bounds = self._mask(stats, is_own)
         sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, config.pairs_neighbors)
         terms = self._terms(sums)
         if self.parameters and mask is not None:
             assert terms.clip is not None
-            self._gate_gradient(MergedClip(self.spec, sums), terms.clip, mask, is_own)
+            merged, weight = MergedClip(self.spec, sums), is_own * self.inv_num_tokens
+            gradients = gate_gradients(config, self.parameters, merged, ahead, terms.clip, mask, weight)
+            for total, gradient in zip(self.gate_gradients, gradients, strict=False):  # none: without influence
+                if gradient is not None:
+                    total += gradient
         self._add_totals(stats, terms, is_own)
         self.kl_map[chunk.start + num_halo : chunk.stop] = terms.kl[num_halo:].clamp_min(0.0)
         self.top1[chunk] = stats.teacher_top1
@@ -294,7 +308,7 @@ class _FusedPass:
         kl_map[self.positions], top1[self.positions] = self.kl_map, self.top1
         return loss.to(self.dtype), kl_map, top1, *(scalars[name].to(self.dtype) for name in SCALAR_NAMES)
 
-    def _mask(self, stats: TokenStatistics, is_own: Tensor) -> Mask:
+    def _mask(self, stats: TokenStatistics, is_own: Tensor) -> tuple[Mask, MaskBounds]:
         """Where the mask ends, with the quantiles' graph back to the gate."""
 
         def masses_at(lower: Tensor, upper: Tensor | None, is_wide: bool) -> Tensor:
@@ -308,7 +322,8 @@ class _FusedPass:
         self._add("square_lower", lower.double() ** 2, is_own)
         upper = torch.ones_like(is_own) if mask.lambda_u is None else torch.sigmoid(mask.lambda_u.detach())
         self._add("mean_upper", upper, is_own)
-        return mask
+        theta_l, theta_u = (theta.to(self.dtype) for theta in (mask.place.theta_l, mask.place.theta_u))
+        return mask, MaskBounds(theta_l, theta_u, top_column=stats.teacher_top1 - self.shard.start)
 
     def _terms(self, sums: Tensor) -> _TokenTerms:
         """Loss and slope of each token from the shards' sums [R, C, num_sums]."""
@@ -342,33 +357,6 @@ class _FusedPass:
         if of_bucket is not None:
             weights = weights._replace(bucket_coef=weight * of_bucket, log_norm=clip.log_norm)
         return weights._replace(teacher=weight * of_teacher)
-
-    def _gate_gradient(self, merged: MergedClip, terms: ClipTerms, mask: Mask, is_own: Tensor) -> None:
-        """Gradient of the gate's own objective: DAC-KL in the configured direction plus the coverage penalty."""
-        config = self.config
-        by = merged.derivatives(mask.place, mask.log_top)
-        value_weight = _GATE_SIGN[config.gate_objective] * config.dac_kl * config.temperature**2
-        penalty = torch.zeros_like(is_own)
-        if config.guards:
-            penalty = coverage_slope(config, terms.clipped_mass, mask.log_beside)
-        outputs, upstream = [], []
-        for quantile, of_value, of_mass in (
-            (mask.lambda_l, by.value_l, by.mass_l),
-            (mask.lambda_u, by.value_u, by.mass_u),
-        ):
-            # A gate may hold one of its bounds constant.
-            if quantile is None or of_value is None or of_mass is None or not quantile.requires_grad:
-                continue
-            derivative = value_weight * of_value + penalty * of_mass
-            slope = torch.sigmoid(quantile.detach()) * torch.sigmoid(-quantile.detach())  # of the quantile by its logit
-            outputs.append(quantile)
-            upstream.append((is_own * self.inv_num_tokens * derivative * slope).to(quantile.dtype))
-        if not outputs:
-            return
-        gradients = torch.autograd.grad(outputs, self.parameters, upstream, allow_unused=True)
-        for total, gradient in zip(self.gate_gradients, gradients, strict=True):
-            if gradient is not None:
-                total += gradient
 
     def _add_totals(self, stats: TokenStatistics, terms: _TokenTerms, is_own: Tensor) -> None:
         config = self.config

@@ -129,8 +129,17 @@ def _inverse_softplus(value: float) -> float:
     return value + math.log(-math.expm1(-value))
 
 
-def learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tensor]:
-    """The gate's parameters that get a gradient. Raises ConfigError for a gate that is missing or does not fit."""
+def learning_parameters(gate: nn.Module | None, config: LossConfig, *, looks_ahead: bool) -> list[Tensor]:
+    """The gate's parameters that get a gradient.
+
+    Args:
+        gate: The gate, if there is one.
+        config: Whether and what it learns.
+        looks_ahead: Whether the student's head after the virtual step is there.
+
+    Raises:
+        ConfigError: The gate or that head is missing, or the gate does not fit.
+    """
     if config.clip != "gate":
         return []
     if gate is None and config.uses_gate:
@@ -139,4 +148,6 @@ def learning_parameters(gate: nn.Module | None, config: LossConfig) -> list[Tens
         raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
     if gate is None or config.gate_objective == "frozen" or not torch.is_grad_enabled():
         return []
+    if config.gate_objective == "student" and config.uses_gate and not looks_ahead:
+        raise ConfigError("loss.gate_objective=student needs the student's head after a virtual step: pass ahead")
     return [parameter for parameter in gate.parameters() if parameter.requires_grad]

@@ -21,6 +21,7 @@ from megadistill.losses.head import Head
 from megadistill.losses.output import DistillScalars
 from megadistill.losses.quantile import NUM_NODES, num_rounds
 from megadistill.losses.topk_teacher import TeacherTopK
+from megadistill.parallel.output_head import OutputHead
 
 _LOG_SMALLEST = math.log(1e-6)  # log of the mass below which an edge cuts nothing
 
@@ -49,17 +50,14 @@ def reference_loss(
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
     skews: Tensor | None = None,
+    ahead: OutputHead | None = None,
 ) -> ReferenceOutput:
     """As ``distill_loss`` in one process; the student descends ``loss`` and the gate ``gate_objective``."""
     is_valid = labels != IGNORE_INDEX
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
     full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
-    if isinstance(teacher, TeacherTopK):
-        log_p, log_q, full_p = _listed(teacher, positions, full_log_q)
-    else:
-        log_p, log_q = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1), full_log_q
-        full_p = log_p.exp()
+    log_p, log_q, full_p = _both(teacher, positions, full_log_q, config)
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
@@ -76,11 +74,15 @@ def reference_loss(
     span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
     policy = mean(_policy_values(log_p, log_q, places, _row_numbers(rows, positions), teacher_share, config))
-    guard = config.coverage_weight * mean(_coverage(mask, p, config)) if config.guards else 0.0
+    after = dac_kl
+    if ahead is not None:
+        full_ahead = F.log_softmax(_logits(Head.of(student.hidden, ahead))[positions] / config.temperature, -1)
+        ahead_log_q = _both(teacher, positions, full_ahead, config)[1]
+        after = config.temperature**2 * mean(_token_values(log_p, ahead_log_q, mask, config, None))
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
         loss=config.sft * sft + config.dac_kl * dac_kl + config.span * span + config.policy * policy,
-        gate_objective=(-1.0 if config.gate_objective == "maximize" else 1.0) * config.dac_kl * dac_kl + guard,
+        gate_objective=_gate_objective(config, dac_kl, after, mean(_coverage(mask, p, config))),
         sft=sft,
         dac_kl=dac_kl,
         span=span,
@@ -94,6 +96,24 @@ def reference_loss(
         square_lower=mean(mask.lower.square()),
         mean_upper=mean(mask.upper),
     )
+
+
+def _gate_objective(config: LossConfig, now: Tensor, after: Tensor, coverage: Tensor) -> Tensor:
+    """What the gate minimizes: of DAC-KL now and after the virtual step, and the coverage penalty."""
+    if config.gate_objective == "student":
+        return config.dac_kl * (after - now)
+    sign = -1.0 if config.gate_objective == "maximize" else 1.0
+    return sign * config.dac_kl * now + (config.coverage_weight * coverage if config.guards else 0.0)
+
+
+def _both(
+    teacher: Head | TeacherTopK, positions: Tensor, full_log_q: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p, log q) over the classes that the teacher tells apart, and p over all."""
+    if isinstance(teacher, TeacherTopK):
+        return _listed(teacher, positions, full_log_q)
+    log_p = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1)
+    return log_p, full_log_q, log_p.exp()
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,7 @@ class MicroBatchLoss:
         teacher_head: The teacher's head; None for plain SFT.
         is_diagnosed: Whether ``gradient_squares`` are wanted.
         teacher_share: The teacher's share in what responses were drawn from (the policy term).
+        ahead: The student's head after a virtual step on the references, for ``loss.gate_objective`` student.
         gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
             position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
@@ -224,6 +225,7 @@ class MicroBatchLoss:
     teacher_head: OutputHead | None
     is_diagnosed: bool = False
     teacher_share: float = 0.0
+    ahead: OutputHead | None = None
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
     outputs: list[DistillOutput] = field(default_factory=list)
@@ -327,6 +329,7 @@ class MicroBatchLoss:
             rows=row_numbers(micro.kd_lengths, flat.device) if config.policy > 0 else None,
             teacher_share=self.teacher_share,
             skews=part.skews,
+            ahead=self.ahead,
         )
 
 

@@ -20,7 +20,9 @@ from megadistill.losses.output import METRIC_NAMES, TERMS
 from megadistill.losses.span import written_spans
 from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
+from megadistill.parallel.output_head import OutputHead
 from megadistill.training.components import Components
+from megadistill.training.look_ahead import look_ahead
 from megadistill.training.micro_batch import GRADIENT_NAMES, GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.passes import plan_passes
 from megadistill.training.schedule import learning_rate
@@ -75,7 +77,8 @@ def distillation_step(
         passes = plan_passes(trained, components.config.train, components.context)
         every = components.config.train.diagnose_every
         is_diagnosed = every > 0 and (step + 1) % every == 0
-        losses = accumulate_gradients(trained, passes, counts, components, is_diagnosed)
+        ahead = look_ahead(samples, components)
+        losses = accumulate_gradients(trained, passes, counts, components, is_diagnosed, ahead)
     metrics = loss_metrics(losses, samples, counts, components)
 
     # 4. One update of student and gate, unless a number in it is not finite.
@@ -143,6 +146,7 @@ def accumulate_gradients(
     counts: GlobalCounts,
     components: Components,
     is_diagnosed: bool = False,
+    ahead: OutputHead | None = None,
 ) -> list[MicroBatchLoss]:
     """Forward and backward passes over the samples with these indices; both heads are gathered once for all of them."""
     student, losses = components.student, []
@@ -156,7 +160,9 @@ def accumulate_gradients(
                 padding_free=components.config.train.padding_free,
             )
             share = components.config.generation.share_of_teacher
-            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share)
+            loss_fn = MicroBatchLoss(
+                micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share, ahead
+            )
             student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
             losses.append(loss_fn)
     return losses

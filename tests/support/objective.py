@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megadistill.losses import IGNORE_INDEX, DistillOutput, Head, LossConfig, QuantileGate, TeacherTopK, distill_loss
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
+from megadistill.parallel.output_head import OutputHead
 
 TOP_K = 8
 VALUES = tuple(field.name for field in fields(DistillOutput))
@@ -31,6 +32,14 @@ class Problem:
     rows: Tensor | None = None
     teacher_share: float = 0.0
     skews: Tensor | None = None
+    ahead: Head | None = None  # the student's hidden states and its head after the virtual step
+
+    def ahead_head(self, shard: VocabShard, dtype: torch.dtype = torch.float64) -> OutputHead | None:
+        """The shard of the head after the virtual step."""
+        if self.ahead is None:
+            return None
+        bias = None if self.ahead.bias is None else self.ahead.bias[shard.start : shard.stop].to(dtype)
+        return OutputHead(self.ahead.weight[shard.start : shard.stop].to(dtype), bias, shard)
 
     @property
     def num_classes(self) -> int:
@@ -140,6 +149,7 @@ def run_fused(
         student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
         rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
+        ahead=problem.ahead_head(shard, dtype),
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -157,6 +167,7 @@ def run_reference(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
         rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
+        ahead=problem.ahead_head(VocabShard(0, problem.num_classes, problem.num_classes)),
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]
@@ -166,7 +177,7 @@ def run_reference(
         gradients |= {name: gradients[name][shard.start : shard.stop] for name in of_classes}
     if gate is not None and config.uses_gate:
         names, parameters = zip(*gate.named_parameters(), strict=True)
-        of_gate: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters)
+        of_gate: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters, materialize_grads=True)
         gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, of_gate, strict=True)}
     return {name: getattr(output, name).detach() for name in VALUES}, gradients
 

@@ -48,7 +48,7 @@ def test_a_configuration_holds_what_the_losses_take(run_yaml):
         ({"clip": "of"}, ["loss.clip='of'", "gate | fixed | entropy | off"]),
         ({"remainder": "x"}, ["loss.remainder='x'", "bucket | truncate | renormalize | none"]),
         ({"coverage": "x"}, ["absolute | relative"]),
-        ({"gate_objective": "x"}, ["minimize | maximize | frozen"]),
+        ({"gate_objective": "x"}, ["minimize | maximize | student | frozen"]),
         ({"divergence": "kl"}, ["loss.divergence='kl'", "dac_kl | forward_kl"]),
         ({"backend": "x"}, ["auto | torch | compile | triton"]),
         ({"top_k": 0}, ["loss.top_k=0", "a whole number >= 1"]),

@@ -195,9 +195,8 @@ def load_model(
     checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
     weights: WeightSource
     if shards is not None:
-        from safetensors.torch import load_file
-
-        weights, removed = shards, load_file(shards.folder / REMOVED_ROWS)
+        shards.refuse_others(shapes)
+        weights, removed = shards, shards.whole_file(REMOVED_ROWS)
     elif tensors:
         sender = node if read == "copy" and node is not None and node.group is not None else None
         weights = TensorReader(tensors, wanted, family.transposed, what=f"load {path}", rank=rank, node=sender)

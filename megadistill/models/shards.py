@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from megadistill.errors import CheckpointError
+from megadistill.errors import CheckpointError, first_line
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.tensor_file import save_tensors
 
@@ -161,6 +161,35 @@ class ShardReader:
         if name not in self.shard_specs:
             raise CheckpointError(f"{self.folder} has no parameter {name}: it belongs to another model")
         return self.shard_specs[name]
+
+    def refuse_others(self, names: Iterable[str]) -> None:
+        """Refuses parameters that a model does not have.
+
+        Args:
+            names: The model's parameters; ``read`` refuses those that the folder does not have.
+
+        Raises:
+            CheckpointError: The folder has others.
+        """
+        if others := self.shard_specs.keys() - set(names):
+            raise CheckpointError(
+                f"{self.folder} has {len(others)} parameters that the model of config.json does not have, "
+                f"{min(others)} among them: one of the two is of another model"
+            )
+
+    def whole_file(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a file that lies beside those of the ranks.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / name} is missing or damaged: {first_line(error)}") from None
 
     def _run(self, kind: str, name: str, tp_rank: int, start: int, end: int) -> torch.Tensor:
         key = f"{kind}/{name}"

@@ -15,6 +15,7 @@ from zipfile import is_zipfile
 import torch
 
 from megadistill.errors import ConfigError, first_line
+from megadistill.models.folder_checks import has_weights, is_sharded
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = (SAFETENSORS, SAFETENSORS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -82,6 +83,12 @@ def weight_files(path: str, where: str, named: str | None = None) -> list[Path]:
             "download or a copy interrupted?"
         )
     return files
+
+
+def check_weight_files(path: str, where: str, named: str | None = None) -> None:
+    """``weight_files`` for errors alone, of a local folder that holds a model as the hub has it; nothing is opened."""
+    if Path(path).is_dir() and has_weights(path) and not is_sharded(path):
+        weight_files(path, where, named)
 
 
 def _is_inside(name: str) -> bool:

@@ -225,7 +225,19 @@ class Case:
     def sequences_of_example(self) -> int:
         """A reference, and a response that is not the reference."""
         has_both = self.models.teacher is not None and self.config.generation.mode != "dataset"
-        return 2 if has_both else 1
+        return 2 if has_both and self.config.loss.sft_text == "reference" else 1
+
+    @property
+    def references(self) -> int:
+        """Examples of a rank in a step that have a reference; those of ``data.prompts_path`` have none."""
+        return self.examples - int(self.examples * self.config.data.prompts_ratio)
+
+    @property
+    def trained_sequences(self) -> int:
+        """Sequences of a rank in a step that the student is trained on."""
+        if self.models.teacher is not None and self.config.loss.sft_text == "text":
+            return self.examples
+        return self.references + (self.examples if self.sequences_of_example == 2 else 0)
 
     @property
     def sequences(self) -> int:

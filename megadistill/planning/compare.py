@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megadistill.evaluation.report import text_table
-from megadistill.planning.use import GROUPS, PhaseUse, StepUse
+from megadistill.planning.use import GROUPS, Group, PhaseUse, StepUse
 
 _GB = 1e9
 
@@ -67,23 +68,25 @@ def compare(formula: StepUse, exact: StepUse) -> Comparison:
         formula: The closed formulas.
         exact: A dry run or a real run.
     """
+    sizes = {"tp": exact.tp_size, "dp": exact.world_size // exact.tp_size}
+    groups = [group for group in GROUPS if sizes.get(group) != 1]  # alone in its group, a rank sends nothing
     rows = [Difference("resident", sum(formula.resident.values()), sum(exact.resident.values()), is_memory=True)]
     others = {phase.name: phase for phase in exact.phases}
     for phase in formula.phases:
         other = others.get(phase.name)
         if other is not None:
-            rows += _phase_rows(phase, other)
+            rows += _phase_rows(phase, other, groups)
     return Comparison(tuple(rows))
 
 
-def _phase_rows(formula: PhaseUse, exact: PhaseUse) -> list[Difference]:
+def _phase_rows(formula: PhaseUse, exact: PhaseUse, groups: Sequence[Group]) -> list[Difference]:
     name = formula.name
     rows = [Difference(f"peak of {name}", formula.peak, exact.peak, is_memory=True)]
     if formula.flops or exact.flops:
         rows.append(Difference(f"FLOPs of {name}", formula.flops, exact.flops))
     if formula.operations:
         rows.append(Difference(f"operations of {name}", formula.operations, exact.operations))
-    for group in GROUPS:
+    for group in groups:
         ours, theirs = (sum(t.bytes for t in phase.traffic if t.group == group) for phase in (formula, exact))
         if ours or theirs:
             rows.append(Difference(f"traffic of {group} in {name}", ours, theirs))

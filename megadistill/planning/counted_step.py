@@ -21,9 +21,11 @@ from megadistill.errors import MegadistillError
 from megadistill.generation.scoring import TeacherScores
 from megadistill.generation.scrg import ErrorRule, find_corrections
 from megadistill.generation.sources.base import SourceInputs
+from megadistill.generation.sources.teacher import TeacherText
 from megadistill.models.loading import load_model_config
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
+from megadistill.planning.case import changed
 from megadistill.planning.counter import Counter, Counting
 from megadistill.planning.known import with_model_paths
 from megadistill.planning.owners import BUCKET, GRADIENTS, OPTIMIZER, STUDENT, TEACHER
@@ -39,7 +41,7 @@ from megadistill.training.step import StepResult, distillation_step
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROMPT_ID, _REFERENCE_ID, _CORRECTED_ID = 0, 1, 2
+_PROMPT_ID, _REFERENCE_ID, _CORRECTED_ID, _WRITTEN_ID = 0, 1, 2, 3
 # Steps before the one that is counted, and their length of prompts, references and responses.
 _WARM_UP_STEPS, _WARM_UP = 2, 2
 
@@ -97,7 +99,6 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
         mode = "on_policy"
     if mode == "teacher":
         notes.append("a step on the teacher's text, which was written before training")
-        mode = "dataset"
     changes: dict[str, dict[str, Any]] = {
         # auto would measure how fast products are
         "generation": {"mode": mode, "scrg": scrg, "cpu_products": "packed"},
@@ -190,8 +191,9 @@ def _build(
         changed = {"student": writers[0], "eos_ids": frozenset(), "teacher_eos_ids": frozenset()}
         return _CountedInputs(**given | changed | {"find_corrections": _spread_corrections, "limit": limit})
 
+    is_teachers = config.generation.mode == "teacher"
     components = build_components(
-        config,
+        changed(config, {"generation.mode": "dataset"}) if is_teachers else config,
         context,
         cast("PreTrainedTokenizerBase", _NoTokenizer()),
         vocab_size,
@@ -199,6 +201,10 @@ def _build(
         RunLength(max_steps=1_000, num_rows=1_000, rows_per_step=config.train.global_batch_size),
         adapt,
     )
+    if is_teachers:
+        reader = components.teacher if config.loss.uses_teacher else None
+        source = TeacherText(_TeachersText(limit), reader, config.train.micro_batch_size)
+        components = replace(components, source=source)
     return replace(components, eos_ids=frozenset(), teacher_eos_ids=frozenset()), writers[0]
 
 
@@ -222,6 +228,17 @@ def measured_step(config: RunConfig, context: ParallelContext, lengths: Lengths,
 @dataclass
 class _Limit:
     tokens: int
+
+
+class _TeachersText(dict[TokenIds, TokenIds]):
+    """What the teacher has written to any prompt."""
+
+    def __init__(self, limit: _Limit) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def __missing__(self, prompt: TokenIds) -> TokenIds:
+        return (_WRITTEN_ID,) * self._limit.tokens
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,14 @@ def _run_dir(config: RunConfig, seen: Seen) -> Finding:
 
 
 def _models(config: RunConfig, world_size: int, seen: Seen) -> list[Finding]:
-    from megadistill.data.hub import offline_if_unreachable
+    from megadistill.data.hub import is_hub_name, offline_if_unreachable
 
     paths = [config.model.teacher.path, config.model.student.path, config.model.tokenizer]
-    names = [path for path in paths if path is not None and not Path(path).exists()]
-    if names and config.run.prepare != "none":
+    absent = [path for path in paths if path is not None and not Path(path).exists()]
+    if absent and config.run.prepare != "none":
         return [Finding("models", OK, f"the first start makes them (run.prepare={config.run.prepare})", "")]
     findings = []
-    if names:
+    if any(map(is_hub_name, absent)):
         is_offline = offline_if_unreachable()
         state = "cannot be reached: models and tokenizers come from the cache" if is_offline else "can be reached"
         findings.append(Finding("hub", WARNING if is_offline else OK, f"the hub {state}", ""))

@@ -67,9 +67,8 @@ def phase_times(case: Case, use: StepUse, gpu: Gpu, factors: Mapping[str, float]
     """
     done, measured = work(case), factors or {}
     return {
-        phase.name: _phase_time(case, phase, gpu, done[phase.name], measured.get(phase.name, 1.0))
+        phase.name: _phase_time(case, phase, gpu, done.get(phase.name, Work()), measured.get(phase.name, 1.0))
         for phase in use.phases
-        if phase.name in done
     }
 
 

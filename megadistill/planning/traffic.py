@@ -86,10 +86,8 @@ class Groups:
 
     def name_of(self, group: dist.ProcessGroup) -> Group:
         """Which of the run's groups it is; a group of all ranks is "tp" or "dp" where the run has only that one."""
-        name = self._names.get(group.group_name)
-        if name is None:
+        if group.group_name not in self._names:
             ranks = sorted(dist.get_process_group_ranks(group))
             known: dict[Group, list[int]] = {"tp": self._tp, "dp": self._dp, "hpz": self._hpz, "world": ranks}
-            name = next(each for each, members in known.items() if members == ranks)
-            self._names[group.group_name] = name
-        return name
+            self._names[group.group_name] = next(name for name, members in known.items() if members == ranks)
+        return self._names[group.group_name]

@@ -238,7 +238,7 @@ def _score(case: Case, teacher: ModelShape) -> Work:
 
 def _train(case: Case) -> Work:
     done, student, itemsize, passes = Work(), case.student, case.student_bytes, case.passes
-    tokens = case.sequences * case.columns
+    tokens = case.columns * case.trained_sequences / passes
     is_checkpointed = case.config.model.gradient_checkpointing
     # Recomputing stops before the last product of a layer, whose result nothing needs.
     again = student.products - student.num_layers * student.down.size if is_checkpointed else 0
@@ -265,11 +265,13 @@ def _train(case: Case) -> Work:
 def _losses(done: Work, case: Case) -> None:
     """The objective of all micro-batches: three products of the student's head and one of the teacher's."""
     student, teacher = case.student, case.teacher
-    tokens = case.passes * case.rows * case.response_tokens
-    terms = [teacher.hidden if teacher is not None else 0]
-    if teacher is not None and case.sequences > case.rows and case.config.loss.sft > 0:
-        terms.append(0)
-    for teacher_hidden in terms:
+    references = case.references * case.response_tokens
+    is_apart = case.sequences_of_example == 2 and case.config.loss.sft > 0
+    terms = [(0, references)] if teacher is None or is_apart else []
+    if teacher is not None:
+        # Where the response is the reference, rows without one have no loss.
+        terms.append((teacher.hidden, (case.trained_sequences - is_apart * case.references) * case.response_tokens))
+    for teacher_hidden, tokens in terms:
         chunks = case.passes * -(-tokens // (case.passes * chunk_tokens(case)))
         done.flops += 2 * tokens * student.classes * (3 * student.hidden + teacher_hidden)
         launches = _OBJECTIVE_CHUNK if teacher_hidden else _REFERENCE_CHUNK

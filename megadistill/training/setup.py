@@ -33,10 +33,11 @@ from megadistill.models.loading import (
     load_model_on_ranks,
     shared_vocab_size,
 )
+from megadistill.models.weight_files import check_weight_files
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.node import Node
-from megadistill.parallel.topology import gradient_accumulation_steps, resolve_tp_size
+from megadistill.parallel.topology import check_hpz_size, gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData
 from megadistill.training.gate import GateTrainer
@@ -82,10 +83,12 @@ def check_models(config: RunConfig, world_size: int) -> int:
     for key, path in model_paths(config).items():
         model_config = load_model_config(path, key)
         counts |= head_counts(model_config, key)
+        check_weight_files(path, key, getattr(model_config, "transformers_weights", None))
         check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
     rows = config.train.micro_batch_size if config.train.micro_batch_tokens is None else 1
     gradient_accumulation_steps(config.train.global_batch_size, rows, world_size // tp_size)
+    check_hpz_size(config.parallel.zero.hpz_partition_size, world_size // tp_size)
     return tp_size
 
 

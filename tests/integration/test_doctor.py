@@ -179,6 +179,7 @@ def test_what_one_process_finds(assets: Path, tmp_path: Path, capsys: pytest.Cap
     code, text = _alone(_config(assets, tmp_path / "run", f"model.tokenizer={tmp_path / 'none'}"), capsys)
     assert code == 1 and str(tmp_path / "none") in text
     assert [line.split()[:2] for line in text.splitlines() if line.startswith("models ")] == [["models", "FAILED"]]
+    assert not any(line.startswith("hub ") for line in text.splitlines())  # a path is not looked up there
     code, text = _alone(_config(assets, tmp_path / "run", "model.tokenizer=none", "run.prepare=smoke"), capsys)
     assert code == 0 and "the first start makes them (run.prepare=smoke)" in text
 

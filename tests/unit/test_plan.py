@@ -13,13 +13,14 @@ from torch import nn
 
 from megadistill.config.load import load_config
 from megadistill.decoding import decoder, layer, sampling
+from megadistill.errors import TopologyError
 from megadistill.planning import memory
 from megadistill.planning.case import Case, Models
 from megadistill.planning.compare import compare
 from megadistill.planning.formulas import step_use
 from megadistill.planning.gpus import GPUS
 from megadistill.planning.needs import needs_of
-from megadistill.planning.search import Candidate, changes, fits, nearest, sweep
+from megadistill.planning.search import Candidate, changes, fits, left_out, nearest, step_bytes, sweep
 from megadistill.planning.shape import ModelOutline
 from megadistill.planning.times import measured_factors, phase_times, step_seconds
 from megadistill.training.passes import passes_within_budget
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 GB = 1e9
 H100 = GPUS["H100-80"]
+HPZ = "parallel.zero.hpz_partition_size"
 LARGE = ["run.dir=x", "data.max_prompt_tokens=256", "data.max_tokens=512", "generation.max_new_tokens=256"]
 LARGE += [f"model.teacher.path={CONFIGS / 'models' / 'meta-llama--Llama-2-13b-hf.json'}", "model.teacher.dtype=bf16"]
 LARGE += [f"model.student.path={CONFIGS / 'models' / 'meta-llama--Llama-2-7b-hf.json'}", "model.student.dtype=bf16"]
@@ -132,6 +134,62 @@ def test_what_waits_in_host_memory_is_not_resident(models: Models) -> None:
         assert owners["optimizer"][memory.OPTIMIZER] == usual.resident[memory.OPTIMIZER]
     assert memory.OPTIMIZER not in peaks[1]["train"] and memory.TEACHER not in peaks[2]["rollout"]
     assert 0 < peaks[2]["teacher"][memory.TEACHER] < usual.resident[memory.TEACHER] / 8
+
+
+def test_secondary_partitions_are_kept_and_gathered_among_few(models: Models) -> None:
+    alone = "parallel.tp_size=1"
+    usual, case = (planned(models, alone, "train.micro_batch_size=4", *hpz) for hpz in ((), (f"{HPZ}=8",)))
+    use = step_use(case)
+    eighth = {"teacher": case.models.teacher.size / 4, "student": case.models.student.size / 4}  # type: ignore[union-attr]
+    owners = {phase.name: phase.owners.get(memory.SECONDARY, 0) for phase in use.phases}
+    assert use.resident[memory.SECONDARY] == owners["rollout"] == pytest.approx(eighth["teacher"], rel=1e-4)
+    assert owners["train"] == owners["optimizer"] == pytest.approx(sum(eighth.values()), rel=1e-4)
+    assert memory.SECONDARY not in step_use(usual).resident
+    groups = {phase.name: {t.group for t in phase.traffic if t.op == "all_gather"} for phase in use.phases}
+    assert groups == {"rollout": {"dp"}, "teacher": {"hpz"}, "score": {"hpz"}, "train": {"hpz"}, "optimizer": {"dp"},
+                      "regenerate": set()}  # fmt: skip
+    times, before = phase_times(case, use, H100), phase_times(usual, step_use(usual), H100)
+    assert times["teacher"].hpz < 0.2 * before["teacher"].dp  # within a node
+    saved = before["teacher"].dp - times["teacher"].hpz
+    assert times["teacher"].seconds == pytest.approx(before["teacher"].seconds - saved)
+    everyone = step_use(planned(models, alone, "train.micro_batch_size=4", f"{HPZ}=16"))
+    assert {t.group for phase in everyone.phases for t in phase.traffic} == {"dp"}
+    with pytest.raises(TopologyError, match="over 3 ranks does not divide .*, 16; allowed: 1, 2, 4, 8, 16"):
+        planned(models, alone, "train.micro_batch_size=4", f"{HPZ}=3")
+
+
+def test_layouts_do_without_what_their_stage_refuses(models: Models) -> None:
+    zero = ("parallel.tp_size=1", f"{HPZ}=8", "parallel.zero.prefetch_bucket_size=7")
+    case = planned(models, *zero, "train.micro_batch_size=4")
+    found = sweep(case, H100)
+    assert {c.case.hpz_size for c in found} == {1, 8} and {c.case.hpz_size for c in found if c.case.tp_size == 8} == {1}
+    for candidate in found:
+        candidate.case.config.parallel.model_validate(candidate.case.config.parallel.model_dump())
+    assert "parallel.zero.prefetch_bucket_size" in str(left_out(case, found)) and HPZ not in str(left_out(case, found))
+    assert left_out(planned(models), sweep(planned(models), H100)) is None
+    tight = planned(models, *zero, "train.micro_batch_size=4", memory_gb=step_bytes(case, step_use(case)) / GB - 0.5)
+    nearer = nearest(tight, H100)
+    assert nearer is not None and len(changes(tight, nearer.case)) == 1
+
+
+def test_budgets_of_tokens_are_what_changes_where_they_rule(models: Models) -> None:
+    case = planned(models, "train.micro_batch_tokens=1_000_000", "parallel.tp_size=2", nodes=1, memory_gb=35)
+    assert case.rows == case.examples
+    found = nearest(case, H100)
+    assert found is not None and "train.micro_batch_size" not in changes(case, found.case)
+    layouts = [candidate.case for candidate in sweep(replace(case, gpu_memory=10**12), H100)]
+    assert len({layout.config.train.micro_batch_tokens for layout in layouts}) > 3
+    assert {1, 2, 4, 8} <= {layout.rows for layout in layouts}
+
+
+def test_a_phase_that_formulas_do_not_have_takes_its_time(models: Models) -> None:
+    """Dry runs of plain SFT have the phase of the teacher, in which nothing is read."""
+    case = planned(models, "loss.dac_kl=0", "loss.span=0", "generation.mode=dataset", "parallel.tp_size=8")
+    case = replace(case, models=Models(case.models.student, None))
+    use = step_use(case)
+    more = replace(use, phases=(replace(use.phases[0], name="teacher", flops=10**15, traffic=()), *use.phases))
+    assert set(phase_times(case, more, H100)) == {"teacher", "train", "optimizer"}
+    assert phase_times(case, more, H100)["teacher"].seconds > 1
 
 
 def test_passes_follow_a_budget_of_tokens(models: Models) -> None:
@@ -287,6 +345,9 @@ def test_a_comparison_names_what_differs(models: Models) -> None:
     use = step_use(planned(models))
     same = compare(use, use)
     assert all(row.ratio == 1 for row in same.rows) and "peak of train" in str(same)
+    assert any("of tp in" in row.what for row in same.rows) and any("of dp in" in row.what for row in same.rows)
+    alone = compare(use, replace(use, world_size=use.tp_size))  # its dp group has one rank
+    assert not any("of dp in" in row.what for row in alone.rows)
     phases = [replace(p, peak=2 * p.peak) if p.name == "train" else p for p in use.phases]
     assert compare(use, replace(use, phases=tuple(phases))).worst_memory().what == "peak of train"
 

@@ -95,6 +95,18 @@ def test_what_is_missing_or_foreign_is_named(written: tuple[Path, dict[str, torc
         ShardReader(tmp_path)
 
 
+def test_what_is_not_of_the_model_is_named(written: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    reader = ShardReader(written[0])
+    reader.refuse_others(reader.shard_specs)
+    with pytest.raises(CheckpointError, match=r"has 1 parameters that the model of config.json does not have, a among"):
+        reader.refuse_others(reader.shard_specs.keys() - {"a"})
+    for content in (None, b"nothing"):
+        if content is not None:
+            (tmp_path / "rows.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"rows\.safetensors is missing or damaged: "):
+            reader.whole_file(str(tmp_path / "rows.safetensors"))
+
+
 def test_whoever_reads_the_layout_reads_the_weights(written: tuple[Path, dict[str, torch.Tensor]]) -> None:
     """safetensors' own files are readable by their owner alone, whatever the umask."""
     folder, _ = written

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadistill.errors import TopologyError
-from megadistill.parallel.topology import divisors, gradient_accumulation_steps, resolve_tp_size
+from megadistill.parallel.topology import check_hpz_size, divisors, gradient_accumulation_steps, resolve_tp_size
 
 
 def named(heads: list[int]) -> dict[str, int]:
@@ -62,6 +62,13 @@ def test_examples_that_cannot_be_shared() -> None:
         gradient_accumulation_steps(8, 8, 2)
     with pytest.raises(TopologyError, match=r": 4$"):
         gradient_accumulation_steps(2, 1, 4)
+
+
+def test_secondary_partitions() -> None:
+    check_hpz_size(1, 1)
+    check_hpz_size(4, 8)
+    with pytest.raises(TopologyError, match=r"over 3 ranks .*data-parallel ranks, 4; allowed: 1, 2, 4$"):
+        check_hpz_size(3, 4)
 
 
 def test_divisors() -> None:

@@ -23,7 +23,7 @@ from megadistill.models.loading import LoadedModel, load_model, whole_model
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT
 from megadistill.models.tensor_reader import TensorReader
-from megadistill.models.weight_files import StoredTensor, open_tensors, weight_files
+from megadistill.models.weight_files import StoredTensor, check_weight_files, open_tensors, weight_files
 from megadistill.observability import progress
 from tests.support.runs import FAMILY_CONFIGS
 
@@ -175,6 +175,41 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     file.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"PK nonsense")
     assert "pytorch_model.bin: " in _refusal(folder)
+
+
+def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
+    folder = _write(tmp_path, "llama", False)
+    weights = load_file(folder / "model.safetensors")
+    key = "layers.0.mlp.up_proj.weight"
+    save_file({**weights, key: weights[f"model.{key}"] + 1}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"has both {key} and model.{key}" in _refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_hidden_layers": 0}, "has num_hidden_layers=0; at least 1 is needed"),
+        ({"hidden_size": -24}, "has hidden_size=-24; at least 1 is needed"),
+        ({"num_attention_heads": "four"}, "'num_attention_heads': TypeError: Field 'num_attention_heads' expected int"),
+        ({"pad_token_id": 9999}, "can make no model of its configuration: AssertionError: Padding_idx must be within"),
+        ({"transformers_weights": 5}, "transformers_weights=5 is no file's name"),
+    ],
+)  # fmt: skip
+def test_configurations_of_no_model_are_one_line(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    folder = _write(tmp_path, "llama", False)
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(tree | settings), encoding="utf-8")
+    assert said in _refusal(folder)
+
+
+def test_a_missing_file_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = _write(tmp_path, "llama", False, max_shard_size="9KB")
+    check_weight_files(str(folder), "x")
+    min(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match="of which 1 are missing"):
+        check_weight_files(str(folder), "x")
+    check_weight_files(str(folder / "config.json"), "x")  # random weights, and a hub name, have none to look for
+    check_weight_files("owner/name", "x")
 
 
 def test_a_folder_of_which_a_file_is_missing(tmp_path: Path) -> None:

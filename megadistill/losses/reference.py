@@ -217,33 +217,36 @@ def _policy_values(
     return -torch.minimum(weight * advantages, clipped * advantages)
 
 
-def find_place(
-    places: Tensor, log_p: Tensor, target: Tensor, low: Tensor, high: Tensor, log_all: Tensor, softness: float
+def find_places(
+    places: Tensor, p: Tensor, target: Tensor, low: Tensor, high: Tensor, log_all: Tensor, softness: float
 ) -> Tensor:
-    """Where a soft edge has a mass below itself, for one token: linear on ``_mass_scale`` in the last interval.
+    """Where a soft edge has a mass below itself [T]: linear on ``_mass_scale`` in the last interval.
 
     Args:
-        places: [V] where the classes are.
-        log_p: [V] their log-probabilities.
-        target: Log of the mass.
-        low: A place below which there is less.
-        high: Where the search ends; all mass counts as being below.
-        log_all: Log of all mass.
+        places: [T, V] where the classes are.
+        p: [T, V] their probabilities.
+        target: [T] log of the mass.
+        low: [T] a place below which there is less.
+        high: [T] where the search ends; all mass counts as being below.
+        log_all: [T] log of all mass.
         softness: s.
     """
     scale_target = scale_low = _mass_scale(target, log_all)
     scale_high = _mass_scale(log_all, log_all)
-    steps = torch.arange(1, NUM_NODES + 1, dtype=log_p.dtype) / (NUM_NODES + 1)
+    steps = torch.arange(1, NUM_NODES + 1, dtype=p.dtype) / (NUM_NODES + 1)
     for _ in range(num_rounds(softness)):
-        nodes = low + (high - low) * steps
-        masses = (log_p.exp() * torch.sigmoid((nodes.unsqueeze(-1) - places) / softness)).sum(-1)
-        scales = _mass_scale(masses.log(), log_all)
-        knots, known = [low, *nodes, high], [scale_low, *scales, scale_high]
-        left = int((scales < scale_target).sum())
-        low, high, scale_low, scale_high = knots[left], knots[left + 1], known[left], known[left + 1]
-    if not scale_low < scale_high:
-        return low
-    return low + (high - low) * ((scale_target - scale_low) / (scale_high - scale_low)).clamp(0, 1)
+        knots, known = [low], [scale_low]
+        for step in steps:
+            knots.append(low + (high - low) * step)
+            mass = (p * torch.sigmoid((knots[-1].unsqueeze(-1) - places) / softness)).sum(-1)
+            known.append(_mass_scale(mass.log(), log_all))
+        knots_TD, known_TD = torch.stack([*knots, high], -1), torch.stack([*known, scale_high], -1)
+        left = (known_TD[:, 1:-1] < scale_target.unsqueeze(-1)).sum(-1, keepdim=True)
+        low, high = (knots_TD.gather(-1, left + end).squeeze(-1) for end in (0, 1))
+        scale_low, scale_high = (known_TD.gather(-1, left + end).squeeze(-1) for end in (0, 1))
+    rise = scale_high - scale_low
+    share = ((scale_target - scale_low) / torch.where(rise > 0, rise, 1.0)).clamp(0, 1)
+    return torch.where(rise > 0, low + (high - low) * share, low)
 
 
 def _mass_scale(log_mass: Tensor, log_all: Tensor) -> Tensor:
@@ -252,55 +255,58 @@ def _mass_scale(log_mass: Tensor, log_all: Tensor) -> Tensor:
     return log_mass - torch.log1p(-(log_mass - log_all).exp().clamp(max=0.99))
 
 
-def lower_threshold(
+def lower_thresholds(
     log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int
-) -> tuple[Tensor, bool]:
-    """One token's theta_l, differentiable in the quantile, and whether all that lies beside the top class is cut.
+) -> tuple[Tensor, Tensor]:
+    """theta_l [T], differentiable in the quantiles, and whether all that lies beside the top class is cut.
 
     The derivative is that of an inverse function: dtheta = dl / F'(theta). What is not listed is below everything.
     """
-    listed = log_p[:-1] if has_rest else log_p
-    others = torch.cat([listed[: listed.argmax()], listed[listed.argmax() + 1 :]])
+    listed = log_p[:, :-1] if has_rest else log_p
+    top, index = listed.max(-1, keepdim=True)
+    others = listed.scatter(-1, index, -math.inf)
     quantile = torch.sigmoid(quantile_logit.to(log_p.dtype))
     log_l = F.logsigmoid(quantile_logit.detach().to(log_p.dtype))
-    if log_l <= _LOG_SMALLEST:
-        return torch.full_like(log_l, -math.inf), False
-    log_beside = torch.cat([others, log_p[-1:]] if has_rest else [others]).logsumexp(0)
-    low = max(1.0, softness) * (log_l - math.log(num_classes)) - 0.5
-    places, masses = (others, others)
+    places, masses = listed, others
     if has_rest:
-        places, masses = torch.cat([others, torch.full_like(log_p[-1:], -1e6)]), torch.cat([others, log_p[-1:]])
-    high = listed.max() + 8 * softness
-    if log_l >= log_beside:
-        return high, True
-    theta = find_place(places, masses, log_l, low, high, log_beside, softness)
-    density = _density(others, theta, softness)
-    if theta > low and density > 0:
-        theta = theta + (quantile - quantile.detach()) / density
-    return theta, False
+        places = torch.cat([listed, torch.full_like(log_p[:, -1:], -1e6)], -1)
+        masses = torch.cat([others, log_p[:, -1:]], -1)
+    log_beside = masses.logsumexp(-1)
+    low = max(1.0, softness) * (log_l.clamp_min(_LOG_SMALLEST) - math.log(num_classes)) - 0.5
+    high = top.squeeze(-1) + 8 * softness
+    is_on = log_l > _LOG_SMALLEST
+    is_all_cut = is_on & (log_l >= log_beside)
+    theta = find_places(places, masses.exp(), log_l, low, high, log_beside, softness)
+    density = _density(listed, others.exp(), theta, softness)
+    moves = (theta > low) & (density > 0)
+    theta = theta + torch.where(moves, (quantile - quantile.detach()) / torch.where(moves, density, 1.0), 0.0)
+    return torch.where(is_all_cut, high, torch.where(is_on, theta, -math.inf)), is_all_cut
 
 
-def upper_threshold(log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int) -> Tensor:
-    """One token's theta_u, differentiable in the quantile: four softnesses above where an edge cuts 1 - u."""
-    listed = log_p[:-1] if has_rest else log_p
+def upper_thresholds(
+    log_p: Tensor, quantile_logit: Tensor, softness: float, has_rest: bool, num_classes: int
+) -> Tensor:
+    """theta_u [T], differentiable in the quantiles: four softnesses above where an edge cuts 1 - u."""
+    listed = log_p[:, :-1] if has_rest else log_p
+    p = listed.exp()
     point = quantile_logit.detach().to(log_p.dtype)
     quantile, log_above, log_u = (
         torch.sigmoid(quantile_logit.to(log_p.dtype)),
         F.logsigmoid(-point),
         F.logsigmoid(point),
     )
-    if log_above <= _LOG_SMALLEST:
-        return torch.full_like(point, math.inf)
-    low = -(listed.max() + softness * point.clamp(max=-_LOG_SMALLEST)) - 0.5
+    is_on = log_above > _LOG_SMALLEST
+    low = -(listed.amax(-1) + softness * point.clamp(max=-_LOG_SMALLEST)) - 0.5
     high = 0.5 - max(1.0, softness) * (log_u.clamp_min(_LOG_SMALLEST) - math.log(num_classes))
-    place = -find_place(-listed, listed, log_above, low, high, torch.zeros_like(low), softness)
-    return place + 4 * softness + (quantile - quantile.detach()) / _density(listed, place, softness)
+    place = -find_places(-listed, p, log_above, low, high, torch.zeros_like(low), softness)
+    density = torch.where(is_on, _density(listed, p, place, softness), 1.0)
+    return torch.where(is_on, place + 4 * softness + (quantile - quantile.detach()) / density, math.inf)
 
 
-def _density(log_p: Tensor, place: Tensor, softness: float) -> Tensor:
-    """Derivative of the mass below a soft edge by its place."""
-    below = torch.sigmoid((place - log_p) / softness)
-    return (log_p.exp() * below * (1 - below)).sum() / softness
+def _density(places: Tensor, p: Tensor, edge: Tensor, softness: float) -> Tensor:
+    """Derivative [T] of the mass below a soft edge by its place."""
+    below = torch.sigmoid((edge.unsqueeze(-1) - places) / softness)
+    return (p * below * (1 - below)).sum(-1) / softness
 
 
 def _logits(head: Head) -> Tensor:
@@ -329,14 +335,11 @@ def _masks(log_p: Tensor, gate: nn.Module | None, config: LossConfig, has_rest: 
     log_tail = log_p.scatter(-1, index, -math.inf).logsumexp(-1)
     lambda_l, lambda_u = _quantiles(top, log_tail, gate, config, num_classes)
     s = config.softness
-    places = [lower_threshold(*token, s, has_rest, num_classes) for token in zip(log_p.detach(), lambda_l, strict=True)]
-    theta_l = torch.stack([*(theta for theta, _ in places), *log_p[:0, 0]]) if places else log_p[:, 0]
-    is_all_cut = torch.tensor([cut for _, cut in places], dtype=torch.bool)
+    theta_l, is_all_cut = lower_thresholds(log_p.detach(), lambda_l, s, has_rest, num_classes)
     lower_edge = (log_p - theta_l.unsqueeze(-1)) / s
     upper_edge = torch.full_like(lower_edge, math.inf)
-    if lambda_u is not None and places:
-        tokens = zip(log_p.detach(), lambda_u, strict=True)
-        theta_u = torch.stack([upper_threshold(*token, s, has_rest, num_classes) for token in tokens])
+    if lambda_u is not None:
+        theta_u = upper_thresholds(log_p.detach(), lambda_u, s, has_rest, num_classes)
         upper_edge = (torch.maximum(theta_u, theta_l.detach()).unsqueeze(-1) - log_p) / s
     mask = torch.sigmoid(lower_edge) * torch.sigmoid(upper_edge)
     complement = torch.sigmoid(-lower_edge) + torch.sigmoid(lower_edge) * torch.sigmoid(-upper_edge)

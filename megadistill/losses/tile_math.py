@@ -112,14 +112,28 @@ def _masses_beyond(
     if spec.is_wide:  # one exponential for all nodes would overflow
         return [(p * torch.sigmoid((nodes[:, d : d + 1] - lp) * scale)).sum(-1) for d in range(num_nodes)]
     middle = 0.5 * (nodes[:, :1] + nodes[:, -1:])
+    steps = ((middle - nodes) * scale).exp()
     # The lower limit is so far below all nodes that the edge is 1, and no product is denormal; nor is a quotient.
     relative = ((lp - middle) * scale).clamp(-0.7 * limit, limit).exp()
-    steps = ((middle - nodes) * scale).exp()
-    ratios = [relative * steps[:, d : d + 1] for d in range(num_nodes)]
-    if sign < 0:
-        largest = math.exp(0.5 * limit)
-        ratios = [ratio.clamp(max=largest) for ratio in ratios]
-    return [(p / (1.0 + ratio)).sum(-1) for ratio in ratios]
+    # At most exp(28), so that the product of three is a number: a class weighs at least 1e-12 of itself, which is far
+    # below the smallest mass that is looked for.
+    largest = math.exp(0.35 * limit)
+    terms = [1.0 + (relative * steps[:, d : d + 1]).clamp(max=largest) for d in range(num_nodes)]
+    return [(p * weight).sum(-1) for d in range(0, num_nodes, 3) for weight in _reciprocals(terms[d : d + 3])]
+
+
+def _reciprocals(values: list[Tensor]) -> list[Tensor]:
+    """The reciprocals of up to three tensors with one division, which costs as much as a dozen products."""
+    if len(values) == 1:
+        return [1.0 / values[0]]
+    if len(values) == 2:
+        both = 1.0 / (values[0] * values[1])
+        return [both * values[1], both * values[0]]
+    first, second, third = values
+    pair = first * second
+    every = 1.0 / (pair * third)
+    of_pair = every * third
+    return [of_pair * second, of_pair * first, every * pair]
 
 
 def gradient(
@@ -132,6 +146,48 @@ def gradient(
     out_CVs: Tensor,
 ) -> None:
     """Writes the derivative by the student's logits to ``out_CVs``, without its label and span parts."""
+    out_CVs.copy_(_derivative(spec, student_CVs, teacher_CVs, norms, bounds, weights))
+
+
+def inner_gradient(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor,
+    norms: LogNormalizers,
+    bounds: MaskBounds | None,
+    weights: GradientWeights,
+    out_CVs: Tensor,
+    outer: tuple[Tensor, Tensor, LogNormalizers],
+    pair: Tensor,
+    inner: Tensor,
+) -> None:
+    """Writes the derivative with its span part, without its label part, in one pass without temporaries.
+
+    ``outer`` has the tiles and normalizers of one token more on either side; ``pair`` and ``inner`` are
+    ``GradientWeights.span_pair`` and ``span_inner`` of all but the last of those.
+    """
+    lq, lp = _span_logs(spec, *outer)
+    # An exponential that two rows share would be a whole tile in memory, which takes longer than a second one.
+    before, after = slice(None, -1), slice(1, None)
+    through = torch.zeros_like(student_CVs)
+    for side in (before, after):
+        of_student, of_teacher = lq[side], lp[side]
+        student = (of_student[:-1] + of_student[1:]).exp()
+        difference = student - (of_teacher[:-1] + of_teacher[1:]).exp()
+        through = through + pair[side].unsqueeze(-1) * (difference * student)
+    norm = (pair * inner)[before] + (pair * inner)[after]
+    result = _derivative(spec, student_CVs, teacher_CVs, norms, bounds, weights)
+    out_CVs.copy_(result + (through - norm.unsqueeze(-1) * lq[1:-1].exp()))
+
+
+def _derivative(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor | None,
+    norms: LogNormalizers,
+    bounds: MaskBounds | None,
+    weights: GradientWeights,
+) -> Tensor:
     lq = log_q(spec, student_CVs, norms)
     result = weights.student.unsqueeze(-1) * _exp(lq)
     if weights.untempered is not None and norms.untempered_log is not None:
@@ -151,14 +207,14 @@ def gradient(
             result = result - factor * _exp(lp)
         else:
             result = result + factor * spec.formula(lp, lq, _exp(lp), _exp(lq), _share(spec, norms))[1]
-    out_CVs.copy_(result)
+    return result
 
 
 def span_sums(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
     """Sums [C - 1, 2] of each pair of neighboring tokens: the columns of ``SpanSum``."""
-    q, p = _span_factors(spec, student_CVs, teacher_CVs, norms)
-    student = q[:-1] * q[1:]
-    difference = student - p[:-1] * p[1:]
+    lq, lp = _span_logs(spec, student_CVs, teacher_CVs, norms)
+    student = (lq[:-1] + lq[1:]).exp()
+    difference = student - (lp[:-1] + lp[1:]).exp()
     return torch.stack([(difference * difference).sum(-1), (difference * student).sum(-1)], -1)
 
 
@@ -172,7 +228,7 @@ def span_gradient(
 ) -> None:
     """Adds the span part of the derivative to ``out_CVs``."""
     assert weights.span_pair is not None and weights.span_inner is not None
-    q, p = _span_factors(spec, student_CVs, teacher_CVs, norms)
+    q, p = (logs.exp() for logs in _span_logs(spec, student_CVs, teacher_CVs, norms))
     student = q[:-1] * q[1:]
     weight = weights.span_pair[:-1].unsqueeze(-1)
     through_pair = (student - p[:-1] * p[1:]) * student * weight
@@ -360,14 +416,19 @@ def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
     The floors are such that what they add is far below round-off, and that no product here is a denormal number, with
     which computing is many times slower.
     """
-    return values.clamp(min=-floor * (8.0 if values.dtype == torch.float64 else 1.0)).exp()
+    return values.clamp(min=_floor(values, floor)).exp()
 
 
-def _span_factors(
+def _floor(values: Tensor, floor: float) -> float:
+    return -floor * (8.0 if values.dtype == torch.float64 else 1.0)
+
+
+def _span_logs(
     spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities q and p as factors of a span's product."""
-    return _exp(log_q(spec, student_CVs, norms), 20.0), _exp(log_p(spec, teacher_CVs, norms), 20.0)
+    """Log q and log p as factors of a span's product."""
+    floor = _floor(student_CVs, 20.0)
+    return log_q(spec, student_CVs, norms).clamp(min=floor), log_p(spec, teacher_CVs, norms).clamp(min=floor)
 
 
 def _groups(teacher_CVs: Tensor, width: int, inverse: float) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,6 @@ from megadistill.losses.tiles import EdgeNodes, GradientWeights, LocalStatistics
 # Elements per thread of the blocks that the eager backend splits a CPU tile into. Temporaries of this size stay in the
 # cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
 _EAGER_BLOCK = 2**15
-# The same for compiled code: on CPUs the compiler keeps every exponential as a separate tensor.
-_COMPILED_BLOCK = 2**19
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
 _MAX_VERSIONS = 256
@@ -99,6 +97,34 @@ class CompiledKernels(TorchKernels):
     def __init__(self, may_fall_back: bool = False) -> None:
         self._may_fall_back, self._is_broken = may_fall_back, False
 
+    def gradient(
+        self,
+        spec: TileSpec,
+        student_CVs: Tensor,
+        teacher_CVs: Tensor | None,
+        norms: LogNormalizers,
+        bounds: MaskBounds | None,
+        weights: GradientWeights,
+        out_CVs: Tensor,
+    ) -> None:
+        """Writes the whole derivative, of all but the first and last token in one pass."""
+        whole = (student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
+        num_tokens = len(student_CVs)
+        if weights.span_pair is None or weights.span_inner is None or teacher_CVs is None or num_tokens < 4:
+            super().gradient(spec, *whole)
+            return
+        *inside, of_inside, out = (_block(part, 1, num_tokens - 1) for part in whole)
+        of_inside = of_inside._replace(span_pair=None, span_inner=None, label=None, label_column=None)
+        outer = (student_CVs, teacher_CVs, norms._replace(untempered_log=None))
+        pairs = (weights.span_pair[:-1], weights.span_inner[:-1])
+        self._run(tile_math.inner_gradient, 0, spec, *inside, of_inside, out, outer, *pairs)
+        add_labels(_block(weights, 1, num_tokens - 1), out)
+        for start, row in ((0, 0), (num_tokens - 2, 1)):
+            *few, _ = (_block(part, start, start + 2) for part in whole)
+            two = torch.empty_like(out_CVs[:2])
+            _EAGER.gradient(spec, *few, two)
+            out_CVs[start + row] = two[row]
+
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         if self._is_broken:
             return super()._run(function, overlap, spec, *arguments)
@@ -113,8 +139,10 @@ class CompiledKernels(TorchKernels):
                 self._give_up(error)
                 return eager(*block)
 
-        with torch._dynamo.config.patch(recompile_limit=_MAX_VERSIONS, accumulated_recompile_limit=16 * _MAX_VERSIONS):
-            return _in_blocks(run, overlap, _COMPILED_BLOCK, arguments)
+        limits = {"recompile_limit": _MAX_VERSIONS, "accumulated_recompile_limit": 16 * _MAX_VERSIONS}
+        with torch._dynamo.config.patch(**limits, specialize_float=True):  # the specification's numbers are constants
+            # Not in blocks: nothing here is kept as a separate tile, and each call costs a tenth of a millisecond.
+            return run(*arguments)
 
     def _give_up(self, error: Exception) -> None:
         reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
@@ -123,6 +151,9 @@ class CompiledKernels(TorchKernels):
         message = f"the losses run in eager torch, which is slower: {reason} (loss.backend=torch silences this)"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         self._is_broken = True
+
+
+_EAGER = TorchKernels()
 
 
 @functools.cache

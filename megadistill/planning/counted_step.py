@@ -169,7 +169,7 @@ def counted_step(
         tp_size=context.tp_size,
         zero_stage=config.parallel.zero_stage,
         resident=resident,
-        phases=counter.phases(),
+        phases=tuple(phase for phase in counter.phases() if phase.operations or phase.traffic),
         decode_steps=writer.num_steps,
     )
 

@@ -9,6 +9,7 @@ import pytest
 from megadistill.planning.use import PhaseUse, StepUse
 from tests.support.planning import Layout, ghosts, measure, write_models
 
+HPZ = (("parallel", {"zero": {"hpz_partition_size": 2}}),)
 MORE = (("generation", {"scrg": {"rounds": 2}}), ("loss", {"sft": 0.0}))
 # World size -> layouts, measured one after the other in one launch. What their ranks are asked is rank 0's use, and the
 # last rank's where the vocabulary is cut unevenly.
@@ -22,7 +23,12 @@ LAYOUTS = {
         Layout(2, 2, 3, "fp32", "gpt2"),
     ],
     3: [Layout(3, 3, 3), Layout(3, 3, 0, "bf16")],
-    4: [Layout(4, 4, 3, "bf16"), Layout(4, 1, 3), Layout(4, 2, 2), Layout(4, 2, 3, "fp32", "qwen3", True, MORE)],
+    4: [
+        Layout(4, 4, 3, "bf16"),
+        Layout(4, 1, 3, more=HPZ),
+        Layout(4, 2, 2),
+        Layout(4, 2, 3, "fp32", "qwen3", True, MORE),
+    ],
 }
 # Numbers that a library drops a moment earlier or later.
 _SLACK_BYTES = 4096

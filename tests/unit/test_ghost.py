@@ -184,6 +184,11 @@ def test_owners_are_what_they_say(models: Path, use: StepUse) -> None:
 # Decoding.
 
 
+def test_plain_sft_has_no_phase_of_a_teacher(models: Path) -> None:
+    sft = (("generation", {"mode": "dataset"}), ("loss", {"dac_kl": 0.0, "span": 0.0}))
+    assert [phase.name for phase in ghost(models, Layout(1, 1, 0, more=sft)).phases] == ["train", "optimizer"]
+
+
 @pytest.mark.parametrize(("layout", "like_gpu"), [(TP2, False), (ALONE, True)], ids=str)
 def test_counted_decoding_is_that_of_all_steps(models: Path, layout: Layout, like_gpu: bool) -> None:
     some = known(models, layout, like_gpu)

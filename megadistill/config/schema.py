@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from megadistill.config.checkpoint import CheckpointSection
 from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
+from megadistill.config.gate import check_gate
 from megadistill.config.loss import LossConfig
 from megadistill.config.optim import OptimSection
 from megadistill.config.parallel import ParallelSection
@@ -353,8 +354,9 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _policy(self) -> "RunConfig":
+    def _gate_and_policy(self) -> "RunConfig":
         check_policy(self)
+        check_gate(self)
         return self
 
     @model_validator(mode="after")

@@ -206,6 +206,11 @@ class LossConfig(Section):
         """Whether the mask's quantiles come from the gate."""
         return self.is_clipped and self.clip == "gate"
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the gate learns from a virtual step of the student's head on the references."""
+        return self.uses_gate and self.gate_objective == "student"
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked like a new one.
 

@@ -8,6 +8,7 @@ from megadistill.config.checkpoint import CheckpointSection
 from megadistill.config.contrast import check_contrast
 from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
+from megadistill.config.gate import check_gate
 from megadistill.config.loss import LossConfig
 from megadistill.config.optim import OptimSection
 from megadistill.config.parallel import ParallelSection
@@ -356,9 +357,10 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _policy(self) -> "RunConfig":
+    def _gate_and_policy(self) -> "RunConfig":
         check_policy(self)
         check_contrast(self)
+        check_gate(self)
         return self
 
     @model_validator(mode="after")

@@ -58,13 +58,12 @@ def virtual_step(
         head = Head(hidden, parts[0], parts[1] if has_bias else None)
         nats = cross_entropy(head, labels, shard, num_tokens=1, chunk_tokens=chunk_tokens, backend=backend)
         gradients = torch.autograd.grad(nats, parts)
-    counted = hidden[labels != IGNORE_INDEX].double()
-    square = all_reduce_sum(counted.square().sum() + len(counted) * has_bias, dp_group)
+    squares = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float64).square() + has_bias
+    square = all_reduce_sum((squares * (labels != IGNORE_INDEX)).sum(), dp_group)
     rate = torch.where(square > 0, 1.0 / square, 0.0).to(dtype)
-    moved = [
-        part.detach() - rate * all_reduce_sum(gradient.contiguous(), dp_group)
-        for part, gradient in zip(parts, gradients, strict=True)
-    ]
+    moved = [part.detach() for part in parts]
+    for part, gradient in zip(moved, gradients, strict=True):  # in place: each is as large as the head
+        part.sub_(all_reduce_sum(gradient.contiguous(), dp_group).mul_(rate))
     return OutputHead(moved[0], moved[1] if has_bias else None, shard)
 
 

@@ -204,7 +204,7 @@ class _FusedPass:
         self.kernels = make_kernels(config.backend, call.shard, device)
         self.chunk_size = chunk_size(config.chunk_tokens, call.shard, device)
         heads = [head, call.teacher] if isinstance(call.teacher, Head) else [head]
-        looks_ahead = bool(parameters) and config.uses_gate and config.gate_objective == "student"
+        looks_ahead = bool(parameters) and config.looks_ahead
         if looks_ahead and call.ahead is not None:
             heads.append(Head.of(head.hidden, call.ahead))
         shifts = bias_shifts(heads, call.shard.group)

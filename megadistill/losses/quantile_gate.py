@@ -148,6 +148,6 @@ def learning_parameters(gate: nn.Module | None, config: LossConfig, *, looks_ahe
         raise ConfigError(f"loss.top_k={config.top_k} differs from the gate's top_k={getattr(gate, 'top_k', None)}")
     if gate is None or config.gate_objective == "frozen" or not torch.is_grad_enabled():
         return []
-    if config.gate_objective == "student" and config.uses_gate and not looks_ahead:
+    if config.looks_ahead and not looks_ahead:
         raise ConfigError("loss.gate_objective=student needs the student's head after a virtual step: pass ahead")
     return [parameter for parameter in gate.parameters() if parameter.requires_grad]

@@ -217,6 +217,11 @@ class Case:
         return 1 if generation.mode == "skd" else generation.scrg.rounds * generation.scrg.enabled
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether the gate learns from a virtual step of the student's head."""
+        return self.models.teacher is not None and self.config.loss.looks_ahead
+
+    @property
     def columns(self) -> int:
         """Tokens of a prompt and a response."""
         return self.prompt_tokens + self.response_tokens

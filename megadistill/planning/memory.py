@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from megadistill.losses.fused import auto_chunk_size
 from megadistill.planning.case import Case
+from megadistill.planning.chunks import auto_chunk_tokens, chunk_tokens, uses_triton
 from megadistill.planning.shape import Linear, ModelShape
 
 Owners = Mapping[str, int]
@@ -114,7 +114,9 @@ def peaks(case: Case) -> dict[str, dict[str, int]]:
     phases: dict[str, Sequence[Owners]] = {}
     if case.teacher is not None:
         if case.writes:
-            phases["rollout"] = [_read(case, case.student, case.prompt_tokens, _writing(case), case.student_bytes)]
+            phases["rollout"] = [
+                _read(case, case.student, _batch(case) * case.prompt_tokens, _writing(case), case.student_bytes)
+            ]
         phases["teacher"] = _teacher(case, case.teacher)
         if case.rounds:
             phases["score"] = [_score(case, case.teacher)]
@@ -164,9 +166,8 @@ def _writing(case: Case) -> Owners:
     return owners
 
 
-def _read(case: Case, model: ModelShape, tokens: int, alive: Owners, itemsize: int) -> Owners:
-    """Reading ``tokens`` of each example at once, layer by layer (decoding/decoder.py: ``PlanPrefiller.read``)."""
-    total = _batch(case) * tokens if case.writes else case.examples * tokens
+def _read(case: Case, model: ModelShape, total: int, alive: Owners, itemsize: int) -> Owners:
+    """Reading ``total`` tokens at once, layer by layer (decoding/decoder.py: ``PlanPrefiller.read``)."""
     piece, pieces = min(total, PIECE_TOKENS), -(-total // PIECE_TOKENS)
     qkv = model.query + 2 * model.key_value
     # On a GPU a norm is one kernel; elsewhere two float32 tensors are made.
@@ -197,7 +198,8 @@ def _teacher(case: Case, teacher: ModelShape) -> Sequence[Owners]:
     layer = _sum(layer, _brought_in(case, teacher.layer))
     alive = _sum(_writing(case), layer) if case.writes else layer
     earlier = _hidden_of_earlier_batches(case, teacher)
-    moments = [_sum(earlier, _read(case, teacher, case.columns, alive, itemsize))]
+    together = _batch(case) if case.writes else case.examples
+    moments = [_sum(earlier, _read(case, teacher, together * case.columns, alive, itemsize))]
     if case.rounds and not case.keeps_teacher_cache:  # everything once more, beside what was read before
         moments.append(_sum(moments[0], {HIDDEN: _batch(case) * case.columns * teacher.hidden * itemsize}))
     return moments
@@ -214,26 +216,11 @@ def joins(parts: Sequence[Linear], itemsize: int) -> bool:
     return len(parts) == 1 or sum(part.size for part in parts) * itemsize <= MAX_JOINED_BYTES
 
 
-def uses_triton(case: Case) -> bool:
-    """Whether the losses make no temporaries as large as a tile of logits: by Triton's kernels, on CPUs in blocks."""
-    return not case.like_gpu or case.config.loss.backend in ("auto", "triton")
-
-
-def chunk_tokens(case: Case) -> int:
-    """Tokens whose logits are held at once."""
-    given = case.config.loss.chunk_tokens
-    return _auto_chunk(case) if given == "auto" else int(given)
-
-
-def _auto_chunk(case: Case) -> int:
-    return auto_chunk_size(case.student.classes, is_cpu=not case.like_gpu, memory=case.gpu_memory)
-
-
 def _score(case: Case, teacher: ModelShape) -> Owners:
     """Both models' states side by side and two tiles of logits (generation/scoring.py, losses/token_kl.py)."""
     tokens = _batch(case) * case.response_tokens
     states = tokens * (case.student.hidden * case.student_bytes + teacher.hidden * case.teacher_bytes)
-    chunk = min(_auto_chunk(case), tokens)
+    chunk = min(auto_chunk_tokens(case), tokens)
     read = _batch(case) * case.columns * teacher.hidden * case.teacher_bytes
     drawn = 8 * min(DRAWN_ELEMENTS, chunk * case.student.classes) if case.like_gpu else 0
     temporaries = 0 if uses_triton(case) else _TILES_OF_KL * _FP32 * chunk * case.student.classes
@@ -297,7 +284,11 @@ def _train(case: Case) -> Sequence[Owners]:
         {HIDDEN: teacher_states(case), GATHERED: _gathered(case, trained_parameters(case), itemsize)},
         {GATHERED: _gathered(case, case.teacher.head, case.teacher_bytes) if case.teacher else 0},
         _brought_in(case, case.teacher.head) if case.teacher else {},
-        {GRADIENTS: _summed(case), SECONDARY: _secondary(case, student, itemsize)},
+        {
+            GRADIENTS: _summed(case),
+            SECONDARY: _secondary(case, student, itemsize),
+            LOGITS: _FP32 * student.head if case.looks_ahead else 0,
+        },
     )
     final_norm = tokens * student.hidden * ((4 + 2 * itemsize) if student.is_rms else 2 * itemsize)
     at_loss = _sum(always, {ACTIVATIONS: stored + final_norm}, bucket if case.zero_stage == 1 else {})
@@ -311,7 +302,24 @@ def _train(case: Case) -> Sequence[Owners]:
         left = int(stored * (1 - elements / size))
         full = {ACTIVATIONS: left + recomputed + backward, BUCKET: case.gradient_bytes * elements}
         moments.append(_sum(always, full))
-    return [*moments, _sum(always, bucket, _last_reduction(case))]
+    return [*moments, _sum(always, bucket, _last_reduction(case)), *(_look_ahead(case) if case.looks_ahead else ())]
+
+
+def _look_ahead(case: Case) -> Sequence[Owners]:
+    """The references' reading and the virtual step of the head, before the passes (training/look_ahead.py)."""
+    student, itemsize, tokens = case.student, case.student_bytes, case.examples * case.response_tokens
+    layer = {
+        HIDDEN: teacher_states(case),
+        GATHERED: _gathered(case, student.layer, itemsize),
+        JOINED: student.joined_layer_bytes(itemsize, MAX_JOINED_BYTES),
+    }
+    tiles = 2 * _FP32 * min(chunk_tokens(case), tokens) * student.classes
+    step = {
+        HIDDEN: teacher_states(case) + tokens * student.hidden * (itemsize + _FP32),
+        GATHERED: _gathered(case, student.head, itemsize),
+        LOGITS: 2 * _FP32 * student.head + tiles,  # the head that moves, and its gradient
+    }
+    return [_read(case, student, case.examples * (case.columns - 1), layer, itemsize), step]
 
 
 def _summed(case: Case) -> int:
@@ -365,6 +373,8 @@ def _losses(case: Case) -> tuple[Sequence[Owners], int]:
     tiles += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.teacher.head
     if case.config.loss.is_clipped and not uses_triton(case):
         tiles += _TILES_OF_CLIPPING * _FP32 * chunk * student.classes
+    if case.looks_ahead:  # states in float32, and a tile of logits after the step
+        per_token, tiles = per_token + _FP32 * student.hidden, tiles + _FP32 * chunk * student.classes
     first = {HIDDEN: tokens * per_token + both, LOGITS: weight + tiles}
     return [first, _sum(last, {HIDDEN: both})], formed
 

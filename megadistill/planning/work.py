@@ -15,14 +15,13 @@ from megadistill.decoding.token_steps import INTERVAL, rounded_rows
 from megadistill.losses.quantile import NUM_NODES, num_rounds
 from megadistill.losses.tiles import SpanSum, TileSpec
 from megadistill.planning.case import Case
+from megadistill.planning.chunks import chunk_tokens, uses_triton
 from megadistill.planning.memory import (
     DRAWN_ELEMENTS,
     PIECE_TOKENS,
-    chunk_tokens,
     joins,
     partition_size,
     released,
-    uses_triton,
 )
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
@@ -37,6 +36,7 @@ _HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
 _JOINING, _DRAWN_PIECE, _DRAWN_PIECE_OVER_TP = 6, 21, 17
 _SCORE, _SCORE_CHUNK, _SCORE_OVER_TP = 294, 29, 25  # losses in eager torch
 _OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
+_VIRTUAL_STEP, _AHEAD_CHUNK = 60, 180
 _PASS, _STEP = 185, 60
 _TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
 # Of the optimizer: for each parameter and in all, by ZeRO stage; of a bf16 model whose gradients are summed in fp32.
@@ -258,8 +258,32 @@ def _train(case: Case) -> Work:
         calls = student.num_layers * calls + (2 if student.is_tied else 0)
         done.send("tp", "all_reduce", passes * calls, passes * calls * tokens * student.hidden * itemsize)
     _losses(done, case)
+    if case.looks_ahead:
+        _look_ahead(done, case)
     _exchange(done, case)
     return done
+
+
+def _look_ahead(done: Work, case: Case) -> None:
+    """Adds the references' reading, the virtual step of the head, and what the objective does once more with it."""
+    student, teacher, itemsize = case.student, case.teacher, case.student_bytes
+    assert teacher is not None
+    for _ in range(student.num_layers):
+        _gather(done, case, student.layer_sizes, itemsize)
+    _gather(done, case, [student.embedding, student.head], itemsize)
+    _gather(done, case, [student.hidden] * (1 if student.is_rms else 2), itemsize)
+    _read(done, case, student, case.examples, case.columns - 1, case.columns - 1, itemsize, 0)
+    tokens = case.examples * case.response_tokens
+    chunks, again = -(-tokens // chunk_tokens(case)), case.passes * -(-tokens // (case.passes * chunk_tokens(case)))
+    done.flops += 2 * tokens * student.classes * (2 * student.hidden + student.hidden + teacher.hidden)
+    done.operations += _VIRTUAL_STEP + _launches_of_chunk(case, _REFERENCE_CHUNK) * chunks
+    done.operations += _launches_of_chunk(case, _AHEAD_CHUNK) * again
+    done.memory_bytes += 8 * _FP32 * tokens * student.classes
+    done.send("dp", "all_reduce", 2 * (case.dp_size > 1), _FP32 * student.head + 8)
+    if case.tp_size > 1:
+        spec = TileSpec.of(case.config.loss, has_edges=True)
+        done.send("tp", "all_gather", chunks + 2 * again, tokens * _FP32 * case.tp_size
+                  * (3 + 7 + case.config.loss.top_k + spec.num_sums))  # fmt: skip
 
 
 def _losses(done: Work, case: Case) -> None:

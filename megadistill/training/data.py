@@ -93,6 +93,12 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
     for name, path in paths.items():
         check_ids(rows[name], vocab_size, tokenizer, str(path))
     source_class(config).check_examples(config, rows["train"], rows["valid"])
+    if config.loss.looks_ahead and not any(row.response_ids for row in rows["train"]):
+        raise DataError(
+            f"{data.train_path}: no row has a reference, and with loss.gate_objective=student the gate learns from "
+            "references alone; minimize, maximize and frozen need none",
+            setting="loss.gate_objective",
+        )
     if config.train.eval_every and not rows["valid"]:
         raise DataError(
             f"{data.valid_path}: no row is left to validate on (train.eval_every={config.train.eval_every})"

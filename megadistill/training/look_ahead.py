@@ -27,19 +27,22 @@ def look_ahead(samples: Sequence[Sample], components: Components) -> OutputHead 
         The head; None unless a gate learns by ``loss.gate_objective`` student.
     """
     config, student, context = components.loss, components.student, components.context
-    if components.gate is None or config.gate_objective != "student":
+    if components.gate is None or not config.looks_ahead:
         return None
     references = [sample.reference_ids or () for sample in samples]
     chunks = [
         PrefillChunk(i, 0, (*sample.prompt_ids, *reference[:-1]))
         for i, (sample, reference) in enumerate(zip(samples, references, strict=True))
     ]
-    read = student.prefiller(components.config.train.micro_batch_size).read(chunks)
-    hidden = [states[len(states) - len(reference) :] for states, reference in zip(read, references, strict=True)]
+    prefiller = student.prefiller(components.config.train.micro_batch_size)
+    hidden = torch.cat([
+        states[len(states) - len(reference) :]
+        for states, reference in zip(prefiller.read(chunks), references, strict=True)
+    ])  # fmt: skip
     labels = torch.tensor([token for reference in references for token in reference], dtype=torch.int64)
     with student.head() as head:
         return virtual_step(
-            Head.of(torch.cat(hidden), head),
+            Head.of(hidden, head),
             labels.to(context.device),
             head.shard,
             context.dp_group,

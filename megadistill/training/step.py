@@ -77,8 +77,9 @@ def distillation_step(
         passes = plan_passes(trained, components.config.train, components.context)
         every = components.config.train.diagnose_every
         is_diagnosed = every > 0 and (step + 1) % every == 0
-        ahead = look_ahead(samples, components)
-        losses = accumulate_gradients(trained, passes, counts, components, is_diagnosed, ahead)
+        losses = accumulate_gradients(
+            trained, passes, counts, components, is_diagnosed, ahead=look_ahead(samples, components)
+        )
     metrics = loss_metrics(losses, samples, counts, components)
 
     # 4. One update of student and gate, unless a number in it is not finite.
@@ -164,6 +165,7 @@ def accumulate_gradients(
                 micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share, ahead
             )
             student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
+            loss_fn.ahead = None  # as large as the head, and needed no more
             losses.append(loss_fn)
     return losses
 

@@ -73,6 +73,11 @@ def _data_warning(config: RunConfig, kind: str, what: str, count: int, rows: int
         return f"{_share(count, rows)} {kind} rows have no reference: no score counts them"
     if what == "without_reference" and not config.needs_teacher:
         return f"{_share(count, rows)} {kind} rows have no reference: SFT learns nothing from them"
+    if what == "without_reference" and config.loss.looks_ahead:
+        return (
+            f"{_share(count, rows)} {kind} rows have no reference: the gate learns nothing from them "
+            "(loss.gate_objective=student)"
+        )
     return ""
 
 

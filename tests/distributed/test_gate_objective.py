@@ -17,6 +17,7 @@ from tests.support.objective import (
     assert_same,
     make_gate,
     make_problem,
+    make_rows,
     run_fused,
     run_reference,
     with_top_k,
@@ -76,6 +77,16 @@ def test_every_backend_equals_the_dense_one(backend):
         check(problem, CONFIG.replace(backend=backend, **mask), make_gate(upper=mask["upper"]), shard)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[2:])  # compiling would take each rank a minute for the same exchange
+def test_triton_equals_the_dense_one_across_shards(backend):
+    def body(rank):
+        problem, *_ = problem_ahead(1)
+        shard = VocabShard.split(problem.num_classes, 3, rank, dist.group.WORLD)
+        check(problem, CONFIG.replace(backend=backend, **MASKS[1]), make_gate(upper=MASKS[1]["upper"]), shard)
+
+    run_ranks(body, 3, timeout_s=400.0)
+
+
 @pytest.mark.parametrize(("tp_size", "dp_size"), [(1, 1), (3, 1), (4, 1), (1, 3), (2, 2)])
 def test_the_virtual_step_is_the_same_on_every_layout(tp_size, dp_size):
     """Data-parallel ranks have different numbers of references; with three, one has none."""
@@ -100,6 +111,16 @@ def test_the_virtual_step_is_the_same_on_every_layout(tp_size, dp_size):
                 torch.testing.assert_close(stepped.bias, expected.bias[classes], rtol=1e-10, atol=1e-12)
 
     run_ranks(body, tp_size * dp_size)
+
+
+def test_it_goes_together_with_every_other_term():
+    """Spans as written, the policy gradient, weights of tokens: the gate's gradient is the same function."""
+    problem, *_ = problem_ahead(3)
+    problem = make_rows(problem, 0.2)
+    problem.token_weights = torch.linspace(0.5, 2, len(problem.labels), dtype=torch.float64)
+    shard = VocabShard(0, problem.num_classes, problem.num_classes)
+    for more in {"span_relation": "log", "policy": 1.7, "policy_reward": "return"}, {"policy": 0.3}:
+        check(problem, CONFIG.replace(**more), make_gate(), shard)
 
 
 def test_without_references_the_head_stays_and_the_gate_does_not_learn():

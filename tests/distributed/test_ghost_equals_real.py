@@ -11,6 +11,7 @@ from tests.support.planning import Layout, ghosts, measure, write_models
 
 HPZ = (("parallel", {"zero": {"hpz_partition_size": 2}}),)
 MORE = (("generation", {"scrg": {"rounds": 2}}), ("loss", {"sft": 0.0}))
+STUDENT = (("loss", {"gate_objective": "student"}),)
 # World size -> layouts, measured one after the other in one launch. What their ranks are asked is rank 0's use, and the
 # last rank's where the vocabulary is cut unevenly.
 LAYOUTS = {
@@ -18,9 +19,9 @@ LAYOUTS = {
     2: [
         Layout(2, 1, 1),
         Layout(2, 2, 1, "bf16"),
-        Layout(2, 1, 2, "bf16"),
+        Layout(2, 1, 2, "bf16", more=STUDENT),
         Layout(2, 1, 3, "bf16", "opt"),
-        Layout(2, 2, 3, "fp32", "gpt2"),
+        Layout(2, 2, 3, "fp32", "gpt2", more=STUDENT),
     ],
     3: [Layout(3, 3, 3), Layout(3, 3, 0, "bf16")],
     4: [

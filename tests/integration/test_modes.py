@@ -168,9 +168,10 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
 
 
 def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
-    """Buffer and phi of a run that was stopped are those of the undisturbed one, at tp 1 x dp 2."""
+    """Buffer, phi and a gate that looks ahead are those of the undisturbed run after a stop, at tp 1 x dp 2."""
     more = (*OFF_POLICY, f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6",
-            "train.max_steps=12", "train.save_every=6", "parallel.tp_size=1")  # fmt: skip
+            "train.max_steps=12", "train.save_every=6", "parallel.tp_size=1",
+            "loss.gate_objective=student")  # fmt: skip
     run_layout(2, [(str(tmp_path / "whole"), settings(assets, "llama", *more))])
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_6"
     again = settings(assets, "llama", *more, f"train.resume={checkpoint}")
@@ -182,6 +183,12 @@ def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)["off_policy"]
     assert state["schedule"]["phi"] == _every(tmp_path / "whole", "phi")[6]
+    at_6, ours, theirs = (
+        torch.load(folder / "trainer.pt", weights_only=True)["gate"]["gate"]
+        for folder in (checkpoint, *(tmp_path / name / "checkpoints" / "step_12" for name in ("resumed", "whole")))
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not any(torch.equal(at_6[name], theirs[name]) for name in theirs), "the gate did not learn"
 
 
 def test_text_without_a_state_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
@@ -267,6 +274,7 @@ def test_off_policy_resumes_from_a_checkpoint_of_another_mode(assets: Path, tmp_
     ("more", "message"),
     [
         (("generation.mode=mixed",), "no row has a reference.*generation.mode=mixed"),
+        (("loss.gate_objective=student",), "no row has a reference.*loss.gate_objective=student.*need none"),
         (
             (*OFF_POLICY, "generation.off_policy.initial_phi=0.5"),
             "no row has a reference.*generation.mode=off_policy",

@@ -281,6 +281,12 @@ def test_a_maximizing_gate_opens():
     assert kept[-1] > 0.995 and values[-1] > values[0]
 
 
+def test_a_minimizing_gate_opens_where_what_is_dropped_is_shared_out():
+    """With a bucket dropping a class never raises the loss; with ``truncate`` dL/dm has either sign."""
+    kept, values = train_gate(LossConfig(sft=0.0, span=0.0, guards=False, remainder="truncate"), steps=60)
+    assert kept[-1] > 0.999 > kept[0] and values[-1] < values[0]
+
+
 def test_maximize_turns_the_gates_gradient_round_and_leaves_the_students():
     problem, gate = make_problem(), make_gate()
     config = LossConfig(top_k=8, guards=False)

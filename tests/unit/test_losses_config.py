@@ -100,6 +100,26 @@ def test_a_gate_cannot_start_at_an_open_end(run_yaml, overrides, is_fine):
         load_config(run_yaml, overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.clip=fixed", "gate_objective=student with loss.clip=fixed: there is no gate.*needs loss.clip=gate"),
+        ("loss.divergence=reverse_kl", "with loss.divergence=reverse_kl: there is no gate"),
+        ("loss.dac_kl=0", "with loss.dac_kl=0.0: there is no gate"),
+        ("loss.coverage_weight=20", "coverage_weight=20.0 has no effect with loss.gate_objective=student.*at 50.0"),
+        ("loss.coverage=relative", "coverage=relative has no effect"),
+        ("loss.lower_max=0.2", None),
+    ],
+)
+def test_what_a_gate_that_looks_ahead_cannot_use_is_refused(run_yaml, override, message):
+    if message is None:
+        assert load_config(run_yaml, ["loss.gate_objective=student", override]).loss.looks_ahead
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(run_yaml, ["loss.gate_objective=student", override])
+    assert "\n" not in str(caught.value)
+
+
 def test_old_spellings_from_python_are_accepted_with_a_line_that_names_the_new_one():
     for name, old in OLD.items():
         with pytest.warns(FutureWarning, match=f"loss.{name}={old} is now spelled {NEW[name]}") as caught:

@@ -192,6 +192,16 @@ def test_a_phase_that_formulas_do_not_have_takes_its_time(models: Models) -> Non
     assert phase_times(case, more, H100)["teacher"].seconds > 1
 
 
+def test_a_gate_that_looks_ahead_has_a_head_of_its_own(models: Models) -> None:
+    usual, ahead = (planned(models, f"loss.gate_objective={name}") for name in ("minimize", "student"))
+    owners = [{phase.name: phase.owners for phase in step_use(case).phases} for case in (usual, ahead)]
+    more = owners[1]["train"][memory.LOGITS] - owners[0]["train"].get(memory.LOGITS, 0)
+    assert 4 * usual.student.head <= more < 8 * usual.student.head
+    assert owners[0]["optimizer"] == owners[1]["optimizer"]
+    flops = [next(phase.flops for phase in step_use(case).phases if phase.name == "train") for case in (usual, ahead)]
+    assert 1.1 < flops[1] / flops[0] < 1.2  # a reading of one of eight: forward, backward and again, both texts
+
+
 def test_passes_follow_a_budget_of_tokens(models: Models) -> None:
     """As training/passes.py splits texts of the greatest lengths."""
     for budget, rows in ((1, 1), (2048, 2), (3000, 2), (4096, 4), (10**9, 4)):

@@ -18,6 +18,7 @@ from tests.support.planning import Layout, forked, settings
 SIZES = {"teacher": (768, 2048, 4), "student": (512, 1408, 3)}
 LENGTH, VOCABULARY, GPU_MEMORY = 24, 16_000, 2**34
 BATCH = ("train", {"global_batch_size": 16, "micro_batch_size": 2})
+STUDENT = (("loss", {"gate_objective": "student"}),)
 LAYOUTS = [
     Layout(1, 1, 0, "bf16"),
     Layout(2, 1, 1, "bf16"),
@@ -27,6 +28,8 @@ LAYOUTS = [
     Layout(2, 1, 3, "bf16", more=(("parallel", {"offload": "both"}),)),
     Layout(2, 1, 1, "bf16", more=(("parallel", {"offload": "optimizer"}),)),
     Layout(4, 2, 3, "bf16"),
+    Layout(1, 1, 0, more=STUDENT),
+    Layout(4, 2, 3, "bf16", more=STUDENT),
     Layout(4, 1, 3, "bf16", more=(("generation", {"mode": "dataset", "scrg": {"enabled": False}}),)),
     Layout(
         4,
@@ -71,8 +74,9 @@ def test_formulas_are_near_a_dry_run(models: Path, layout: Layout) -> None:
     given = dict(layout.more)
     lengths = {"max_prompt_tokens": LENGTH, "max_tokens": 2 * LENGTH}
     generation = ("generation", {"max_new_tokens": LENGTH, **given.get("generation", {})})
-    changed = (("data", lengths), generation, BATCH, ("loss", {"backend": "torch"}))
-    changed += tuple((section, values) for section, values in layout.more if section != "generation")
+    loss = ("loss", {"backend": "torch", **given.get("loss", {})})
+    changed = (("data", lengths), generation, BATCH, loss)
+    changed += tuple((section, values) for section, values in layout.more if section not in ("generation", "loss"))
     config = settings(models, Layout(**{**layout.__dict__, "more": changed}))
     machines: dict[str, Any] = {"nodes": 1, "gpus_per_node": layout.world_size, "gpu_memory": GPU_MEMORY}
     formula = step_use(Case.of(config, Models.of(config), **machines))

@@ -26,6 +26,7 @@ LAYOUTS = [
     Layout(2, 1, 3, "bf16", more=(("parallel", {"offload": "both"}),)),
     Layout(2, 1, 1, "bf16", more=(("parallel", {"offload": "optimizer"}),)),
     Layout(4, 2, 3, "bf16"),
+    Layout(4, 2, 3, "bf16", more=(("generation", {"mode": "teacher_mixed"}),)),
     Layout(4, 1, 3, "bf16", more=(("generation", {"mode": "dataset", "scrg": {"enabled": False}}),)),
 ]
 # Bytes of traffic below which calls are small ones, of which the formulas have but the most.

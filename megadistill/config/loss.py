@@ -263,6 +263,11 @@ class LossConfig(Section):
             f"loss.policy_reward={self.policy_reward} has no effect with loss.policy=0",
             ("loss.policy", "loss.policy_reward"),
         )
+        require_combination(
+            self.policy > 0 or self.policy_clip == type(self).model_fields["policy_clip"].default,
+            f"loss.policy_clip={self.policy_clip:g} has no effect with loss.policy=0",
+            ("loss.policy", "loss.policy_clip"),
+        )
         return self
 
 

@@ -184,7 +184,9 @@ class GenerationSection(SamplingOptions):
         description="float32 on CPUs: products by oneDNN (packed), torch (plain), or the faster one (measured once).",
     )
     cuda_graphs: bool = Field(
-        True, description="On GPUs: record a decoding step as a CUDA graph, one launch for each token."
+        True,
+        description="On GPUs: record a decoding step as a CUDA graph, one launch for each token (not in mode "
+        "teacher_mixed).",
     )
     scrg: ScrgSection = Field(default_factory=ScrgSection, description="Sequence correction and re-generation (SCRG).")
 

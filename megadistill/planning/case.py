@@ -209,10 +209,15 @@ class Case:
         return self.models.teacher is not None and self.config.generation.mode in STUDENT_TEXT
 
     @property
+    def both_write(self) -> bool:
+        """Whether the teacher writes the text of a step beside the student (generation/sources/teacher_mixed.py)."""
+        return self.writes and self.config.generation.mode == "teacher_mixed"
+
+    @property
     def rounds(self) -> int:
         """Rounds of correction; mode skd, which goes on until nothing is left, is planned with one."""
         generation = self.config.generation
-        if not self.writes or generation.mode == "teacher_mixed":
+        if not self.writes or self.both_write:
             return 0
         return 1 if generation.mode == "skd" else generation.scrg.rounds * generation.scrg.enabled
 
@@ -316,7 +321,7 @@ class Case:
     @property
     def records_steps(self) -> bool:
         """Whether decoding steps are recorded as CUDA graphs (decoding/static_step.py: ``stepping_on``)."""
-        return self.like_gpu and self.config.generation.cuda_graphs
+        return self.like_gpu and self.config.generation.cuda_graphs and not self.both_write
 
     @property
     def keeps_teacher_cache(self) -> bool:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROMPT_ID, _REFERENCE_ID, _CORRECTED_ID, _WRITTEN_ID = 0, 1, 2, 3
+_WRITTEN = ("on_policy", "teacher_mixed")  # modes of ``plannable`` whose text is written in the step
 # Steps before the one that is counted, and their length of prompts, references and responses.
 _WARM_UP_STEPS, _WARM_UP = 2, 2
 
@@ -89,11 +90,6 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     elif scrg.after != "regenerate":
         notes.append(f"a step whose corrections are continued (generation.scrg.after={scrg.after} writes nothing anew)")
         scrg = scrg.model_copy(update={"after": "regenerate"})
-    if mode == "teacher_mixed":
-        notes.append(
-            "a step on the student's text; generation.mode=teacher_mixed also needs what the teacher writes with"
-        )
-        mode, scrg = "on_policy", scrg.model_copy(update={"enabled": False})
     if mode == "contrast":
         notes.append("a step on the student's text; generation.mode=contrast also trains on the teacher's")
         mode = "on_policy"
@@ -189,6 +185,8 @@ def _build(
         writers.append(CountedWriter(inputs.student, counter, skips=skips_decoding))
         given = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
         changed = {"student": writers[0], "eos_ids": frozenset(), "teacher_eos_ids": frozenset()}
+        if inputs.teacher is not None:  # where it writes beside the student; its steps are the same ones
+            changed["teacher"] = CountedWriter(inputs.teacher, counter, skips=skips_decoding)
         return _CountedInputs(**given | changed | {"find_corrections": _spread_corrections, "limit": limit})
 
     is_teachers = config.generation.mode == "teacher"
@@ -332,7 +330,7 @@ def _check_lengths(config: RunConfig, lengths: Lengths) -> None:
 def _check_step(result: StepResult, config: RunConfig, lengths: Lengths) -> None:
     """A step that went another way than it was to go would give wrong numbers."""
     written = {len(sample.response_ids or ()) for sample in result.samples} if config.needs_teacher else set()
-    if not result.is_updated or (config.generation.mode == "on_policy" and written != {lengths.response}):
+    if not result.is_updated or (config.generation.mode in _WRITTEN and written != {lengths.response}):
         raise MegadistillError(
             f"the counted step did not run as planned: responses of {sorted(written)} tokens in place of "
             f"{lengths.response}, {'an' if result.is_updated else 'no'} update"

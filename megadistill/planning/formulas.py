@@ -47,11 +47,9 @@ def assumptions(case: Case) -> tuple[str, ...]:
         lines.append("generation.mode=skd: one round is counted; it makes as many as the teacher has objections")
     elif case.rounds and scrg.after != "regenerate":
         lines.append(f"generation.scrg.after={scrg.after}: what the student would write anew is counted")
-    if mode == "teacher_mixed":
-        lines.append("generation.mode=teacher_mixed: the teacher's writing beside the student's is not counted")
-    elif mode == "contrast":
+    if mode == "contrast":
         lines.append("generation.mode=contrast: the teacher's text, a second row of every prompt, is not counted")
-    elif case.writes and mode not in ("on_policy", "skd"):
+    elif case.writes and mode not in ("on_policy", "skd", "teacher_mixed"):
         lines.append(f"generation.mode={mode}: this is a step with student text; steps with other text use less")
     lines.append(f"the vocabulary has the {case.models.vocab_size} rows that the models share (no tokenizer is read)")
     return tuple(lines)

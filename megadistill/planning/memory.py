@@ -115,7 +115,8 @@ def peaks(case: Case) -> dict[str, dict[str, int]]:
     if case.teacher is not None:
         if case.writes:
             phases["rollout"] = [
-                _read(case, case.student, _batch(case) * case.prompt_tokens, _writing(case), case.student_bytes)
+                _read(case, model, _batch(case) * case.prompt_tokens, _writing(case), size)
+                for model, size in _writers(case)
             ]
         phases["teacher"] = _teacher(case, case.teacher)
         if case.rounds:
@@ -148,19 +149,27 @@ def _batch(case: Case) -> int:
     return case.decode_plan.batch_size
 
 
+def _writers(case: Case) -> list[tuple[ModelShape, int]]:
+    """The models that write, and the bytes of their numbers."""
+    student = (case.student, case.student_bytes)
+    return [student, (case.teacher, case.teacher_bytes)] if case.both_write and case.teacher else [student]
+
+
 def _writing(case: Case) -> Owners:
     """What is alive while student text is written and scored (generation/sources/on_policy.py: ``_write``)."""
-    student, itemsize, batch = case.student, case.student_bytes, _batch(case)
-    columns = case.columns
-    if case.records_steps:
+    owners, batch, columns = Counter[str](), _batch(case), case.columns
+    spare = case.records_steps or case.both_write and case.like_gpu and case.config.generation.cuda_graphs
+    if spare:
         columns = -(-columns // 8) * 8 + 1  # the spare column of a recorded step
-    owners = Counter({
-        GATHERED: _gathered(case, student.size - _persistent(case, student), itemsize),
-        JOINED: student.joined_bytes(itemsize, MAX_JOINED_BYTES),
-        CACHE: batch * columns * student.kv_bytes(itemsize),
-    })  # fmt: skip
+    for model, itemsize in _writers(case):
+        is_kept = model is case.student  # the teacher's small parameters are released too
+        owners[GATHERED] += _gathered(case, model.size - (_persistent(case, model) if is_kept else 0), itemsize)
+        owners[JOINED] += model.joined_bytes(itemsize, MAX_JOINED_BYTES)
+        owners[CACHE] += batch * columns * model.kv_bytes(itemsize)
+    if case.both_write:
+        owners += Counter(_brought_in(case, case.teacher.size if case.teacher else 0))
     if case.rounds:
-        owners[HIDDEN] = batch * case.response_tokens * student.hidden * itemsize
+        owners[HIDDEN] = batch * case.response_tokens * case.student.hidden * case.student_bytes
     if case.keeps_teacher_cache and case.teacher is not None:
         owners[CACHE] += batch * case.columns * case.teacher.kv_bytes(case.teacher_bytes)
     return owners
@@ -196,9 +205,9 @@ def _teacher(case: Case, teacher: ModelShape) -> Sequence[Owners]:
         JOINED: teacher.joined_layer_bytes(itemsize, MAX_JOINED_BYTES),
     }
     layer = _sum(layer, _brought_in(case, teacher.layer))
-    alive = _sum(_writing(case), layer) if case.writes else layer
+    alive = _sum(_writing(case), layer) if case.writes and not case.both_write else layer
     earlier = _hidden_of_earlier_batches(case, teacher)
-    together = _batch(case) if case.writes else case.examples
+    together = _batch(case) if case.writes and not case.both_write else case.examples
     moments = [_sum(earlier, _read(case, teacher, together * case.columns, alive, itemsize))]
     if case.rounds and not case.keeps_teacher_cache:  # everything once more, beside what was read before
         moments.append(_sum(moments[0], {HIDDEN: _batch(case) * case.columns * teacher.hidden * itemsize}))
@@ -207,7 +216,7 @@ def _teacher(case: Case, teacher: ModelShape) -> Sequence[Owners]:
 
 def _hidden_of_earlier_batches(case: Case, teacher: ModelShape) -> Owners:
     """The teacher's states of what was written before; prompts are kept with them."""
-    others = case.examples - _batch(case) if case.writes else 0
+    others = case.examples - _batch(case) if case.writes and not case.both_write else 0
     return {HIDDEN: others * case.columns * teacher.hidden * case.teacher_bytes}
 
 

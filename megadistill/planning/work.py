@@ -30,6 +30,7 @@ from megadistill.planning.use import Group, Traffic
 # by one thing: a layer, a row, a step, a pass, a chunk. Elsewhere norms and losses are made of more of them.
 _READ_LAYER, _CACHED_LAYER, _CACHED_EXAMPLE, _UNPACKED_EXAMPLE, _READING = 12, 2, 2, 5, 16
 _DECODE_LAYER, _DECODE_TOKEN, _DRAWN_OVER_TP, _TIED_OVER_TP = 13, 27, 26, 10
+_BESIDE_TOKEN = 14  # of a teacher that writes beside the student, and of whose token it is
 _DECODE_CALL = 8  # around the steps between two looks at which responses have ended
 _ROLLOUT, _ROUND, _RMS_NORMS = 290, 237, 2
 _HEAD_NORMS_READ, _HEAD_NORMS_DECODED, _HEAD_NORMS_TRAINED = 6, 2, 52
@@ -149,16 +150,23 @@ def _read(
                   * model.hidden * itemsize)  # fmt: skip
 
 
-def _decode(done: Work, case: Case, rows: Sequence[int], steps: float, num_recorded: int = 0) -> None:
-    """Adds ``steps`` decoding steps, as many of each number of rows, to ``done``; some numbers are recorded already."""
-    model, itemsize = case.student, case.student_bytes
+def _decode(
+    done: Work, case: Case, rows: Sequence[int], steps: float, num_recorded: int = 0, teacher: ModelShape | None = None
+) -> None:
+    """Adds ``steps`` decoding steps, as many of each number of rows, to ``done``; some numbers are recorded already.
+
+    Of the student, or of a teacher that writes beside it.
+    """
+    model, itemsize = (case.student, case.student_bytes) if teacher is None else (teacher, case.teacher_bytes)
     tokens = steps * sum(rows) / len(rows)
     columns = case.prompt_tokens + _KV_READS * case.response_tokens
     unjoined = sum(len(parts) - 1 for parts in (model.qkv, model.up) if not joins(parts, itemsize))
-    over_tp = _DRAWN_OVER_TP + (_TIED_OVER_TP if model.is_tied else 0) if case.tp_size > 1 else 0
+    over_tp = (_DRAWN_OVER_TP if teacher is None else 0) + (_TIED_OVER_TP if model.is_tied else 0)
+    over_tp = over_tp if case.tp_size > 1 else 0
     of_layer = _DECODE_LAYER + unjoined + (_HEAD_NORMS_DECODED if model.has_head_norms else 0)
     pieces = _drawn_pieces(model, tokens / max(1, steps))
-    kernels = model.num_layers * of_layer + _DECODE_TOKEN + over_tp + (pieces - 1) * _DRAWN_PIECE
+    of_token = _DECODE_TOKEN + (pieces - 1) * _DRAWN_PIECE if teacher is None else _BESIDE_TOKEN
+    kernels = model.num_layers * of_layer + of_token + over_tp
     if case.records_steps:
         columns = case.columns  # a step of fixed shape reads all of them
         eager = min(steps, STEPS_BEFORE_RECORDING * (len(set(rows)) - num_recorded))
@@ -170,9 +178,9 @@ def _decode(done: Work, case: Case, rows: Sequence[int], steps: float, num_recor
     weights = itemsize * (model.num_layers * model.layer + model.head)
     done.memory_bytes += steps * weights + tokens * columns * model.kv_bytes(itemsize)
     if case.tp_size > 1:
-        calls = 2 * model.num_layers + model.is_tied
-        done.send("tp", "all_reduce", steps * (calls + 1), tokens * (calls * model.hidden * itemsize + 8))
-        done.send("tp", "all_gather", steps, tokens * 16 * case.tp_size)
+        calls, drawn = 2 * model.num_layers + model.is_tied, int(teacher is None)
+        done.send("tp", "all_reduce", steps * (calls + drawn), tokens * (calls * model.hidden * itemsize + 8 * drawn))
+        done.send("tp", "all_gather", steps * drawn, tokens * 16 * case.tp_size * drawn)
 
 
 def _drawn_pieces(model: ModelShape, rows: float) -> float:
@@ -182,12 +190,18 @@ def _drawn_pieces(model: ModelShape, rows: float) -> float:
 
 def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
+    beside = case.teacher if case.both_write else None
     _gather(done, case, released(case, model), case.student_bytes, "dp")  # for the first time since the update
+    if beside is not None:
+        _gather(done, case, beside.sizes, case.teacher_bytes)
     for examples in _batches(case):
         kept = _CACHED_LAYER + _CACHED_EXAMPLE * examples
         _read(done, case, model, examples, case.prompt_tokens, case.prompt_tokens, case.student_bytes, kept)
         done.operations += _ROLLOUT
         _decode(done, case, [examples], case.response_tokens - 1)
+        if beside is not None:
+            _read(done, case, beside, examples, case.prompt_tokens, case.prompt_tokens, case.teacher_bytes, kept)
+            _decode(done, case, [examples], case.response_tokens - 1, teacher=beside)
     return done
 
 
@@ -202,7 +216,7 @@ def _regenerate(case: Case) -> Work:
 
 def _teacher(case: Case, teacher: ModelShape) -> Work:
     done, itemsize = Work(), case.teacher_bytes
-    for examples in _batches(case):
+    for examples in [case.examples] if case.both_write else _batches(case):
         for reading in range(1 + case.rounds):
             for _ in range(teacher.num_layers):
                 _gather(done, case, teacher.layer_sizes, itemsize)

@@ -235,7 +235,8 @@ class MicroBatchLoss:
         """This micro-batch's share of the losses' metrics, by name; only what was computed."""
         metrics: dict[str, torch.Tensor] = {}
         for output in self.outputs:
-            metrics |= {name: value + metrics.get(name, 0.0) for name, value in output.metrics.items()}
+            own = output.metrics
+            metrics = {name: metrics[name] + value for name, value in own.items()} if metrics else own
         return metrics if self.sft is None else metrics | {"loss/sft": self.sft}
 
     @property
@@ -334,4 +335,5 @@ class MicroBatchLoss:
 
 
 def _total(outputs: Sequence[DistillOutput]) -> torch.Tensor:
-    return torch.stack([output.loss for output in outputs]).sum()
+    first, *others = (output.loss for output in outputs)
+    return sum(others, first)

@@ -22,6 +22,7 @@ LAYOUTS = {
         Layout(2, 1, 2, "bf16", more=STUDENT),
         Layout(2, 1, 3, "bf16", "opt"),
         Layout(2, 2, 3, "fp32", "gpt2", more=STUDENT),
+        Layout(2, 1, 3, "bf16", more=(("generation", {"mode": "teacher_mixed"}),)),
     ],
     3: [Layout(3, 3, 3), Layout(3, 3, 0, "bf16")],
     4: [

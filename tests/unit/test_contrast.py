@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ LOSS = {
     "divergence": "skewed_reverse_kl", "divergence_teacher_text": "skewed_forward_kl", "adaptive_skew": True,
     "student_text_weight": 1.5, "skew": 0.9,
 }  # fmt: skip
-TEXTS = {(2,): (5, 3, EOS), (3,): (4, EOS), (4,): (6, 7, 8, EOS)}
+TEXTS: dict[tuple[int, ...], tuple[int, ...]] = {(2,): (5, 3, EOS), (3,): (4, EOS), (4,): (6, 7, 8, EOS)}
 
 
 def settings(loss: dict[str, Any], mode: str = "contrast") -> RunConfig:
@@ -50,12 +50,13 @@ def tables() -> tuple[Tensor, Tensor]:
 def rows_of(step: int, **loss: Any) -> tuple[list[Sample], Contrast]:
     """The rows of a step of a run of 10, by models that are tables."""
     student, teacher = tables()
-    models: Any = [Model(student), Model(teacher)]
+    writer: Any = Model(student)
+    reader: Any = Model(teacher)
     inputs = SourceInputs(
-        settings(LOSS | loss), ParallelContext.single(), *models, frozenset({EOS}), DecodeBatchPlan(3, False, 64),
-        max_steps=10,
+        settings(LOSS | loss), ParallelContext.single(), writer, reader, frozenset({EOS}),
+        DecodeBatchPlan(3, False, 64), max_steps=10,
     )  # fmt: skip
-    source = Contrast(inputs, OnPolicy.build(inputs), TeacherText(TEXTS, models[1], 1))
+    source = Contrast(inputs, OnPolicy.build(inputs), TeacherText(TEXTS, reader, 1))
     batch = [Sample(i, prompt, reference_ids=(9, EOS)) for i, prompt in enumerate(TEXTS)]
     return source.samples(step, batch, Timers()), source
 
@@ -144,7 +145,7 @@ def micro_batch_of(order: Sequence[int]) -> Any:
 
 
 @pytest.mark.parametrize("average", ["token", "row"])
-def test_a_micro_batch_equals_the_reference(average: str) -> None:
+def test_a_micro_batch_equals_the_reference(average: Literal["token", "row"]) -> None:
     """Value and gradients, row by row in float64, in any order of the rows, with references and spans."""
     generator = torch.Generator().manual_seed(9)
     weight, teacher = torch.randn(2, V, HIDDEN, generator=generator, dtype=torch.float64)
@@ -201,7 +202,7 @@ def test_the_student_is_drawn_to_one_text_and_pushed_off_the_other() -> None:
         identity = torch.eye(V, dtype=torch.float64)
         output = reference_loss(
             Head(hidden, identity), Head(teacher, identity), torch.full((2,), label), torch.zeros(2, dtype=torch.bool),
-            None, LossConfig(divergence=divergence, sft=0.0, span=0.0), num_tokens=2, num_pairs=0,
+            None, LossConfig(sft=0.0, span=0.0).replace(divergence=divergence), num_tokens=2, num_pairs=0,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(output.loss, hidden)
         change = (student - 0.1 * gradient).softmax(-1)[:, label] - student.softmax(-1)[:, label]
@@ -214,7 +215,7 @@ def test_label_nats() -> None:
     labels, bias = torch.arange(9), torch.randn(13, generator=generator)
     expected = -(hidden @ weight.T + bias).double().log_softmax(-1)[range(9), labels]
     for chunk in (2, "auto"):
-        found = label_nats(Head(hidden, weight, bias), labels, VocabShard(0, 13, 13), chunk_tokens=chunk)  # type: ignore[arg-type]
+        found = label_nats(Head(hidden, weight, bias), labels, VocabShard(0, 13, 13), chunk_tokens=chunk)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

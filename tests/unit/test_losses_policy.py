@@ -154,6 +154,8 @@ def test_sections_that_contradict_themselves() -> None:
         LossConfig(policy=1, temperature=2)
     with pytest.raises(ConfigError, match="loss.policy_reward=return has no effect with loss.policy=0"):
         LossConfig(policy_reward="return")
+    with pytest.raises(ConfigError, match="loss.policy_clip=0.3 has no effect with loss.policy=0"):
+        LossConfig(policy_clip=0.3)
 
 
 ON_POLICY = {"mode": "on_policy", "scrg": {"enabled": False}}

@@ -18,7 +18,7 @@ from tests.support.planning import Layout, forked, settings
 SIZES = {"teacher": (768, 2048, 4), "student": (512, 1408, 3)}
 LENGTH, VOCABULARY, GPU_MEMORY = 24, 16_000, 2**34
 BATCH = ("train", {"global_batch_size": 16, "micro_batch_size": 2})
-STUDENT = (("loss", {"gate_objective": "student"}),)
+AHEAD = (("loss", {"gate_objective": "student"}),)
 LAYOUTS = [
     Layout(1, 1, 0, "bf16"),
     Layout(2, 1, 1, "bf16"),
@@ -28,8 +28,9 @@ LAYOUTS = [
     Layout(2, 1, 3, "bf16", more=(("parallel", {"offload": "both"}),)),
     Layout(2, 1, 1, "bf16", more=(("parallel", {"offload": "optimizer"}),)),
     Layout(4, 2, 3, "bf16"),
-    Layout(1, 1, 0, more=STUDENT),
-    Layout(4, 2, 3, "bf16", more=STUDENT),
+    Layout(1, 1, 0, more=AHEAD),
+    Layout(4, 2, 3, "bf16", more=AHEAD),
+    Layout(4, 2, 3, "bf16", more=(("generation", {"mode": "teacher_mixed"}),)),
     Layout(4, 1, 3, "bf16", more=(("generation", {"mode": "dataset", "scrg": {"enabled": False}}),)),
     Layout(
         4,

@@ -13,6 +13,7 @@ from megadistill.decoding.rollout import RolloutState
 from megadistill.decoding.sampling import Sampling
 from megadistill.generation.sources.base import CacheNeeds, SourceInputs, TextSource
 from megadistill.generation.teacher_states import with_teacher_states
+from megadistill.observability.log import get_logger
 from megadistill.observability.timers import Timers
 from megadistill.parallel.rng import Stream
 
@@ -35,21 +36,33 @@ class TeacherMixed(TextSource):
     def build(cls, inputs: SourceInputs) -> TeacherMixed:
         """A source with a teacher, which every mode with student text has."""
         assert inputs.teacher is not None
+        if inputs.context.device.type == "cuda" and inputs.config.generation.cuda_graphs:
+            get_logger(inputs.context.rank, "generation").info(
+                "generation.cuda_graphs=true has no effect with generation.mode=teacher_mixed: the steps of two models "
+                "are not recorded"
+            )
         return cls(inputs, inputs.teacher)
 
     def samples(self, step: int, batch: Sequence[Sample], timers: Timers) -> list[Sample]:
-        """Writes as many samples at a time as both caches may hold; then the teacher reads them.
+        """Both models write; then the teacher reads what they wrote."""
+        with timers("rollout"):
+            samples = self._written(batch)
+        config = self._inputs.config
+        reader = self._teacher if config.loss.uses_teacher else None
+        with timers("teacher"):
+            return with_teacher_states(samples, reader, config.train.micro_batch_size)
 
-        Both models' parameters are gathered once for writing. Every rank has the same number of decode batches.
+    def _written(self, batch: Sequence[Sample]) -> list[Sample]:
+        """Writes as many samples at a time as both caches may hold.
+
+        Both models' parameters are gathered once, and nothing of their decoders is left. Every rank has the same number
+        of decode batches.
         """
-        inputs, size = self._inputs, self._inputs.decode_plan.batch_size
-        with timers("rollout"), self._student.decoder() as student, self._teacher.decoder() as teacher:
+        size = self._inputs.decode_plan.batch_size
+        with self._student.decoder() as student, self._teacher.decoder() as teacher:
             decoder = MixtureDecoder(student, teacher)
             batches = [self._write(batch[i : i + size], decoder) for i in range(0, len(batch), size)]
-        samples = [sample for decode_batch in batches for sample in decode_batch]
-        reader = self._teacher if inputs.config.loss.uses_teacher else None
-        with timers("teacher"):
-            return with_teacher_states(samples, reader, inputs.config.train.micro_batch_size)
+        return [sample for decode_batch in batches for sample in decode_batch]
 
     def _write(self, samples: Sequence[Sample], decoder: MixtureDecoder) -> list[Sample]:
         inputs, generation, seed = self._inputs, self._inputs.config.generation, self._inputs.config.run.seed

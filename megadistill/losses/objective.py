@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from megadistill.config.loss import LossConfig
 from megadistill.losses.backends import make_kernels
+from megadistill.losses.call import Call
 from megadistill.losses.clipping import ClipTerms, MergedClip
 from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Normalizer,
     StudentGradients,
     bias_shifts,
-    check_labels,
-    check_shard,
-    check_weights,
     chunk_size,
     chunks,
     inverse_count,
@@ -65,6 +63,7 @@ def distill_loss(
     token_weights: Tensor | None = None,
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
+    interpolation: float = 1.0,
 ) -> DistillOutput:
     """Weighted sum of the terms, differentiable in the student's head and the gate.
 
@@ -93,16 +92,19 @@ def distill_loss(
         token_weights: [T] factors of the tokens in the sums over tokens; None: 1. The span term has none.
         rows: [T] int64, not falling: the row of each token, for ``policy_reward`` return; None: all are one row.
         teacher_share: The teacher's share in what the labels were drawn from, for the policy term.
+        interpolation: t, the teacher of all terms is softmax((1 - t) student's logits + t teacher's), with no gradient
+            through it (TAID); 1: the teacher.
 
     Raises:
-        ConfigError: The gate is missing or does not fit, or the backend cannot run here.
+        ConfigError: The gate is missing or does not fit, the backend cannot run here, or settings do not fit.
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
-    call = _Call(
-        teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share
-    )
-    _check_shapes(student, call)
+    call = Call(
+        teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share,
+        interpolation,
+    )  # fmt: skip
+    call.check(student)
     parameters = learning_parameters(gate, config)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
@@ -110,38 +112,6 @@ def distill_loss(
     )
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
-
-
-def _check_shapes(student: Head, call: _Call) -> None:
-    """Raises ValueError or ConfigError for arguments that do not fit together."""
-    shard, length, teacher, pair_mask = call.shard, len(call.labels), call.teacher, call.pair_mask
-    check_shard(shard)
-    student.check("student", length, shard.size)
-    if isinstance(teacher, TeacherTopK):
-        teacher.check(length, call.config)
-    else:
-        teacher.check("teacher", length, shard.size)
-    check_labels(call.labels)
-    if pair_mask.shape != call.labels.shape or pair_mask.dtype != torch.bool:
-        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
-    check_weights(call.token_weights, length)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments that get no gradient."""
-
-    teacher: Head | TeacherTopK
-    labels: Tensor
-    pair_mask: Tensor
-    gate: nn.Module | None
-    config: LossConfig
-    shard: VocabShard
-    num_tokens: Normalizer
-    num_pairs: Normalizer
-    token_weights: Tensor | None
-    rows: Tensor | None
-    teacher_share: float
 
 
 @dataclass(frozen=True)
@@ -158,7 +128,7 @@ class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: _Call,
+        call: Call,
         needs: tuple[bool, bool, bool],
         hidden: Tensor,
         weight: Tensor,
@@ -184,7 +154,7 @@ class _Distill(torch.autograd.Function):
 class _FusedPass:
     """State of one call: the tokens that count, running totals and running gradients."""
 
-    def __init__(self, call: _Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
+    def __init__(self, call: Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
         self.call, self.config, self.shard = call, call.config, call.shard
         config = call.config
         self.parameters = parameters
@@ -225,8 +195,9 @@ class _FusedPass:
             projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
             top_k = config.top_k if config.is_clipped else 0
             self.teacher = DenseTeacher(
-                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.reads_labels
-            )
+                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.reads_labels,
+                call.interpolation,
+            )  # fmt: skip
         else:
             self.teacher = TopKTeacher(
                 call.teacher, self.positions, self.dtype, spec=self.spec, kernels=self.kernels, shard=call.shard,

@@ -48,6 +48,7 @@ def reference_loss(
     token_weights: Tensor | None = None,
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
+    interpolation: float = 1.0,
 ) -> ReferenceOutput:
     """As ``distill_loss``, with the whole vocabulary in one process.
 
@@ -60,7 +61,8 @@ def reference_loss(
     if isinstance(teacher, TeacherTopK):
         log_p, log_q, full_p = _listed(teacher, positions, full_log_q)
     else:
-        log_p, log_q = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1), full_log_q
+        mixed = (1 - interpolation) * logits_TV + interpolation * _logits(teacher)[positions]
+        log_p, log_q = F.log_softmax(mixed.detach() / config.temperature, -1), full_log_q
         full_p = log_p.exp()
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
@@ -87,13 +89,10 @@ def reference_loss(
         span=span,
         policy=policy,
         kept_mass=mean(1 - (mask.clipped * p).sum(-1)),
-        classes=mean(mask.classes) if config.is_clipped else torch.zeros(()),
-        few_classes=mean((mask.classes < 1.5).to(p.dtype)) if config.is_clipped else torch.zeros(()),
+        **{name: mean(values) if config.is_clipped else torch.zeros(()) for name, values in mask.counts.items()},
         kl_map=kl.new_zeros(len(labels)).index_copy(0, positions, kl),
         teacher_top1=torch.full_like(labels, -1).index_copy(0, positions, full_p.argmax(-1)),
-        mean_lower=mean(mask.lower),
-        square_lower=mean(mask.lower.square()),
-        mean_upper=mean(mask.upper),
+        **{name: mean(values) for name, values in mask.quantiles.items()},
     )
 
 
@@ -113,6 +112,16 @@ class _Mask:
         """How many classes are kept, the top class once."""
         own = (self.kept * self.is_top).sum(-1) - 1
         return self.kept.sum(-1) - own.gt(0).to(own.dtype)
+
+    @property
+    def quantiles(self) -> dict[str, Tensor]:
+        """What is reported of them."""
+        return {"mean_lower": self.lower, "square_lower": self.lower.square(), "mean_upper": self.upper}
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """What is reported of them."""
+        return {"classes": self.classes, "few_classes": (self.classes < 1.5).to(self.kept.dtype)}
 
 
 def _coverage(mask: _Mask, p: Tensor, config: LossConfig) -> Tensor:

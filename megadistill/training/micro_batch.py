@@ -207,6 +207,7 @@ class MicroBatchLoss:
         teacher_head: The teacher's head; None for plain SFT.
         is_diagnosed: Whether ``gradient_squares`` are wanted.
         teacher_share: The teacher's share in what responses were drawn from (the policy term).
+        interpolation: The teacher's share in what teaches (TAID).
         gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
             position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
@@ -220,6 +221,7 @@ class MicroBatchLoss:
     teacher_head: OutputHead | None
     is_diagnosed: bool = False
     teacher_share: float = 0.0
+    interpolation: float = 1.0
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
     output: DistillOutput | None = None
@@ -311,4 +313,5 @@ class MicroBatchLoss:
             token_weights=self._weights(micro.kd_lengths, flat.device),
             rows=row_numbers(micro.kd_lengths, flat.device) if config.policy > 0 else None,
             teacher_share=self.teacher_share,
+            interpolation=self.interpolation,
         )

@@ -40,6 +40,7 @@ from megadistill.parallel.topology import gradient_accumulation_steps, resolve_t
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData
 from megadistill.training.gate import GateTrainer
+from megadistill.training.interpolation import Interpolation
 from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ def build_components(
         decode_plan=decode_plan,
         model_folders=paths,
         length=length,
+        interpolation=Interpolation.of(config.loss.taid, length.max_steps),
     )
 
 

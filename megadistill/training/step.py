@@ -83,6 +83,10 @@ def distillation_step(
         is_updated = update(step, metrics, components)
     if is_updated:
         components.source.updated(step, samples)
+    if components.interpolation is not None:
+        metrics |= components.interpolation.metrics()
+        if is_updated:
+            components.interpolation.updated(step + 1, metrics["loss/dac_kl"])
 
     metrics |= source_metrics(source, components) | timers.seconds()
     finite = []
@@ -153,8 +157,9 @@ def accumulate_gradients(
                 device=components.context.device,
                 padding_free=components.config.train.padding_free,
             )
-            share = components.config.generation.share_of_teacher
-            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share)
+            share, taid = components.config.generation.share_of_teacher, components.interpolation
+            t = 1.0 if taid is None else taid.t
+            loss_fn = MicroBatchLoss(micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share, t)
             student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
             losses.append(loss_fn)
     return losses

@@ -30,6 +30,7 @@ class Problem:
     token_weights: Tensor | None = None
     rows: Tensor | None = None
     teacher_share: float = 0.0
+    interpolation: float = 1.0
 
     @property
     def num_classes(self) -> int:
@@ -133,7 +134,7 @@ def run_fused(
     output = distill_loss(
         student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
-        rows=problem.rows, teacher_share=problem.teacher_share,
+        rows=problem.rows, teacher_share=problem.teacher_share, interpolation=problem.interpolation,
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -150,7 +151,7 @@ def run_reference(
     output = reference_loss(
         student, problem.teacher, problem.labels, problem.pair_mask, gate, config,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
-        rows=problem.rows, teacher_share=problem.teacher_share,
+        rows=problem.rows, teacher_share=problem.teacher_share, interpolation=problem.interpolation,
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]

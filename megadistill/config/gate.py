@@ -23,6 +23,11 @@ def check_gate(config: "RunConfig") -> None:
         "needs loss.clip=gate, loss.divergence=dac_kl and loss.dac_kl > 0",
         ("loss.gate_objective", f"loss.{cause}"),
     )
+    require_combination(
+        not loss.taid.enabled,
+        "loss.gate_objective=student with loss.taid.enabled=true: the step ahead is judged by the teacher itself",
+        ("loss.gate_objective", "loss.taid.enabled"),
+    )
     for name in _OF_THE_PENALTY:
         value, default = getattr(loss, name), LossConfig.model_fields[name].default
         require_combination(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from megadistill.config.adaptive import TaidSection, check_taid
 from megadistill.config.section import (
     NonNegativeFloat,
     OpenUnitInterval,
@@ -14,6 +15,7 @@ from megadistill.config.section import (
     UnitInterval,
     allowed,
     require_combination,
+    section_type,
 )
 from megadistill.errors import ConfigError
 from megadistill.files import nearest
@@ -143,6 +145,9 @@ class LossConfig(Section):
         description="For generation.mode teacher_mixed and policy_reward return: the policy gradient follows "
         "importance weights no further than 1 -/+ this (PPO).",
     )
+    taid: TaidSection = Field(
+        default_factory=TaidSection, description="A teacher between the student and the teacher (TAID)."
+    )
 
     divergence_teacher_text: TokenLoss | None = Field(
         None,
@@ -270,15 +275,25 @@ class LossConfig(Section):
         )
         return self
 
+    @model_validator(mode="after")
+    def _adaptive(self) -> Self:
+        check_taid(self.taid, dac_kl=self.dac_kl, policy=self.policy)
+        return self
+
 
 def _first_problem(error: ValidationError, settings: dict[str, Any]) -> str:
     """What is wrong with settings given from Python, in one line."""
     problem = error.errors()[0]
     if not problem["loc"]:
         return str(problem["ctx"]["error"])
-    name = str(problem["loc"][0])
+    name, *inner = (str(part) for part in problem["loc"])
+    section: type[Section] = LossConfig
+    where, value = "loss", settings[name]
+    if inner:  # of a section in this one
+        where, section = f"loss.{name}", section_type(LossConfig.model_fields[name]) or LossConfig
+        name, value = inner[0], problem["input"]
     if problem["type"] == "extra_forbidden":
-        close = nearest(name, LossConfig.model_fields)
-        hint = f"did you mean loss.{close}?" if close else f"keys are {', '.join(LossConfig.model_fields)}"
-        return f"loss.{name}: unknown key; {hint}"
-    return f"loss.{name}={settings[name]!r}: must be {allowed(LossConfig.model_fields[name])}"
+        close = nearest(name, section.model_fields)
+        hint = f"did you mean {where}.{close}?" if close else f"keys are {', '.join(section.model_fields)}"
+        return f"{where}.{name}: unknown key; {hint}"
+    return f"{where}.{name}={value!r}: must be {allowed(section.model_fields[name])}"

@@ -40,6 +40,7 @@ class DenseTeacher:
         top_k: Number of top log-probabilities to merge; 0: none.
         max_tokens: Tokens of the longest chunk.
         has_label_p: The teacher's probability of the labels is wanted.
+        interpolation: The teacher's share t of its logits; the student's make up the rest.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class DenseTeacher:
         top_k: int,
         max_tokens: int,
         has_label_p: bool = False,
+        interpolation: float = 1.0,
     ) -> None:
         self.spec, self.kernels, self.shard, self.top_k, self._has_label_p = spec, kernels, shard, top_k, has_label_p
+        self._interpolation = interpolation
         self._projector = projector
         self._logits_buffer = projector.new_buffer(max_tokens)
         self.tile_CVs = self._logits_buffer
@@ -60,6 +63,8 @@ class DenseTeacher:
     def statistics(self, chunk: slice, student_CVs: Tensor, labels: Tensor) -> TokenStatistics:
         """Reads a chunk: its tile, and the merged statistics of both models (one all-gather)."""
         self.tile_CVs = self._projector.logits(chunk, self._logits_buffer)
+        if self._interpolation < 1:  # a tile like the teacher's own: normalizers, backends and shards need not know
+            torch.lerp(student_CVs, self.tile_CVs, self._interpolation, out=self.tile_CVs)
         local = local_statistics(self.spec, self.kernels, student_CVs, self.tile_CVs)
         return merge_both(
             self.spec, local, student_CVs, self.tile_CVs, labels, self.shard, self.top_k, self._has_label_p

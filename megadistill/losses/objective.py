@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from megadistill.config.loss import LossConfig
 from megadistill.losses.backends import make_kernels
+from megadistill.losses.call import Call
 from megadistill.losses.clipping import ClipTerms, MergedClip
 from megadistill.losses.dense_teacher import DenseTeacher
 from megadistill.losses.fused import (
     Normalizer,
     StudentGradients,
     bias_shifts,
-    check_labels,
-    check_shard,
-    check_skews,
-    check_weights,
     chunk_size,
     chunks,
     inverse_count,
@@ -68,6 +65,7 @@ def distill_loss(
     teacher_share: float = 0.0,
     skews: Tensor | None = None,
     ahead: OutputHead | None = None,
+    interpolation: float = 1.0,
 ) -> DistillOutput:
     """Weighted sum of the terms, differentiable in the student's head and the gate.
 
@@ -96,17 +94,20 @@ def distill_loss(
         teacher_share: The teacher's share in what the labels were drawn from, for the policy term.
         skews: [T] each token's own ``config.skew``, for a skewed divergence.
         ahead: The student's head after the virtual step (``virtual_step``), for ``config.gate_objective`` student.
+        interpolation: t, the teacher of all terms is softmax((1 - t) student's logits + t teacher's), with no gradient
+            through it (TAID); 1: the teacher.
 
     Raises:
-        ConfigError: The gate or ``ahead`` is missing or does not fit, or the backend cannot run here.
+        ConfigError: The gate or ``ahead`` is missing or does not fit, the backend cannot run here, or settings do not
+            fit.
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
-    call = _Call(
+    call = Call(
         teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share,
-        skews, ahead,
+        skews, ahead, interpolation,
     )  # fmt: skip
-    _check_shapes(student, call)
+    call.check(student)
     parameters = learning_parameters(gate, config, looks_ahead=ahead is not None)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
@@ -114,41 +115,6 @@ def distill_loss(
     )
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
-
-
-def _check_shapes(student: Head, call: _Call) -> None:
-    """Raises ValueError or ConfigError for arguments that do not fit together."""
-    shard, length, teacher, pair_mask = call.shard, len(call.labels), call.teacher, call.pair_mask
-    check_shard(shard)
-    student.check("student", length, shard.size)
-    if isinstance(teacher, TeacherTopK):
-        teacher.check(length, call.config)
-    else:
-        teacher.check("teacher", length, shard.size)
-    check_labels(call.labels)
-    if pair_mask.shape != call.labels.shape or pair_mask.dtype != torch.bool:
-        raise ValueError(f"pair_mask must be bool of shape ({length},), got {pair_mask.dtype} {tuple(pair_mask.shape)}")
-    check_weights(call.token_weights, length)
-    check_skews(call.skews, length, call.config)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments that get no gradient."""
-
-    teacher: Head | TeacherTopK
-    labels: Tensor
-    pair_mask: Tensor
-    gate: nn.Module | None
-    config: LossConfig
-    shard: VocabShard
-    num_tokens: Normalizer
-    num_pairs: Normalizer
-    token_weights: Tensor | None
-    rows: Tensor | None
-    teacher_share: float
-    skews: Tensor | None
-    ahead: OutputHead | None
 
 
 @dataclass(frozen=True)
@@ -163,7 +129,7 @@ class _TokenTerms:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, needs: tuple[bool, bool, bool], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, needs: tuple[bool, bool, bool], *tensors: Any) -> tuple[Tensor, ...]:
         hidden, weight, bias, *parameters = tensors
         head = Head(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -184,7 +150,7 @@ class _Distill(torch.autograd.Function):
 class _FusedPass:
     """State of one call: the tokens that count, running totals and running gradients."""
 
-    def __init__(self, call: _Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
+    def __init__(self, call: Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
         self.call, self.config, self.shard = call, call.config, call.shard
         config = call.config
         self.parameters = parameters
@@ -230,8 +196,9 @@ class _FusedPass:
             projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
             top_k = config.top_k if config.is_clipped else 0
             self.teacher = DenseTeacher(
-                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.reads_labels
-            )
+                projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.reads_labels,
+                call.interpolation,
+            )  # fmt: skip
         else:
             self.teacher = TopKTeacher(
                 call.teacher, self.positions, self.dtype, spec=self.spec, kernels=self.kernels, shard=call.shard,

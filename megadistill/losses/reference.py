@@ -51,13 +51,14 @@ def reference_loss(
     teacher_share: float = 0.0,
     skews: Tensor | None = None,
     ahead: OutputHead | None = None,
+    interpolation: float = 1.0,
 ) -> ReferenceOutput:
     """As ``distill_loss`` in one process; the student descends ``loss`` and the gate ``gate_objective``."""
     is_valid = labels != IGNORE_INDEX
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
     full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
-    log_p, log_q, full_p = _both(teacher, positions, full_log_q, config)
+    log_p, log_q, full_p = _both(teacher, positions, full_log_q, config, interpolation)
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
@@ -77,7 +78,7 @@ def reference_loss(
     after = dac_kl
     if ahead is not None:
         full_ahead = F.log_softmax(_logits(Head.of(student.hidden, ahead))[positions] / config.temperature, -1)
-        ahead_log_q = _both(teacher, positions, full_ahead, config)[1]
+        ahead_log_q = _both(teacher, positions, full_ahead, config, 1.0)[1]
         after = config.temperature**2 * mean(_token_values(log_p, ahead_log_q, mask, config, None))
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
@@ -88,13 +89,10 @@ def reference_loss(
         span=span,
         policy=policy,
         kept_mass=mean(1 - (mask.clipped * p).sum(-1)),
-        classes=mean(mask.classes) if config.is_clipped else torch.zeros(()),
-        few_classes=mean((mask.classes < 1.5).to(p.dtype)) if config.is_clipped else torch.zeros(()),
+        **{name: mean(values) if config.is_clipped else torch.zeros(()) for name, values in mask.counts.items()},
         kl_map=kl.new_zeros(len(labels)).index_copy(0, positions, kl),
         teacher_top1=torch.full_like(labels, -1).index_copy(0, positions, full_p.argmax(-1)),
-        mean_lower=mean(mask.lower),
-        square_lower=mean(mask.lower.square()),
-        mean_upper=mean(mask.upper),
+        **{name: mean(values) for name, values in mask.quantiles.items()},
     )
 
 
@@ -107,12 +105,13 @@ def _gate_objective(config: LossConfig, now: Tensor, after: Tensor, coverage: Te
 
 
 def _both(
-    teacher: Head | TeacherTopK, positions: Tensor, full_log_q: Tensor, config: LossConfig
+    teacher: Head | TeacherTopK, positions: Tensor, full_log_q: Tensor, config: LossConfig, interpolation: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, log q) over the classes that the teacher tells apart, and p over all."""
     if isinstance(teacher, TeacherTopK):
         return _listed(teacher, positions, full_log_q)
-    log_p = F.log_softmax(_logits(teacher)[positions].detach() / config.temperature, -1)
+    logits = interpolation * _logits(teacher)[positions] / config.temperature + (1 - interpolation) * full_log_q
+    log_p = F.log_softmax(logits.detach(), -1)
     return log_p, full_log_q, log_p.exp()
 
 
@@ -132,6 +131,16 @@ class _Mask:
         """How many classes are kept, the top class once."""
         own = (self.kept * self.is_top).sum(-1) - 1
         return self.kept.sum(-1) - own.gt(0).to(own.dtype)
+
+    @property
+    def quantiles(self) -> dict[str, Tensor]:
+        """What is reported of them."""
+        return {"mean_lower": self.lower, "square_lower": self.lower.square(), "mean_upper": self.upper}
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """What is reported of them."""
+        return {"classes": self.classes, "few_classes": (self.classes < 1.5).to(self.kept.dtype)}
 
 
 def _coverage(mask: _Mask, p: Tensor, config: LossConfig) -> Tensor:

@@ -19,6 +19,7 @@ from megadistill.models.end_tokens import cut_end
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.training.gate import GateTrainer
+from megadistill.training.interpolation import Interpolation
 from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Components:
         decode_plan: How many examples are written at a time.
         model_folders: Key of each model -> where it was loaded from.
         length: How many steps the run has.
+        interpolation: What the teacher is mixed with, and how much (``loss.taid``); None: nothing.
     """
 
     config: RunConfig
@@ -62,6 +64,7 @@ class Components:
     decode_plan: DecodeBatchPlan
     length: RunLength
     model_folders: dict[str, str]
+    interpolation: Interpolation | None = None
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:

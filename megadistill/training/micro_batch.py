@@ -212,6 +212,7 @@ class MicroBatchLoss:
         is_diagnosed: Whether ``gradient_squares`` are wanted.
         teacher_share: The teacher's share in what responses were drawn from (the policy term).
         ahead: The student's head after a virtual step on the references, for ``loss.gate_objective`` student.
+        interpolation: The teacher's share in what teaches (TAID).
         gradient_squares: Squared norm of each term's derivative by the last hidden states, by ``GRADIENT_NAMES``; every
             position counts once, so that squares add up over micro-batches and data-parallel ranks.
         sft: The loss on references, unweighted and detached; None before the call.
@@ -226,6 +227,7 @@ class MicroBatchLoss:
     is_diagnosed: bool = False
     teacher_share: float = 0.0
     ahead: OutputHead | None = None
+    interpolation: float = 1.0
     gradient_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     sft: torch.Tensor | None = None
     outputs: list[DistillOutput] = field(default_factory=list)
@@ -331,6 +333,7 @@ class MicroBatchLoss:
             teacher_share=self.teacher_share,
             skews=part.skews,
             ahead=self.ahead,
+            interpolation=self.interpolation,
         )
 
 

@@ -41,6 +41,7 @@ from megadistill.parallel.topology import check_hpz_size, gradient_accumulation_
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData
 from megadistill.training.gate import GateTrainer
+from megadistill.training.interpolation import Interpolation
 from megadistill.training.length import RunLength
 
 if TYPE_CHECKING:
@@ -191,6 +192,7 @@ def build_components(
         decode_plan=decode_plan,
         model_folders=paths,
         length=length,
+        interpolation=Interpolation.of(config.loss.taid, length.max_steps),
     )
 
 

@@ -87,6 +87,10 @@ def distillation_step(
         is_updated = update(step, metrics, components)
     if is_updated:
         components.source.updated(step, samples)
+    if components.interpolation is not None:
+        metrics |= components.interpolation.metrics()
+        if is_updated:
+            components.interpolation.updated(step + 1, metrics["loss/dac_kl"])
 
     metrics |= source_metrics(source, components) | timers.seconds()
     finite = []
@@ -160,9 +164,10 @@ def accumulate_gradients(
                 device=components.context.device,
                 padding_free=components.config.train.padding_free,
             )
-            share = components.config.generation.share_of_teacher
+            share, taid = components.config.generation.share_of_teacher, components.interpolation
+            t = 1.0 if taid is None else taid.t
             loss_fn = MicroBatchLoss(
-                micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share, ahead
+                micro_batch, counts, components.loss, gate, teacher_head, is_diagnosed, share, ahead, t
             )
             student.backward(student.forward(micro_batch.batch, loss_fn, is_last=number == len(passes)))
             loss_fn.ahead = None  # as large as the head, and needed no more

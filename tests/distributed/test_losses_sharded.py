@@ -1,6 +1,7 @@
 """The objective over a split vocabulary: loss and every gradient against the dense float64 reference."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,19 @@ def test_the_policy_term_equals_the_reference(tp_size):
             check(rank, problem, config, make_gate(), torch.float64, 1e-10)
             check(rank, with_top_k(problem, 20), config, make_gate(), torch.float64, 1e-10)
         check(rank, make_rows(make_problem(seed=5), 0.2), config, make_gate(), torch.float32, 1e-5)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_an_interpolated_teacher_equals_the_reference(tp_size):
+    def body(rank):
+        problem = replace(make_problem(), interpolation=0.4)
+        for mask in MASKS[2], MASKS[5], MASKS[15]:
+            check(rank, problem, CONFIG.replace(**mask), make_gate(upper=mask["upper"]), torch.float64, 1e-10)
+        config = CONFIG.replace(divergence="reverse_kl", span_relation="joint", temperature=2.0)
+        check(rank, problem, config, None, torch.float64, 1e-10)
+        check(rank, replace(make_problem(seed=5), interpolation=0.7), config, None, torch.float32, 1e-5)
 
     run_ranks(body, tp_size)
 

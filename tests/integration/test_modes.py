@@ -55,6 +55,7 @@ MODES: dict[str, tuple[str, ...]] = {
     ),
     "mixed by row": ("generation.mode=mixed", "generation.mixed_by=row", "loss.average=row", "loss.span_relation=log"),
     "first, kept": ("generation.scrg.error=first", "generation.scrg.after=keep", "generation.scrg.competence=0.001"),
+    "taid": ("generation.mode=dataset", "loss.taid.enabled=true", "loss.taid.alpha=0.05", "loss.clip=off"),
     "text": ("generation.mode=teacher", "loss.sft_text=text", "loss.dac_kl=0", "loss.span=0"),
     "one token": ("generation.max_new_tokens=1",),
     "nucleus": ("generation.top_k=20", "generation.top_p=0.9", "generation.sampling_temperature=0.8"),
@@ -150,9 +151,11 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
     ]
     for mode in always:
         assert written[mode] == set(range(1, STEPS + 1)), mode
-    assert written["dataset"] == written["teacher"] == written["text"] == set()
+    assert written["dataset"] == written["taid"] == written["teacher"] == written["text"] == set()
     assert 0 < sum(losses(reference / "mixed", "text/dataset")) < STEPS and 0 < len(written["off_policy"]) < STEPS
     assert losses(reference / "mixed by row", "text/mixed") == [1.0] * STEPS
+    rises = losses(reference / "taid", "taid/t")
+    assert rises[0] == 0.4 and all(b - a > 0.6 / STEPS for a, b in zip(rises[1:], rises[2:], strict=False))
     assert losses(reference / "text") == losses(reference / "text", "loss/sft")
     assert max(losses(reference / "skd", "scrg/corrections_mean")) > 1
     assert sum(losses(reference / "off_policy", "text/replay")) > 0

@@ -31,6 +31,7 @@ class Problem:
     token_weights: Tensor | None = None
     rows: Tensor | None = None
     teacher_share: float = 0.0
+    interpolation: float = 1.0
     skews: Tensor | None = None
     ahead: Head | None = None  # the student's hidden states and its head after the virtual step
 
@@ -149,7 +150,7 @@ def run_fused(
         student, teacher, problem.labels.to(device), problem.pair_mask.to(device), gate, config, shard,
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
         rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
-        ahead=problem.ahead_head(shard, dtype),
+        ahead=problem.ahead_head(shard, dtype), interpolation=problem.interpolation,
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -168,6 +169,7 @@ def run_reference(
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
         rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
         ahead=problem.ahead_head(VocabShard(0, problem.num_classes, problem.num_classes)),
+        interpolation=problem.interpolation,
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]

@@ -209,6 +209,11 @@ class Case:
         return self.models.teacher is not None and self.config.generation.mode in STUDENT_TEXT
 
     @property
+    def compared(self) -> ModelShape | None:
+        """The teacher where a loss compares with it; elsewhere it only writes or corrects."""
+        return self.teacher if self.config.loss.uses_teacher else None
+
+    @property
     def rounds(self) -> int:
         """Rounds of correction; mode skd, which goes on until nothing is left, is planned with one."""
         generation = self.config.generation

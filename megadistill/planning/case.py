@@ -214,6 +214,11 @@ class Case:
         return self.writes and self.config.generation.mode == "teacher_mixed"
 
     @property
+    def compared(self) -> ModelShape | None:
+        """The teacher where a loss compares with it; elsewhere it only writes or corrects."""
+        return self.teacher if self.config.loss.uses_teacher else None
+
+    @property
     def rounds(self) -> int:
         """Rounds of correction; mode skd, which goes on until nothing is left, is planned with one."""
         generation = self.config.generation

@@ -191,7 +191,7 @@ def _build(
 
     is_teachers = config.generation.mode == "teacher"
     components = build_components(
-        changed(config, {"generation.mode": "dataset"}) if is_teachers else config,
+        changed(config, {"generation.mode": "on_policy"}) if is_teachers else config,
         context,
         cast("PreTrainedTokenizerBase", _NoTokenizer()),
         vocab_size,

@@ -118,7 +118,8 @@ def peaks(case: Case) -> dict[str, dict[str, int]]:
                 _read(case, model, _batch(case) * case.prompt_tokens, _writing(case), size)
                 for model, size in _writers(case)
             ]
-        phases["teacher"] = _teacher(case, case.teacher)
+        if case.writes or case.compared is not None:
+            phases["teacher"] = _teacher(case, case.teacher)
         if case.rounds:
             phases["score"] = [_score(case, case.teacher)]
             phases["regenerate"] = [_regenerate(case)]
@@ -256,11 +257,11 @@ def _regenerate(case: Case) -> Owners:
 
 def teacher_states(case: Case) -> int:
     """Bytes of the teacher's states of a rank's examples, from the correction to the update."""
-    if case.teacher is None:
+    if case.compared is None:
         return 0
     # A reading of everything keeps the prompts' states with the others; a later one of what is new replaces them.
     tokens = case.response_tokens if case.keeps_teacher_cache else case.columns
-    return case.examples * tokens * case.teacher.hidden * case.teacher_bytes
+    return case.examples * tokens * case.compared.hidden * case.teacher_bytes
 
 
 def trained_parameters(case: Case) -> int:
@@ -369,17 +370,17 @@ def _losses(case: Case) -> tuple[Sequence[Owners], int]:
     copied = 0 if mixed or itemsize == _FP32 else _FP32
     per_token = student.hidden * (itemsize + copied + _FP32)  # selected states, their copy, their gradient
     weight = student.head * (copied + _FP32)
-    terms = 1 if case.teacher is None or case.sequences == case.rows else 2
+    terms = 1 if case.compared is None or case.sequences == case.rows else 2
     formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
     chunk = min(chunk_tokens(case), tokens)
     tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
     last = {HIDDEN: terms * tokens * per_token, LOGITS: terms * weight + tiles}
-    if case.teacher is None:
+    if case.compared is None:
         return [last], formed
     wide = case.teacher_bytes + (0 if mixed or case.teacher_bytes == _FP32 else _FP32)
-    both = tokens * case.teacher.hidden * (case.teacher_bytes + wide)  # collated, and those that count
+    both = tokens * case.compared.hidden * (case.teacher_bytes + wide)  # collated, and those that count
     tiles += _FP32 * chunk * student.classes
-    tiles += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.teacher.head
+    tiles += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.compared.head
     if case.config.loss.is_clipped and not uses_triton(case):
         tiles += _TILES_OF_CLIPPING * _FP32 * chunk * student.classes
     if case.looks_ahead:  # states in float32, and a tile of logits after the step

@@ -39,6 +39,7 @@ _SCORE, _SCORE_CHUNK, _SCORE_OVER_TP = 294, 29, 25  # losses in eager torch
 _OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 350, 55, 150
 _VIRTUAL_STEP, _AHEAD_CHUNK = 60, 180
 _PASS, _STEP = 185, 60
+_OF_COMPARING, _OF_GATE = 95, 36  # of a pass and of an update: left out where no loss compares with the teacher
 _TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
 # Of the optimizer: for each parameter and in all, by ZeRO stage; of a bf16 model whose gradients are summed in fp32.
 _UPDATE: Mapping[int, tuple[float, int]] = {0: (7, 58), 1: (2, 100), 2: (2, 110), 3: (2, 110)}
@@ -84,7 +85,7 @@ def work(case: Case) -> dict[str, Work]:
     phases: dict[str, Work] = {}
     if case.writes:
         phases["rollout"] = _rollout(case)
-    if case.teacher is not None:
+    if case.teacher is not None and (case.writes or case.compared is not None):
         phases["teacher"] = _teacher(case, case.teacher)
     if case.rounds and case.teacher is not None:
         phases["score"] = _score(case, case.teacher)
@@ -261,7 +262,8 @@ def _train(case: Case) -> Work:
     layer: float = _TRAIN_LAYER + (_TRAIN_RMS + (_TRAIN_CASTS if itemsize < _FP32 else 0) if student.is_rms else 0)
     layer += _HEAD_NORMS_TRAINED if student.has_head_norms else 0
     layer = layer * (1 + _AGAIN if is_checkpointed else 1) + (_RELEASED_LAYER if case.zero_stage == 3 else 0)
-    done.operations = _STEP + passes * (_PASS + student.num_layers * layer)
+    of_pass = _PASS - (_OF_COMPARING if case.compared is None else 0)
+    done.operations = _STEP + passes * (of_pass + student.num_layers * layer)
     weights = itemsize * student.num_layers * student.layer
     kept = tokens * student.kept_by_layer(itemsize) * student.num_layers
     done.memory_bytes = passes * (weights * (4 if is_checkpointed else 3) + kept * (4 if is_checkpointed else 3))
@@ -302,10 +304,12 @@ def _look_ahead(done: Work, case: Case) -> None:
 
 def _losses(done: Work, case: Case) -> None:
     """The objective of all micro-batches: three products of the student's head and one of the teacher's."""
-    student, teacher = case.student, case.teacher
+    student, teacher = case.student, case.compared
     references = case.references * case.response_tokens
     is_apart = case.sequences_of_example == 2 and case.config.loss.sft > 0
-    terms = [(0, references)] if teacher is None or is_apart else []
+    # Cross-entropy on the text has nothing else where no loss compares.
+    alone = references if case.teacher is None else case.trained_sequences * case.response_tokens
+    terms = [(0, references if is_apart else alone)] if teacher is None or is_apart else []
     if teacher is not None:
         # Where the response is the reference, rows without one have no loss.
         terms.append((teacher.hidden, (case.trained_sequences - is_apart * case.references) * case.response_tokens))
@@ -320,8 +324,8 @@ def _losses(done: Work, case: Case) -> None:
             columns, gathers = _exchanged(case.config.loss) if teacher_hidden else (3, 1)
             done.send("tp", "all_gather", gathers * chunks, tokens * columns * _FP32 * case.tp_size)
             done.send("tp", "all_reduce", case.passes * 2, tokens * student.hidden * _FP32)
-    if teacher is not None:
-        _gather(done, case, [teacher.head], case.teacher_bytes)
+    if case.teacher is not None:
+        _gather(done, case, [case.teacher.head], case.teacher_bytes)
 
 
 def _launches_of_chunk(case: Case, in_torch: int) -> int:
@@ -367,7 +371,7 @@ def _optimizer(case: Case) -> Work:
     done, part = Work(), partition_size(case)
     is_wide = case.gradient_bytes > case.student_bytes
     of_parameter, in_all = (_WIDE_UPDATE if is_wide else _UPDATE)[case.zero_stage]
-    done.operations = in_all + of_parameter * len(case.student.sizes)
+    done.operations = in_all + of_parameter * len(case.student.sizes) - (_OF_GATE if case.compared is None else 0)
     done.memory_bytes = 36 * part  # master and moments read and written, the gradient copied, weights written
     if case.zero_stage == 3 and case.dp_size > 1:
         small = case.student.size - sum(released(case, case.student))

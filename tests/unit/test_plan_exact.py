@@ -19,6 +19,7 @@ SIZES = {"teacher": (768, 2048, 4), "student": (512, 1408, 3)}
 LENGTH, VOCABULARY, GPU_MEMORY = 24, 16_000, 2**34
 BATCH = ("train", {"global_batch_size": 16, "micro_batch_size": 2})
 AHEAD = (("loss", {"gate_objective": "student"}),)
+TEACHER_TEXT = ("generation", {"mode": "teacher"})
 LAYOUTS = [
     Layout(1, 1, 0, "bf16"),
     Layout(2, 1, 1, "bf16"),
@@ -31,6 +32,7 @@ LAYOUTS = [
     Layout(1, 1, 0, more=AHEAD),
     Layout(4, 2, 3, "bf16", more=AHEAD),
     Layout(4, 2, 3, "bf16", more=(("generation", {"mode": "teacher_mixed"}),)),
+    Layout(2, 1, 1, "bf16", more=(TEACHER_TEXT, ("loss", {"sft_text": "text", "dac_kl": 0.0, "span": 0.0}))),
     Layout(4, 1, 3, "bf16", more=(("generation", {"mode": "dataset", "scrg": {"enabled": False}}),)),
     Layout(
         4,
@@ -48,7 +50,7 @@ LAYOUTS = [
         3,
         "bf16",
         more=(
-            ("generation", {"mode": "teacher"}),
+            TEACHER_TEXT,
             ("parallel", {"zero": {"hpz_partition_size": 2}}),
             ("data", {"prompts_path": "unused", "prompts_ratio": 0.5}),
         ),

@@ -74,10 +74,10 @@ def distill_loss(
     every tensor-parallel rank. The teacher gets none.
 
     Communicates over ``shard.group``: two all-gathers per chunk (at most 8 + K and 17 floats per token; with a
-    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2; one more with the policy term), with a mask one more
-    for each round of the search for its thresholds (7 or 14 floats), and one all-reduce of the hidden gradient; per
-    call one more all-reduce of a number or two with a bias, and one with chunk_tokens="auto". Their number follows
-    from ``labels``, ``config`` and which heads have a bias.
+    ``TeacherTopK`` of L classes 4 + L and, for the span term, 2; one more with the policy term; all this twice where
+    the gate looks ahead), with a mask one more for each round of the search for its thresholds (7 or 14 floats), and
+    one all-reduce of the hidden gradient; per call one more all-reduce of a number for each head with a bias, and one
+    with chunk_tokens="auto". Their number follows from ``labels``, ``config`` and which heads have a bias.
 
     Args:
         student: Hidden states [T, H] and head shard.

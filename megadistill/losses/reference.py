@@ -70,7 +70,6 @@ def reference_loss(
     mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
     skews = None if skews is None else skews[positions].unsqueeze(-1)
     dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config, skews))
-
     places, first = _label_places(teacher, positions, labels), _first_of_pairs(pair_mask, is_valid)
     span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()

@@ -42,7 +42,7 @@ def row_parts(
         config: The configuration.
         device: Where the tensors go.
     """
-    row_means = [1.0 / length if config.average == "row" else 1.0 for length in lengths]
+    row_means = [1.0 / max(1, length) if config.average == "row" else 1.0 for length in lengths]
     own = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
     if not own:
         weights = _per_token(row_means, lengths, device) if config.average == "row" else None
@@ -65,4 +65,5 @@ def row_parts(
 def _per_token(values: Sequence[float], lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """[T] float64: a value of each row for each of its tokens."""
     of_rows = torch.tensor(values, dtype=torch.float64, device=device)
-    return of_rows.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
+    numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return of_rows.repeat_interleave(numbers, output_size=sum(lengths))

@@ -16,6 +16,7 @@ from megadistill.losses import (
     cross_entropy,
     distill_loss,
     fused,
+    label_nats,
     label_scores,
     token_kl,
 )
@@ -264,7 +265,10 @@ def test_label_scores_equal_the_dense_ones(tp_size):
             torch.testing.assert_close(log_p, dense[range(9), labels], rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(regret, dense.amax(-1) - log_p, rtol=1e-12, atol=1e-12)
             assert torch.equal(rank_of, (logits > logits[range(9), labels].unsqueeze(-1)).sum(-1))
-            assert all(same_everywhere(part) for part in (log_p, regret, rank_of))
+            columns = torch.eye(num_classes, dtype=torch.float64)[shard.start : shard.stop]
+            nats = label_nats(Head(logits, columns), labels, shard, chunk_tokens=4)
+            torch.testing.assert_close(nats, -dense[range(9), labels], rtol=1e-12, atol=1e-12)
+            assert all(same_everywhere(part) for part in (log_p, regret, rank_of, nats))
 
     run_ranks(body, tp_size)
 

@@ -25,6 +25,7 @@ from megadistill.parallel import VocabShard
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
+from megadistill.training.row_parts import row_parts
 from tests.unit.test_scrg_rules import EOS, SHARD, Model, V
 
 LOSS = {
@@ -242,6 +243,17 @@ def test_what_fits_together(mode: str, loss: dict[str, Any], message: str | None
     else:
         with pytest.raises(ValueError, match=message):
             settings(loss, mode)
+
+
+def test_rows_without_tokens_take_part() -> None:
+    config, device = LossConfig(average="row"), torch.device("cpu")
+    (plain,) = row_parts([2, 0], [None, None], config, device)
+    assert plain.tokens is None and plain.weights is not None and plain.weights.tolist() == [0.5, 0.5]
+    first, second = row_parts([0, 2], [RowLoss("forward_kl"), RowLoss("reverse_kl", None, 3.0)], config, device)
+    assert first.tokens is not None and len(first.tokens) == 0 and first.skews is None
+    assert second.weights is not None and second.weights.tolist() == [1.5, 1.5]
+    assert (first.config.divergence, second.config.divergence) == ("forward_kl", "reverse_kl")
+    assert [part.tokens for part in row_parts([], [], config, device)] == [None]
 
 
 def test_rows_of_a_shared_text_are_not_added_up_twice() -> None:

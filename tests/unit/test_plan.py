@@ -17,6 +17,7 @@ from megadistill.errors import TopologyError
 from megadistill.planning import memory
 from megadistill.planning.case import Case, Models
 from megadistill.planning.compare import compare
+from megadistill.planning.counted_step import plannable
 from megadistill.planning.formulas import step_use
 from megadistill.planning.gpus import GPUS
 from megadistill.planning.needs import needs_of
@@ -219,6 +220,37 @@ def test_a_cache_that_is_too_small_for_both_is_the_students(models: Models) -> N
     of_wide, of_narrow = (step_use(case).phases[0].owners[memory.CACHE] for case in (wide, narrow))
     assert of_narrow <= 2**30 * 1.01 < of_wide  # beside what is kept, recorded steps write one column more
     assert step_use(narrow).decode_steps > step_use(wide).decode_steps  # several batches one after the other
+
+
+def test_what_two_texts_of_a_prompt_leave_out_is_said(models: Models) -> None:
+    """Mode contrast is planned as its on-policy half, by formulas and by dry runs; the caches are those of both."""
+    case = planned(models, "generation.mode=contrast", "loss.divergence=reverse_kl")
+    use = step_use(case)
+    assert any(
+        "contrast: the teacher's text, a second row of every prompt, is not counted" in x for x in use.assumptions
+    )
+    on_policy = planned(models, "loss.divergence=reverse_kl")
+    assert use.phases == step_use(on_policy).phases and use.assumptions[1:] != step_use(on_policy).assumptions[1:]
+    config, notes = plannable(case.config)
+    assert config.generation.mode == "on_policy" and any("also trains on the teacher's" in note for note in notes)
+    small = [f"generation.max_cache_bytes={case.decode_plan.batch_size * 400_000_000}"]
+    alone, both = (planned(models, f"generation.mode={mode}", *small) for mode in ("on_policy", "contrast"))
+    assert both.decode_plan.max_batch_size < alone.decode_plan.max_batch_size
+
+
+def test_two_writers_have_two_caches(models: Models) -> None:
+    """Mode teacher_mixed: nothing is recorded or corrected, and the teacher's layers are gathered to write, too."""
+    mixed, alone = (planned(models, f"generation.mode={mode}", *more) for mode, more in (
+        ("teacher_mixed", ()), ("on_policy", ("generation.scrg.enabled=false", "generation.cuda_graphs=false"))
+    ))  # fmt: skip
+    assert (mixed.rounds, mixed.records_steps) == (0, False)
+    ours, theirs = (
+        dict(zip([p.name for p in use.phases], use.phases, strict=True)) for use in map(step_use, (mixed, alone))
+    )
+    assert mixed.teacher is not None
+    cache = mixed.decode_plan.batch_size * mixed.columns * mixed.teacher.kv_bytes(2)
+    assert ours["rollout"].owners["kv cache"] - theirs["rollout"].owners["kv cache"] >= cache
+    assert ours["rollout"].flops > 2 * theirs["rollout"].flops
 
 
 def test_owners_sum_to_the_peak(models: Models) -> None:

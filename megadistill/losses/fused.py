@@ -215,11 +215,15 @@ def scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     ctx.formed = None
     hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
     hidden = weight = bias = None
+    if upstream.device.type != "cpu" or upstream != 1:  # a pass over the head's gradient; on GPUs asking would wait
+        for part in (gradients.hidden_TH, gradients.weight_VsH, gradients.bias_Vs):
+            if part is not None:
+                part.mul_(upstream)
     if gradients.hidden_TH is not None:
         hidden = torch.zeros(ctx.hidden_shape, dtype=hidden_dtype, device=upstream.device)
-        hidden[ctx.positions] = gradients.hidden_TH.mul_(upstream).to(hidden_dtype)
+        hidden[ctx.positions] = gradients.hidden_TH.to(hidden_dtype)
     if gradients.weight_VsH is not None:
-        weight = gradients.weight_VsH.mul_(upstream).to(weight_dtype)
+        weight = gradients.weight_VsH.to(weight_dtype)
     if gradients.bias_Vs is not None:
-        bias = gradients.bias_Vs.mul_(upstream).to(bias_dtype)
+        bias = gradients.bias_Vs.to(bias_dtype)
     return hidden, weight, bias, *(other * upstream.to(other.dtype) for other in others)

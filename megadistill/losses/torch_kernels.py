@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import ConfigError
-from megadistill.losses import tile_math
+from megadistill.losses import tile_math, tile_span
 from megadistill.losses.tiles import EdgeNodes, GradientWeights, LocalStatistics, LogNormalizers, MaskBounds, TileSpec
 
 # Elements per thread of the blocks that the eager backend splits a CPU tile into. Temporaries of this size stay in the
 # cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
 _EAGER_BLOCK = 2**15
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
+# The same for compiled code, each call of which takes a tenth of a millisecond; and for sums with a logarithm of the
+# mask (truncate), of which the compiler keeps whole tiles.
+_COMPILED_BLOCK = 2**23
+_COPYING_BLOCK = 2**19
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
 _MAX_VERSIONS = 256
 
@@ -47,8 +51,8 @@ class TorchKernels:
         return self._run(tile_math.edge_masses, 0, spec, teacher_CVs, norms, top_column, nodes)
 
     def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
-        """See ``tile_math.span_sums``."""
-        return self._run(tile_math.span_sums, 1, spec, student_CVs, teacher_CVs, norms)
+        """See ``tile_span.span_sums``."""
+        return self._run(tile_span.span_sums, 1, spec, student_CVs, teacher_CVs, norms)
 
     def gradient(
         self,
@@ -77,7 +81,7 @@ class TorchKernels:
     ) -> None:
         """Adds the span part of the derivative, where there is one."""
         if weights.span_pair is not None and len(student_CVs) > 1:
-            self._run(tile_math.span_gradient, 1, spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
+            self._run(tile_span.span_gradient, 1, spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
 
     def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
         """The dtype of the derivative, for products that read ``factor`` and accumulate ``total``."""
@@ -110,14 +114,16 @@ class CompiledKernels(TorchKernels):
         """Writes the whole derivative, of all but the first and last token in one pass."""
         whole = (student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
         num_tokens = len(student_CVs)
-        if weights.span_pair is None or weights.span_inner is None or teacher_CVs is None or num_tokens < 4:
+        has_span = weights.span_pair is not None and weights.span_inner is not None and teacher_CVs is not None
+        if not has_span or num_tokens < 4 or self._is_broken:
             super().gradient(spec, *whole)
             return
         *inside, of_inside, out = (_block(part, 1, num_tokens - 1) for part in whole)
         of_inside = of_inside._replace(span_pair=None, span_inner=None, label=None, label_column=None)
         outer = (student_CVs, teacher_CVs, norms._replace(untempered_log=None))
+        assert weights.span_pair is not None and weights.span_inner is not None
         pairs = (weights.span_pair[:-1], weights.span_inner[:-1])
-        self._run(tile_math.inner_gradient, 0, spec, *inside, of_inside, out, outer, *pairs)
+        self._run_block(tile_span.inner_gradient, spec, *inside, of_inside, out, outer, *pairs)
         add_labels(_block(weights, 1, num_tokens - 1), out)
         for start, row in ((0, 0), (num_tokens - 2, 1)):
             *few, _ = (_block(part, start, start + 2) for part in whole)
@@ -128,21 +134,20 @@ class CompiledKernels(TorchKernels):
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         if self._is_broken:
             return super()._run(function, overlap, spec, *arguments)
-        compiled, eager = _compiled(function, spec), functools.partial(function, spec)
+        elements = _COPYING_BLOCK if spec.remainder == "truncate" else _COMPILED_BLOCK
+        return _in_blocks(functools.partial(self._run_block, function, spec), overlap, elements, arguments)
 
-        def run(*block: Any) -> Any:
-            if block[0].shape[0] < 2 or self._is_broken:
-                return eager(*block)
+    def _run_block(self, function: Callable[..., Any], spec: TileSpec, *block: Any) -> Any:
+        if block[0].shape[0] < 2 or self._is_broken:
+            return function(spec, *block)
+        limits = {"recompile_limit": _MAX_VERSIONS, "accumulated_recompile_limit": 16 * _MAX_VERSIONS}
+        # The numbers of the specification are constants.
+        with torch._dynamo.config.patch(**limits, specialize_float=True):
             try:
-                return compiled(*block)
+                return _compiled(function, spec)(*block)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
                 self._give_up(error)
-                return eager(*block)
-
-        limits = {"recompile_limit": _MAX_VERSIONS, "accumulated_recompile_limit": 16 * _MAX_VERSIONS}
-        with torch._dynamo.config.patch(**limits, specialize_float=True):  # the specification's numbers are constants
-            # Not in blocks: nothing here is kept as a separate tile, and each call costs a tenth of a millisecond.
-            return run(*arguments)
+        return function(spec, *block)
 
     def _give_up(self, error: Exception) -> None:
         reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]

@@ -92,7 +92,7 @@ class TritonKernels(TorchKernels):
         return out
 
     def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
-        """See ``tile_math.span_sums``."""
+        """See ``tile_span.span_sums``."""
         num_tokens, num_classes = student_CVs.shape
         out = student_CVs.new_empty(num_tokens - 1, len(SpanSum))
         kernels.span_sums_kernel[(num_tokens - 1,)](

@@ -257,7 +257,7 @@ def span_sums_kernel(
     student, teacher, student_max, student_log, teacher_max, teacher_log, out, num_classes, stride,
     inverse: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """See ``tile_math.span_sums``."""
+    """See ``tile_span.span_sums``."""
     token = tl.program_id(0).to(tl.int64)
     square, inner = tl.load(student_log + token) * 0.0, tl.load(student_log + token) * 0.0
     for start in range(0, num_classes, BLOCK):

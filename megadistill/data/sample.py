@@ -32,6 +32,8 @@ class Sample:
         pair_mask: ``pair_mask[t]`` is True where response tokens t and t + 1 are in one span.
         error_position: Response position of the first correction, ``NO_ERROR`` for none.
         num_corrections: Rounds of SCRG that changed the response.
+        temperatures: [len(response_ids)] the temperature of the token loss at each token, 0 where it has none; None:
+            ``loss.temperature`` at all of them.
         is_finite: False where the student's logits were NaN or infinite while it wrote, which ended the response.
     """
 
@@ -47,6 +49,14 @@ class Sample:
     num_corrections: int = 0
     is_finite: bool = True
     targets: Sequence[tuple[int, int]] = ()
+    temperatures: Tensor | None = None
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens with a token loss."""
+        if self.temperatures is not None:
+            return int((self.temperatures > 0).sum())
+        return len(self.response_ids or ())
 
     @property
     def num_reference_tokens(self) -> int:

@@ -31,6 +31,7 @@ class Call:
     rows: Tensor | None
     teacher_share: float
     interpolation: float = 1.0
+    temperatures: Tensor | None = None
 
     def check(self, student: Head) -> None:
         """Raises ValueError or ConfigError for arguments that do not fit together."""
@@ -48,6 +49,7 @@ class Call:
             )
         check_weights(self.token_weights, length)
         self._check_interpolation()
+        self._check_temperatures()
 
     def _check_interpolation(self) -> None:
         if not 0 <= self.interpolation <= 1:
@@ -58,3 +60,14 @@ class Call:
             raise ConfigError("a teacher of top classes has no logits to interpolate with the student's (loss.taid)")
         if self.config.policy > 0:
             raise ConfigError("loss.policy rewards by the teacher itself, not by one between it and the student")
+
+    def _check_temperatures(self) -> None:
+        if self.temperatures is None:
+            return
+        config, length = self.config, len(self.labels)
+        if self.temperatures.shape != (length,):
+            raise ValueError(f"temperatures must have shape ({length},), got {tuple(self.temperatures.shape)}")
+        if isinstance(self.teacher, TeacherTopK):
+            raise ConfigError("a teacher of top classes has one temperature, not one for each token (loss.adakd)")
+        if config.is_clipped or any((config.sft, config.span, config.policy)):
+            raise ConfigError("temperatures of tokens are for the token loss without a mask, alone (loss.adakd)")

@@ -49,6 +49,7 @@ def reference_loss(
     rows: Tensor | None = None,
     teacher_share: float = 0.0,
     interpolation: float = 1.0,
+    temperatures: Tensor | None = None,
 ) -> ReferenceOutput:
     """As ``distill_loss``, with the whole vocabulary in one process.
 
@@ -57,12 +58,12 @@ def reference_loss(
     is_valid = labels != IGNORE_INDEX
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
-    full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
+    taus = (logits_TV.new_full(labels.shape, config.temperature) if temperatures is None else temperatures)[positions]
+    full_log_q = F.log_softmax(logits_TV / taus.unsqueeze(-1), -1)
     if isinstance(teacher, TeacherTopK):
         log_p, log_q, full_p = _listed(teacher, positions, full_log_q)
     else:
-        mixed = (1 - interpolation) * logits_TV + interpolation * _logits(teacher)[positions]
-        log_p, log_q = F.log_softmax(mixed.detach() / config.temperature, -1), full_log_q
+        log_p, log_q = _teacher_log_p(logits_TV, _logits(teacher)[positions], interpolation, taus), full_log_q
         full_p = log_p.exp()
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
@@ -73,7 +74,7 @@ def reference_loss(
     sft = mean(F.cross_entropy(logits_TV, labels[positions], reduction="none"))
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
-    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config))
+    dac_kl = mean(taus**2 * _token_values(log_p, log_q, mask, config))
 
     places, first = _label_places(teacher, positions, labels), _first_of_pairs(pair_mask, is_valid)
     span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
@@ -291,6 +292,12 @@ def _density(log_p: Tensor, place: Tensor, softness: float) -> Tensor:
     """Derivative of the mass below a soft edge by its place."""
     below = torch.sigmoid((place - log_p) / softness)
     return (log_p.exp() * below * (1 - below)).sum() / softness
+
+
+def _teacher_log_p(student: Tensor, teacher: Tensor, interpolation: float, taus: Tensor) -> Tensor:
+    """Of what teaches, from both models' logits [T, V]: the teacher, or one on the way to it."""
+    mixed = (1 - interpolation) * student + interpolation * teacher
+    return F.log_softmax(mixed.detach() / taus.unsqueeze(-1), -1)
 
 
 def _logits(head: Head) -> Tensor:

@@ -70,6 +70,7 @@ class MicroBatch:
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
         num_tokens: Columns that are no padding.
+        temperatures: [T_kd] as ``Sample.temperatures``; None: ``loss.temperature`` everywhere.
     """
 
     batch: SequenceBatch
@@ -82,6 +83,7 @@ class MicroBatch:
     pair_mask: torch.Tensor
     teacher_hidden: torch.Tensor | None
     num_tokens: int
+    temperatures: torch.Tensor | None = None
 
     @property
     def num_columns(self) -> int:
@@ -91,7 +93,7 @@ class MicroBatch:
     @property
     def is_shared(self) -> bool:
         """Whether the responses are the references: one pass over the head then computes all three losses."""
-        return torch.equal(self.sft_index, self.kd_index)
+        return self.temperatures is None and torch.equal(self.sft_index, self.kd_index)
 
 
 def sequences_of(sample: Sample) -> list[tuple[TokenIds, TokenIds]]:
@@ -142,6 +144,10 @@ def build_micro_batch(
     hidden = [sample.teacher_hidden for sample in with_kd if sample.teacher_hidden is not None]
     sft_index, sft_labels = _predicting(batch, for_sft)
     kd_index, kd_labels = _predicting(batch, for_kd)
+    given = [sample.temperatures for sample in with_kd if sample.temperatures is not None]
+    temperatures = torch.cat(given).to(device, torch.float32) if given else None
+    if temperatures is not None:
+        kd_labels = kd_labels.masked_fill(temperatures.cpu() == 0, IGNORE_INDEX)
     return MicroBatch(
         batch.to(device),
         sft_index.to(device),
@@ -153,6 +159,7 @@ def build_micro_batch(
         torch.tensor(pair_mask, dtype=torch.bool, device=device),
         torch.cat(hidden) if hidden else None,
         num_tokens=sum(batch.lengths) if sequences else 0,
+        temperatures=temperatures,
     )
 
 
@@ -265,7 +272,7 @@ class MicroBatchLoss:
         for name in GRADIENT_NAMES:
             term = name.rpartition("/")[2]
             others = {other.rpartition("/")[2]: 0.0 for other in GRADIENT_NAMES if other != name}
-            config = self.config.replace(**others)
+            config = self.config.model_copy(update=others)  # which, alone, a user might not mean
             with torch.enable_grad():
                 leaf = flat.detach().requires_grad_()
                 if getattr(config, term) == 0 or (self.teacher_head is None and term != "sft"):
@@ -314,4 +321,5 @@ class MicroBatchLoss:
             rows=row_numbers(micro.kd_lengths, flat.device) if config.policy > 0 else None,
             teacher_share=self.teacher_share,
             interpolation=self.interpolation,
+            temperatures=micro.temperatures,
         )

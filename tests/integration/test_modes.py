@@ -50,6 +50,7 @@ MODES: dict[str, tuple[str, ...]] = {
         "loss.adakd.enabled=true",
         "loss.adakd.share_step=0.4",
         "loss.adakd.tolerance=0.001",
+        "loss.adakd.beta=0",
         "loss.adakd.warmup=0",
         "loss.divergence=reverse_kl",
         "loss.span=0",
@@ -172,7 +173,8 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
 def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
     """Buffer, phi, t and share of a run that was stopped are those of the undisturbed one, at tp 1 x dp 2."""
     more = (*OFF_POLICY, "loss.taid.enabled=true", "loss.taid.alpha=0.3", "loss.adakd.enabled=true",
-            "loss.adakd.warmup=0", "loss.adakd.tolerance=0.001", "loss.divergence=forward_kl", "loss.span=0",
+            "loss.adakd.warmup=0", "loss.adakd.tolerance=0.001", "loss.adakd.beta=0", "loss.divergence=forward_kl",
+            "loss.span=0",
             f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6",
             "train.max_steps=12", "train.save_every=6", "parallel.tp_size=1")  # fmt: skip
     run_layout(2, [(str(tmp_path / "whole"), settings(assets, "llama", *more))])

@@ -30,6 +30,11 @@ def check_contrast(config: "RunConfig") -> None:
         )
     if mode != "contrast":
         return
+    require_combination(
+        not loss.adakd.enabled,
+        "loss.adakd.enabled=true with generation.mode=contrast: it takes one loss for all rows",
+        ("loss.adakd.enabled", "generation.mode"),
+    )
     both = (loss.divergence, loss.divergence_teacher_text or loss.divergence)
     require_combination(
         both[0] == both[1] or "dac_kl" not in both,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from megadistill.config.adaptive import TaidSection, check_taid
+from megadistill.config.adaptive import AdakdSection, TaidSection, check_adakd, check_taid
 from megadistill.config.section import (
     NonNegativeFloat,
     OpenUnitInterval,
@@ -148,6 +148,9 @@ class LossConfig(Section):
     taid: TaidSection = Field(
         default_factory=TaidSection, description="A teacher between the student and the teacher (TAID)."
     )
+    adakd: AdakdSection = Field(
+        default_factory=AdakdSection, description="Tokens chosen by how hard they are, with temperatures (AdaKD)."
+    )
 
     divergence_teacher_text: TokenLoss | None = Field(
         None,
@@ -278,6 +281,10 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _adaptive(self) -> Self:
         check_taid(self.taid, dac_kl=self.dac_kl, policy=self.policy)
+        check_adakd(
+            self.adakd, dac_kl=self.dac_kl, span=self.span, policy=self.policy, average=self.average,
+            is_clipped=self.is_clipped,
+        )  # fmt: skip
         return self
 
 

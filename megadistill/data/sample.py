@@ -48,6 +48,8 @@ class Sample:
         error_position: Response position of the first correction, ``NO_ERROR`` for none.
         num_corrections: Rounds of SCRG that changed the response.
         row_loss: Its own token loss; None: as the configuration says.
+        temperatures: [len(response_ids)] the temperature of the token loss at each token, 0 where it has none; None:
+            ``loss.temperature`` at all of them.
         is_finite: False where the student's logits were NaN or infinite while it wrote, which ended the response.
     """
 
@@ -64,6 +66,14 @@ class Sample:
     is_finite: bool = True
     targets: Sequence[tuple[int, int]] = ()
     row_loss: RowLoss | None = None
+    temperatures: Tensor | None = None
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens with a token loss."""
+        if self.temperatures is not None:
+            return int((self.temperatures > 0).sum())
+        return len(self.response_ids or ())
 
     @property
     def num_reference_tokens(self) -> int:

@@ -34,6 +34,7 @@ class Call:
     skews: Tensor | None = None
     ahead: OutputHead | None = None
     interpolation: float = 1.0
+    temperatures: Tensor | None = None
 
     def check(self, student: Head) -> None:
         """Raises ValueError or ConfigError for arguments that do not fit together."""
@@ -52,6 +53,7 @@ class Call:
         check_weights(self.token_weights, length)
         check_skews(self.skews, length, self.config)
         self._check_interpolation()
+        self._check_temperatures()
 
     def _check_interpolation(self) -> None:
         if not 0 <= self.interpolation <= 1:
@@ -64,3 +66,14 @@ class Call:
             raise ConfigError("loss.gate_objective=student looks ahead with the teacher itself (loss.taid)")
         if self.config.policy > 0:
             raise ConfigError("loss.policy rewards by the teacher itself, not by one between it and the student")
+
+    def _check_temperatures(self) -> None:
+        if self.temperatures is None:
+            return
+        config, length = self.config, len(self.labels)
+        if self.temperatures.shape != (length,):
+            raise ValueError(f"temperatures must have shape ({length},), got {tuple(self.temperatures.shape)}")
+        if isinstance(self.teacher, TeacherTopK):
+            raise ConfigError("a teacher of top classes has one temperature, not one for each token (loss.adakd)")
+        if config.is_clipped or any((config.sft, config.span, config.policy)):
+            raise ConfigError("temperatures of tokens are for the token loss without a mask, alone (loss.adakd)")

@@ -65,11 +65,18 @@ class LogitsProjector:
         positions: Token positions that count; None: all.
         dtype: That of the loss.
         bias_shift: Subtracted from every bias: no loss depends on it, and large logits are imprecise.
+        scale: Factors [T] of the tokens' logits; None: 1.
     """
 
     def __init__(
-        self, head: Head, positions: Tensor | None, dtype: torch.dtype, bias_shift: Tensor | None = None
+        self,
+        head: Head,
+        positions: Tensor | None,
+        dtype: torch.dtype,
+        bias_shift: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
+        self._scale = scale
         hidden, weight = head.hidden.detach(), head.weight.detach()
         self.dtype = dtype
         self.is_mixed = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
@@ -86,6 +93,10 @@ class LogitsProjector:
 
     def logits(self, chunk: slice, out: Tensor) -> Tensor:
         """Logits [C, Vs] of the tokens in ``chunk``, written to the start of ``out``."""
+        logits_CVs = self._products(chunk, out)
+        return logits_CVs if self._scale is None else logits_CVs.mul_(self._scale[chunk].unsqueeze(-1))
+
+    def _products(self, chunk: slice, out: Tensor) -> Tensor:
         hidden_CH = self.hidden_TH[chunk]
         logits_CVs = out[: hidden_CH.shape[0]]
         if self.is_mixed:

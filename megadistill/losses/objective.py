@@ -66,6 +66,7 @@ def distill_loss(
     skews: Tensor | None = None,
     ahead: OutputHead | None = None,
     interpolation: float = 1.0,
+    temperatures: Tensor | None = None,
 ) -> DistillOutput:
     """Weighted sum of the terms, differentiable in the student's head and the gate.
 
@@ -96,6 +97,8 @@ def distill_loss(
         ahead: The student's head after the virtual step (``virtual_step``), for ``config.gate_objective`` student.
         interpolation: t, the teacher of all terms is softmax((1 - t) student's logits + t teacher's), with no gradient
             through it (TAID); 1: the teacher.
+        temperatures: [T] temperatures of the tokens in place of ``config.temperature`` (AdaKD), for a token loss that
+            has no mask and is alone; a token that is ignored may have any.
 
     Raises:
         ConfigError: The gate or ``ahead`` is missing or does not fit, the backend cannot run here, or settings do not
@@ -105,7 +108,7 @@ def distill_loss(
     """
     call = Call(
         teacher, labels, pair_mask, gate, config, shard, num_tokens, num_pairs, token_weights, rows, teacher_share,
-        skews, ahead, interpolation,
+        skews, ahead, interpolation, temperatures,
     )  # fmt: skip
     call.check(student)
     parameters = learning_parameters(gate, config, looks_ahead=ahead is not None)
@@ -174,7 +177,10 @@ class _FusedPass:
         if looks_ahead and call.ahead is not None:
             heads.append(Head.of(head.hidden, call.ahead))
         shifts = bias_shifts(heads, call.shard.group)
-        self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0])
+        self.temperatures = weights_of(call.temperatures, self.positions, self.dtype)
+        # The kernels know one temperature: logits are scaled to it.
+        scale = None if self.temperatures is None else config.temperature / self.temperatures
+        self.student = LogitsProjector(head, self.positions, self.dtype, shifts[0], scale)
         self.gradients = StudentGradients(self.student, needs)
         self.written = WrittenSpans(self.is_pair, config) if config.compares_written else None
         if self.written is not None:
@@ -193,7 +199,7 @@ class _FusedPass:
         )
         self.teacher: DenseTeacher | TopKTeacher
         if isinstance(call.teacher, Head):
-            projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1])
+            projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1], scale)
             top_k = config.top_k if config.is_clipped else 0
             self.teacher = DenseTeacher(
                 projector, self.spec, self.kernels, call.shard, top_k, max_tokens, config.reads_labels,
@@ -238,10 +244,11 @@ class _FusedPass:
             for total, gradient in zip(self.gate_gradients, gradients, strict=False):  # none: without influence
                 if gradient is not None:
                     total += gradient
-        self._add_totals(stats, terms, is_own)
+        tau = config.temperature if self.temperatures is None else self.temperatures[chunk]
+        self._add_totals(stats, terms, is_own, tau)
         self.kl_map[chunk.start + num_halo : chunk.stop] = terms.kl[num_halo:].clamp_min(0.0)
         self.top1[chunk] = stats.teacher_top1
-        weights = self._weights(terms, labels, is_own)
+        weights = self._weights(terms, labels, is_own, tau)
         if span_sums is not None:
             pair, inner = self._span(span_sums, chunk)
             weights = weights._replace(span_pair=pair, span_inner=inner)
@@ -303,7 +310,7 @@ class _FusedPass:
         value, slope = sums[..., DivergenceSum.VALUE].sum(0), sums[..., DivergenceSum.SLOPE].sum(0)
         return _TokenTerms(kl, value, slope, None)
 
-    def _weights(self, terms: _TokenTerms, labels: Tensor, is_own: Tensor) -> GradientWeights:
+    def _weights(self, terms: _TokenTerms, labels: Tensor, is_own: Tensor, tau: float | Tensor) -> GradientWeights:
         """Factors of the parts of the derivative by the untempered logits, the span's left out."""
         config = self.config
         weights = GradientWeights(torch.zeros_like(is_own))
@@ -313,7 +320,7 @@ class _FusedPass:
             weights = weights._replace(label=reference, label_column=labels - self.shard.start, **{name: reference})
         if config.dac_kl == 0:
             return weights
-        weight = is_own * (config.dac_kl * config.temperature * self.inv_num_tokens)  # temperature^2, and 1/temperature
+        weight = is_own * (config.dac_kl * tau * self.inv_num_tokens)  # temperature^2, and 1/temperature
         clip = terms.clip
         if clip is None:
             of_slope = weight if terms.slope is None else -weight * terms.slope
@@ -325,12 +332,12 @@ class _FusedPass:
             weights = weights._replace(bucket_coef=weight * of_bucket, log_norm=clip.log_norm)
         return weights._replace(teacher=weight * of_teacher)
 
-    def _add_totals(self, stats: TokenStatistics, terms: _TokenTerms, is_own: Tensor) -> None:
+    def _add_totals(self, stats: TokenStatistics, terms: _TokenTerms, is_own: Tensor, tau: float | Tensor) -> None:
         config = self.config
         if config.sft > 0:
             self._add("sft", stats.label_nats, is_own)
         if config.dac_kl > 0:
-            self._add("dac_kl", config.temperature**2 * terms.value, is_own)
+            self._add("dac_kl", tau**2 * terms.value, is_own)
         if terms.clip is None:
             for name in ("kept_mass", "mean_upper"):
                 self.totals[name] += is_own.sum(dtype=torch.float64)

@@ -52,13 +52,15 @@ def reference_loss(
     skews: Tensor | None = None,
     ahead: OutputHead | None = None,
     interpolation: float = 1.0,
+    temperatures: Tensor | None = None,
 ) -> ReferenceOutput:
     """As ``distill_loss`` in one process; the student descends ``loss`` and the gate ``gate_objective``."""
     is_valid = labels != IGNORE_INDEX
     positions = is_valid.nonzero().squeeze(-1)
     logits_TV = _logits(student)[positions]
-    full_log_q = F.log_softmax(logits_TV / config.temperature, -1)
-    log_p, log_q, full_p = _both(teacher, positions, full_log_q, config, interpolation)
+    taus = (logits_TV.new_full(labels.shape, config.temperature) if temperatures is None else temperatures)[positions]
+    full_log_q = F.log_softmax(logits_TV / taus.unsqueeze(-1), -1)
+    log_p, log_q, full_p = _both(teacher, positions, full_log_q, taus, interpolation)
     p = log_p.exp()
     weights = log_q.new_ones(len(positions)) if token_weights is None else token_weights[positions]
 
@@ -69,7 +71,7 @@ def reference_loss(
     has_rest = isinstance(teacher, TeacherTopK) and log_p.shape[-1] > teacher.ids.shape[-1]
     mask = _masks(log_p, gate, config, has_rest, full_log_q.shape[-1])
     skews = None if skews is None else skews[positions].unsqueeze(-1)
-    dac_kl = config.temperature**2 * mean(_token_values(log_p, log_q, mask, config, skews))
+    dac_kl = mean(taus**2 * _token_values(log_p, log_q, mask, config, skews))
     places, first = _label_places(teacher, positions, labels), _first_of_pairs(pair_mask, is_valid)
     span_values = _span_values((log_p, log_q), (full_p, full_log_q), places, first, config)
     span = span_values.sum() / num_pairs if num_pairs else 0.0 * logits_TV.sum()
@@ -77,7 +79,7 @@ def reference_loss(
     after = dac_kl
     if ahead is not None:
         full_ahead = F.log_softmax(_logits(Head.of(student.hidden, ahead))[positions] / config.temperature, -1)
-        ahead_log_q = _both(teacher, positions, full_ahead, config, 1.0)[1]
+        ahead_log_q = _both(teacher, positions, full_ahead, taus, 1.0)[1]
         after = config.temperature**2 * mean(_token_values(log_p, ahead_log_q, mask, config, None))
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).detach()
     return ReferenceOutput(
@@ -104,12 +106,12 @@ def _gate_objective(config: LossConfig, now: Tensor, after: Tensor, coverage: Te
 
 
 def _both(
-    teacher: Head | TeacherTopK, positions: Tensor, full_log_q: Tensor, config: LossConfig, interpolation: float
+    teacher: Head | TeacherTopK, positions: Tensor, full_log_q: Tensor, taus: Tensor, interpolation: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p, log q) over the classes that the teacher tells apart, and p over all."""
     if isinstance(teacher, TeacherTopK):
         return _listed(teacher, positions, full_log_q)
-    logits = interpolation * _logits(teacher)[positions] / config.temperature + (1 - interpolation) * full_log_q
+    logits = interpolation * _logits(teacher)[positions] / taus.unsqueeze(-1) + (1 - interpolation) * full_log_q
     log_p = F.log_softmax(logits.detach(), -1)
     return log_p, full_log_q, log_p.exp()
 

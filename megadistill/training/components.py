@@ -18,6 +18,7 @@ from megadistill.losses import LossConfig
 from megadistill.models.end_tokens import cut_end
 from megadistill.parallel.context import ParallelContext
 from megadistill.parallel.output_head import OutputHead
+from megadistill.training.focus import TokenFocus
 from megadistill.training.gate import GateTrainer
 from megadistill.training.interpolation import Interpolation
 from megadistill.training.length import RunLength
@@ -46,6 +47,7 @@ class Components:
         decode_plan: How many examples are written at a time.
         model_folders: Key of each model -> where it was loaded from.
         length: How many steps the run has.
+        focus: Which tokens are trained on (``loss.adakd``); None: all.
         interpolation: What the teacher is mixed with, and how much (``loss.taid``); None: nothing.
     """
 
@@ -65,6 +67,12 @@ class Components:
     length: RunLength
     model_folders: dict[str, str]
     interpolation: Interpolation | None = None
+    focus: TokenFocus | None = None
+
+    @property
+    def schedules(self) -> list[Interpolation | TokenFocus]:
+        """What changes with the token loss, step by step."""
+        return [schedule for schedule in (self.interpolation, self.focus) if schedule is not None]
 
     @contextmanager
     def heads(self) -> Iterator[OutputHead | None]:

@@ -189,8 +189,8 @@ def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> i
         )
         if components.gate is not None:
             components.gate.load_state_dict(state["gate"])
-        if components.interpolation is not None:
-            components.interpolation.load_state_dict(state)
+        for schedule in components.schedules:
+            schedule.load_state_dict(state)
         components.source.load_state_dict(state)
         hooks.load_state_dict(state)
         get_logger(context.rank, "train").info(f"resumed from {loaded_from} at step {first_step}")
@@ -213,9 +213,10 @@ def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> i
 
 def _trainer_state(components: Components, hooks: Hook) -> dict[str, Any]:
     """What a checkpoint holds besides the student, the same on every rank and layout."""
-    gate = {} if components.gate is None else {"gate": components.gate.state_dict()}
-    taid = {} if components.interpolation is None else components.interpolation.state_dict()
-    return gate | taid | components.source.state_dict() | hooks.state_dict()
+    own: dict[str, Any] = {} if components.gate is None else {"gate": components.gate.state_dict()}
+    for schedule in components.schedules:
+        own |= schedule.state_dict()
+    return own | components.source.state_dict() | hooks.state_dict()
 
 
 def _is_save_due(config: RunConfig, done: int) -> bool:

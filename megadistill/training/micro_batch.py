@@ -72,6 +72,7 @@ class MicroBatch:
         pair_mask: [T_kd] bool, as ``Sample.pair_mask``.
         teacher_hidden: [T_kd, H_T]; None where no sample has a response.
         num_tokens: Columns that are no padding.
+        temperatures: [T_kd] as ``Sample.temperatures``; None: ``loss.temperature`` everywhere.
     """
 
     batch: SequenceBatch
@@ -85,6 +86,7 @@ class MicroBatch:
     teacher_hidden: torch.Tensor | None
     num_tokens: int
     row_losses: tuple[RowLoss | None, ...] = ()
+    temperatures: torch.Tensor | None = None
 
     @property
     def num_columns(self) -> int:
@@ -94,7 +96,8 @@ class MicroBatch:
     @property
     def is_shared(self) -> bool:
         """Whether the responses are the references: one pass over the head then computes all three losses."""
-        return torch.equal(self.sft_index, self.kd_index) and not any(self.row_losses)
+        is_plain = self.temperatures is None and not any(self.row_losses)
+        return is_plain and torch.equal(self.sft_index, self.kd_index)
 
 
 def sequences_of(sample: Sample) -> list[tuple[TokenIds, TokenIds]]:
@@ -145,6 +148,10 @@ def build_micro_batch(
     hidden = [sample.teacher_hidden for sample in with_kd if sample.teacher_hidden is not None]
     sft_index, sft_labels = _predicting(batch, for_sft)
     kd_index, kd_labels = _predicting(batch, for_kd)
+    given = [sample.temperatures for sample in with_kd if sample.temperatures is not None]
+    temperatures = torch.cat(given).to(device, torch.float32) if given else None
+    if temperatures is not None:
+        kd_labels = kd_labels.masked_fill(temperatures.cpu() == 0, IGNORE_INDEX)
     return MicroBatch(
         batch.to(device),
         sft_index.to(device),
@@ -157,6 +164,7 @@ def build_micro_batch(
         torch.cat(hidden) if hidden else None,
         num_tokens=sum(batch.lengths) if sequences else 0,
         row_losses=tuple(sample.row_loss for sample in with_kd),
+        temperatures=temperatures,
     )
 
 
@@ -273,7 +281,7 @@ class MicroBatchLoss:
         for name in GRADIENT_NAMES:
             term = name.rpartition("/")[2]
             others = {other.rpartition("/")[2]: 0.0 for other in GRADIENT_NAMES if other != name}
-            config = self.config.replace(**others)
+            config = self.config.model_copy(update=others)  # which, alone, a user might not mean
             with torch.enable_grad():
                 leaf = flat.detach().requires_grad_()
                 if getattr(config, term) == 0 or (self.teacher_head is None and term != "sft"):
@@ -334,6 +342,7 @@ class MicroBatchLoss:
             skews=part.skews,
             ahead=self.ahead,
             interpolation=self.interpolation,
+            temperatures=micro.temperatures,
         )
 
 

@@ -40,6 +40,7 @@ from megadistill.parallel.node import Node
 from megadistill.parallel.topology import check_hpz_size, gradient_accumulation_steps, resolve_tp_size
 from megadistill.training.components import Components
 from megadistill.training.data import TrainingData
+from megadistill.training.focus import TokenFocus
 from megadistill.training.gate import GateTrainer
 from megadistill.training.interpolation import Interpolation
 from megadistill.training.length import RunLength
@@ -193,6 +194,7 @@ def build_components(
         model_folders=paths,
         length=length,
         interpolation=Interpolation.of(config.loss.taid, length.max_steps),
+        focus=TokenFocus.of(config.loss.adakd, length.max_steps),
     )
 
 

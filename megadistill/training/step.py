@@ -22,6 +22,7 @@ from megadistill.models.end_tokens import cut_end
 from megadistill.observability.timers import Timers
 from megadistill.parallel.output_head import OutputHead
 from megadistill.training.components import Components
+from megadistill.training.focus import focused
 from megadistill.training.look_ahead import look_ahead
 from megadistill.training.micro_batch import GRADIENT_NAMES, GlobalCounts, MicroBatchLoss, build_micro_batch
 from megadistill.training.passes import plan_passes
@@ -67,6 +68,13 @@ def distillation_step(
     samples = source.samples(step, batch, timers)
     with timers("spans"):
         samples = find_spans(samples, components)
+    if components.focus is not None and components.teacher is not None:
+        with timers("score"):
+            samples = focused(
+                samples, components.focus, student=components.student, teacher=components.teacher,
+                loss=components.loss, context=components.context,
+                examples_per_pass=components.config.train.micro_batch_size,
+            )  # fmt: skip
 
     # 2. Global counts: the only normalization there is.
     trained = with_loss_texts(samples, components.loss)
@@ -87,10 +95,10 @@ def distillation_step(
         is_updated = update(step, metrics, components)
     if is_updated:
         components.source.updated(step, samples)
-    if components.interpolation is not None:
-        metrics |= components.interpolation.metrics()
+    for schedule in components.schedules:
+        metrics |= schedule.metrics()
         if is_updated:
-            components.interpolation.updated(step + 1, metrics["loss/dac_kl"])
+            schedule.updated(step + 1, metrics["loss/dac_kl"])
 
     metrics |= source_metrics(source, components) | timers.seconds()
     finite = []
@@ -133,7 +141,7 @@ def count_tokens(samples: Sequence[Sample], components: Components) -> GlobalCou
     local = torch.tensor(
         [
             sum(sample.num_reference_tokens for sample in samples),
-            sum(map(len, responses)),
+            sum(sample.num_response_tokens for sample in samples),
             sum(sum(sample.pair_mask) for sample in samples),
             sum(len(written_spans(sample.pair_mask)) for sample in samples),
             sum(sample.reference_ids is not None for sample in samples),

@@ -20,6 +20,7 @@ from megadistill.losses import (
     label_scores,
     token_kl,
 )
+from megadistill.losses.difficulty import token_difficulty
 from megadistill.losses.divergences import DIVERGENCES
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
@@ -28,6 +29,7 @@ from tests.support.objective import (
     MASKS,
     TOP_K,
     assert_same,
+    dense_difficulty,
     leaf,
     make_gate,
     make_problem,
@@ -35,6 +37,7 @@ from tests.support.objective import (
     make_skews,
     run_fused,
     run_reference,
+    with_temperatures,
     with_top_k,
 )
 from tests.support.spawn import RankError, run_ranks
@@ -156,6 +159,23 @@ def test_an_interpolated_teacher_equals_the_reference(tp_size):
         config = CONFIG.replace(divergence="reverse_kl", span_relation="joint", temperature=2.0)
         check(rank, problem, config, None, torch.float64, 1e-10)
         check(rank, replace(make_problem(seed=5), interpolation=0.7), config, None, torch.float32, 1e-5)
+
+    run_ranks(body, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", SIZES)
+def test_temperatures_of_tokens_equal_the_reference(tp_size):
+    def body(rank):
+        config = CONFIG.replace(sft=0.0, span=0.0, clip="off", temperature=1.5)
+        for divergence, seed in (("forward_kl", 0), ("reverse_kl", 1), ("alpha_beta", 2)):
+            problem = with_temperatures(make_problem(seed))
+            check(rank, problem, config.replace(divergence=divergence), None, torch.float64, 1e-10)
+        check(rank, problem, config, None, torch.float32, 1e-5)
+        shard = shard_of(problem.num_classes, rank)
+        student, teacher = leaf(problem.student, shard=shard), leaf(problem.teacher, shard=shard)
+        found = token_difficulty(student, teacher, shard, temperature=1.5, chunk_tokens=4)
+        torch.testing.assert_close(found, dense_difficulty(problem, 1.5), rtol=1e-10, atol=1e-12)
+        assert same_everywhere(found)
 
     run_ranks(body, tp_size)
 

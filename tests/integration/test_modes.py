@@ -55,7 +55,16 @@ MODES: dict[str, tuple[str, ...]] = {
     ),
     "mixed by row": ("generation.mode=mixed", "generation.mixed_by=row", "loss.average=row", "loss.span_relation=log"),
     "first, kept": ("generation.scrg.error=first", "generation.scrg.after=keep", "generation.scrg.competence=0.001"),
-    "taid": ("generation.mode=dataset", "loss.taid.enabled=true", "loss.taid.alpha=0.05", "loss.clip=off"),
+    "taid": ("generation.mode=dataset", "loss.taid.enabled=true", "loss.taid.alpha=0.9", "loss.clip=off"),
+    "adakd": (
+        "loss.adakd.enabled=true",
+        "loss.adakd.share_step=0.4",
+        "loss.adakd.tolerance=0.001",
+        "loss.adakd.beta=0",
+        "loss.adakd.warmup=0",
+        "loss.divergence=reverse_kl",
+        "loss.span=0",
+    ),
     "text": ("generation.mode=teacher", "loss.sft_text=text", "loss.dac_kl=0", "loss.span=0"),
     "one token": ("generation.max_new_tokens=1",),
     "nucleus": ("generation.top_k=20", "generation.top_p=0.9", "generation.sampling_temperature=0.8"),
@@ -138,6 +147,7 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
     written = {mode: {sample["step"] for sample in _texts(reference / mode)} for mode in MODES}
     # In the dataset steps of mixed, too, rows without a reference are written.
     always = [
+        "adakd",
         "teacher_mixed",
         "contrast",
         "without correction",
@@ -155,7 +165,9 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
     assert 0 < sum(losses(reference / "mixed", "text/dataset")) < STEPS and 0 < len(written["off_policy"]) < STEPS
     assert losses(reference / "mixed by row", "text/mixed") == [1.0] * STEPS
     rises = losses(reference / "taid", "taid/t")
-    assert rises[0] == 0.4 and all(b - a > 0.6 / STEPS for a, b in zip(rises[1:], rises[2:], strict=False))
+    assert rises[:2] == pytest.approx([0.4, 0.4 + 0.6 / STEPS]) and rises[2] > 0.4 + 0.6 * 2 / STEPS + 0.1
+    shares = losses(reference / "adakd", "adakd/share")
+    assert shares[:2] == [1, 1] and len(set(shares)) > 1
     assert losses(reference / "text") == losses(reference / "text", "loss/sft")
     assert max(losses(reference / "skd", "scrg/corrections_mean")) > 1
     assert sum(losses(reference / "off_policy", "text/replay")) > 0
@@ -171,15 +183,23 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
 
 
 def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
-    """Buffer, phi and a gate that looks ahead are those of the undisturbed run after a stop, at tp 1 x dp 2."""
-    more = (*OFF_POLICY, f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6",
-            "train.max_steps=12", "train.save_every=6", "parallel.tp_size=1",
-            "loss.gate_objective=student")  # fmt: skip
+RESUMED = {
+    "gate": ("loss.gate_objective=student",),
+    "shares": ("loss.taid.enabled=true", "loss.taid.alpha=0.3", "loss.adakd.enabled=true", "loss.adakd.warmup=0",
+               "loss.adakd.tolerance=0.001", "loss.adakd.beta=0", "loss.divergence=forward_kl", "loss.span=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", RESUMED.values(), ids=RESUMED)
+def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Buffer, phi, t, share and gate of a run that was stopped are those of the undisturbed one, at tp 1 x dp 2."""
+    more = (*OFF_POLICY, *more, f"data.valid_path={assets / 'data' / 'valid.jsonl'}", "train.eval_rows=6",
+            "train.max_steps=12", "train.save_every=6", "parallel.tp_size=1")  # fmt: skip
     run_layout(2, [(str(tmp_path / "whole"), settings(assets, "llama", *more))])
     checkpoint = tmp_path / "whole" / "checkpoints" / "step_6"
     again = settings(assets, "llama", *more, f"train.resume={checkpoint}")
     run_layout(2, [(str(tmp_path / "resumed"), again)])
-    for key in ("loss", "phi", "replay/rows", "text/replay", "eval/nll"):
+    for key in ("loss", "phi", "replay/rows", "text/replay", "eval/nll", "taid/t", "adakd/share"):
         whole, resumed = (_every(tmp_path / name, key) for name in ("whole", "resumed"))
         assert resumed == whole[6:], key
     ours, theirs = weights(tmp_path / "resumed", 12), weights(tmp_path / "whole", 12)

@@ -59,6 +59,7 @@ MEANT = {
     "distillm2": ("contrast", False, "skewed_reverse_kl", (0, 1, 0)),
     "abkd": ("dataset", None, "alpha_beta", (0, 1, 0)),
     "taid": ("dataset", None, "forward_kl", (0, 1, 0)),
+    "adakd": ("dataset", None, "reverse_kl", (0, 1, 0)),
     "minillm": ("teacher_mixed", None, "reverse_kl", (1, 1, 0)),
 }
 
@@ -75,7 +76,7 @@ def test_baselines_are_what_they_are_called(file: Path) -> None:
     assert is_corrected is None or generation.scrg.enabled == is_corrected
     assert (loss.sft, loss.dac_kl, loss.span) == weights
     assert divergence is None or loss.divergence == divergence
-    assert loss.taid.enabled == (file.stem == "taid")
+    assert loss.taid.enabled == (file.stem == "taid") and loss.adakd.enabled == (file.stem == "adakd")
     assert loss.policy == (file.stem in ("opd_sampled", "minillm"))
     assert not loss.uses_gate and (loss.sft_text == "text") == (file.stem == "seqkd")
     assert config.needs_teacher == (file.stem != "sft")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megadistill.losses import IGNORE_INDEX, DistillOutput, Head, LossConfig, QuantileGate, TeacherTopK, distill_loss
+from megadistill.losses.output import TERMS
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
 from megadistill.parallel.output_head import OutputHead
@@ -32,6 +33,7 @@ class Problem:
     rows: Tensor | None = None
     teacher_share: float = 0.0
     interpolation: float = 1.0
+    temperatures: Tensor | None = None
     skews: Tensor | None = None
     ahead: Head | None = None  # the student's hidden states and its head after the virtual step
 
@@ -90,6 +92,22 @@ def make_rows(problem: Problem, teacher_share: float = 0.0) -> Problem:
 def make_skews(problem: Problem) -> Problem:
     """The same problem with a skew of each token's own."""
     return replace(problem, skews=torch.linspace(0.01, 0.4, len(problem.labels), dtype=torch.float64))
+
+
+def with_temperatures(problem: Problem) -> Problem:
+    """The same problem with a temperature for each token, and none (0) where it is ignored."""
+    spread = torch.rand(len(problem.labels), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return replace(problem, temperatures=torch.where(problem.labels == IGNORE_INDEX, 0.0, 0.6 + 1.6 * spread))
+
+
+def dense_difficulty(problem: Problem, temperature: float) -> Tensor:
+    """The Hellinger distance [T] of both models."""
+    assert isinstance(problem.teacher, Head)
+    roots = [
+        (torch.nn.functional.linear(head.hidden, head.weight, head.bias) / temperature).softmax(-1).sqrt()
+        for head in (problem.student, problem.teacher)
+    ]
+    return (roots[0] - roots[1]).norm(dim=-1) / 2**0.5
 
 
 # Every option of the mask, each pair of two that meet in the code at least once.
@@ -151,6 +169,7 @@ def run_fused(
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
         rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
         ahead=problem.ahead_head(shard, dtype), interpolation=problem.interpolation,
+        temperatures=problem.temperatures,
     )  # fmt: skip
     output.loss.backward()
     gradients = {name: getattr(student, name).grad for name in STUDENT if getattr(student, name) is not None}
@@ -169,7 +188,7 @@ def run_reference(
         num_tokens=problem.num_tokens, num_pairs=problem.num_pairs, token_weights=problem.token_weights,
         rows=problem.rows, teacher_share=problem.teacher_share, skews=problem.skews,
         ahead=problem.ahead_head(VocabShard(0, problem.num_classes, problem.num_classes)),
-        interpolation=problem.interpolation,
+        interpolation=problem.interpolation, temperatures=problem.temperatures,
     )  # fmt: skip
     names = [name for name in STUDENT if getattr(student, name) is not None]
     sources = [getattr(student, name) for name in names]
@@ -181,7 +200,9 @@ def run_reference(
         names, parameters = zip(*gate.named_parameters(), strict=True)
         of_gate: Sequence[Tensor] = torch.autograd.grad(output.gate_objective, parameters, materialize_grads=True)
         gradients |= {f"gate.{name}": gradient for name, gradient in zip(names, of_gate, strict=True)}
-    return {name: getattr(output, name).detach() for name in VALUES}, gradients
+    absent = [name for name in TERMS if getattr(config, name) == 0]  # not computed, so reported as 0
+    values = {name: getattr(output, name).detach() for name in VALUES}
+    return values | {name: torch.zeros_like(values[name]) for name in absent}, gradients
 
 
 def assert_same(

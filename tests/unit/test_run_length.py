@@ -167,6 +167,10 @@ def test_what_was_dropped_and_cut_is_said_in_words() -> None:
     ended = " ".join(data_warnings(config_of("data.long_prompt=truncate_end"), report))
     assert "lost their end, which asks for the answer (data.long_prompt=truncate_end)" in ended
     sft = config_of("loss.dac_kl=0", "loss.span=0", "generation.mode=dataset")
+    assert any(
+        "23 of 1023 (2 %) training rows have no reference: the gate learns nothing" in line
+        for line in data_warnings(config_of("loss.gate_objective=student"), report)
+    )
     assert "23 of 1023 (2 %) training rows have no reference: SFT learns nothing from them" in data_warnings(
         sft, report
     )

@@ -112,11 +112,11 @@ class CompiledKernels(TorchKernels):
         out_CVs: Tensor,
     ) -> None:
         """Writes the whole derivative, of all but the first and last token in one pass."""
-        whole = (student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
+        whole: tuple[Any, ...] = (student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
         num_tokens = len(student_CVs)
         has_span = weights.span_pair is not None and weights.span_inner is not None and teacher_CVs is not None
         if not has_span or num_tokens < 4 or self._is_broken:
-            super().gradient(spec, *whole)
+            super().gradient(spec, student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
             return
         *inside, of_inside, out = (_block(part, 1, num_tokens - 1) for part in whole)
         of_inside = of_inside._replace(span_pair=None, span_inner=None, label=None, label_column=None)
@@ -142,7 +142,7 @@ class CompiledKernels(TorchKernels):
             return function(spec, *block)
         limits = {"recompile_limit": _MAX_VERSIONS, "accumulated_recompile_limit": 16 * _MAX_VERSIONS}
         # The numbers of the specification are constants.
-        with torch._dynamo.config.patch(**limits, specialize_float=True):
+        with torch._dynamo.config.patch({**limits, "specialize_float": True}):
             try:
                 return _compiled(function, spec)(*block)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from megadistill.planning.case import Case
 from megadistill.planning.chunks import auto_chunk_tokens, chunk_tokens, uses_triton
+from megadistill.planning.partitions import partition_size, partitioned, persistent, secondary, weights
 from megadistill.planning.shape import Linear, ModelShape
 
 Owners = Mapping[str, int]
@@ -43,15 +44,15 @@ def resident(case: Case) -> dict[str, int]:
     student, itemsize, dp_size, stage = case.student, case.student_bytes, case.dp_size, case.zero_stage
     owners: Counter[str] = Counter()
     if case.teacher is not None and not case.config.parallel.offloads_teacher:
-        owners[TEACHER] = _weights(case, case.teacher, case.teacher_bytes, keeps_small=False)
-    owners[STUDENT] = _weights(case, student, itemsize)
+        owners[TEACHER] = weights(case, case.teacher, case.teacher_bytes, keeps_small=False)
+    owners[STUDENT] = weights(case, student, itemsize)
     if case.hpz_size > 1 and case.teacher is not None:
-        owners[SECONDARY] = _secondary(case, case.teacher, case.teacher_bytes)
+        owners[SECONDARY] = secondary(case, case.teacher, case.teacher_bytes)
     owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else _state(case)
     if stage in (1, 2):  # DeepSpeed keeps them until the next ones are there, summed by stage 1 in bf16 alone
         owners[GRADIENTS] = (case.gradient_bytes if _sums_all(case) else itemsize) * student.size
     if stage == 3:
-        owners[GRADIENTS] = case.gradient_bytes * _partitioned(student.sizes, dp_size)
+        owners[GRADIENTS] = case.gradient_bytes * partitioned(student.sizes, dp_size)
         owners[BUCKET] = case.gradient_bytes * int(case.zero("reduce_bucket_size"))
     return dict(owners)
 
@@ -73,40 +74,6 @@ def _brought_in(case: Case, elements: int) -> Owners:
 def _sums_all(case: Case) -> bool:
     """Whether float32 gradients of all parameters are there all the time: DeepSpeed's BF16_Optimizer."""
     return case.zero_stage == 1 and case.gradient_bytes > case.student_bytes
-
-
-def partition_size(case: Case) -> int:
-    """Elements that this rank's optimizer updates."""
-    if case.zero_stage == 0:
-        return case.student.size
-    return _partitioned(case.student.sizes, case.dp_size)
-
-
-def _partitioned(sizes: Sequence[int], dp_size: int) -> int:
-    return sum(-(-size // dp_size) for size in sizes)
-
-
-def _weights(case: Case, model: ModelShape, itemsize: int, *, keeps_small: bool = True) -> int:
-    """Bytes of weights between steps. The teacher's small ones are released too: its engine runs no forward pass."""
-    if case.zero_stage < 3:
-        return itemsize * model.size
-    return itemsize * (_partitioned(model.sizes, case.dp_size) + (_persistent(case, model) if keeps_small else 0))
-
-
-def _secondary(case: Case, model: ModelShape, itemsize: int) -> int:
-    """Bytes of the partitions that few ranks keep (engines/secondary_partition.py): the student's until its update."""
-    return itemsize * _partitioned(model.sizes, case.hpz_size) if case.hpz_size > 1 else 0
-
-
-def _persistent(case: Case, model: ModelShape) -> int:
-    """Elements of the parameters that ZeRO-3 never releases."""
-    return model.size - sum(released(case, model)) if case.zero_stage == 3 and case.dp_size > 1 else 0
-
-
-def released(case: Case, model: ModelShape) -> list[int]:
-    """Elements of each parameter that ZeRO-3 releases after its use."""
-    limit = case.config.parallel.zero.param_persistence_threshold
-    return [size for size in model.sizes if size > limit]
 
 
 def peaks(case: Case) -> dict[str, dict[str, int]]:
@@ -164,7 +131,7 @@ def _writing(case: Case) -> Owners:
         columns = -(-columns // 8) * 8 + 1  # the spare column of a recorded step
     for model, itemsize in _writers(case):
         is_kept = model is case.student  # the teacher's small parameters are released too
-        owners[GATHERED] += _gathered(case, model.size - (_persistent(case, model) if is_kept else 0), itemsize)
+        owners[GATHERED] += _gathered(case, model.size - (persistent(case, model) if is_kept else 0), itemsize)
         owners[JOINED] += model.joined_bytes(itemsize, MAX_JOINED_BYTES)
         owners[CACHE] += batch * columns * model.kv_bytes(itemsize)
     if case.both_write:
@@ -273,7 +240,7 @@ def trained_parameters(case: Case) -> int:
     if case.zero_stage < 3:
         return 0
     student = case.student
-    whole, persistent = student.size, _persistent(case, student)
+    whole, persistent = student.size, persistent(case, student)
     live, reuse = int(case.zero("stage3_max_live_parameters")), int(case.zero("stage3_max_reuse_distance"))
     ahead = live if int(case.zero("stage3_prefetch_bucket_size")) and reuse else min(live, reuse // 2)
     return min(whole - persistent, max(ahead, student.layer) + student.head)
@@ -296,7 +263,7 @@ def _train(case: Case) -> Sequence[Owners]:
         _brought_in(case, case.teacher.head) if case.teacher else {},
         {
             GRADIENTS: _summed(case),
-            SECONDARY: _secondary(case, student, itemsize),
+            SECONDARY: secondary(case, student, itemsize),
             LOGITS: _FP32 * student.head if case.looks_ahead else 0,
         },
     )
@@ -392,7 +359,7 @@ def _losses(case: Case) -> tuple[Sequence[Owners], int]:
 def _optimizer(case: Case) -> Sequence[Owners]:
     """AdamW on a float32 copy of the gradient; stage 3 goes through it in groups of ``sub_group_size``."""
     part, itemsize = partition_size(case), case.student_bytes
-    alive = {HIDDEN: teacher_states(case), SECONDARY: _secondary(case, case.student, itemsize)}
+    alive = {HIDDEN: teacher_states(case), SECONDARY: secondary(case, case.student, itemsize)}
     narrow = case.gradient_bytes if case.gradient_bytes < _FP32 else 0
     if case.zero_stage == 3:
         part = min(part, int(case.zero("sub_group_size")))

@@ -20,9 +20,8 @@ from megadistill.planning.memory import (
     DRAWN_ELEMENTS,
     PIECE_TOKENS,
     joins,
-    partition_size,
-    released,
 )
+from megadistill.planning.partitions import partition_size, released
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 

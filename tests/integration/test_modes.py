@@ -182,7 +182,6 @@ def test_the_modes_do_what_they_say(reference: Path) -> None:
     assert min(words) < max(words) / 3, "rows end early"
 
 
-def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path) -> None:
 RESUMED = {
     "gate": ("loss.gate_objective=student",),
     "shares": ("loss.taid.enabled=true", "loss.taid.alpha=0.3", "loss.adakd.enabled=true", "loss.adakd.warmup=0",

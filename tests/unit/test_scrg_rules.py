@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from megadistill.decoding.sampling import NO_TOKEN, Drawer, draw_tokens, sample_
 from megadistill.decoding.token_steps import EagerSteps
 from megadistill.generation.scoring import TeacherScores, TextScores
 from megadistill.generation.scrg import ErrorRule, error_positions, find_corrections
-from megadistill.generation.sources import source_class, teacher_mixed
+from megadistill.generation.sources import source_class
 from megadistill.generation.sources.base import SourceInputs
 from megadistill.losses import label_scores
 from megadistill.observability.timers import Timers
@@ -350,19 +349,6 @@ def test_a_mixture_of_best_tokens() -> None:
     student, teacher = random_tables()
     for sample in written(student, teacher, [(2,)] * 50, limit=1, mode="teacher_mixed", top_k=1):
         assert sample.response_ids and sample.response_ids[0] in (int(student[2].argmax()), int(teacher[2].argmax()))
-
-
-@pytest.mark.parametrize(("device", "cuda_graphs"), [("cuda", True), ("cuda", False), ("cpu", True)])
-def test_a_mixture_says_that_its_steps_are_not_recorded(
-    device: str, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(teacher_mixed, "get_logger", lambda rank, component: SimpleNamespace(info=said.append))
-    config = SimpleNamespace(generation=SimpleNamespace(cuda_graphs=cuda_graphs))
-    context = SimpleNamespace(device=torch.device(device), rank=0)
-    inputs: Any = SimpleNamespace(config=config, context=context, student=None, teacher=object())
-    teacher_mixed.TeacherMixed.build(inputs)
-    assert ["cuda_graphs=true has no effect" in line for line in said] == [True] * (device == "cuda" and cuda_graphs)
 
 
 def test_sampling_without_the_rules_is_the_papers() -> None:

@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from megadistill.decoding.rollout import Correction, RolloutState
 from megadistill.decoding.sampling import NO_TOKEN, Drawer, Sampling
 from megadistill.decoding.static_step import CudaRecorder, StaticSteps, stepping_on
 from megadistill.decoding.token_steps import INTERVAL, Stepping, rounded_rows
+from megadistill.generation.sources import teacher_mixed
 from megadistill.models.families import FAMILIES
 from megadistill.parallel.output_head import OutputHead
 from megadistill.planning.counter import Counter
@@ -295,3 +297,16 @@ def test_graphs_share_memory_and_do_not_keep_their_cache(monkeypatch: pytest.Mon
         assert kept() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("device", "cuda_graphs"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_a_mixture_says_that_its_steps_are_not_recorded(
+    device: str, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(teacher_mixed, "get_logger", lambda rank, component: SimpleNamespace(info=said.append))
+    config = SimpleNamespace(generation=SimpleNamespace(cuda_graphs=cuda_graphs))
+    context = SimpleNamespace(device=torch.device(device), rank=0)
+    inputs: Any = SimpleNamespace(config=config, context=context, student=None, teacher=object())
+    teacher_mixed.TeacherMixed.build(inputs)
+    assert ["cuda_graphs=true has no effect" in line for line in said] == [True] * (device == "cuda" and cuda_graphs)

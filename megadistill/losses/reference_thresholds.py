@@ -1,4 +1,4 @@
-"""The mask's thresholds of the dense reference: where a soft edge has a mass below itself, found as the kernels find it.
+"""The mask's thresholds of the dense reference: where a soft edge has a mass below itself, found as kernels find it.
 
 Suffixes: T tokens, V classes.
 """

@@ -126,10 +126,10 @@ class CompiledKernels(TorchKernels):
         self._run_block(tile_span.inner_gradient, spec, *inside, of_inside, out, outer, *pairs)
         add_labels(_block(weights, 1, num_tokens - 1), out)
         for start, row in ((0, 0), (num_tokens - 2, 1)):
-            *few, _ = (_block(part, start, start + 2) for part in whole)
-            two = torch.empty_like(out_CVs[:2])
-            _EAGER.gradient(spec, *few, two)
-            out_CVs[start + row] = two[row]
+            two: tuple[Any, ...] = tuple(_block(part, start, start + 2) for part in whole[:-1])
+            out_2V = torch.empty_like(out_CVs[:2])
+            _EAGER.gradient(spec, *two, out_2V)
+            out_CVs[start + row] = out_2V[row]
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         if self._is_broken:

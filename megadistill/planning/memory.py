@@ -240,10 +240,10 @@ def trained_parameters(case: Case) -> int:
     if case.zero_stage < 3:
         return 0
     student = case.student
-    whole, persistent = student.size, persistent(case, student)
+    whole, kept = student.size, persistent(case, student)
     live, reuse = int(case.zero("stage3_max_live_parameters")), int(case.zero("stage3_max_reuse_distance"))
     ahead = live if int(case.zero("stage3_prefetch_bucket_size")) and reuse else min(live, reuse // 2)
-    return min(whole - persistent, max(ahead, student.layer) + student.head)
+    return min(whole - kept, max(ahead, student.layer) + student.head)
 
 
 def _train(case: Case) -> Sequence[Owners]:

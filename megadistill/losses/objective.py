@@ -108,6 +108,11 @@ def distill_loss(
         interpolation, temperatures,
     )  # fmt: skip
     call.check(student)
+    return _distilled(student, call)
+
+
+def _distilled(student: Head, call: Call) -> DistillOutput:
+    gate, config = call.gate, call.config
     parameters = learning_parameters(gate, config)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(

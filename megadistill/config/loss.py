@@ -296,9 +296,9 @@ def _first_problem(error: ValidationError, settings: dict[str, Any]) -> str:
     name, *inner = (str(part) for part in problem["loc"])
     section: type[Section] = LossConfig
     where, value = "loss", settings[name]
-    if inner:  # of a section in this one
-        where, section = f"loss.{name}", section_type(LossConfig.model_fields[name]) or LossConfig
-        name, value = inner[0], problem["input"]
+    nested = section_type(LossConfig.model_fields[name]) if inner else None
+    if nested is not None:
+        where, section, name, value = f"loss.{name}", nested, inner[0], problem["input"]
     if problem["type"] == "extra_forbidden":
         close = nearest(name, section.model_fields)
         hint = f"did you mean {where}.{close}?" if close else f"keys are {', '.join(section.model_fields)}"

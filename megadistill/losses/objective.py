@@ -111,7 +111,12 @@ def distill_loss(
         skews, ahead, interpolation, temperatures,
     )  # fmt: skip
     call.check(student)
-    parameters = learning_parameters(gate, config, looks_ahead=ahead is not None)
+    return _distilled(student, call)
+
+
+def _distilled(student: Head, call: Call) -> DistillOutput:
+    gate, config = call.gate, call.config
+    parameters = learning_parameters(gate, config, looks_ahead=call.ahead is not None)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
         call, needs, student.hidden, student.weight, student.bias, *parameters

@@ -126,10 +126,10 @@ class CompiledKernels(TorchKernels):
         self._run_block(tile_span.inner_gradient, spec, *inside, of_inside, out, outer, *pairs)
         add_labels(_block(weights, 1, num_tokens - 1), out)
         for start, row in ((0, 0), (num_tokens - 2, 1)):
-            two: tuple[Any, ...] = tuple(_block(part, start, start + 2) for part in whole[:-1])
-            out_2V = torch.empty_like(out_CVs[:2])
-            _EAGER.gradient(spec, *two, out_2V)
-            out_CVs[start + row] = out_2V[row]
+            of_two: list[Any] = [_block(part, start, start + 2) for part in whole[:-1]]
+            of_two.append(torch.empty_like(out_CVs[:2]))
+            _EAGER.gradient(spec, *of_two)
+            out_CVs[start + row] = of_two[-1][row]
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         if self._is_broken:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from megadistill.config.adaptive import AdakdSection
 from megadistill.config.schema import RunConfig, ScrgSection
 from megadistill.data.encode import TokenizedExample
 from megadistill.data.sample import Sample, TokenIds
@@ -100,8 +101,10 @@ def plannable(config: RunConfig) -> tuple[RunConfig, list[str]]:
         "generation": {"mode": mode, "scrg": scrg, "cpu_products": "packed"},
         "data": {"span_prior": "window"},
         "model": {"eos_tokens": (_PROMPT_ID,)},
-        "loss": {"backend": "torch"},
+        "loss": {"backend": "torch", "adakd": AdakdSection()},
     }
+    if config.loss.adakd.enabled:
+        notes.append("the student's reading of all responses before they are trained on (loss.adakd) is not counted")
     sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     if config.loss.backend != "torch":
         notes.append("the losses' temporaries are those of eager torch; Triton's and compiled kernels have fewer")

@@ -51,5 +51,7 @@ def assumptions(case: Case) -> tuple[str, ...]:
         lines.append("generation.mode=contrast: the teacher's text, a second row of every prompt, is not counted")
     elif case.writes and mode not in ("on_policy", "skd", "teacher_mixed"):
         lines.append(f"generation.mode={mode}: this is a step with student text; steps with other text use less")
+    if case.config.loss.adakd.enabled:
+        lines.append("the student's reading of all responses before they are trained on (loss.adakd) is not counted")
     lines.append(f"the vocabulary has the {case.models.vocab_size} rows that the models share (no tokenizer is read)")
     return tuple(lines)

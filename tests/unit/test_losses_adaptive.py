@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from megadistill.config.adaptive import AdakdSection, TaidSection
+from megadistill.config.schema import RunConfig
 from megadistill.data.sample import Sample
 from megadistill.errors import ConfigError
 from megadistill.losses import LossConfig
 from megadistill.losses.difficulty import token_difficulty
 from megadistill.parallel import VocabShard
 from megadistill.parallel.output_head import OutputHead
+from megadistill.planning.counted_step import plannable
 from megadistill.training.focus import TokenFocus
 from megadistill.training.interpolation import Interpolation
 from megadistill.training.micro_batch import GlobalCounts, MicroBatchLoss, build_micro_batch
@@ -261,3 +263,17 @@ def test_gradient_shares_of_settings_that_belong_together() -> None:
         loss = MicroBatchLoss(micro, GlobalCounts(2.0, 2.0, 0.0), config, None, head, is_diagnosed=True)
         loss(torch.ones(1, 4, 6), head)
         assert "gradient_share/sft" in loss.gradient_squares
+
+
+def test_a_plan_says_what_it_does_not_count() -> None:
+    """The reading that chooses tokens has a phase that only corrections have in a plan."""
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": "runs/x"},
+            "model": {"student": {"path": "s"}, "teacher": {"path": "t"}},
+            "loss": ADAKD | {"span": 0.0},
+        }
+    )
+    planned, notes = plannable(config)
+    assert not planned.loss.adakd.enabled and config.loss.adakd.enabled
+    assert any("(loss.adakd) is not counted" in note for note in notes)

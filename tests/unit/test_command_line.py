@@ -12,7 +12,7 @@ import pytest
 
 from megadistill import __version__
 from megadistill.cli.main import main
-from megadistill.observability.log import get_logger, printable
+from megadistill.observability.log import _BesideBars, get_logger, printable
 
 ROOT = Path(__file__).resolve().parents[2]
 # An ASCII locale in which Python does not put UTF-8 in the place of the locale's encoding.
@@ -97,5 +97,7 @@ def test_control_characters_of_an_argument_do_not_reach_the_terminal(capsys: pyt
 
 
 def test_control_characters_do_not_reach_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    get_logger(component="train").log(logging.INFO, "row \x1b[31m 你 \ud83d")
+    # Not through the logger: pytest may capture it, and pytest-xdist cannot send a lone surrogate.
+    record = logging.LogRecord("megadistill.train", logging.INFO, __file__, 1, "row \x1b[31m 你 \ud83d", None, None)
+    next(handler for handler in get_logger().handlers if isinstance(handler, _BesideBars)).handle(record)
     assert capsys.readouterr().out.endswith("train: row \\x1b[31m 你 \\ud83d\n")

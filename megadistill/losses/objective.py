@@ -95,14 +95,11 @@ def distill_loss(
         teacher_share: The teacher's share in what the labels were drawn from, for the policy term.
         skews: [T] each token's own ``config.skew``, for a skewed divergence.
         ahead: The student's head after the virtual step (``virtual_step``), for ``config.gate_objective`` student.
-        interpolation: t, the teacher of all terms is softmax((1 - t) student's logits + t teacher's), with no gradient
-            through it (TAID); 1: the teacher.
-        temperatures: [T] temperatures of the tokens in place of ``config.temperature`` (AdaKD), for a token loss that
-            has no mask and is alone; a token that is ignored may have any.
+        interpolation: t, the teacher is softmax((1 - t) student's logits + t teacher's) without a gradient (TAID).
+        temperatures: [T] in place of ``config.temperature`` (AdaKD), for a token loss without a mask that is alone.
 
     Raises:
-        ConfigError: The gate or ``ahead`` is missing or does not fit, the backend cannot run here, or settings do not
-            fit.
+        ConfigError: The gate, ``ahead``, the backend, or settings do not fit.
         ValueError: Shapes do not fit.
         DataError: A label is not a class.
     """
@@ -159,9 +156,8 @@ class _FusedPass:
     """State of one call: the tokens that count, running totals and running gradients."""
 
     def __init__(self, call: Call, head: Head, needs: tuple[bool, bool, bool], parameters: list[Tensor]) -> None:
-        self.call, self.config, self.shard = call, call.config, call.shard
-        config = call.config
-        self.parameters = parameters
+        self.call, self.shard, self.parameters = call, call.shard, parameters
+        config = self.config = call.config
         device = self.device = head.hidden.device
         self.dtype = loss_dtype(head, call.teacher)
         # Ignored tokens are removed before any product: they cost nothing, and what they contain cannot leak.

@@ -57,7 +57,10 @@ def test_equal_updates_and_equal_time(
     costs = [settings for settings in calls if settings["train.max_steps"] == str(arms.COST_UPDATES)]
     assert [settings.get("loss.span") for settings in costs] == [None, "0"] * 2, "in turn"
     assert len(calls) == 4 + 4 + 4
-    assert "forward KL" in capsys.readouterr().out and "nll" in output.with_suffix(".md").read_text("utf-8").lower()
+    assert (
+        "forward KL" in capsys.readouterr().out
+        and "nll" in output.with_suffix(".md").read_text(encoding="utf-8").lower()
+    )
     assert arms.main([*command, "--folder", str(tmp_path / "runs")]) == 0
     assert len(calls) == 12, "nothing is trained again"
 

@@ -114,7 +114,7 @@ def test_all_ranks_stop_together(settings: AnswerSettings, tp_size: int) -> None
 
 def test_a_step_with_such_student_text_is_not_finite() -> None:
     """Whatever its losses are: they may not see what the decoding saw."""
-    config = SimpleNamespace(sft=1.0, dac_kl=1.0, span=0.0)
+    config = SimpleNamespace(sft=1.0, dac_kl=1.0, span=0.0, policy=0.0)
     components = SimpleNamespace(context=ParallelContext.single(), loss=config, teacher=None)
     for is_finite in (True, False):
         samples = [Sample(0, (2,), response_ids=(4,), rollout_ids=(4,), is_finite=is_finite), Sample(1, (2,))]

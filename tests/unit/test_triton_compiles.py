@@ -19,6 +19,7 @@ from dataclasses import replace
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from megadistill.config.loss import LossConfig
 from megadistill.losses import triton_kernels as kernels
 from megadistill.losses.divergences import DIVERGENCES
 from megadistill.losses.tiles import ClippedSum, TileSpec
@@ -36,8 +37,8 @@ def build(kernel, dtype, out, **constants):
     built = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assert len(built.asm["cubin"]) > 1000
 
-numbers = dict(inverse=0.5, softness_inverse=4.0, share=0.1)
-specs = [TileSpec(is_clipped=True), *(TileSpec(formula=divergence.formula) for divergence in DIVERGENCES.values())]
+numbers = dict(inverse=0.5, softness_inverse=4.0)
+specs = [TileSpec(is_clipped=True), *(TileSpec(formula=each.formula, share=each.share(LossConfig())) for each in DIVERGENCES.values())]
 flags = [True, False]
 for dtype, F in (("fp32", 1.0), ("fp64", 8.0)):
     for teacher, plain, width in itertools.product(flags, flags, (1, 64)):
@@ -47,14 +48,15 @@ for dtype, F in (("fp32", 1.0), ("fp64", 8.0)):
         build(edge_masses_kernel, dtype, dtype, num_nodes=7, inverse=0.5, softness_inverse=4.0, IS_WIDE=wide, HAS_UPPER=upper, HAS_BUCKET=wide, F=F, NODES=8, BLOCK=256)
     for spec in specs:
         kind = dict(IS_CLIPPED=spec.is_clipped, FORMULA=kernels.triton_formula(spec.formula))
-        own_share = {"share": None} if kind["FORMULA"] is not None else {}
+        share = {"share": spec.share}
+        own_share = {"share": None} if spec.formula is not None and isinstance(spec.share, float) else share
         for remainder, edges, upper in itertools.product(REMAINDERS, flags, flags) if spec.is_clipped else [("bucket", False, False)]:
             num_sums = len(ClippedSum) if spec.is_clipped else spec.num_sums
             mask = dict(IS_BUCKET=remainder == "bucket", IS_NONE=remainder == "none", HAS_TOTALS=replace(spec, remainder=remainder).has_totals, HAS_UPPER=upper)
             build(kernels.sums_kernel, dtype, dtype, **(numbers | own_share), **kind, **mask, IS_TRUNCATE=remainder == "truncate", HAS_EDGES=edges, HAS_BUCKET=not edges, F=F, NUM_SUMS=num_sums, BLOCK=1024)
         for out, rest in itertools.product((dtype, "bf16") if F == 1 else (dtype,), flags):
             mask = dict(IS_BUCKET=rest, IS_NONE=not rest, HAS_TOTALS=rest, HAS_UPPER=rest)
-            build(kernels.gradient_kernel, dtype, out, **(numbers | (own_share if rest else {})), **kind, **mask, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_UNTEMPERED=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
+            build(kernels.gradient_kernel, dtype, out, **(numbers | (own_share if rest else share)), **kind, **mask, HAS_BUCKET=rest, HAS_TOKEN=True, HAS_UNTEMPERED=rest, HAS_LABEL=rest, HAS_SPAN=rest, ADDS=not rest, F=F, BLOCK=1024)
 print("compiled")
 """  # noqa: E501
 

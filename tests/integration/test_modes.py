@@ -205,6 +205,8 @@ def test_off_policy_resumes_bit_for_bit(assets: Path, tmp_path: Path, more: tupl
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     state = torch.load(checkpoint / "trainer.pt", weights_only=True)["off_policy"]
     assert state["schedule"]["phi"] == _every(tmp_path / "whole", "phi")[6]
+    if "loss.gate_objective=student" not in more:
+        return
     at_6, ours, theirs = (
         torch.load(folder / "trainer.pt", weights_only=True)["gate"]["gate"]
         for folder in (checkpoint, *(tmp_path / name / "checkpoints" / "step_12" for name in ("resumed", "whole")))

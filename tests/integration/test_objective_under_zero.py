@@ -48,7 +48,7 @@ def test_the_head_is_gathered_once_a_batch(family: str, tmp_path: Path) -> None:
         events: list[str] = []
         chunks: list[int] = []
 
-        def watched(samples: Any, passes: Any, counts: Any, components: Any, *more: Any) -> Any:
+        def watched(samples: Any, passes: Any, counts: Any, components: Any, *more: Any, **named: Any) -> Any:
             student = components.student
             if not events:
                 _watch_head(student.module, events)
@@ -56,7 +56,7 @@ def test_the_head_is_gathered_once_a_batch(family: str, tmp_path: Path) -> None:
                 student.forward = lambda *given, **named: (events.append("forward"), forward(*given, **named))[1]
                 student.backward = lambda loss: (events.append("backward"), backward(loss))[1]
             events.append("step")
-            found = accumulate(samples, passes, counts, components, *more)
+            found = accumulate(samples, passes, counts, components, *more, **named)
             events.append("end")
             return found
 

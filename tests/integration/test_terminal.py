@@ -98,7 +98,9 @@ def test_a_run_whose_terminal_goes_away_is_saved(
     assert terminal.wait(lambda: num_steps(run_dir) >= 1), terminal.text.decode()
     started += terminal.leader.children(recursive=True)
     terminal.close() if leader == "a shell" else terminal.type(b"\x03")
-    assert terminal.wait(lambda: not alive(started), 90), terminal.text.decode()
+    is_over = terminal.wait(lambda: not alive(started), 150)
+    saved = f"{num_steps(run_dir)} steps, the last saved one is {last_saved(run_dir)}"
+    assert is_over, f"{saved}; alive: {alive(started)}; {terminal.text.decode()}"
     terminal.close()
     # The signal may come between two steps: the step in flight is then none.
     assert last_saved(run_dir) == num_steps(run_dir) >= 1, terminal.text.decode()

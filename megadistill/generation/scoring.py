@@ -95,8 +95,8 @@ def score_responses(
     view = _View(shard, numbers, sampling or Sampling(), None if texts is None else padded_tokens(texts, mask)[mask])
     with teacher.head() as teacher_head:
         kl, top1 = token_kl(
-            Head.of(_concatenated(student_hidden, student_head.weight), student_head),
-            Head.of(_concatenated(teacher_hidden, teacher_head.weight), teacher_head),
+            Head.of(concatenated(student_hidden, student_head.weight), student_head),
+            Head.of(concatenated(teacher_hidden, teacher_head.weight), teacher_head),
             shard,
             backend=backend,
             visit=view if sampling is not None or texts is not None else None,
@@ -157,7 +157,7 @@ def mean_probabilities(
         backend: What runs the losses.
     """
     labels = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=head.weight.device)
-    nats = label_nats(Head.of(_concatenated(hidden, head.weight), head), labels, head.shard, backend=backend)
+    nats = label_nats(Head.of(concatenated(hidden, head.weight), head), labels, head.shard, backend=backend)
     parts = nats.split([len(text) for text in texts])
     return torch.stack([part.sum() / max(1, len(part)) for part in parts]).neg().exp().tolist()
 
@@ -168,7 +168,7 @@ def padded_tokens(responses: Sequence[TokenIds], mask: torch.Tensor) -> torch.Te
     return torch.tensor(padded, dtype=torch.int64, device=mask.device).reshape(mask.shape)
 
 
-def _concatenated(hidden: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+def concatenated(hidden: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     """[T, H] of all examples; [0, H] where there are no tokens."""
     present = [states for states in hidden if len(states)]
     return torch.cat(present) if present else weight.new_zeros(0, weight.shape[1])

@@ -16,7 +16,8 @@ from megadistill.config.adaptive import AdakdSection
 from megadistill.config.loss import LossConfig
 from megadistill.data.sample import Sample
 from megadistill.decoding.protocols import TextModel
-from megadistill.generation.teacher_states import TeacherStates
+from megadistill.generation.scoring import concatenated
+from megadistill.generation.teacher_states import states_of
 from megadistill.losses import Head
 from megadistill.losses.difficulty import token_difficulty
 from megadistill.parallel.context import ParallelContext
@@ -125,13 +126,12 @@ def focused(
         context: The grid of processes.
         examples_per_pass: Examples of a forward pass of a student without a decoder plan.
     """
-    states = TeacherStates(student.prefiller(examples_per_pass), [sample.prompt_ids for sample in samples])
-    states.update([sample.response_ids or () for sample in samples], [0] * len(samples))
+    states = states_of(samples, student, examples_per_pass)
     places = [i for i, sample in enumerate(samples) if sample.response_ids and sample.teacher_hidden is not None]
     lengths = [len(samples[i].response_ids or ()) for i in places]
     with student.head() as head, teacher.head() as teacher_head:
         distances = token_difficulty(
-            _head([states.hidden_from(i, 0) for i in places], head),
+            _head([states[i] for i in places], head),
             _head([samples[i].teacher_hidden for i in places], teacher_head),
             head.shard,
             temperature=loss.temperature,
@@ -146,5 +146,4 @@ def focused(
 
 
 def _head(hidden: Sequence[Tensor | None], head: OutputHead) -> Head:
-    parts = [part for part in hidden if part is not None]
-    return Head.of(torch.cat(parts) if parts else head.weight.new_zeros(0, head.weight.shape[1]), head)
+    return Head.of(concatenated([part for part in hidden if part is not None], head.weight), head)

@@ -18,7 +18,7 @@ from megadistill.data.sample import RowLoss, Sample, TokenIds
 from megadistill.losses import DistillOutput, Head, LossConfig, QuantileGate, cross_entropy, distill_loss
 from megadistill.losses.output import TERMS
 from megadistill.parallel.output_head import OutputHead
-from megadistill.training.row_parts import RowPart, row_parts
+from megadistill.training.row_parts import RowPart, row_numbers, row_parts, row_weights
 
 # What each term contributes to the gradient, in metrics.jsonl, after the name of its weight in LossConfig.
 GRADIENT_NAMES = tuple(f"gradient_share/{name}" for name in TERMS)
@@ -191,18 +191,6 @@ def _predicting(
 def _num_predicted(sample: Sample) -> int:
     """Tokens of ``_predicting`` for a reference: nothing predicts the first token of a prompt."""
     return len(sample.reference_ids or ()) + sum(max(0, end - max(start, 1)) for start, end in sample.targets)
-
-
-def row_weights(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """For each token of sequences that follow one another, one over its sequence's length (float64)."""
-    numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
-    return (1.0 / numbers.double()).repeat_interleave(numbers, output_size=sum(lengths))
-
-
-def row_numbers(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """For each token of sequences that follow one another, the number of its sequence."""
-    numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
-    return torch.arange(len(lengths), device=device).repeat_interleave(numbers, output_size=sum(lengths))
 
 
 @dataclass

@@ -42,13 +42,12 @@ def row_parts(
         config: The configuration.
         device: Where the tensors go.
     """
-    row_means = [1.0 / max(1, length) if config.average == "row" else 1.0 for length in lengths]
     own = [(i, loss) for i, loss in enumerate(losses) if loss is not None]
     if not own:
-        weights = _per_token(row_means, lengths, device) if config.average == "row" else None
-        yield RowPart(config, None, weights, None)
+        yield RowPart(config, None, row_weights(lengths, device) if config.average == "row" else None, None)
         return
     assert len(own) == len(lengths), "all rows have a loss of their own, or none has"
+    row_means = _row_means(lengths) if config.average == "row" else [1.0] * len(lengths)
     places = torch.arange(sum(lengths), device=device).split(list(lengths))
     for divergence in dict.fromkeys(loss.divergence for _, loss in own):
         rows = [(i, loss) for i, loss in own if loss.divergence == divergence]
@@ -57,13 +56,29 @@ def row_parts(
         yield RowPart(
             config.replace(divergence=divergence),
             torch.cat([places[i] for i, _ in rows]),
-            _per_token([loss.weight * row_means[i] for i, loss in rows], of_rows, device),
-            _per_token(skews, of_rows, device) if skews else None,
+            per_token([loss.weight * row_means[i] for i, loss in rows], of_rows, device),
+            per_token(skews, of_rows, device) if skews else None,
         )
 
 
-def _per_token(values: Sequence[float], lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """[T] float64: a value of each row for each of its tokens."""
-    of_rows = torch.tensor(values, dtype=torch.float64, device=device)
+def row_weights(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """For each token of sequences that follow one another, one over its sequence's length (float64)."""
+    return per_token(_row_means(lengths), lengths, device)
+
+
+def row_numbers(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """For each token of sequences that follow one another, the number of its sequence (int64)."""
+    return per_token(range(len(lengths)), lengths, device, torch.int64)
+
+
+def per_token(
+    values: Sequence[float], lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """[T]: a value of each row for each of its tokens."""
+    of_rows = torch.tensor(values, dtype=dtype, device=device)
     numbers = torch.tensor(lengths, dtype=torch.int64, device=device)
     return of_rows.repeat_interleave(numbers, output_size=sum(lengths))
+
+
+def _row_means(lengths: Sequence[int]) -> list[float]:
+    return [1.0 / max(1, length) for length in lengths]

@@ -23,7 +23,8 @@ from megadistill.generation.sources.replay import Replay
 from megadistill.losses import LossConfig
 from megadistill.observability.timers import Timers
 from megadistill.parallel.context import ParallelContext
-from megadistill.training.micro_batch import build_micro_batch, row_weights
+from megadistill.training.micro_batch import build_micro_batch
+from megadistill.training.row_parts import row_weights
 from megadistill.training.schedule import learning_rate
 from megadistill.training.step import with_loss_texts
 

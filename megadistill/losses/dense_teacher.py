@@ -21,6 +21,7 @@ from megadistill.losses.tiles import (
     LocalStatistics,
     LogNormalizers,
     MaskBounds,
+    SpanPairs,
     SpanSum,
     TileSpec,
 )
@@ -59,6 +60,7 @@ class DenseTeacher:
         self._projector = projector
         self._logits_buffer = projector.new_buffer(max_tokens)
         self.tile_CVs = self._logits_buffer
+        self._pairs: SpanPairs | None = None
 
     def statistics(self, chunk: slice, student_CVs: Tensor, labels: Tensor) -> TokenStatistics:
         """Reads a chunk: its tile, and the merged statistics of both models (one all-gather)."""
@@ -80,13 +82,22 @@ class DenseTeacher:
         return all_gather_rows(local, self.shard.group).sum(0)
 
     def sums(
-        self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
+        self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, is_pair: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Sums over classes [R, C, num_sums] of every shard and the merged span sums [C, 2] (one all-gather)."""
-        local = self._local_sums(student_CVs, norms, bounds, has_span)
+        """Sums over classes [R, C, num_sums] of every shard and the merged span sums [C, 2] (one all-gather).
+
+        ``is_pair`` [C] has the positions that start a span pair, None: no span sums are wanted.
+        """
+        if is_pair is not None:
+            self._pairs = SpanPairs(is_pair, kept_PVs=None if self._pairs is None else self._pairs.kept_PVs)
+        local = self._local_sums(student_CVs, norms, bounds, is_pair is not None)
         gathered = all_gather_rows(local, self.shard.group)
         width = self.spec.num_sums
-        return gathered[..., :width], gathered[..., width:].sum(0) if has_span else None
+        return gathered[..., :width], None if is_pair is None else gathered[..., width:].sum(0)
+
+    def is_in_place(self, device: torch.device) -> bool:
+        """Whether ``gradient`` had better write to the student's tile."""
+        return self.kernels.is_in_place(device)
 
     def gradient(
         self,
@@ -101,7 +112,7 @@ class DenseTeacher:
         if of_label is not None:
             weights = weights._replace(label=of_label if weights.label is None else weights.label + of_label)
         if student_CVs.shape[1]:
-            self.kernels.gradient(self.spec, student_CVs, self.tile_CVs, norms, bounds, weights, out_CVs)
+            self.kernels.gradient(self.spec, student_CVs, self.tile_CVs, norms, bounds, weights, out_CVs, self._pairs)
 
     def _local_sums(
         self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
@@ -115,16 +126,23 @@ class DenseTeacher:
         sums = self.kernels.sums(self.spec, student_CVs, self.tile_CVs, norms, bounds)
         if not has_span:
             return sums
-        return torch.cat([sums, span_sums(self.spec, self.kernels, student_CVs, self.tile_CVs, norms)], -1)
+        assert self._pairs is not None
+        of_pairs = span_sums(self.spec, self.kernels, student_CVs, self.tile_CVs, norms, self._pairs)
+        return torch.cat([sums, of_pairs], -1)
 
 
 def span_sums(
-    spec: TileSpec, kernels: TorchKernels, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers
+    spec: TileSpec,
+    kernels: TorchKernels,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor,
+    norms: LogNormalizers,
+    pairs: SpanPairs,
 ) -> Tensor:
     """Local sums [C, 2] of the span pair that each position starts; 0 for the last one."""
     if len(student_CVs) < 2:
         return student_CVs.new_zeros(len(student_CVs), len(SpanSum))
-    return F.pad(kernels.span_sums(spec, student_CVs, teacher_CVs, norms), (0, 0, 0, 1))
+    return F.pad(kernels.span_sums(spec, student_CVs, teacher_CVs, norms, pairs), (0, 0, 0, 1))
 
 
 def local_statistics(

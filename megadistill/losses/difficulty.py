@@ -71,7 +71,7 @@ def token_difficulty(
         for chunk, _ in chunks(num_tokens, size):
             student_CVs = heads[0].logits(chunk, buffer)
             stats = tiles.statistics(chunk, student_CVs, labels[chunk])
-            sums, _ = tiles.sums(student_CVs, stats.norms, None, False)
+            sums, _ = tiles.sums(student_CVs, stats.norms, None, None)
             distances[chunk] = sums[..., DivergenceSum.VALUE].sum(0).clamp(0, 1).sqrt()
     return distances
 

@@ -194,10 +194,6 @@ class _FusedPass:
         max_tokens = max((chunk.stop - chunk.start for chunk, _ in self.chunks), default=0)
         self.logits_buffer = self.student.new_buffer(max_tokens)
         self.ahead = LookAhead(heads[-1], self.positions, self.dtype, shifts[-1], max_tokens) if looks_ahead else None
-        self.gradient_buffer = self.student.new_buffer(
-            max_tokens if self.gradients.is_wanted else 0,
-            self.kernels.gradient_dtype(self.student.hidden_TH.dtype, self.dtype),
-        )
         self.teacher: DenseTeacher | TopKTeacher
         if isinstance(call.teacher, Head):
             projector = LogitsProjector(call.teacher, self.positions, self.dtype, shifts[1], scale)
@@ -211,6 +207,10 @@ class _FusedPass:
                 call.teacher, self.positions, self.dtype, spec=self.spec, kernels=self.kernels, shard=call.shard,
                 config=config,
             )  # fmt: skip
+        self.gradient_buffer: Tensor | None = None  # the student's tile takes its own derivative
+        if self.gradients.is_wanted and not self.teacher.is_in_place(device):
+            dtype = self.kernels.gradient_dtype(self.student.hidden_TH.dtype, self.dtype)
+            self.gradient_buffer = self.student.new_buffer(max_tokens, dtype)
         self.totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SCALAR_NAMES}
         self.kl_map = torch.zeros(len(self.positions), dtype=self.dtype, device=device)
         self.top1 = torch.zeros(len(self.positions), dtype=torch.int64, device=device)
@@ -229,14 +229,15 @@ class _FusedPass:
             ahead_CVs = self.ahead.logits(chunk)
             stats = self.teacher.statistics(chunk, ahead_CVs, labels)
             mask, bounds = self._mask(stats, is_own)
-            ahead = MergedClip(self.spec, self.teacher.sums(ahead_CVs, stats.norms, bounds, False)[0])
+            ahead = MergedClip(self.spec, self.teacher.sums(ahead_CVs, stats.norms, bounds, None)[0])
         student_CVs = self.student.logits(chunk, self.logits_buffer)
         stats = self.teacher.statistics(chunk, student_CVs, labels)
         if self.skews is not None:
             stats = replace(stats, norms=stats.norms._replace(share=self.skews[chunk]))
         if config.is_clipped and mask is None:
             mask, bounds = self._mask(stats, is_own)
-        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, config.pairs_neighbors)
+        is_pair = self.is_pair[chunk] if config.pairs_neighbors else None
+        sums, span_sums = self.teacher.sums(student_CVs, stats.norms, bounds, is_pair)
         terms = self._terms(sums)
         if self.parameters and mask is not None:
             assert terms.clip is not None
@@ -266,7 +267,7 @@ class _FusedPass:
             weights = weights._replace(student=weights.student + of_label, label_column=labels - self.shard.start)
         if not self.gradients.is_wanted:
             return
-        gradient_CVs = self.gradient_buffer[: len(labels)]
+        gradient_CVs = student_CVs if self.gradient_buffer is None else self.gradient_buffer[: len(labels)]
         self.teacher.gradient(student_CVs, stats.norms, bounds, weights, gradient_CVs, of_label)
         self.gradients.add(chunk, gradient_CVs)
 

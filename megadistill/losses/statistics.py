@@ -158,8 +158,7 @@ def local_top(
     if local.group_max is None or local.group_sum is None:
         candidates, tails = teacher_CVs, teacher_CVs[:, :0]
     else:
-        columns, is_outside = _candidate_columns(local.group_max, width, top_k)
-        candidates = teacher_CVs.gather(-1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, -math.inf)
+        candidates, is_outside = _candidates(local.group_max, teacher_CVs, top_k)
         tails = local.group_sum.log() + (local.group_max - largest.unsqueeze(-1)) / spec.temperature
         tails = tails.masked_fill(~is_outside, -math.inf)
     values, index = candidates.topk(min(top_k, candidates.shape[-1]), -1)
@@ -172,15 +171,19 @@ def local_top(
     return filled, log_tail, top1
 
 
-def _candidate_columns(group_max: Tensor, num_classes: int, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Columns [C, .] of the groups that hold the top classes, and a mask [C, G] of all other groups.
-
-    The caller ignores columns beyond the last class.
-    """
-    width = group_width(num_classes)
-    groups = group_max.topk(min(num_groups, group_max.shape[-1]), -1).indices
+def _candidates(group_max: Tensor, teacher_CVs: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Logits [C, .] of the groups that hold the top classes, and a mask [C, G] of all other groups."""
+    num_tokens, num_classes = teacher_CVs.shape
+    width, all_groups = group_width(num_classes), group_max.shape[-1]
+    groups = group_max.topk(min(num_groups, all_groups), -1).indices
+    is_outside = torch.ones_like(group_max, dtype=torch.bool).scatter_(-1, groups, False)
+    if num_classes == all_groups * width and teacher_CVs.is_contiguous():  # whole groups, copied as such
+        first = torch.arange(num_tokens, device=groups.device).unsqueeze(-1) * all_groups
+        candidates = teacher_CVs.view(-1, width).index_select(0, (first + groups).flatten())
+        return candidates.view(num_tokens, -1), is_outside
     columns = (groups.unsqueeze(-1) * width + torch.arange(width, device=group_max.device)).flatten(1)
-    return columns, torch.ones_like(group_max, dtype=torch.bool).scatter_(-1, groups, False)
+    candidates = teacher_CVs.gather(-1, columns.clamp(max=num_classes - 1))
+    return candidates.masked_fill_(columns >= num_classes, -math.inf), is_outside
 
 
 def _first_column(group_max: Tensor | None, largest: Tensor, teacher_CVs: Tensor) -> Tensor:

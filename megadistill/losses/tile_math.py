@@ -93,18 +93,19 @@ def edge_masses(
     The top class is left out; the class that stands for what is not listed lies below every lower edge.
     """
     lp = log_p(spec, teacher_CVs, norms)
-    p = torch.where(_is_column(lp, top_column), 0.0, _exp(lp))
+    every_p = _exp(lp)
+    p = torch.where(_is_column(lp, top_column), 0.0, every_p)
     is_rest = _is_rest(lp) if spec.has_bucket else None
-    masses = _masses_beyond(spec, lp, p, nodes.lower, 1.0, is_rest)
+    masses = _masses_beyond(spec, lp, p, nodes.lower, 1.0, is_rest, every_p)
     if nodes.upper is not None:
-        masses += _masses_beyond(spec, lp, p, nodes.upper, -1.0, is_rest)
+        masses += _masses_beyond(spec, lp, p, nodes.upper, -1.0, is_rest, every_p)
     return torch.stack(masses, -1)
 
 
 def _masses_beyond(
-    spec: TileSpec, lp: Tensor, p: Tensor, nodes: Tensor, sign: float, is_rest: Tensor | None
+    spec: TileSpec, lp: Tensor, p: Tensor, nodes: Tensor, sign: float, is_rest: Tensor | None, every_p: Tensor
 ) -> list[Tensor]:
-    """The sum of p sigmoid(sign (node - log p) / s) for each of the nodes."""
+    """The sum of p sigmoid(sign (node - log p) / s) for each of the nodes; ``every_p`` is p, the top class included."""
     scale, limit = sign / spec.softness, saturation(lp)
     if is_rest is not None:
         lp = torch.where(is_rest, -_NEVER * spec.softness, lp)
@@ -113,27 +114,22 @@ def _masses_beyond(
         return [(p * torch.sigmoid((nodes[:, d : d + 1] - lp) * scale)).sum(-1) for d in range(num_nodes)]
     middle = 0.5 * (nodes[:, :1] + nodes[:, -1:])
     steps = ((middle - nodes) * scale).exp()
-    # The lower limit is so far below all nodes that the edge is 1, and no product is denormal; nor is a quotient.
-    relative = ((lp - middle) * scale).clamp(-0.7 * limit, limit).exp()
-    # At most exp(28), so that the product of three is a number: a class weighs at least 1e-12 of itself, which is far
-    # below the smallest mass that is looked for.
-    largest = math.exp(0.35 * limit)
-    terms = [1.0 + (relative * steps[:, d : d + 1]).clamp(max=largest) for d in range(num_nodes)]
-    return [(p * weight).sum(-1) for d in range(0, num_nodes, 3) for weight in _reciprocals(terms[d : d + 3])]
+    # The lower limit is so far below all nodes that the edge is 1, and no product is denormal.
+    lowest, highest = -0.7 * limit, limit
+    num_squares = _num_squares(scale)
+    if is_rest is None and num_squares is not None:  # a power of p instead of another exponential
+        relative = (every_p * (-middle).exp()).clamp(math.exp(lowest / scale), math.exp(highest / scale))
+        for _ in range(num_squares):
+            relative = relative * relative
+    else:
+        relative = ((lp - middle) * scale).clamp(lowest, highest).exp()
+    # A division costs no more than sharing one among three. Where the class is far above a node, the edge is 0.
+    return [(p / (1.0 + relative * steps[:, d : d + 1])).sum(-1) for d in range(num_nodes)]
 
 
-def _reciprocals(values: list[Tensor]) -> list[Tensor]:
-    """The reciprocals of up to three tensors with one division, which costs as much as a dozen products."""
-    if len(values) == 1:
-        return [1.0 / values[0]]
-    if len(values) == 2:
-        both = 1.0 / (values[0] * values[1])
-        return [both * values[1], both * values[0]]
-    first, second, third = values
-    pair = first * second
-    every = 1.0 / (pair * third)
-    of_pair = every * third
-    return [of_pair * second, of_pair * first, every * pair]
+def _num_squares(exponent: float) -> int | None:
+    """How often a number has to be squared for this power of it; None where that is no way to get it."""
+    return {1.0: 0, 2.0: 1, 4.0: 2, 8.0: 3}.get(exponent)
 
 
 def gradient(
@@ -147,6 +143,21 @@ def gradient(
 ) -> None:
     """Writes the derivative by the student's logits to ``out_CVs``, without its label and span parts."""
     out_CVs.copy_(derivative(spec, student_CVs, teacher_CVs, norms, bounds, weights))
+
+
+def gradient_in_place(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor | None,
+    norms: LogNormalizers,
+    bounds: MaskBounds | None,
+    weights: GradientWeights,
+) -> None:
+    """``gradient`` with ``student_CVs`` as ``out_CVs``.
+
+    A function of its own: torch's cache of compiled code takes calls whose arguments are one tensor for calls of two.
+    """
+    gradient(spec, student_CVs, teacher_CVs, norms, bounds, weights, student_CVs)
 
 
 def derivative(

@@ -5,11 +5,20 @@ Suffixes: C tokens, Vs this rank's classes.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from megadistill.losses.tile_math import derivative, exp_floor, log_p, log_q
 from megadistill.losses.tiles import GradientWeights, LogNormalizers, MaskBounds, TileSpec
+
+
+class PairShare(NamedTuple):
+    """Each token's part in one pair [C]: the row of the pair in the tile of ``pair_sums``, and its weight (0: none)."""
+
+    row: Tensor
+    weight: Tensor
 
 
 def span_sums(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
@@ -42,35 +51,61 @@ def span_gradient(
     out_CVs.add_(through - q * norm)
 
 
-def inner_gradient(
+def pair_sums(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor,
+    norms: LogNormalizers,
+    first: Tensor,
+    out_PVs: Tensor,
+) -> Tensor:
+    """What ``span_sums`` returns [P, 2], of the pairs that the tokens ``first`` [P] start.
+
+    Writes (r^S - r^T) r^S of each class to ``out_PVs``, from which ``gradient_with_pairs`` makes the derivative.
+    """
+    lq, lp = _span_logs(spec, student_CVs, teacher_CVs, norms)
+    student = (lq[first] + lq[first + 1]).exp()
+    difference = student - (lp[first] + lp[first + 1]).exp()
+    through = difference * student
+    out_PVs.copy_(through)
+    return torch.stack([(difference * difference).sum(-1), through.sum(-1)], -1)
+
+
+def gradient_with_pairs(
     spec: TileSpec,
     student_CVs: Tensor,
     teacher_CVs: Tensor,
     norms: LogNormalizers,
     bounds: MaskBounds | None,
     weights: GradientWeights,
+    before: PairShare,
+    after: PairShare,
     out_CVs: Tensor,
-    outer: tuple[Tensor, Tensor, LogNormalizers],
-    pair: Tensor,
-    inner: Tensor,
+    pair_PVs: Tensor,
 ) -> None:
-    """Writes the derivative with its span part, without its label part, in one pass without temporaries.
+    """Writes the derivative with its span part, without its label part.
 
-    ``outer`` has the tiles and normalizers of one token more on either side; ``pair`` and ``inner`` are
-    ``GradientWeights.span_pair`` and ``span_inner`` of all but the last of those.
+    ``before`` and ``after`` are the pairs that each token ends and starts, rows of ``pair_PVs``.
     """
-    lq, lp = _span_logs(spec, *outer)
-    # An exponential that two rows share would be a whole tile in memory, which takes longer than a second one.
-    before, after = slice(None, -1), slice(1, None)
-    through = torch.zeros_like(student_CVs)
-    for side in (before, after):
-        of_student, of_teacher = lq[side], lp[side]
-        student = (of_student[:-1] + of_student[1:]).exp()
-        difference = student - (of_teacher[:-1] + of_teacher[1:]).exp()
-        through = through + pair[side].unsqueeze(-1) * (difference * student)
-    norm = (pair * inner)[before] + (pair * inner)[after]
     result = derivative(spec, student_CVs, teacher_CVs, norms, bounds, weights)
-    out_CVs.copy_(result + (through - norm.unsqueeze(-1) * lq[1:-1].exp()))
+    for side in (before, after):
+        result = result + side.weight.unsqueeze(-1) * pair_PVs[side.row]
+    out_CVs.copy_(result)
+
+
+def gradient_with_pairs_in_place(
+    spec: TileSpec,
+    student_CVs: Tensor,
+    teacher_CVs: Tensor,
+    norms: LogNormalizers,
+    bounds: MaskBounds | None,
+    weights: GradientWeights,
+    before: PairShare,
+    after: PairShare,
+    pair_PVs: Tensor,
+) -> None:
+    """``gradient_with_pairs`` with ``student_CVs`` as ``out_CVs``. See ``tile_math.gradient_in_place``."""
+    gradient_with_pairs(spec, student_CVs, teacher_CVs, norms, bounds, weights, before, after, student_CVs, pair_PVs)
 
 
 def _span_logs(

@@ -210,6 +210,21 @@ class MaskBounds(NamedTuple):
     top_column: Tensor
 
 
+@dataclass
+class SpanPairs:
+    """The span pairs of one chunk, and what a backend keeps of them for the derivative.
+
+    Attributes:
+        is_pair: [C] bool, whether a position starts a pair; the last one starts none. The same on all shards.
+        row: [C] the pair's row in ``kept_PVs``; 0 where a position starts none. None: nothing was kept.
+        kept_PVs: (r^S - r^T) r^S of each pair and class. The memory serves the next chunk, too.
+    """
+
+    is_pair: Tensor
+    row: Tensor | None = None
+    kept_PVs: Tensor | None = None
+
+
 class GradientWeights(NamedTuple):
     """Factors [C] of the parts of the derivative by a token's logits; None: that part is absent.
 

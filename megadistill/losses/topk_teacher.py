@@ -18,7 +18,7 @@ from megadistill.errors import ConfigError, DataError
 from megadistill.losses.dense_teacher import local_statistics, span_sums
 from megadistill.losses.divergences import divergence_of
 from megadistill.losses.statistics import TokenStatistics, local_target, log_total
-from megadistill.losses.tiles import EdgeNodes, GradientWeights, LogNormalizers, MaskBounds, TileSpec
+from megadistill.losses.tiles import EdgeNodes, GradientWeights, LogNormalizers, MaskBounds, SpanPairs, TileSpec
 from megadistill.losses.torch_kernels import TorchKernels, add_labels
 from megadistill.parallel.collectives import all_gather_rows
 from megadistill.parallel.vocab import VocabShard
@@ -129,7 +129,7 @@ class TopKTeacher:
         return self._small_kernels.edge_masses(spec, self._chunk[1], small_norms, self._top_place, nodes)
 
     def sums(
-        self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, has_span: bool
+        self, student_CVs: Tensor, norms: LogNormalizers, bounds: MaskBounds | None, is_pair: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Sums over classes [1, C, num_sums] and, in one all-gather, merged span sums [C, 2].
 
@@ -141,13 +141,18 @@ class TopKTeacher:
         sums = self._small_kernels.sums(
             self._small_spec, self._log_q_CM, self._chunk[1], self._small_norms, self._small_bounds
         ).unsqueeze(0)
-        if not has_span:
+        if is_pair is None:
             return sums, None
         token, place, column = self._here
         self._tile_CVs = torch.full_like(student_CVs, _ABSENT)
         self._tile_CVs[token, column] = self._chunk[1][token, place] * self.spec.temperature
-        local = span_sums(self.spec, self.kernels, student_CVs, self._tile_CVs, self._span_norms(norms))
+        pairs = SpanPairs(is_pair)
+        local = span_sums(self.spec, self.kernels, student_CVs, self._tile_CVs, self._span_norms(norms), pairs)
         return sums, all_gather_rows(local, self.shard.group).sum(0)
+
+    def is_in_place(self, device: torch.device) -> bool:
+        """Never: the student's tile is read again after the first pass."""
+        return False
 
     def gradient(
         self,

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from megadistill.errors import ConfigError
 from megadistill.losses import tile_math, tile_span
-from megadistill.losses.tiles import EdgeNodes, GradientWeights, LocalStatistics, LogNormalizers, MaskBounds, TileSpec
+from megadistill.losses.tiles import (
+    EdgeNodes,
+    GradientWeights,
+    LocalStatistics,
+    LogNormalizers,
+    MaskBounds,
+    SpanPairs,
+    SpanSum,
+    TileSpec,
+)
 
 # Elements per thread of the blocks that the eager backend splits a CPU tile into. Temporaries of this size stay in the
 # cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
@@ -20,7 +29,7 @@ _EAGER_BLOCK = 2**15
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
 # The same for compiled code, each call of which takes a tenth of a millisecond; and for sums with a logarithm of the
 # mask (truncate), of which the compiler keeps whole tiles.
-_COMPILED_BLOCK = 2**23
+_COMPILED_BLOCK = 9 * 2**20
 _COPYING_BLOCK = 2**19
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
 _MAX_VERSIONS = 256
@@ -50,8 +59,10 @@ class TorchKernels:
         """See ``tile_math.edge_masses``."""
         return self._run(tile_math.edge_masses, 0, spec, teacher_CVs, norms, top_column, nodes)
 
-    def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
-        """See ``tile_span.span_sums``."""
+    def span_sums(
+        self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers, pairs: SpanPairs
+    ) -> Tensor:
+        """See ``tile_span.span_sums``; what is no pair may have any sums."""
         return self._run(tile_span.span_sums, 1, spec, student_CVs, teacher_CVs, norms)
 
     def gradient(
@@ -63,11 +74,19 @@ class TorchKernels:
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
+        pairs: SpanPairs | None = None,
     ) -> None:
-        """Writes the whole derivative: token terms, span, labels."""
-        self._run(tile_math.gradient, 0, spec, student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
-        if teacher_CVs is not None:
-            self.add_span(spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
+        """Writes the whole derivative: token terms, span, labels; to ``student_CVs`` where that is ``out_CVs``."""
+        arguments = (student_CVs, teacher_CVs, norms, bounds, weights)
+        has_span = weights.span_pair is not None and teacher_CVs is not None
+        if out_CVs is student_CVs:
+            source_CVs = student_CVs.clone() if has_span else student_CVs
+            self._run(tile_math.gradient_in_place, 0, spec, *arguments)
+        else:
+            source_CVs = student_CVs
+            self._run(tile_math.gradient, 0, spec, *arguments, out_CVs)
+        if has_span and teacher_CVs is not None:
+            self.add_span(spec, source_CVs, teacher_CVs, norms, weights, out_CVs)
         add_labels(weights, out_CVs)
 
     def add_span(
@@ -82,6 +101,10 @@ class TorchKernels:
         """Adds the span part of the derivative, where there is one."""
         if weights.span_pair is not None and len(student_CVs) > 1:
             self._run(tile_span.span_gradient, 1, spec, student_CVs, teacher_CVs, norms, weights, out_CVs)
+
+    def is_in_place(self, device: torch.device) -> bool:
+        """Whether ``gradient`` had better write to the student's tile: what was read a moment ago is in the cache."""
+        return False
 
     def gradient_dtype(self, factor: torch.dtype, total: torch.dtype) -> torch.dtype:
         """The dtype of the derivative, for products that read ``factor`` and accumulate ``total``."""
@@ -101,6 +124,29 @@ class CompiledKernels(TorchKernels):
     def __init__(self, may_fall_back: bool = False) -> None:
         self._may_fall_back, self._is_broken = may_fall_back, False
 
+    def span_sums(
+        self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers, pairs: SpanPairs
+    ) -> Tensor:
+        """The sums of the pairs alone, and on a CPU their part of the derivative, kept in ``pairs``."""
+        num_tokens, num_classes = student_CVs.shape
+        pairs.row = None
+        if student_CVs.device.type != "cpu" or self._is_broken:  # elsewhere, how many there are is known too late
+            return super().span_sums(spec, student_CVs, teacher_CVs, norms, pairs)
+        first = pairs.is_pair[:-1].nonzero().squeeze(-1)
+        result = student_CVs.new_zeros(num_tokens - 1, len(SpanSum))
+        num_pairs = len(first)
+        if num_pairs == 0:
+            return result
+        if num_pairs == 1:  # a 1 would be compiled in
+            first = first.repeat(2)
+        if pairs.kept_PVs is None or len(pairs.kept_PVs) < len(first):
+            pairs.kept_PVs = student_CVs.new_empty(max(len(first), num_tokens // 2), num_classes)
+        tiles = (student_CVs, teacher_CVs, norms._replace(untempered_log=None))
+        result[first] = self._run_block(tile_span.pair_sums, spec, *tiles, first, pairs.kept_PVs[: len(first)])
+        pairs.row = torch.zeros(num_tokens, dtype=torch.int64)
+        pairs.row[first[:num_pairs]] = torch.arange(num_pairs)
+        return result
+
     def gradient(
         self,
         spec: TileSpec,
@@ -110,32 +156,41 @@ class CompiledKernels(TorchKernels):
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
+        pairs: SpanPairs | None = None,
     ) -> None:
-        """Writes the whole derivative, of all but the first and last token in one pass."""
-        whole: tuple[Any, ...] = (student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
-        num_tokens = len(student_CVs)
-        has_span = weights.span_pair is not None and weights.span_inner is not None and teacher_CVs is not None
-        if not has_span or num_tokens < 4 or self._is_broken:
-            super().gradient(spec, student_CVs, teacher_CVs, norms, bounds, weights, out_CVs)
+        """Writes the whole derivative in one pass, with what ``span_sums`` has kept."""
+        if pairs is None or pairs.row is None or self._is_broken:
+            super().gradient(spec, student_CVs, teacher_CVs, norms, bounds, weights, out_CVs, pairs)
             return
-        *inside, of_inside, out = (_block(part, 1, num_tokens - 1) for part in whole)
-        of_inside = of_inside._replace(span_pair=None, span_inner=None, label=None, label_column=None)
-        outer = (student_CVs, teacher_CVs, norms._replace(untempered_log=None))
         assert weights.span_pair is not None and weights.span_inner is not None
-        pairs = (weights.span_pair[:-1], weights.span_inner[:-1])
-        self._run_block(tile_span.inner_gradient, spec, *inside, of_inside, out, outer, *pairs)
-        add_labels(_block(weights, 1, num_tokens - 1), out)
-        for start, row in ((0, 0), (num_tokens - 2, 1)):
-            of_two: list[Any] = [_block(part, start, start + 2) for part in whole[:-1]]
-            of_two.append(torch.empty_like(out_CVs[:2]))
-            _EAGER.gradient(spec, *of_two)
-            out_CVs[start + row] = of_two[-1][row]
+        pair, norm = weights.span_pair, weights.span_pair * weights.span_inner
+        after = tile_span.PairShare(pairs.row, pair)
+        before = tile_span.PairShare(*(torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in after))
+        of_token = weights._replace(
+            student=weights.student - norm - torch.cat([torch.zeros_like(norm[:1]), norm[:-1]]),
+            span_pair=None, span_inner=None, label=None, label_column=None,
+        )  # fmt: skip
+        arguments: tuple[Any, ...] = (student_CVs, teacher_CVs, norms, bounds, of_token, before, after)
+        if out_CVs is student_CVs:
+            function: Callable[..., None] = tile_span.gradient_with_pairs_in_place
+        else:
+            function, arguments = tile_span.gradient_with_pairs, (*arguments, out_CVs)
+
+        def run(*block: Any) -> None:
+            self._run_block(function, spec, *block, pairs.kept_PVs)
+
+        _in_blocks(run, 0, _block_elements(spec), arguments)
+        add_labels(weights, out_CVs)
+
+    def is_in_place(self, device: torch.device) -> bool:
+        """Where one pass over the tile is all there is."""
+        return device.type == "cpu" and not self._is_broken
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
         if self._is_broken:
             return super()._run(function, overlap, spec, *arguments)
-        elements = _COPYING_BLOCK if spec.remainder == "truncate" else _COMPILED_BLOCK
-        return _in_blocks(functools.partial(self._run_block, function, spec), overlap, elements, arguments)
+        run = functools.partial(self._run_block, function, spec)
+        return _in_blocks(run, overlap, _block_elements(spec), arguments)
 
     def _run_block(self, function: Callable[..., Any], spec: TileSpec, *block: Any) -> Any:
         if block[0].shape[0] < 2 or self._is_broken:
@@ -158,7 +213,8 @@ class CompiledKernels(TorchKernels):
         self._is_broken = True
 
 
-_EAGER = TorchKernels()
+def _block_elements(spec: TileSpec) -> int:
+    return _COPYING_BLOCK if spec.remainder == "truncate" else _COMPILED_BLOCK
 
 
 @functools.cache

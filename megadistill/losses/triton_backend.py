@@ -18,6 +18,7 @@ from megadistill.losses.tiles import (
     LocalStatistics,
     LogNormalizers,
     MaskBounds,
+    SpanPairs,
     SpanSum,
     TileSpec,
     group_width,
@@ -91,7 +92,9 @@ class TritonKernels(TorchKernels):
         )  # fmt: skip
         return out
 
-    def span_sums(self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
+    def span_sums(
+        self, spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers, pairs: SpanPairs
+    ) -> Tensor:
         """See ``tile_span.span_sums``."""
         num_tokens, num_classes = student_CVs.shape
         out = student_CVs.new_empty(num_tokens - 1, len(SpanSum))
@@ -110,6 +113,7 @@ class TritonKernels(TorchKernels):
         bounds: MaskBounds | None,
         weights: GradientWeights,
         out_CVs: Tensor,
+        pairs: SpanPairs | None = None,
         adds: bool = False,
     ) -> None:
         """Writes the whole derivative in one pass, or adds it to ``out_CVs``."""

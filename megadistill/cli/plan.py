@@ -82,7 +82,7 @@ def _parser() -> Parser:
         "--cpu", action="store_true", help="plan processes that compute on CPU cores, --gpus-per-node on each machine"
     )
     parser.add_argument(
-        "--gpu-memory", type=size, metavar="SIZE",
+        "--gpu-memory", type=_memory, metavar="SIZE",
         help="such as 80GB; default: that of --gpu, with --cpu a process's share of this machine's",
     )  # fmt: skip
     parser.add_argument(
@@ -104,6 +104,13 @@ def _parser() -> Parser:
     parser.add_argument("--json", metavar="FILE", help="write every number to FILE; -: to standard output, alone")
     parser.add_argument("--plot", metavar="FILE", help=f"draw memory by owner and phase ({', '.join(_PICTURES)})")
     return parser
+
+
+def _memory(text: str) -> int:
+    """Converts a size with its unit to bytes, for argparse."""
+    if text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} has no unit; did you mean {text}GB?")
+    return size(text)
 
 
 def _gpu(parsed: argparse.Namespace) -> Gpu:

@@ -120,19 +120,27 @@ def open_tensors(files: Sequence[Path], path: str, where: str, read: ReadMode = 
         read: Whether safetensors files are mapped into memory or read by system calls.
 
     Raises:
-        ConfigError: A file is damaged or truncated, or holds integers.
+        ConfigError: A file is damaged or truncated, holds integers, or a tensor that another one holds too.
     """
     tensors: dict[str, StoredTensor] = {}
     for number, file in enumerate(files):
         try:
             opened = _torch_tensors(file) if file.suffix == ".bin" else _safe_tensors(file, read)
-            tensors |= {
+            found = {
                 key: StoredTensor(key, tuple(shape), dtype, content, (number, i))
                 for i, (key, shape, dtype, content) in enumerate(opened)
             }
         except Exception as error:  # of safetensors, torch, pickle, zip: many types for one cause
             reason = f"{file.name}: {first_line(error)}"
             raise ConfigError(f"{where}: cannot load the weights in '{path}': {reason}") from error
+        twice = next((key for key in found if key in tensors), None)
+        if twice is not None:
+            other = files[tensors[twice].place[0]].name
+            raise ConfigError(
+                f"{where}: cannot load the weights in '{path}': {twice} is in {other} and in {file.name}, and only one "
+                "can be meant; were files of two checkpoints mixed?"
+            )
+        tensors |= found
     return tensors
 
 

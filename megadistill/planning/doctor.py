@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from megadistill.config.schema import RunConfig
-from megadistill.errors import MegadistillError
+from megadistill.data.hub import check_name
+from megadistill.errors import DataError, MegadistillError
 from megadistill.files import reason_of
 from megadistill.launch.group_check import check_groups
 from megadistill.launch.machine import facts_of, speed
@@ -128,7 +129,7 @@ def _of_config(config: RunConfig | None, world_size: int, seen: Seen) -> list[Fi
     """Findings of rank 0 about run.dir, models and tokenizers; ``seen`` gets what the run needs."""
     if config is None:
         return [Finding("configuration", OK, "none given: run.dir, models and memory are not examined", "")]
-    return [_run_dir(config, seen), *_models(config, world_size, seen)]
+    return [_run_dir(config, seen), *_data(config), *_models(config, world_size, seen)]
 
 
 def _run_dir(config: RunConfig, seen: Seen) -> Finding:
@@ -143,6 +144,27 @@ def _run_dir(config: RunConfig, seen: Seen) -> Finding:
     except OSError as error:
         return Finding("run.dir", FAILED, f"{folder} cannot be used: {reason_of(error)}", advice)
     return Finding("run.dir", OK, f"{folder} can be written", "")
+
+
+def _data(config: RunConfig) -> list[Finding]:
+    """Whether the files of rows are there; what they hold is read at the start of a run."""
+    data = config.data
+    paths = {
+        "data.train_path": data.train_path, "data.prompts_path": data.prompts_path, "data.valid_path": data.valid_path,
+        "eval.path": config.eval.path,
+    }  # fmt: skip
+    findings = []
+    for setting, path in paths.items():
+        try:
+            if path is not None:
+                check_name(path, error=DataError, setting=setting)
+        except DataError as error:
+            findings.append(Finding(setting, FAILED, str(error), "name a file, a folder, or a data set of the hub"))
+    if findings and config.run.prepare != "none":
+        return [Finding("data", OK, f"the first start makes it (run.prepare={config.run.prepare})", "")]
+    if data.train_path is None:
+        findings.insert(0, Finding("data.train_path", WARNING, "is not set: a run has nothing to train on", ""))
+    return findings or [Finding("data", OK, "files and folders are there; names of the hub are not looked up", "")]
 
 
 def _models(config: RunConfig, world_size: int, seen: Seen) -> list[Finding]:

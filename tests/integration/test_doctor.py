@@ -184,6 +184,18 @@ def test_what_one_process_finds(assets: Path, tmp_path: Path, capsys: pytest.Cap
     assert code == 0 and "the first start makes them (run.prepare=smoke)" in text
 
 
+def test_rows_that_are_not_there(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("", encoding="utf-8")
+    config = _config(assets, tmp_path / "run", "data.train_path=row.jsonl", "data.prompts_path=owner/name")
+    code, text = _alone(config, capsys)
+    lines = [line for line in text.splitlines() if line.startswith("data")]
+    assert code == 1 and len(lines) == 1, text
+    assert lines[0].split()[:2] == ["data.train_path", "FAILED"] and "did you mean rows.jsonl?" in lines[0]
+
+
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert _alone(["--config", "configs/none.yaml"], capsys)[0] == 2
     code, text = _alone(["run.dir=x"], capsys)

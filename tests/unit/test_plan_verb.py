@@ -123,6 +123,7 @@ def test_processes_on_cpus_are_planned(capsys: pytest.CaptureFixture[str]) -> No
         (["--gpu", "H100"], "invalid choice: 'H100'"),
         (["--cpu", "--gpu", "H100-80"], "leave out --gpu H100-80, or --cpu"),
         (["--gpu-memory", "80 things"], "is not a size"),
+        (["--gpu-memory", "80"], "80 has no unit; did you mean 80GB?"),
         (["--nodes", "0"], "0 is not a whole number >= 1"),
         (["--gpus-per-node", "three"], "three is not a whole number"),
         (["--gpus-per-node", "3", "parallel.tp_size=2"], "does not divide the number of processes, 3"),

@@ -223,6 +223,16 @@ def test_a_folder_of_which_a_file_is_missing(tmp_path: Path) -> None:
         assert "model.safetensors.index.json is damaged" in _refusal(folder)
 
 
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    """As where an older download left a file: nothing says which of the two is meant."""
+    folder = _write(tmp_path, "llama", False, max_shard_size="9KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    key, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), key: tensor + 1}, second, metadata={"format": "pt"})
+    line = _refusal(folder)
+    assert f"{key} is in {first.name} and in {second.name}" in line and "two checkpoints" in line
+
+
 def test_a_tied_model_with_two_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two that are equal in the run's type are one, as for transformers."""
     folder = _write(tmp_path, "qwen2", True)

@@ -21,8 +21,8 @@ from megadistill.losses.head import Head, LogitsProjector
 from megadistill.parallel.collectives import Group, all_reduce_max, all_reduce_sum
 from megadistill.parallel.vocab import VocabShard
 
-# Elements of one [C, Vs] tile under chunk_tokens="auto": enough tokens for matrix products at full speed. Three tiles
-# exist at once. A tile never takes more than one part in _MEMORY_PARTS of the memory.
+# Elements of one [C, Vs] tile under chunk_tokens="auto": enough tokens for matrix products at full speed. Two or three
+# tiles exist at once. A tile never takes more than one part in _MEMORY_PARTS of the memory.
 _TILE_ELEMENTS_CPU = 2**23
 _TILE_ELEMENTS_ACCELERATOR = 2**27
 _MEMORY_PARTS = 64

@@ -27,10 +27,17 @@ from megadistill.losses.tiles import (
 # cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
 _EAGER_BLOCK = 2**15
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
-# The same for compiled code, each call of which takes a tenth of a millisecond; and for sums with a logarithm of the
-# mask (truncate), of which the compiler keeps whole tiles.
+# The same for compiled code, each call of which takes a tenth of a millisecond.
 _COMPILED_BLOCK = 9 * 2**20
-_COPYING_BLOCK = 2**19
+# Inductor's thresholds, in operations and reads, and a number that is never reached.
+_KEEPS_TILES_FROM = (
+    "realize_opcount_threshold",
+    "realize_reads_threshold",
+    "realize_acc_reads_threshold",
+    "realize_cpu_opcount_threshold",
+    "realize_cpu_acc_reads_threshold",
+)
+_NEVER = 10**6
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
 _MAX_VERSIONS = 256
 
@@ -179,7 +186,7 @@ class CompiledKernels(TorchKernels):
         def run(*block: Any) -> None:
             self._run_block(function, spec, *block, pairs.kept_PVs)
 
-        _in_blocks(run, 0, _block_elements(spec), arguments)
+        _in_blocks(run, 0, _COMPILED_BLOCK, arguments)
         add_labels(weights, out_CVs)
 
     def is_in_place(self, device: torch.device) -> bool:
@@ -190,7 +197,7 @@ class CompiledKernels(TorchKernels):
         if self._is_broken:
             return super()._run(function, overlap, spec, *arguments)
         run = functools.partial(self._run_block, function, spec)
-        return _in_blocks(run, overlap, _block_elements(spec), arguments)
+        return _in_blocks(run, overlap, _COMPILED_BLOCK, arguments)
 
     def _run_block(self, function: Callable[..., Any], spec: TileSpec, *block: Any) -> Any:
         if block[0].shape[0] < 2 or self._is_broken:
@@ -213,13 +220,13 @@ class CompiledKernels(TorchKernels):
         self._is_broken = True
 
 
-def _block_elements(spec: TileSpec) -> int:
-    return _COPYING_BLOCK if spec.remainder == "truncate" else _COMPILED_BLOCK
-
-
 @functools.cache
 def _compiled(function: Callable[..., Any], spec: TileSpec) -> Callable[..., Any]:
-    return torch.compile(functools.partial(function, spec), dynamic=True, fullgraph=True)
+    # Inductor keeps what takes many operations as whole tiles in memory, which takes longer than a second computation:
+    # two to four times as long, but for the sums of a mask that learns, which use each part a dozen times.
+    is_reused = function is tile_math.sums and spec.has_edges and spec.remainder != "truncate"
+    options: dict[str, Any] | None = None if is_reused else dict.fromkeys(_KEEPS_TILES_FROM, _NEVER)
+    return torch.compile(functools.partial(function, spec), dynamic=True, fullgraph=True, options=options)
 
 
 def add_labels(weights: GradientWeights, out_CVs: Tensor) -> None:

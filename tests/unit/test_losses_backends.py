@@ -93,6 +93,26 @@ def test_a_compiler_that_fails(monkeypatch):
         run_fused(problem, CONFIG, gate)
 
 
+def test_a_compiler_that_fails_at_the_derivative(monkeypatch):
+    """Eager torch takes over where the derivative was to replace the logits that the span term still reads."""
+    kernels, compiled = CompiledKernels(may_fall_back=True), torch_kernels._compiled
+
+    def some_broken(function, spec):
+        def broken(*arguments):
+            raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no space left"), None)
+
+        return broken if "gradient" in function.__name__ else compiled(function, spec)
+
+    monkeypatch.setattr(torch_kernels, "_compiled", some_broken)
+    monkeypatch.setattr(backends, "_kernels", lambda backend, may_fall_back: kernels)
+    for changes in ({}, {"span": 0.0}):
+        kernels._is_broken = False
+        problem, gate, config = make_problem(), make_gate(), CONFIG.replace(**changes)
+        with pytest.warns(RuntimeWarning, match="eager torch, which is slower"):
+            output, gradients, _ = run_fused(problem, config, gate)
+        assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
+
+
 def test_blocks_of_tokens_change_nothing(monkeypatch):
     problem, gate = make_problem(ignored=0.0), make_gate()
     config = CONFIG.replace(chunk_tokens=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ def test_written_spans_equal_the_reference(backend: str, relation: str) -> None:
         output, gradients, _ = run_fused(problem, config, gate)
         assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
         assert float(output.span) > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pairs", ["none", "one", "all", "few"])
+def test_any_number_of_pairs(backend: str, pairs: str) -> None:
+    """In chunks without a pair, with one, and with pairs alone; across the border of two chunks, too."""
+    problem, gate = make_problem(ignored=0.0), make_gate()
+    starts = {"none": [], "one": [9], "all": list(range(22)), "few": [0, 3, 4, 5, 13, 18, 19]}[pairs]
+    problem.pair_mask[:] = False
+    problem.pair_mask[starts] = True
+    problem = replace(problem, num_pairs=len(starts))
+    for chunk in (2, 5, "auto"):
+        for changes in ({}, {"clip": "off", "temperature": 2.0}):
+            config = CONFIG.replace(chunk_tokens=chunk, backend=backend, **changes)
+            output, gradients, _ = run_fused(problem, config, gate)
+            assert_same(output, gradients, run_reference(problem, config, gate), 1e-10)
+            assert (float(output.span) > 0) == (pairs != "none")
 
 
 @pytest.mark.parametrize("relation", WRITTEN)

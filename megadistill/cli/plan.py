@@ -108,8 +108,8 @@ def _parser() -> Parser:
 
 def _memory(text: str) -> int:
     """Converts a size with its unit to bytes, for argparse."""
-    if text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} has no unit; did you mean {text}GB?")
+    if text.strip().replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} has no unit; allowed: such as 80GB")
     return size(text)
 
 

@@ -180,7 +180,7 @@ def _candidates(group_max: Tensor, teacher_CVs: Tensor, num_groups: int) -> tupl
     if num_classes == all_groups * width and teacher_CVs.is_contiguous():  # whole groups, copied as such
         first = torch.arange(num_tokens, device=groups.device).unsqueeze(-1) * all_groups
         candidates = teacher_CVs.view(-1, width).index_select(0, (first + groups).flatten())
-        return candidates.view(num_tokens, -1), is_outside
+        return candidates.view(num_tokens, groups.shape[1] * width), is_outside
     columns = (groups.unsqueeze(-1) * width + torch.arange(width, device=group_max.device)).flatten(1)
     candidates = teacher_CVs.gather(-1, columns.clamp(max=num_classes - 1))
     return candidates.masked_fill_(columns >= num_classes, -math.inf), is_outside

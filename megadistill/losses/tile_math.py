@@ -114,7 +114,7 @@ def _masses_beyond(
         return [(p * torch.sigmoid((nodes[:, d : d + 1] - lp) * scale)).sum(-1) for d in range(num_nodes)]
     middle = 0.5 * (nodes[:, :1] + nodes[:, -1:])
     steps = ((middle - nodes) * scale).exp()
-    # The lower limit is so far below all nodes that the edge is 1, and no product is denormal.
+    # The lower limit is so far below all nodes that the edge is 1, and few products are denormal.
     lowest, highest = -0.7 * limit, limit
     num_squares = _num_squares(scale)
     if is_rest is None and num_squares is not None:  # a power of p instead of another exponential

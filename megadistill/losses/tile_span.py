@@ -89,7 +89,9 @@ def gradient_with_pairs(
     """
     result = derivative(spec, student_CVs, teacher_CVs, norms, bounds, weights)
     for side in (before, after):
-        result = result + side.weight.unsqueeze(-1) * pair_PVs[side.row]
+        weight = side.weight.unsqueeze(-1)
+        # A token without a pair has the place of another one's: nothing of that may come here, not even NaN.
+        result = result + torch.where(weight != 0, weight * pair_PVs[side.row], 0.0)
     out_CVs.copy_(result)
 
 

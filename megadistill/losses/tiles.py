@@ -215,12 +215,16 @@ class SpanPairs:
     """The span pairs of one chunk, and what a backend keeps of them for the derivative.
 
     Attributes:
-        is_pair: [C] bool, whether a position starts a pair; the last one starts none. The same on all shards.
+        is_pair: [C] bool, whether a position starts a pair; the last entry is not read. The same on all shards.
+        is_kept: Whether anything may be kept.
+        is_empty: Whether there is known to be no pair.
         row: [C] the pair's row in ``kept_PVs``; 0 where a position starts none. None: nothing was kept.
         kept_PVs: (r^S - r^T) r^S of each pair and class. The memory serves the next chunk, too.
     """
 
     is_pair: Tensor
+    is_kept: bool = True
+    is_empty: bool = False
     row: Tensor | None = None
     kept_PVs: Tensor | None = None
 

@@ -146,7 +146,7 @@ class TopKTeacher:
         token, place, column = self._here
         self._tile_CVs = torch.full_like(student_CVs, _ABSENT)
         self._tile_CVs[token, column] = self._chunk[1][token, place] * self.spec.temperature
-        pairs = SpanPairs(is_pair)
+        pairs = SpanPairs(is_pair, is_kept=False)
         local = span_sums(self.spec, self.kernels, student_CVs, self._tile_CVs, self._span_norms(norms), pairs)
         return sums, all_gather_rows(local, self.shard.group).sum(0)
 

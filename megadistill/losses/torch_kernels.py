@@ -27,7 +27,8 @@ from megadistill.losses.tiles import (
 # cache and come from the allocator's heap; from 128 KiB on the system would map and unmap each, page by page.
 _EAGER_BLOCK = 2**15
 _MAX_BLOCK_THREADS = 8  # more threads share pieces of this many: the temporaries count as memory
-# The same for compiled code, each call of which takes a tenth of a millisecond.
+# The same for compiled code, each call of which takes a tenth of a millisecond: a chunk of the automatic size, 2**23,
+# and its halo.
 _COMPILED_BLOCK = 9 * 2**20
 # Inductor's thresholds, in operations and reads, and a number that is never reached.
 _KEEPS_TILES_FROM = (
@@ -85,7 +86,7 @@ class TorchKernels:
     ) -> None:
         """Writes the whole derivative: token terms, span, labels; to ``student_CVs`` where that is ``out_CVs``."""
         arguments = (student_CVs, teacher_CVs, norms, bounds, weights)
-        has_span = weights.span_pair is not None and teacher_CVs is not None
+        has_span = weights.span_pair is not None and teacher_CVs is not None and len(student_CVs) > 1
         if out_CVs is student_CVs:
             source_CVs = student_CVs.clone() if has_span else student_CVs
             self._run(tile_math.gradient_in_place, 0, spec, *arguments)
@@ -137,12 +138,14 @@ class CompiledKernels(TorchKernels):
         """The sums of the pairs alone, and on a CPU their part of the derivative, kept in ``pairs``."""
         num_tokens, num_classes = student_CVs.shape
         pairs.row = None
-        if student_CVs.device.type != "cpu" or self._is_broken:  # elsewhere, how many there are is known too late
+        # Elsewhere than on a CPU, how many pairs there are would have to be waited for.
+        if not pairs.is_kept or student_CVs.device.type != "cpu" or self._is_broken:
             return super().span_sums(spec, student_CVs, teacher_CVs, norms, pairs)
         first = pairs.is_pair[:-1].nonzero().squeeze(-1)
         result = student_CVs.new_zeros(num_tokens - 1, len(SpanSum))
         num_pairs = len(first)
-        if num_pairs == 0:
+        pairs.is_empty = num_pairs == 0
+        if pairs.is_empty:
             return result
         if num_pairs == 1:  # a 1 would be compiled in
             first = first.repeat(2)
@@ -166,6 +169,8 @@ class CompiledKernels(TorchKernels):
         pairs: SpanPairs | None = None,
     ) -> None:
         """Writes the whole derivative in one pass, with what ``span_sums`` has kept."""
+        if pairs is not None and pairs.is_empty:
+            weights = weights._replace(span_pair=None, span_inner=None)
         if pairs is None or pairs.row is None or self._is_broken:
             super().gradient(spec, student_CVs, teacher_CVs, norms, bounds, weights, out_CVs, pairs)
             return
@@ -190,7 +195,7 @@ class CompiledKernels(TorchKernels):
         add_labels(weights, out_CVs)
 
     def is_in_place(self, device: torch.device) -> bool:
-        """Where one pass over the tile is all there is."""
+        """On a CPU, where one pass reads each logit for the last time and writes the derivative."""
         return device.type == "cpu" and not self._is_broken
 
     def _run(self, function: Callable[..., Any], overlap: int, spec: TileSpec, *arguments: Any) -> Any:
@@ -206,7 +211,7 @@ class CompiledKernels(TorchKernels):
         # The numbers of the specification are constants.
         with torch._dynamo.config.patch({**limits, "specialize_float": True}):
             try:
-                return _compiled(function, spec)(*block)
+                return _compiled(function, spec, block[0].device.type == "cpu")(*block)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
                 self._give_up(error)
         return function(spec, *block)
@@ -221,11 +226,11 @@ class CompiledKernels(TorchKernels):
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], spec: TileSpec) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], spec: TileSpec, is_cpu: bool) -> Callable[..., Any]:
     # Inductor keeps what takes many operations as whole tiles in memory, which takes longer than a second computation:
     # two to four times as long, but for the sums of a mask that learns, which use each part a dozen times.
     is_reused = function is tile_math.sums and spec.has_edges and spec.remainder != "truncate"
-    options: dict[str, Any] | None = None if is_reused else dict.fromkeys(_KEEPS_TILES_FROM, _NEVER)
+    options: dict[str, Any] | None = dict.fromkeys(_KEEPS_TILES_FROM, _NEVER) if is_cpu and not is_reused else None
     return torch.compile(functools.partial(function, spec), dynamic=True, fullgraph=True, options=options)
 
 

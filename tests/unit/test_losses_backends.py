@@ -80,7 +80,7 @@ def test_a_compiler_that_fails(monkeypatch):
         calls.append(arguments)
         raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no space left"), None)
 
-    monkeypatch.setattr(torch_kernels, "_compiled", lambda function, spec: broken)
+    monkeypatch.setattr(torch_kernels, "_compiled", lambda function, spec, is_cpu: broken)
     problem, gate = make_problem(), make_gate()
     kernels = CompiledKernels(may_fall_back=True)
     monkeypatch.setattr(backends, "_kernels", lambda backend, may_fall_back: kernels)
@@ -93,15 +93,30 @@ def test_a_compiler_that_fails(monkeypatch):
         run_fused(problem, CONFIG, gate)
 
 
+def test_a_chunk_without_a_pair_takes_no_pass_for_spans(monkeypatch):
+    """Nor does a token without a pair get anything of a pair's, such as NaN."""
+    called = []
+    monkeypatch.setattr(torch_kernels.tile_span, "span_gradient", lambda *arguments: called.append(arguments))
+    problem = make_problem(ignored=0.0)
+    problem.pair_mask[:] = False
+    problem.pair_mask[[3, 8]] = True
+    config = CONFIG.replace(backend="compile", chunk_tokens=5)
+    problem.student.hidden[3] = torch.nan
+    gradients = run_fused(problem, config, make_gate())[1]
+    assert not called
+    is_nan = gradients["hidden"].isnan().any(-1)
+    assert is_nan.nonzero().flatten().tolist() == [3, 4]
+
+
 def test_a_compiler_that_fails_at_the_derivative(monkeypatch):
     """Eager torch takes over where the derivative was to replace the logits that the span term still reads."""
     kernels, compiled = CompiledKernels(may_fall_back=True), torch_kernels._compiled
 
-    def some_broken(function, spec):
+    def some_broken(function, spec, is_cpu):
         def broken(*arguments):
             raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no space left"), None)
 
-        return broken if "gradient" in function.__name__ else compiled(function, spec)
+        return broken if "gradient" in function.__name__ else compiled(function, spec, is_cpu)
 
     monkeypatch.setattr(torch_kernels, "_compiled", some_broken)
     monkeypatch.setattr(backends, "_kernels", lambda backend, may_fall_back: kernels)

@@ -224,7 +224,7 @@ def test_a_folder_of_which_a_file_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
-    """As where an older download left a file: nothing says which of the two is meant."""
+    """As where an older download left a file: transformers takes the one of the last file."""
     folder = _write(tmp_path, "llama", False, max_shard_size="9KB")
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     key, tensor = next(iter(load_file(first).items()))

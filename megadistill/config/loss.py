@@ -125,7 +125,7 @@ class LossConfig(Section):
     span_relation: SpanRelation = Field(
         "hadamard",
         description="What the span loss compares. hadamard: products of neighboring distributions (paper); joint: the "
-        "probabilities of the phrases as written; log: their logarithms.",
+        "probabilities of the phrases as written; log: their logarithms, with a small loss.span such as 0.01.",
     )
     span_eps: PositiveFloat = Field(
         1e-6, description="Smoothing of the root in the span loss, for span_relation hadamard."

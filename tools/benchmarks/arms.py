@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,8 @@ def main(arguments: list[str]) -> int:
             "machine": machine(torch.device("cpu")), "updates": options.updates, "time_share": options.time_share,
             "arms": {name: list(settings) for name, settings in arms.items()}, "seeds": seeds,
         }  # fmt: skip
-        save(options.output, record, text)
+        command = f"python tools/benchmark.py arms {shlex.join(arguments)}"
+        save(options.output, {"command": command, **record}, f"`{command}`\n\n```\n{text}\n```")
     return 0
 
 

@@ -147,7 +147,10 @@ def _run_dir(config: RunConfig, seen: Seen) -> Finding:
 
 
 def _data(config: RunConfig) -> list[Finding]:
-    """Whether the files of rows are there; what they hold is read at the start of a run."""
+    """Whether the files of rows are there; what they hold is read at the start of a run.
+
+    A warning alone: machines are examined before data is prepared on them.
+    """
     data = config.data
     paths = {
         "data.train_path": data.train_path, "data.prompts_path": data.prompts_path, "data.valid_path": data.valid_path,
@@ -159,7 +162,7 @@ def _data(config: RunConfig) -> list[Finding]:
             if path is not None:
                 check_name(path, error=DataError, setting=setting)
         except DataError as error:
-            findings.append(Finding(setting, FAILED, str(error), "name a file, a folder, or a data set of the hub"))
+            findings.append(Finding(setting, WARNING, str(error), "prepare it (megadistill prepare), or name another one"))
     if findings and config.run.prepare != "none":
         return [Finding("data", OK, f"the first start makes it (run.prepare={config.run.prepare})", "")]
     if data.train_path is None:

@@ -162,7 +162,7 @@ def _data(config: RunConfig) -> list[Finding]:
             if path is not None:
                 check_name(path, error=DataError, setting=setting)
         except DataError as error:
-            findings.append(Finding(setting, WARNING, str(error), "prepare it (megadistill prepare), or name another one"))
+            findings.append(Finding(setting, WARNING, str(error), "prepare it, or name another one"))
     if findings and config.run.prepare != "none":
         return [Finding("data", OK, f"the first start makes it (run.prepare={config.run.prepare})", "")]
     if data.train_path is None:

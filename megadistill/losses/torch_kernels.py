@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megadistill.errors import ConfigError
@@ -86,15 +87,15 @@ class TorchKernels:
     ) -> None:
         """Writes the whole derivative: token terms, span, labels; to ``student_CVs`` where that is ``out_CVs``."""
         arguments = (student_CVs, teacher_CVs, norms, bounds, weights)
-        has_span = weights.span_pair is not None and teacher_CVs is not None and len(student_CVs) > 1
-        if out_CVs is student_CVs:
-            source_CVs = student_CVs.clone() if has_span else student_CVs
-            self._run(tile_math.gradient_in_place, 0, spec, *arguments)
-        else:
-            source_CVs = student_CVs
+        logits_CVs = student_CVs
+        if out_CVs is not student_CVs:
             self._run(tile_math.gradient, 0, spec, *arguments, out_CVs)
-        if has_span and teacher_CVs is not None:
-            self.add_span(spec, source_CVs, teacher_CVs, norms, weights, out_CVs)
+        else:
+            if weights.span_pair is not None and len(student_CVs) > 1:
+                logits_CVs = student_CVs.clone()
+            self._run(tile_math.gradient_in_place, 0, spec, *arguments)
+        if teacher_CVs is not None:
+            self.add_span(spec, logits_CVs, teacher_CVs, norms, weights, out_CVs)
         add_labels(weights, out_CVs)
 
     def add_span(
@@ -177,9 +178,9 @@ class CompiledKernels(TorchKernels):
         assert weights.span_pair is not None and weights.span_inner is not None
         pair, norm = weights.span_pair, weights.span_pair * weights.span_inner
         after = tile_span.PairShare(pairs.row, pair)
-        before = tile_span.PairShare(*(torch.cat([torch.zeros_like(part[:1]), part[:-1]]) for part in after))
+        before = tile_span.PairShare(*(F.pad(part[:-1], (1, 0)) for part in after))
         of_token = weights._replace(
-            student=weights.student - norm - torch.cat([torch.zeros_like(norm[:1]), norm[:-1]]),
+            student=weights.student - norm - F.pad(norm[:-1], (1, 0)),
             span_pair=None, span_inner=None, label=None, label_column=None,
         )  # fmt: skip
         arguments: tuple[Any, ...] = (student_CVs, teacher_CVs, norms, bounds, of_token, before, after)

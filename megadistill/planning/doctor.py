@@ -126,7 +126,7 @@ def _together(meeting: Meeting, plan: Mapping[str, Any], device: torch.device) -
 
 
 def _of_config(config: RunConfig | None, world_size: int, seen: Seen) -> list[Finding]:
-    """Findings of rank 0 about run.dir, models and tokenizers; ``seen`` gets what the run needs."""
+    """Findings of rank 0 about run.dir, rows, models and tokenizers; ``seen`` gets what the run needs."""
     if config is None:
         return [Finding("configuration", OK, "none given: run.dir, models and memory are not examined", "")]
     return [_run_dir(config, seen), *_data(config), *_models(config, world_size, seen)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadistill.losses.divergences import Setting, Share, saturation
+from megadistill.losses.elementary import bounded_exp, exp_floor, floored_exp, log1p_of_share, sum_classes
 from megadistill.losses.tiles import (
     UPPER_EDGE,
     ClippedSum,
@@ -33,14 +34,14 @@ def statistics(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) 
     inverse = 1.0 / spec.temperature
     student_max = student_CVs.amax(-1)
     gap_CVs = student_CVs - student_max.unsqueeze(-1)
-    student_sum = _tempered(gap_CVs, inverse).exp().sum(-1)
-    untempered_sum = gap_CVs.exp().sum(-1) if spec.has_untempered else None
+    student_sum = sum_classes(floored_exp(_tempered(gap_CVs, inverse)))
+    untempered_sum = sum_classes(floored_exp(gap_CVs)) if spec.has_untempered else None
     if teacher_CVs is None:
         return LocalStatistics(student_max, student_sum, untempered_sum, None, None, None, None)
     width = group_width(teacher_CVs.shape[-1])
     if width == 1:
         teacher_max = teacher_CVs.amax(-1)
-        teacher_sum = _tempered(teacher_CVs - teacher_max.unsqueeze(-1), inverse).exp().sum(-1)
+        teacher_sum = sum_classes(floored_exp(_tempered(teacher_CVs - teacher_max.unsqueeze(-1), inverse)))
         return LocalStatistics(student_max, student_sum, untempered_sum, teacher_max, teacher_sum, None, None)
     group_max, group_sum = _groups(teacher_CVs, width, inverse)
     teacher_max = group_max.amax(-1)
@@ -55,31 +56,31 @@ def sums(
 ) -> Tensor:
     """Sums [C, num_sums] over this shard's classes: the columns of ``ClippedSum`` or of ``DivergenceSum``."""
     lp, lq = log_p(spec, teacher_CVs, norms), log_q(spec, student_CVs, norms)
-    p = _exp(lp)
+    p = floored_exp(lp)
     p_gap = p * (lp - lq)
-    kl = p_gap.sum(-1)
+    kl = sum_classes(p_gap)
     if not spec.is_clipped:
         if spec.formula is None:
             return kl.unsqueeze(-1)
-        value, slope = spec.formula(lp, lq, p, _exp(lq), _share(spec, norms))
-        return torch.stack([kl, value.sum(-1), slope.sum(-1)], -1)
+        value, slope = spec.formula(lp, lq, p, floored_exp(lq), _share(spec, norms))
+        return torch.stack([kl, sum_classes(value), sum_classes(slope)], -1)
     assert bounds is not None
     mask = soft_mask(spec, lp, bounds, spec.has_edges)
-    if spec.remainder == "truncate":
-        p_gap = p_gap + p * _log(mask.kept)
+    if mask.log_kept is not None:
+        p_gap = p_gap + p * mask.log_kept
     columns = {
         ClippedSum.KL: kl,
-        ClippedSum.KEPT_GAP: (mask.kept * p_gap).sum(-1),
-        ClippedSum.KEPT_P: (mask.kept * p).sum(-1),
-        ClippedSum.CLIPPED_P: (mask.clipped * p).sum(-1),
-        ClippedSum.CLASSES: mask.kept.sum(-1),
+        ClippedSum.KEPT_GAP: sum_classes(mask.kept * p_gap),
+        ClippedSum.KEPT_P: sum_classes(mask.kept * p),
+        ClippedSum.CLIPPED_P: sum_classes(mask.clipped * p),
+        ClippedSum.CLASSES: sum_classes(mask.kept),
     }
     term = lq
     if spec.has_totals:
         # An upper bound of each term is enough to shift by, and costs no exponential.
         shift = (lq + _log_weight(spec, _edges(spec, lp, bounds)[0])).amax(-1)
-        term = _exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
-        columns |= {ClippedSum.SHIFT: shift, ClippedSum.TOTAL: (term * mask.factor).sum(-1)}
+        term = floored_exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
+        columns |= {ClippedSum.SHIFT: shift, ClippedSum.TOTAL: sum_classes(term * mask.factor)}
     if mask.edges is not None:
         columns |= _edge_sums(spec, lp, bounds, mask.edges, p, p_gap, term)
     return torch.stack([columns[column] for column in ClippedSum if column in columns], -1)  # spec.columns
@@ -93,7 +94,7 @@ def edge_masses(
     The top class is left out; the class that stands for what is not listed lies below every lower edge.
     """
     lp = log_p(spec, teacher_CVs, norms)
-    every_p = _exp(lp)
+    every_p = floored_exp(lp)
     p = torch.where(_is_column(lp, top_column), 0.0, every_p)
     is_rest = _is_rest(lp) if spec.has_bucket else None
     masses = _masses_beyond(spec, lp, p, nodes.lower, 1.0, is_rest, every_p)
@@ -111,7 +112,7 @@ def _masses_beyond(
         lp = torch.where(is_rest, -_NEVER * spec.softness, lp)
     num_nodes = nodes.shape[-1]
     if spec.is_wide:  # one exponential for all nodes would overflow
-        return [(p * torch.sigmoid((nodes[:, d : d + 1] - lp) * scale)).sum(-1) for d in range(num_nodes)]
+        return [sum_classes(p * torch.sigmoid((nodes[:, d : d + 1] - lp) * scale)) for d in range(num_nodes)]
     middle = 0.5 * (nodes[:, :1] + nodes[:, -1:])
     steps = ((middle - nodes) * scale).exp()
     # The lower limit is so far below all nodes that the edge is 1, and few products are denormal.
@@ -122,9 +123,12 @@ def _masses_beyond(
         for _ in range(num_squares):
             relative = relative * relative
     else:
-        relative = ((lp - middle) * scale).clamp(lowest, highest).exp()
+        relative = bounded_exp(((lp - middle) * scale).clamp(lowest, highest))
     # A division costs no more than sharing one among three. Where the class is far above a node, the edge is 0.
-    return [(p / (1.0 + relative * steps[:, d : d + 1])).sum(-1) for d in range(num_nodes)]
+    terms = [relative * steps[:, d : d + 1] for d in range(num_nodes)]
+    if sign < 0:  # most classes are far below an upper edge: their products must not be denormal numbers
+        terms = [term.clamp(max=math.exp(-exp_floor(lp, 44.0))) for term in terms]
+    return [sum_classes(p / (1.0 + term)) for term in terms]
 
 
 def _num_squares(exponent: float) -> int | None:
@@ -170,24 +174,24 @@ def derivative(
 ) -> Tensor:
     """What ``gradient`` writes."""
     lq = log_q(spec, student_CVs, norms)
-    result = weights.student.unsqueeze(-1) * _exp(lq)
+    result = weights.student.unsqueeze(-1) * floored_exp(lq)
     if weights.untempered is not None and norms.untempered_log is not None:
         untempered = (student_CVs - norms.student_max.unsqueeze(-1)) - norms.untempered_log.unsqueeze(-1)
-        result = result + weights.untempered.unsqueeze(-1) * _exp(untempered)
+        result = result + weights.untempered.unsqueeze(-1) * floored_exp(untempered)
     if weights.teacher is not None and teacher_CVs is not None:
         lp = log_p(spec, teacher_CVs, norms)
         factor = weights.teacher.unsqueeze(-1)
         if spec.is_clipped:
             assert bounds is not None
             mask = soft_mask(spec, lp, bounds, has_edges=False)
-            result = result - factor * mask.kept * _exp(lp)
+            result = result - factor * mask.kept * floored_exp(lp)
             if weights.bucket_coef is not None and weights.log_norm is not None:
-                bucket = _exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
+                bucket = floored_exp(lq + mask.log_weight - weights.log_norm.unsqueeze(-1)) * mask.factor
                 result = result + weights.bucket_coef.unsqueeze(-1) * bucket
         elif spec.formula is None:
-            result = result - factor * _exp(lp)
+            result = result - factor * floored_exp(lp)
         else:
-            result = result + factor * spec.formula(lp, lq, _exp(lp), _exp(lq), _share(spec, norms))[1]
+            result = result + factor * spec.formula(lp, lq, floored_exp(lp), floored_exp(lq), _share(spec, norms))[1]
     return result
 
 
@@ -219,6 +223,7 @@ class SoftMask(NamedTuple):
             exp(log_weight) * factor, so that it never underflows.
         factor: Between 1/4 and 2.
         edges: Only where the thresholds' derivatives are wanted.
+        log_kept: Log of ``kept``, finite where that is 0; truncate only.
     """
 
     kept: Tensor
@@ -226,6 +231,7 @@ class SoftMask(NamedTuple):
     log_weight: Tensor
     factor: Tensor
     edges: MaskEdges | None = None
+    log_kept: Tensor | None = None
 
 
 def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -> SoftMask:
@@ -238,23 +244,26 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
     log_weight = _log_weight(spec, near)
     distance = near.abs()
     # Far inside nothing is clipped, not even the floor's little: it would meet a log Rq as far below.
-    e = torch.where(distance > saturation(lp), 0.0, _exp(-distance, 24.0))
+    e = torch.where(distance > saturation(lp), 0.0, floored_exp(-distance, 24.0))
     is_inside = near > 0
     r = 1.0 / (1.0 + e)
     er = e * r
     kept, clipped = torch.where(is_inside, r, er), torch.where(is_inside, er, r)
     is_bucket = spec.remainder == "bucket"
+    log_kept = near.clamp(-saturation(lp), 0.0) - log1p_of_share(e) if spec.remainder == "truncate" else None
     edges: MaskEdges | None
     if far is None or is_lower is None:
         factor = r
         edges = MaskEdges(kept * clipped, kept * r if is_bucket else factor * clipped)
     else:
         near_kept, near_clipped = kept, clipped
-        far_relative = _exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
-        far_kept = 1.0 / (1.0 + torch.where(is_inside, far_relative * e, far_relative))
+        far_relative = floored_exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
+        far_e = torch.where(is_inside, far_relative * e, far_relative)
+        far_kept = 1.0 / (1.0 + far_e)
         far_clipped_relative = far_relative * far_kept
         far_clipped = torch.where(is_inside, far_clipped_relative * e, far_clipped_relative)
         kept, clipped = near_kept * far_kept, near_clipped + near_kept * far_clipped
+        log_kept = None if log_kept is None else log_kept - log1p_of_share(far_e)
         factor = r + near_kept * far_clipped_relative if is_bucket else r * far_kept
         factor_near = kept * r if is_bucket else factor * near_clipped
         factor_far = kept * far_clipped_relative if is_bucket else factor * far_clipped
@@ -268,34 +277,35 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
     if spec.remainder == "none":
         is_top = _is_column(lp, bounds.top_column)
         kept, clipped = kept + is_top, torch.where(is_top, 0.0, clipped)
-    return SoftMask(kept, clipped, log_weight, factor, edges if has_edges else None)
+    return SoftMask(kept, clipped, log_weight, factor, edges if has_edges else None, log_kept)
 
 
 def _edge_sums(
     spec: TileSpec, lp: Tensor, bounds: MaskBounds, edges: MaskEdges, p: Tensor, p_gap: Tensor, term: Tensor
 ) -> dict[ClippedSum, Tensor]:
     """The sums for the derivatives by the thresholds; ``term`` is the student's side, where it has one."""
-    columns = {ClippedSum.GAP_L: (edges.lower * p_gap).sum(-1)}
+    columns = {ClippedSum.GAP_L: sum_classes(edges.lower * p_gap)}
     # Without the top class, whose own mask moves where it is not 1 by definition (none), and what is not listed.
     beside = torch.where(_is_column(lp, bounds.top_column), 0.0, p) if spec.remainder == "none" or spec.has_upper else p
     if spec.has_bucket:
         beside = torch.where(_is_rest(lp), 0.0, beside)
-    columns[ClippedSum.P_L] = (edges.lower * beside).sum(-1)
+    columns[ClippedSum.P_L] = sum_classes(edges.lower * beside)
     if spec.has_totals:
-        columns[ClippedSum.TOTAL_L] = (term * edges.factor_l).sum(-1)
+        columns[ClippedSum.TOTAL_L] = sum_classes(term * edges.factor_l)
     if edges.upper is None or edges.factor_u is None or edges.density_l is None:
         return columns
     above = (bounds.theta_u.unsqueeze(-1) - lp) / spec.softness - UPPER_EDGE
-    e = above.clamp(-saturation(lp), saturation(lp)).exp()
+    limit = 0.5 * saturation(lp)  # so that a product with p is no denormal number
+    e = bounded_exp(above.clamp(-limit, limit))
     share = 1.0 / (1.0 + e)
     columns |= {
-        ClippedSum.GAP_U: (edges.upper * p_gap).sum(-1),
-        ClippedSum.P_U: (edges.upper * beside).sum(-1),
-        ClippedSum.DENSITY_L: (edges.density_l * beside).sum(-1),
-        ClippedSum.DENSITY_U: (e * share * share * beside).sum(-1),
+        ClippedSum.GAP_U: sum_classes(edges.upper * p_gap),
+        ClippedSum.P_U: sum_classes(edges.upper * beside),
+        ClippedSum.DENSITY_L: sum_classes(edges.density_l * beside),
+        ClippedSum.DENSITY_U: sum_classes(e * share * share * beside),
     }
     if spec.has_totals:
-        columns[ClippedSum.TOTAL_U] = (term * edges.factor_u).sum(-1)
+        columns[ClippedSum.TOTAL_U] = sum_classes(term * edges.factor_u)
     return columns
 
 
@@ -356,25 +366,6 @@ def _log_weight(spec: TileSpec, near: Tensor) -> Tensor:
     return (-near if spec.remainder == "bucket" else near).clamp(max=0.0)
 
 
-def _log(kept: Tensor) -> Tensor:
-    """Log of the mask; finite where it is 0, because it is multiplied by it."""
-    return kept.clamp(min=torch.finfo(kept.dtype).tiny).log()
-
-
-def _exp(values: Tensor, floor: float = 41.0) -> Tensor:
-    """Computes exp, not below exp(-floor); in float64 not below its eighth power.
-
-    The floors are such that what they add is far below round-off, and that no product here is a denormal number, with
-    which computing is many times slower.
-    """
-    return values.clamp(min=exp_floor(values, floor)).exp()
-
-
-def exp_floor(values: Tensor, floor: float) -> float:
-    """The least exponent, in the dtype of ``values``."""
-    return -floor * (8.0 if values.dtype == torch.float64 else 1.0)
-
-
 def _groups(teacher_CVs: Tensor, width: int, inverse: float) -> tuple[Tensor, Tensor]:
     """Maximum and tempered sum [C, G] of each group of ``width`` neighbors; a last, shorter group takes the rest."""
     whole = teacher_CVs.shape[-1] // width * width
@@ -384,7 +375,7 @@ def _groups(teacher_CVs: Tensor, width: int, inverse: float) -> tuple[Tensor, Te
         parts.append(teacher_CVs[:, whole:].unsqueeze(1))
     for part in parts:
         largest.append(part.amax(-1))
-        total.append(_tempered(part - largest[-1].unsqueeze(-1), inverse).exp().sum(-1))
+        total.append(floored_exp(_tempered(part - largest[-1].unsqueeze(-1), inverse)).sum(-1))
     return (largest[0], total[0]) if len(parts) == 1 else (torch.cat(largest, -1), torch.cat(total, -1))
 
 

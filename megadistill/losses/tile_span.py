@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadistill.losses.tile_math import derivative, exp_floor, log_p, log_q
+from megadistill.losses.elementary import bounded_exp, exp_floor, sum_classes
+from megadistill.losses.tile_math import derivative, log_p, log_q
 from megadistill.losses.tiles import GradientWeights, LogNormalizers, MaskBounds, TileSpec
 
 
@@ -24,9 +25,9 @@ class PairShare(NamedTuple):
 def span_sums(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor, norms: LogNormalizers) -> Tensor:
     """Sums [C - 1, 2] of each pair of neighboring tokens: the columns of ``SpanSum``."""
     lq, lp = _span_logs(spec, student_CVs, teacher_CVs, norms)
-    student = (lq[:-1] + lq[1:]).exp()
-    difference = student - (lp[:-1] + lp[1:]).exp()
-    return torch.stack([(difference * difference).sum(-1), (difference * student).sum(-1)], -1)
+    student = bounded_exp(lq[:-1] + lq[1:])
+    difference = student - bounded_exp(lp[:-1] + lp[1:])
+    return torch.stack([sum_classes(difference * difference), sum_classes(difference * student)], -1)
 
 
 def span_gradient(
@@ -39,7 +40,7 @@ def span_gradient(
 ) -> None:
     """Adds the span part of the derivative to ``out_CVs``."""
     assert weights.span_pair is not None and weights.span_inner is not None
-    q, p = (logs.exp() for logs in _span_logs(spec, student_CVs, teacher_CVs, norms))
+    q, p = (bounded_exp(logs) for logs in _span_logs(spec, student_CVs, teacher_CVs, norms))
     student = q[:-1] * q[1:]
     weight = weights.span_pair[:-1].unsqueeze(-1)
     through_pair = (student - p[:-1] * p[1:]) * student * weight
@@ -64,6 +65,7 @@ def pair_sums(
     Writes (r^S - r^T) r^S of each class to ``out_PVs``, from which ``gradient_with_pairs`` makes the derivative.
     """
     lq, lp = _span_logs(spec, student_CVs, teacher_CVs, norms)
+    # torch's exp, which Inductor takes for slow enough to keep its results: the store and the sums are one loop.
     student = (lq[first] + lq[first + 1]).exp()
     difference = student - (lp[first] + lp[first + 1]).exp()
     through = difference * student

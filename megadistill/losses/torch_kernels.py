@@ -228,10 +228,8 @@ class CompiledKernels(TorchKernels):
 
 @functools.cache
 def _compiled(function: Callable[..., Any], spec: TileSpec, is_cpu: bool) -> Callable[..., Any]:
-    # Inductor keeps what takes many operations as whole tiles in memory, which takes longer than a second computation:
-    # two to four times as long, but for the sums of a mask that learns, which use each part a dozen times.
-    is_reused = function is tile_math.sums and spec.has_edges and spec.remainder != "truncate"
-    options: dict[str, Any] | None = dict.fromkeys(_KEEPS_TILES_FROM, _NEVER) if is_cpu and not is_reused else None
+    # Inductor keeps what takes many operations as whole tiles in memory, which takes longer than a second computation.
+    options: dict[str, Any] | None = dict.fromkeys(_KEEPS_TILES_FROM, _NEVER) if is_cpu else None
     return torch.compile(functools.partial(function, spec), dynamic=True, fullgraph=True, options=options)
 
 

@@ -19,6 +19,12 @@ FEATURES = {
     "spans": ["textblob>=0.19"],
     "tensorboard": ["tensorboard>=2.17"],
 }
+# Not in "all": a run reports to one tracker at most, and each brings twenty packages along.
+TRACKERS = {
+    "mlflow": ["mlflow-skinny>=3", "alembic", "sqlalchemy"],  # with its database, for runs without a server
+    "trackio": ["trackio>=0.40"],
+    "wandb": ["wandb>=0.25"],
+}
 # Not in "all": spaCy needs a model as well, and torch for CUDA brings Triton along.
 SPACY = ["spacy>=3.8"]
 TRITON = ["triton>=3.7; sys_platform == 'linux'"]
@@ -71,6 +77,7 @@ setup(
     ],
     extras_require={
         **FEATURES,
+        **TRACKERS,
         "all": [package for packages in FEATURES.values() for package in packages],
         "spacy": SPACY,
         "triton": TRITON,
@@ -88,6 +95,7 @@ setup(
             # The tests run Triton's kernels in its interpreter where there is no GPU.
             *TRITON,
             "types-PyYAML",
+            *(package for packages in TRACKERS.values() for package in packages),
         ],
     },
     entry_points={"console_scripts": ["megadistill = megadistill.cli.main:entry"]},

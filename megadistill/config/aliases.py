@@ -45,7 +45,7 @@ _LORA = (
     "an adapter into a model to start from"
 )
 _QUANTIZED = "quantized models are not trained and not read: fp32 or bf16 (model.student.dtype, model.teacher.dtype)"
-_TRACKERS = "no key is needed: run.dir always holds metrics.jsonl and TensorBoard's events"
+_TRACKERS = "wandb, trackio, mlflow; TensorBoard's events and metrics.jsonl are always in run.dir"
 _ENGINE = "no key is needed: the training processes write the student's text themselves, without an inference engine"
 _REWARDS = "there is no counterpart: nothing is learned from rewards, and there is no critic"
 _LAUNCHER = "the launcher decides it: docs/launching.md"
@@ -92,7 +92,7 @@ TRAINER = (
     Name("eval_steps", ("train.eval_every",), "0 never validates"),
     Name("eval_strategy", ("train.eval_every",), "A number of steps; 0 never validates"),
     Name("logging_steps", ("train.log_every",), "For the progress bar; metrics.jsonl has every step"),
-    Name("report_to", (), _TRACKERS),
+    Name("report_to", ("run.trackers",), _TRACKERS),
     Name("resume_from_checkpoint", ("train.resume",), "auto (the default), never, or a checkpoint's path"),
     Name("bf16", _DTYPES, "bf16=true is model.student.dtype=bf16"),
     Name("fp16", _DTYPES, "There is no float16: bf16 or fp32"),
@@ -226,7 +226,7 @@ TORCHTUNE = (
     Name("enable_activation_checkpointing", ("model.gradient_checkpointing",)),
     Name("enable_activation_offloading", (), "there is no counterpart: activations are recomputed, not offloaded"),
     Name("device", (), "no key is needed: the GPU where there is one"),
-    Name("metric_logger", (), _TRACKERS),
+    Name("metric_logger", ("run.trackers",), _TRACKERS),
     Name("log_every_n_steps", ("train.log_every",), "For the progress bar; metrics.jsonl has every step"),
     Name("log_peak_memory_stats", (), "no key is needed: metrics.jsonl has the peak"),
     Name("profiler", ("train.profile_steps",), "First and last step"),
@@ -276,9 +276,9 @@ VERL = (
     Name("trainer.total_epochs", ("train.epochs",)),
     Name("trainer.total_training_steps", ("train.max_steps",)),
     Name("trainer.default_local_dir", ("run.dir",)),
-    Name("trainer.project_name", ("run.dir",), "A run is called by its folder"),
+    Name("trainer.project_name", ("run.project",)),
     Name("trainer.experiment_name", ("run.dir",), "A run is called by its folder"),
-    Name("trainer.logger", (), _TRACKERS),
+    Name("trainer.logger", ("run.trackers",), _TRACKERS),
     Name("trainer.save_freq", ("train.save_every",), "0 saves at the end only, not -1"),
     Name("trainer.test_freq", ("train.eval_every",), "0 never validates, not -1"),
     Name("trainer.max_ckpt_to_keep", ("checkpoint.keep_last",)),
@@ -298,7 +298,9 @@ _SPOKEN = (
     Name("student.tp_size", (), _SHARED_TP),
     *(Name(name, ("train.epochs",)) for name in ("num_epochs", "max_epochs", "n_epochs")),
     *(Name(name, (), _LORA) for name in ("lora", "peft", "qlora", "adapter")),
-    *(Name(name, (), _TRACKERS) for name in ("wandb", "wandb_project", "tensorboard", "mlflow", "tracker")),
+    *(Name(name, ("run.trackers",), _TRACKERS) for name in ("wandb", "mlflow", "trackio", "tracker")),
+    *(Name(name, ("run.project",)) for name in ("wandb_project", "project_name")),
+    Name("tensorboard", (), "no key is needed: run.dir always holds its events, and metrics.jsonl"),
     *(Name(name, _DTYPES) for name in ("precision", "mixed_precision")),
     *(Name(name, ("optim.gradient_dtype",)) for name in ("grad_accum_dtype", "communication_data_type", "grad_dtype")),
     *(Name(name, ("parallel.offload",)) for name in ("offload_optimizer", "cpu_offload", "optimizer_offload")),

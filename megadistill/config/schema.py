@@ -31,6 +31,8 @@ from megadistill.config.section import (
 from megadistill.config.train import TrainSection
 from megadistill.files import did_you_mean
 
+TrackerName = Literal["wandb", "trackio", "mlflow"]
+
 
 class RunSection(Section):
     """Section ``run``."""
@@ -42,6 +44,10 @@ class RunSection(Section):
     prepare: Literal["none", "demo", "smoke"] = Field(
         "none", description="Built-in corpus, tokenizer and models to create on first use; none: nothing."
     )
+    trackers: tuple[TrackerName, ...] = Field(
+        (), strict=False, description="What the run reports to beside its own files; each needs its extra."
+    )
+    project: NonEmptyStr = Field("megadistill", description="What trackers group runs by (MLflow: experiment).")
 
 
 class TeacherSection(Section):

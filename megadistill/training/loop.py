@@ -35,6 +35,7 @@ from megadistill.training.hooks.profile import Profile
 from megadistill.training.hooks.progress import Progress
 from megadistill.training.hooks.record import Record
 from megadistill.training.hooks.throughput import Throughput, num_parameters
+from megadistill.training.hooks.track import Track
 from megadistill.training.hooks.validation import Validation
 from megadistill.training.resume import Start, plan_start
 from megadistill.training.setup import tokenizer_paths
@@ -116,6 +117,7 @@ def _train(
                 log.info(f"{status.stop_signal}: checkpoint saved at step {done}. Rerun the same command to resume.")
                 return {"stopped": status.stop_signal, "step": done}
         writer.finish()
+        hooks.finished(done)
     summary = {
         "steps": done,
         "epochs": components.length.epochs(done),
@@ -163,13 +165,15 @@ def _hooks(components: Components, data: TrainingData, run_dir: Path, record: Re
     hooks, profile_steps = HookList(), components.config.train.profile_steps
     hooks.add(
         Throughput(components),
-        Validation(components, data.valid, notify=hooks.validated),
+        Validation(components, run_dir, data.valid, notify=hooks.validated),
         Inputs(components, data),
         best,
         record,
         NonFinite(run_dir, components),
         Progress(components),
     )
+    if components.config.run.trackers:
+        hooks.add(Track(run_dir, components))
     if profile_steps is not None:
         hooks.add(Profile(run_dir, components.context, *profile_steps))
     return hooks

@@ -18,6 +18,8 @@ from megadistill.generation.sources import source_class
 # schedule, which a longer run changes knowingly.
 _MAY_CHANGE = (
     "run.dir",
+    "run.trackers",
+    "run.project",
     "parallel",
     "train.max_steps",
     "train.epochs",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megadistill.cli.main import main
+from megadistill.evaluation.rouge import score_texts
 from tests.support.runs import ROOT, run_layout, settings, weights
 
 TIMES = ("time/", "memory/", "throughput/")
@@ -43,6 +44,17 @@ def whole(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     run_layout(2, [(str(out), _settings(assets, "parallel.tp_size=1"))])
     return out
+
+
+def test_the_answers_of_each_validation_are_kept(whole: Path) -> None:
+    """They are those that the metrics were made of."""
+    files = {f"step_{line['step']:.0f}.jsonl": line["eval/rouge_l"] for line in _numbers(whole)}
+    assert {path.name for path in (whole / "evaluations").iterdir()} == set(files)
+    for name, rouge_l in files.items():
+        rows = [json.loads(line) for line in (whole / "evaluations" / name).read_text(encoding="utf-8").splitlines()]
+        assert len(rows) == 4 and all(row["prompt"] for row in rows)
+        scores = score_texts([row["answer"] for row in rows], [tuple(row["references"]) for row in rows])
+        assert scores.rouge_l == pytest.approx(rouge_l)
 
 
 def test_the_best_validation_is_saved_named_and_kept(whole: Path) -> None:

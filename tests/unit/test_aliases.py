@@ -74,7 +74,7 @@ def test_a_name_with_dots_is_answered(config: Path, row: Name) -> None:
         ("train.eval_steps=1", "did you mean train.eval_every?"),
         ("train.logging_steps=1", "did you mean train.log_every?"),
         ("train.output_dir=x", "did you mean run.dir?"),
-        ("train.report_to=wandb", "metrics.jsonl"),
+        ("train.report_to=wandb", "did you mean run.trackers?"),
         ("train.bf16=true", "model.student.dtype=bf16"),
         ("model.lora.r=8", "megadistill merge"),
         ("model.student_path=x", "did you mean model.student.path?"),

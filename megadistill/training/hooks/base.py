@@ -52,6 +52,9 @@ class Hook:
     def stopped(self, step: int, reason: str) -> None:
         """The run ends after ``step``, before its last one, because of a signal (``reason``)."""
 
+    def finished(self, step: int) -> None:
+        """After the last step and its checkpoint."""
+
     def summary(self) -> dict[str, Any]:
         """Entries of summary.json, after the last step."""
         return {}
@@ -104,6 +107,10 @@ class HookList(Hook):
     def stopped(self, step: int, reason: str) -> None:
         """Calls each hook."""
         self._each(lambda hook: hook.stopped(step, reason))
+
+    def finished(self, step: int) -> None:
+        """Calls each hook."""
+        self._each(lambda hook: hook.finished(step))
 
     def summary(self) -> dict[str, Any]:
         """Entries of all hooks."""

@@ -15,18 +15,25 @@ _LOG2_E = 1.4426950408889634
 _LEADING = 0.001326472718431712
 _FACTORS = ((-0.25606435275683714, 24.53643528155371), (3.9016397597000902, 6.017305502593656))
 _EXPONENT_BIAS, _EXPONENT_SHIFT = 127, 23  # of float32
-_ARTANH_TERMS = 7  # of its series; the next is 1e-8 of 1/3
-_PART = 512  # classes that are added up at a time
+# log(1 + x) / x on [0, 1] in the same form, to 3e-8 of it.
+_LOG1P_LEADING = 0.005232694123847753
+_LOG1P_FACTORS = (
+    (-2.321686441580007, 0.4324068086912738),
+    (-1.424735675416771, 2.702103294923106),
+    (-0.0822517710093636, 3.2574683750212485),
+    (1.009357727419447, 1.106062244985373),
+)
+_PARTS = (512, 256, 128, 64)  # classes that are added up at a time
 _SHORT = 4096  # classes of a sum that Inductor keeps in registers
 
 
-def floored_exp(values: Tensor, floor: float = 41.0) -> Tensor:
+def floored_exp(values: Tensor, floor: float = 41.0, *, is_nested: bool = False) -> Tensor:
     """Computes exp, not below exp(-floor), of values up to 88; in float64 not below its eighth power.
 
     The floors are such that what they add is far below round-off, and that no product here is a denormal number, with
-    which computing is many times slower.
+    which computing is many times slower. ``is_nested``: see ``bounded_exp``.
     """
-    return bounded_exp(values.clamp(min=exp_floor(values, floor)))
+    return bounded_exp(values.clamp(min=exp_floor(values, floor)), is_nested=is_nested)
 
 
 def exp_floor(values: Tensor, floor: float) -> float:
@@ -34,15 +41,19 @@ def exp_floor(values: Tensor, floor: float) -> float:
     return -floor * (8.0 if values.dtype == torch.float64 else 1.0)
 
 
-def bounded_exp(values: Tensor) -> Tensor:
+def bounded_exp(values: Tensor, *, is_nested: bool = False) -> Tensor:
     """Computes exp of values between -87 and 88; NaN for NaN.
 
     In compiled float32 to 3e-7 of it near 0, and to 2e-6 at -41: like those of logits of that size, the error is that
-    of one rounding of the exponent. Inductor computes the argument again wherever it is used, so it is used seldom.
+    of one rounding of the exponent. Inductor computes the argument again wherever it is used, seven times here. Where
+    that argument has other exponentials in it, compiling takes minutes: ``is_nested`` takes the library's exp2, which
+    is slower and uses it once.
     """
-    if not _is_compiled_for_cpu(values):
+    if not is_compiled_for_cpu(values):
         return values.exp()
     exponent = values * _LOG2_E
+    if is_nested:
+        return exponent.exp2()
     whole = torch.round(exponent)
     fraction = exponent - whole
     (first, first_rest), (second, second_rest) = _FACTORS
@@ -52,27 +63,34 @@ def bounded_exp(values: Tensor) -> Tensor:
 
 
 def log1p_of_share(values: Tensor) -> Tensor:
-    """Computes log(1 + x) for x from 0 to 1."""
-    if not _is_compiled_for_cpu(values):
+    """Computes log(1 + x) for x from 0 to 1; to 6e-7 of it in compiled float32."""
+    if not is_compiled_for_cpu(values):
         return values.log1p()
-    # 2 artanh(x / (2 + x)), whose argument is no more than 1/3.
-    root = values / (values + 2.0)
-    square = root * root
-    series: Tensor | float = 1.0 / (2 * _ARTANH_TERMS - 1)
-    for term in range(_ARTANH_TERMS - 2, -1, -1):
-        series = series * square + 1.0 / (2 * term + 1)
-    return 2.0 * root * series
+    result = values * _LOG1P_LEADING
+    for shift, rest in _LOG1P_FACTORS:
+        result = result * ((values + shift).square() + rest)
+    return result
 
 
 def sum_classes(values: Tensor) -> Tensor:
-    """Sum over the last dimension: in compiled code of ``_PART`` classes at a time, which also rounds less."""
+    """Sum over the last dimension.
+
+    In compiled code of some classes at a time first, where their number is a multiple of 64: that also rounds less. A
+    rest would be a loop of its own, which takes as long again to compile.
+    """
     num_classes = values.shape[-1]
-    if not _is_compiled_for_cpu(values) or num_classes <= _SHORT:
-        return values.sum(-1)
-    whole = num_classes // _PART * _PART
-    total = values[..., :whole].unflatten(-1, (whole // _PART, _PART)).sum(-1).sum(-1)
-    return total if whole == num_classes else total + values[..., whole:].sum(-1)
+    if is_compiled_for_cpu(values) and num_classes > _SHORT:
+        for part in _PARTS:
+            if num_classes % part == 0:
+                return values.unflatten(-1, (num_classes // part, part)).sum(-1).sum(-1)
+    return values.sum(-1)
 
 
-def _is_compiled_for_cpu(values: Tensor) -> bool:
+def exp_of_gap(values: Tensor) -> Tensor:
+    """Computes exp of how far logits are below their largest; e^-41 is no less than nothing in a sum with a 1."""
+    return floored_exp(values) if is_compiled_for_cpu(values) else values.exp()
+
+
+def is_compiled_for_cpu(values: Tensor) -> bool:
+    """Whether this is traced for compiled code of a CPU in float32."""
     return torch.compiler.is_compiling() and values.device.type == "cpu" and values.dtype == torch.float32

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megadistill.losses.divergences import Setting, Share, saturation
-from megadistill.losses.elementary import bounded_exp, exp_floor, floored_exp, log1p_of_share, sum_classes
+from megadistill.losses.elementary import bounded_exp, exp_floor, exp_of_gap, floored_exp, log1p_of_share, sum_classes
 from megadistill.losses.tiles import (
     UPPER_EDGE,
     ClippedSum,
@@ -34,14 +34,14 @@ def statistics(spec: TileSpec, student_CVs: Tensor, teacher_CVs: Tensor | None) 
     inverse = 1.0 / spec.temperature
     student_max = student_CVs.amax(-1)
     gap_CVs = student_CVs - student_max.unsqueeze(-1)
-    student_sum = sum_classes(floored_exp(_tempered(gap_CVs, inverse)))
-    untempered_sum = sum_classes(floored_exp(gap_CVs)) if spec.has_untempered else None
+    student_sum = sum_classes(exp_of_gap(_tempered(gap_CVs, inverse)))
+    untempered_sum = sum_classes(exp_of_gap(gap_CVs)) if spec.has_untempered else None
     if teacher_CVs is None:
         return LocalStatistics(student_max, student_sum, untempered_sum, None, None, None, None)
     width = group_width(teacher_CVs.shape[-1])
     if width == 1:
         teacher_max = teacher_CVs.amax(-1)
-        teacher_sum = sum_classes(floored_exp(_tempered(teacher_CVs - teacher_max.unsqueeze(-1), inverse)))
+        teacher_sum = sum_classes(exp_of_gap(_tempered(teacher_CVs - teacher_max.unsqueeze(-1), inverse)))
         return LocalStatistics(student_max, student_sum, untempered_sum, teacher_max, teacher_sum, None, None)
     group_max, group_sum = _groups(teacher_CVs, width, inverse)
     teacher_max = group_max.amax(-1)
@@ -79,7 +79,7 @@ def sums(
     if spec.has_totals:
         # An upper bound of each term is enough to shift by, and costs no exponential.
         shift = (lq + _log_weight(spec, _edges(spec, lp, bounds)[0])).amax(-1)
-        term = floored_exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0)
+        term = floored_exp(lq + mask.log_weight - shift.unsqueeze(-1), 35.0, is_nested=spec.has_upper)
         columns |= {ClippedSum.SHIFT: shift, ClippedSum.TOTAL: sum_classes(term * mask.factor)}
     if mask.edges is not None:
         columns |= _edge_sums(spec, lp, bounds, mask.edges, p, p_gap, term)
@@ -244,7 +244,7 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
     log_weight = _log_weight(spec, near)
     distance = near.abs()
     # Far inside nothing is clipped, not even the floor's little: it would meet a log Rq as far below.
-    e = torch.where(distance > saturation(lp), 0.0, floored_exp(-distance, 24.0))
+    e = torch.where(distance > saturation(lp), 0.0, floored_exp(-distance, 24.0, is_nested=spec.has_upper))
     is_inside = near > 0
     r = 1.0 / (1.0 + e)
     er = e * r
@@ -257,7 +257,9 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
         edges = MaskEdges(kept * clipped, kept * r if is_bucket else factor * clipped)
     else:
         near_kept, near_clipped = kept, clipped
-        far_relative = floored_exp(near.clamp(min=0.0) - far, 20.0)  # exp(-far), over e where near is positive
+        far_relative = floored_exp(
+            near.clamp(min=0.0) - far, 20.0, is_nested=True
+        )  # exp(-far), over e where near is positive
         far_e = torch.where(is_inside, far_relative * e, far_relative)
         far_kept = 1.0 / (1.0 + far_e)
         far_clipped_relative = far_relative * far_kept
@@ -375,7 +377,7 @@ def _groups(teacher_CVs: Tensor, width: int, inverse: float) -> tuple[Tensor, Te
         parts.append(teacher_CVs[:, whole:].unsqueeze(1))
     for part in parts:
         largest.append(part.amax(-1))
-        total.append(floored_exp(_tempered(part - largest[-1].unsqueeze(-1), inverse)).sum(-1))
+        total.append(exp_of_gap(_tempered(part - largest[-1].unsqueeze(-1), inverse)).sum(-1))
     return (largest[0], total[0]) if len(parts) == 1 else (torch.cat(largest, -1), torch.cat(total, -1))
 
 

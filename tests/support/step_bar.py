@@ -24,7 +24,7 @@ CASES = {
 }
 # Share by which bytes and operations may grow before it is a fault; numbers of calls may not grow at all. Where they
 # fall by more than the other share, the record is too old to notice the next growth.
-MAY_GROW, MAY_FALL = 0.01, 0.1
+MAY_GROW, MAY_FALL = 0.01, 0.15
 
 
 def used() -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ def test_exp_is_within_a_few_roundings_of_its_argument() -> None:
     found, expected = compiled(bounded_exp)(values), values.double().exp()
     error = ((found.double() - expected) / expected).abs()
     # One rounding of the exponent in base 2, and those of the polynomial.
-    assert float((error / (3e-7 + values.abs() * 6e-8)).max()) < 1
+    assert float((error / (3e-7 + values.abs() * 8e-8)).max()) < 1
     assert found[-1] == 1.0
 
 
@@ -40,7 +40,7 @@ def test_exp_of_other_types_is_torchs() -> None:
 def test_log1p_of_a_share() -> None:
     values = torch.cat([torch.linspace(0, 1, 100_001), torch.logspace(-30, 0, 1001)])
     found, expected = compiled(log1p_of_share)(values), values.double().log1p()
-    assert float(((found.double() - expected).abs() / expected.clamp_min(1e-37)).max()) < 4e-7
+    assert float(((found.double() - expected).abs() / expected.clamp_min(1e-37)).max()) < 7e-7
     assert compiled(log1p_of_share)(torch.tensor([math.nan, 0.5, 0.0])).isnan().tolist() == [True, False, False]
 
 

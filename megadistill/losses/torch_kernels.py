@@ -41,7 +41,7 @@ _KEEPS_TILES_FROM = (
 )
 _NEVER = 10**6
 # Compiled versions of one function that may exist at a time: configurations, dtypes and shapes of a process.
-_MAX_VERSIONS = 256
+_MAX_VERSIONS = 1024
 
 
 class TorchKernels:

@@ -257,9 +257,8 @@ def soft_mask(spec: TileSpec, lp: Tensor, bounds: MaskBounds, has_edges: bool) -
         edges = MaskEdges(kept * clipped, kept * r if is_bucket else factor * clipped)
     else:
         near_kept, near_clipped = kept, clipped
-        far_relative = floored_exp(
-            near.clamp(min=0.0) - far, 20.0, is_nested=True
-        )  # exp(-far), over e where near is positive
+        # exp(-far), over e where near is positive
+        far_relative = floored_exp(near.clamp(min=0.0) - far, 20.0, is_nested=True)
         far_e = torch.where(is_inside, far_relative * e, far_relative)
         far_kept = 1.0 / (1.0 + far_e)
         far_clipped_relative = far_relative * far_kept

@@ -13,11 +13,11 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megadistill.errors import ConfigError, needs_extra
+from megadistill.errors import ConfigError, first_line, needs_extra
 from megadistill.files import write_json
 from megadistill.observability.log import get_logger
 
@@ -153,19 +153,14 @@ class Trackers:
         known = _read_ids(file) if is_resumed else {}
         self._open: dict[str, Tracker] = {}
         for name in dict.fromkeys(names):
-            self._open[name] = _begin(name, TrackedRun(run.folder, run.project, run.settings, known.get(name)))
-        if names:
-            write_json(file, known | {name: tracker.id for name, tracker in self._open.items()})
+            self._open[name] = _begin(name, replace(run, id=known.get(name)))
+        write_json(file, known | {name: tracker.id for name, tracker in self._open.items()})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Reports the numbers among ``values`` under ``step``; None where nothing was measured."""
-        if not self._open:
-            return
-        numbers = {name: float(value) for name, value in values.items() if value is not None}
-        self._each(
-            f"at step {step}",
-            lambda tracker: tracker.log(step, {name: value for name, value in numbers.items() if math.isfinite(value)}),
-        )
+        """Reports the finite numbers among ``values`` under ``step``; None where nothing was measured."""
+        measured = {name: float(value) for name, value in values.items() if value is not None}
+        numbers = {name: value for name, value in measured.items() if math.isfinite(value)}
+        self._each(f"at step {step}", lambda tracker: tracker.log(step, numbers))
 
     def close(self, is_done: bool) -> None:
         """Ends the runs, as finished or as stopped."""
@@ -177,9 +172,8 @@ class Trackers:
             try:
                 do(tracker)
             except Exception as error:  # of another project's code: whatever it is, training goes on
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
                 get_logger().warning(
-                    "%s: %s failed %s and gets no more: %s; metrics.jsonl has every step", _KEY, name, when, reason
+                    f"{_KEY}: {name} failed {when} and gets no more: {first_line(error)}; metrics.jsonl has every step"
                 )
                 del self._open[name]
 
@@ -190,8 +184,7 @@ def _begin(name: str, run: TrackedRun) -> Tracker:
     except ConfigError:
         raise
     except Exception as error:  # of another project's code: no network, no account, no such run
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"{_KEY}: {name} cannot begin: {reason}", setting=_KEY) from error
+        raise ConfigError(f"{_KEY}: {name} cannot begin: {first_line(error)}", setting=_KEY) from error
 
 
 def _read_ids(file: Path) -> dict[str, str]:

@@ -21,9 +21,9 @@ from tests.support.package import requirements, setup_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted((ROOT / "megadistill").rglob("*.py"))
-# Distributions of packages that no test environment has.
 # transformers needs the first to read the tokenizers of some models, and mlflow the others for a local database.
 FOR_OTHERS = {"protobuf", "alembic", "sqlalchemy"}
+# Distributions of packages that no test environment has.
 NOT_INSTALLED = {"spacy": "spacy", "triton": "triton"}
 
 

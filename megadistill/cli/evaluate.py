@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadistill.cli.parsing import Parser, config_of, refuse_unwritable
+from megadistill.cli.parsing import Parser, config_of, named_paths, refuse_unwritable
 from megadistill.config.sampling import SamplingOptions
 from megadistill.errors import ConfigError
 
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     parsed = parser.parse(arguments)
     config = config_of(parsed)
-    models, suites = _named(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config)
+    models, suites = named_paths(parsed.model) or {"student": config.run.dir}, _suites(parsed.suite, config)
     config = _as_trained(config, models)
     output = Path(parsed.output or Path(config.run.dir) / "evaluation.json")
     refuse_unwritable(output, is_file=True)
@@ -86,19 +86,6 @@ def _as_trained(config: RunConfig, models: Mapping[str, str]) -> RunConfig:
     return config.with_template(settings.pop("template"), **settings)
 
 
-def _named(values: Sequence[str]) -> dict[str, str]:
-    """Values of the form [NAME=]PATH by name, by default the path's last part. Raises ConfigError for equal names."""
-    named: dict[str, str] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or Path(value).exists():
-            name, path = Path(value).name, value
-        if name in named:
-            raise ConfigError(f"two arguments have the name '{name}' ({named[name]}, {path}); write NAME=PATH")
-        named[name] = path
-    return named
-
-
 def _suites(values: Sequence[str], config: RunConfig) -> dict[str, tuple[str, str | None]]:
     """Name of the set -> (path, suite or None)."""
     from megadistill.config.load import require
@@ -107,7 +94,7 @@ def _suites(values: Sequence[str], config: RunConfig) -> dict[str, tuple[str, st
     if not values:
         path = require(config, "eval.path", "it names the evaluation set; or give --suite PATH")
         return {Path(path).stem: (path, None)}
-    return {name: (path, name if name in SUITES else None) for name, path in _named(values).items()}
+    return {name: (path, name if name in SUITES else None) for name, path in named_paths(values).items()}
 
 
 def evaluate_models(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.generate_options import check_standard_input, fill_in, generate_parser
+from megadistill.cli.generate_rows import read_prompts
 from megadistill.cli.parsing import refuse_unwritable
 from megadistill.config.sampling import SamplingOptions
-from megadistill.errors import ConfigError, DataError
 from megadistill.files import checksum
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from megadistill.data.prompts import PromptSettings
     from megadistill.parallel.context import ParallelContext
 
-_STANDARD_INPUT = "standard input"
 # Batches of one data-parallel rank between two writes: few enough to lose little, enough that ranks rarely wait.
 _BATCHES_PER_BLOCK = 8
 
@@ -38,17 +35,32 @@ def run(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit code."""
     parsed = generate_parser().parse(arguments)
     if parsed.output is not None:
-        _generate(parsed, None)
+        refuse_unwritable(parsed.output, is_file=True)
+        answer_rows(parsed, _file_writer(parsed))
         return 0
+    from megadistill.cli.resumable import StandardOutput
+
     rows = sys.stdout
     # Standard output gets rows only: everything else that is printed goes to standard error meanwhile.
     with redirect_stdout(sys.stderr):
-        _generate(parsed, rows)
+        answer_rows(parsed, lambda _: StandardOutput(rows))
     return 0
 
 
-def _generate(parsed: Namespace, stream: TextIO | None) -> None:
-    """Writes to ``parsed.output``, or to ``stream`` where there is one."""
+def answer_rows(
+    parsed: Namespace,
+    writer_of: Callable[[Lines], RowWriter],
+    loaded: LoadedExamples | None = None,
+    given: ParallelContext | None = None,
+) -> None:
+    """Answers every row (collective over the ranks of the launcher).
+
+    Args:
+        parsed: The options of ``generate_parser``; those that were not given are filled in.
+        writer_of: Where the lines are written.
+        loaded: The rows; default: those that the options name.
+        given: The grid of processes; default: that of the launcher, for as long as this takes.
+    """
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.config.parallel import ParallelSection
     from megadistill.data.encode import tokenize_examples
@@ -59,29 +71,24 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
     from megadistill.models.end_tokens import end_tokens
     from megadistill.models.loading import check_positions, load_model_config
 
-    if stream is None:
-        refuse_unwritable(parsed.output, is_file=True)
-    writer_of = _writer_of(parsed, stream)
     limit = fill_in(parsed)
     folder = model_folder(parsed.model)
     config = load_model_config(folder, "--model")
     check_positions(config, limit, "--max-prompt-tokens + --max-new-tokens", f"--model ({folder})")
     tokenizer = load_tokenizer(model_folder(parsed.tokenizer or folder))
-    loaded = _read(parsed)
+    loaded = read_prompts(parsed) if loaded is None else loaded
     prompts = _prompt_settings(parsed, limit, loaded, tokenizer)
     vocab_size = vocabulary_size(tokenizer)
     commit = getattr(config, "_commit_hash", None)
-    with inference_context(ParallelSection(tp_size=parsed.tp_size or "auto"), {"--model": folder}) as context:
+    grid = ParallelSection(tp_size=parsed.tp_size or "auto")
+    with nullcontext(given) if given is not None else inference_context(grid, {"--model": folder}) as context:
         check_standard_input(parsed, context.world_size)
         done = tokenize_examples(loaded.examples, tokenizer, prompts)
-        lines = _Lines(loaded.examples, done.rows)
-        writer = writer_of(lines.ids)
+        lines = Lines(loaded.examples, done.rows)
+        writer = writer_of(lines)
+        asked: dict[str, Any] = {"asked": parsed.eos_tokens, "more": {done.end_id}}
         try:
-            ends = context.run_on_rank0(
-                lambda: end_tokens(
-                    folder, tokenizer, vocab_size=vocab_size, asked=parsed.eos_tokens, more={done.end_id}
-                )
-            )
+            ends = context.run_on_rank0(lambda: end_tokens(folder, tokenizer, vocab_size=vocab_size, **asked))
             settings = AnswerSettings(
                 tokenizer, ends, parsed.max_new_tokens, limit, parsed.temperature, SamplingOptions.of(parsed),
                 parsed.batch_size,
@@ -100,67 +107,14 @@ def _generate(parsed: Namespace, stream: TextIO | None) -> None:
             writer.close()
 
 
-def _writer_of(parsed: Namespace, stream: TextIO | None) -> Callable[[Sequence[Any]], RowWriter]:
+def _file_writer(parsed: Namespace) -> Callable[[Lines], RowWriter]:
     """Makes the writer of the rows, once their ids are known."""
-    from megadistill.cli.resumable import ResumableFile, StandardOutput
+    from megadistill.cli.resumable import ResumableFile
     from megadistill.data.writers import output_format
 
-    if stream is not None:
-        return lambda ids: StandardOutput(stream)
     output = Path(parsed.output)
     kind = output_format(output, "--output")
-    return lambda ids: ResumableFile(output, ids, overwrite=parsed.overwrite, kind=kind)
-
-
-def _read(parsed: Namespace) -> LoadedExamples:
-    """The rows of ``--input``, standard input, or ``--prompt``."""
-    from megadistill.data.columns import FieldNames
-    from megadistill.data.dataset import Example, LoadedExamples, load_examples
-
-    if parsed.prompt is not None:
-        _check_prompts(parsed.prompt)
-        rows = [{"instruction": text} for text in parsed.prompt]
-        return LoadedExamples(
-            [Example(i, row["instruction"], "", (), "--prompt", None, row) for i, row in enumerate(rows)], []
-        )
-    load = partial(
-        load_examples, fields=FieldNames(parsed.instruction_field, parsed.input_field),
-        skip_bad_rows=parsed.skip_bad_rows, prompts_only=True, keep_rows=True,
-    )  # fmt: skip
-    if parsed.input != "-":
-        return load(parsed.input)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "standard_input.jsonl"
-        with file.open("wb") as target:
-            shutil.copyfileobj(sys.stdin.buffer, target)
-        try:
-            return _named(load(file), str(file))
-        except DataError as error:
-            message = str(error).replace(str(file), _STANDARD_INPUT)
-            raise DataError(message, setting=error.setting) from None
-
-
-def _named(loaded: LoadedExamples, file: str) -> LoadedExamples:
-    """Rows of standard input by its name, which is not that of the file that holds them meanwhile."""
-    examples = [replace(example, where=example.where.replace(file, _STANDARD_INPUT)) for example in loaded.examples]
-    skipped = [message.replace(file, _STANDARD_INPUT) for message in loaded.skipped]
-    return replace(
-        loaded, examples=examples, skipped=skipped, description=loaded.description.replace(file, _STANDARD_INPUT)
-    )
-
-
-def _check_prompts(texts: Sequence[str]) -> None:
-    """Raises ConfigError for a text that is no prompt."""
-    from megadistill.data.chats import text_of
-    from megadistill.data.readers import BadRow
-
-    for text in texts:
-        if not text.strip():
-            raise ConfigError("--prompt: the text is empty")
-        try:
-            text_of(text, "--prompt")
-        except BadRow as error:
-            raise ConfigError(str(error)) from None
+    return lambda lines: ResumableFile(output, lines.ids, overwrite=parsed.overwrite, kind=kind)
 
 
 def _prompt_settings(
@@ -181,7 +135,7 @@ def _prompt_settings(
     return replace(settings, template=parsed.template)
 
 
-def _say(loaded: LoadedExamples, done: Tokenized, parsed: Namespace, lines: _Lines) -> None:
+def _say(loaded: LoadedExamples, done: Tokenized, parsed: Namespace, lines: Lines) -> None:
     """What the user should know about the rows, on standard error."""
     if loaded.description:
         print(f"{loaded.description}; template {parsed.template}", file=sys.stderr)
@@ -247,7 +201,7 @@ def _deciding(
     }
 
 
-class _Lines:
+class Lines:
     """The lines that are written: the columns of the input, then prompt and response.
 
     Attributes:
@@ -292,7 +246,7 @@ def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_blocks(
     writer: RowWriter,
-    lines: _Lines,
+    lines: Lines,
     num_done: int,
     answer: Callable[..., list[str]],
     batch_size: int,

@@ -23,6 +23,8 @@ VERBS = {
     "plan": "predict memory, communication and time of a step, without a GPU",
     "train": "distill a teacher into a student (what launchers/run.sh starts)",
     "generate": "write responses to a file of prompts",
+    "chat": "talk to a model: a look by hand",
+    "compare": "show answers of several models side by side",
     "evaluate": "score models on evaluation sets",
     "plot": "draw the curves of runs",
     "export": "write a checkpoint's student as a Hugging Face folder",

@@ -157,6 +157,19 @@ def size(text: str) -> int:
     return max(1, int(float(match[1]) * units[match[2].lower()]))
 
 
+def named_paths(values: Sequence[str]) -> dict[str, str]:
+    """Values of the form [NAME=]PATH by name, by default the path's last part. Raises ConfigError for equal names."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or Path(value).exists():
+            name, path = Path(value).name, value
+        if name in named:
+            raise ConfigError(f"two arguments have the name '{name}' ({named[name]}, {path}); write NAME=PATH")
+        named[name] = path
+    return named
+
+
 def refuse_unwritable(path: str | Path, *, is_file: bool) -> None:
     """Raises ConfigError for a path that cannot be written, before any work is done for it."""
     target = Path(path)

@@ -11,6 +11,20 @@ from collections.abc import Mapping
 from megadistill.errors import MegadistillError
 
 _VERBS_WITH_KEYS = frozenset({"train", "evaluate", "demo", "doctor", "plan"})
+_GENERATE: Mapping[str, str] = {
+    "data.chat_template": "--chat-template",
+    "data.chat_template_kwargs": "--chat-template-kwargs",
+    "data.input_field": "--input-field",
+    "data.instruction_field": "--instruction-field",
+    "data.long_prompt": "--long-prompt",
+    "data.max_prompt_tokens": "--max-prompt-tokens",
+    "data.skip_bad_rows": "--skip-bad-rows",
+    "data.template": "--template",
+    "generation.max_new_tokens": "--max-new-tokens",
+    "model.eos_tokens": "--eos-tokens",
+    "model.tokenizer": "--tokenizer",
+    "parallel.tp_size": "--tp-size",
+}
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "prepare": {
         "data.chat_template": "--chat-template",
@@ -26,19 +40,15 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         "data.template": "--template",
         "model.tokenizer": "--tokenizer",
     },
-    "generate": {
+    "generate": _GENERATE,
+    "compare": _GENERATE,
+    "chat": {
         "data.chat_template": "--chat-template",
         "data.chat_template_kwargs": "--chat-template-kwargs",
-        "data.input_field": "--input-field",
-        "data.instruction_field": "--instruction-field",
-        "data.long_prompt": "--long-prompt",
-        "data.max_prompt_tokens": "--max-prompt-tokens",
-        "data.skip_bad_rows": "--skip-bad-rows",
+        "data.max_prompt_tokens": "--max-tokens",
         "data.template": "--template",
         "generation.max_new_tokens": "--max-new-tokens",
-        "model.eos_tokens": "--eos-tokens",
         "model.tokenizer": "--tokenizer",
-        "parallel.tp_size": "--tp-size",
     },
     "verify": {"data.instruction_field": "--text-field", "model.tokenizer": "--tokenizer"},
     "shard": {"model.tokenizer": "--tokenizer", "parallel.tp_size": "--tp-size"},

@@ -165,6 +165,8 @@ class _Reader:
         """The example of a row. Raises BadRow."""
         if isinstance(row, BadRow):
             raise row
+        if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
+            row = {"messages": row}  # a chat without an object around it
         if not isinstance(row, dict):
             raise BadRow(f"a row must be an object with the field {self._fields.instruction!r}, not {type_name(row)}")
         self._seen |= dict.fromkeys(str(key) for key in row)

@@ -125,7 +125,7 @@ def test_prompts_of_the_command_line_and_of_standard_input(
         assert _generate(assets, "--prompt", text) == 2
         assert message in _error(capsys)
     assert _generate(assets, "--template", "plain") == 2
-    assert "one of the arguments --input --prompt is required" in _error(capsys)
+    assert "one of the arguments --input --prompt --messages is required" in _error(capsys)
 
 
 def test_the_name_of_the_file_is_its_format(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,3 +196,51 @@ def test_the_template_of_the_run_keeps_its_variables(tmp_path: Path) -> None:
         parsed = generate_parser().parse(["--model", str(tmp_path), "--prompt", "x", *more])
         fill_in(parsed)
         assert parsed.chat_template_kwargs.get("enable_thinking") is variables
+
+
+def test_chats_of_the_command_line_with_a_runs_template_and_limits(
+    assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--messages: JSON, a file, standard input; --run: the settings of a run that the model does not belong to."""
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        encoding="utf-8",
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    sections = {
+        "run": {"dir": str(run)},
+        "model": {"teacher": {"path": "t"}, "student": {"path": "s"}},
+        "data": {"template": "chat", "chat_template": str(template), "max_prompt_tokens": 90, "max_tokens": 97},
+        "generation": {"max_new_tokens": 5},
+    }
+    (run / "resolved.yaml").write_text(json.dumps(sections), encoding="utf-8")
+    model = ["--model", str(assets / "llama" / "student" / "config.json"), "--tokenizer", str(assets / "tokenizer")]
+    user, system = {"role": "user", "content": "Hi."}, {"role": "system", "content": "Be brief."}
+    file = tmp_path / "chats.json"
+    file.write_text(json.dumps([[system, user]]), encoding="utf-8")
+    given = {
+        json.dumps([user]): ["user: Hi.\nassistant: "],
+        json.dumps([[user], [system, user]]): ["user: Hi.\nassistant: ", "system: Be brief.\nuser: Hi.\nassistant: "],
+        json.dumps({"messages": [user], "id": "a"}): ["user: Hi.\nassistant: "],
+        str(file): ["system: Be brief.\nuser: Hi.\nassistant: "],
+        "-": ["user: Hi.\nassistant: "],
+    }
+    for value, prompts in given.items():
+        content = io.BytesIO(json.dumps({"messages": [user]}).encode())
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="utf-8"))
+        assert main(["generate", *model, "--messages", value, "--run", str(run), "--temperature", "0"]) == 0
+        printed = capsys.readouterr()
+        assert [json.loads(line)["prompt"] for line in printed.out.splitlines()] == prompts
+        assert f"from {run / 'resolved.yaml'}: --template chat" in printed.err and "--max-new-tokens 5" in printed.err
+    for value, words in (
+        ("[3]", "--messages:1: field 'messages' must be a list of messages, not a number"),
+        ("[{", "--messages is not valid JSON"),
+        (str(assets / "data" / "prompts.jsonl"), ":1 is no chat; --input takes rows of every kind"),
+    ):
+        assert main(["generate", *model, "--messages", value, "--run", str(run)]) == 2
+        assert words in _error(capsys)
+    assert main(["generate", *model, "--messages", "[]", "--run", str(assets)]) == 2
+    assert _error(capsys).endswith("is no run directory: it has no resolved.yaml")

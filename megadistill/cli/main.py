@@ -20,6 +20,7 @@ from megadistill.observability.redact import keep_secrets, redact
 VERBS = {
     "doctor": "examine a machine or an allocation before a run: ranks, links, memory, disk, models",
     "prepare": "turn instruction data into checked train and validation files",
+    "config": "write a commented configuration file for two models, with sizes that fit",
     "plan": "predict memory, communication and time of a step, without a GPU",
     "train": "distill a teacher into a student (what launchers/run.sh starts)",
     "generate": "write responses to a file of prompts",

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.cli.parsing import Parser, config_of, refuse_unwritable, size, value_of
+from megadistill.cli.machines import add_machines, gpu_of, memory_of
+from megadistill.cli.parsing import Parser, config_of, refuse_unwritable, value_of
 from megadistill.cli.preparers import models_to_make
 from megadistill.config.section import PositiveInt
 from megadistill.errors import ConfigError, ExitCode
 from megadistill.files import write_json
-from megadistill.planning.gpus import CPU_CORE, GPUS, Gpu, total_memory
 
 if TYPE_CHECKING:
     from megadistill.planning.case import Case
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 DOES_NOT_FIT = 1
 _PICTURES = (".png", ".pdf", ".svg")
-_DEFAULT_GPU = "H100-80"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,7 +39,6 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.planning.case import Case, Models
     from megadistill.planning.known import with_configurations
 
-    gpu = _gpu(parsed)
     with tempfile.TemporaryDirectory() as folder:
         described, notes = with_configurations(config, models_to_make(config), Path(folder))
         case = Case.of(
@@ -48,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
             Models.of(described),
             nodes=parsed.nodes,
             gpus_per_node=parsed.gpus_per_node,
-            gpu_memory=parsed.gpu_memory or gpu.memory or total_memory() // parsed.gpus_per_node,
+            gpu_memory=memory_of(parsed),
             prompt_tokens=parsed.prompt_tokens,
             response_tokens=parsed.response_tokens,
             like_gpu=not parsed.cpu,
@@ -74,17 +72,8 @@ def _parser() -> Parser:
         "\ndocs/planning.md explains the output, and what is not counted.",
     )
     parser.add_config()
+    add_machines(parser)
     number = value_of(PositiveInt)
-    parser.add_argument("--nodes", type=number, default=1, metavar="N", help="machines; default: 1")
-    parser.add_argument("--gpus-per-node", type=number, default=8, metavar="G", help="GPUs of each; default: 8")
-    parser.add_argument("--gpu", choices=tuple(GPUS), help=f"speed and memory; default: {_DEFAULT_GPU}")
-    parser.add_argument(
-        "--cpu", action="store_true", help="plan processes that compute on CPU cores, --gpus-per-node on each machine"
-    )
-    parser.add_argument(
-        "--gpu-memory", type=_memory, metavar="SIZE",
-        help="such as 80GB; default: that of --gpu, with --cpu a process's share of this machine's",
-    )  # fmt: skip
     parser.add_argument(
         "--prompt-tokens", type=number, metavar="N", help="length of prompts; default: data.max_prompt_tokens"
     )
@@ -106,19 +95,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _memory(text: str) -> int:
-    """Converts a size with its unit to bytes, for argparse."""
-    if text.strip().replace(".", "", 1).isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} has no unit; allowed: such as 80GB")
-    return size(text)
-
-
-def _gpu(parsed: argparse.Namespace) -> Gpu:
-    if parsed.cpu and parsed.gpu is not None:
-        raise ConfigError(f"--cpu plans without GPUs: leave out --gpu {parsed.gpu}, or --cpu")
-    return CPU_CORE if parsed.cpu else GPUS[parsed.gpu or _DEFAULT_GPU]
-
-
 def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Plan:
     from megadistill.planning.compare import compare
     from megadistill.planning.formulas import step_use
@@ -128,7 +104,7 @@ def _planned(parsed: argparse.Namespace, case: Case, notes: Sequence[str]) -> Pl
 
     if parsed.exact and parsed.sweep:
         raise ConfigError("--exact runs one layout and --sweep compares all of them: give one of the two")
-    gpu = _gpu(parsed)
+    gpu = gpu_of(parsed)
     factors = {} if parsed.rates is None else measured_factors(Path(parsed.rates), gpu, case.gpus_per_node)
     layouts = sweep(case, gpu, factors) if parsed.sweep else None
     if layouts:

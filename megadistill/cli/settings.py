@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from megadistill.errors import MegadistillError
 
-_VERBS_WITH_KEYS = frozenset({"train", "evaluate", "demo", "doctor", "plan"})
+_VERBS_WITH_KEYS = frozenset({"train", "evaluate", "demo", "doctor", "plan", "config"})
 _GENERATE: Mapping[str, str] = {
     "data.chat_template": "--chat-template",
     "data.chat_template_kwargs": "--chat-template-kwargs",

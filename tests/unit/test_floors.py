@@ -35,7 +35,7 @@ FENCES = {
     "datasets": {"data"},
     "deepspeed": {"engines", "launch"},
     "filelock": {"demo", "observability"},
-    "huggingface_hub": {"data"},
+    "huggingface_hub": {"checkpoint", "data"},
     "matplotlib": {"demo", "observability"},
     "mpi4py": {"cli", "launch"},
     "numpy": {"data"},

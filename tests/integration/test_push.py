@@ -1,0 +1,133 @@
+"""``megadistill export --push``: the real huggingface_hub against a hub on the loopback address."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megadistill.checkpoint import push
+from megadistill.cli.main import main
+from tests.support.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.support.runs import run_layout, settings
+
+
+@pytest.fixture(scope="module")
+def run(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, with scores."""
+    run = tmp_path_factory.mktemp("runs") / "mine"
+    more = ("train.max_steps=1", "generation.mode=dataset", "data.prompts_path=null", "data.prompts_ratio=0")
+    run_layout(1, [(str(run), settings(assets, "llama", *more))])
+    entry = {"sampled": {"rouge_l": {"mean": 12.345, "std": 1.0}}, "greedy": {"rouge_l": 20.0, "exact_match": 5.0}}
+    results = {"student": {"valid": {**entry, "nll": 1.5}, "vicuna": {"sampled": None, "greedy": None, "nll": None}}}
+    record = {"format": "megadistill evaluation 2", "results": results, "history": []}
+    (run / "evaluation.json").write_text(json.dumps(record), encoding="utf-8")
+    return run
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    from huggingface_hub import constants
+
+    with fake_hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files go over HTTP
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megadistill: ")]
+    return line
+
+
+def test_every_file_arrives_with_a_card(
+    run: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "student"
+    assert main(["export", str(run), str(folder), "--push", "owner/name", "--private"]) == 0
+    assert f"pushed to {hub.endpoint}/owner/name" in capsys.readouterr().out
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert hub.files == {("owner/name", "main"): files} and hub.repos == {"owner/name": True}
+    assert {"README.md", "config.json", "tokenizer.json", "model.safetensors"} <= set(files)
+    assert main(["export", str(folder), "--push", "owner/name", "--revision", "v2"]) == 0
+    assert hub.branches == {"owner/name": ["v2"]} and hub.files["owner/name", "v2"] == files
+
+    card = files["README.md"].decode()
+    _, metadata, text = card.split("---\n", 2)
+    assert yaml.safe_load(metadata) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["distillation", "megadistill"],
+    }  # fmt: skip
+    assert "# name\n" in text and ", 1 updates)" in text and 'from_pretrained("owner/name")' in text
+    assert "| `generation.mode` | dataset |" in text and "| `optim.lr` |" in text
+    assert "| student | valid | 12.35 | 20 | 5 | 1.5 |\n| student | vicuna | - | - | - | - |" in text
+    assert str(run.parent) not in card and str(Path.home()) not in card  # no path of this machine
+
+
+def test_the_card_names_models_of_the_hub(run: Path, tmp_path: Path) -> None:
+    from megadistill.checkpoint.model_card import model_card
+
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    (copy / "checkpoints" / "step_1").symlink_to(run / "checkpoints" / "step_1")
+    tree = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
+    tree["model"]["student"]["path"], tree["model"]["teacher"]["path"] = "Qwen/Small", "Qwen/Large"
+    step = copy / "step_1"
+    step.mkdir()
+    (step / "manifest.json").write_bytes((run / "checkpoints" / "step_1" / "manifest.json").read_bytes())
+    (step / "resolved.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    card = model_card(step, "owner/name")
+    assert "base_model:\n- Qwen/Small\n" in card and "Qwen/Small, distilled from Qwen/Large (megadistill" in card
+    assert "## Scores" not in card
+
+
+def test_what_a_hub_refuses_is_one_line(
+    run: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be known before the export is said before it; a push that failed can be repeated without it."""
+    folder = tmp_path / "student"
+    export = ["export", str(run), str(folder), "--push"]
+    monkeypatch.setattr(push, "ANSWER_S", 0.5)
+    for name, token, waits_at, words in (
+        ("owner", TOKEN, "nothing", "--push owner: a repository is OWNER/NAME"),
+        ("a/b/c", TOKEN, "nothing", "a repository is OWNER/NAME"),
+        ("owner/name", "", "nothing", "there is no token; set HF_TOKEN, or log in with: hf auth login"),
+        ("owner/name", "hf_wrong", "nothing", "the token was not accepted: "),
+        ("owner/name", TOKEN, "whoami", "timed out"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        hub.waits_at = waits_at
+        assert main([*export, name]) == 2
+        line = _error(capsys)
+        assert words in line and (len(token) < 5 or token not in line)
+        assert not folder.exists()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.waits_at, hub.fails_at = "nothing", "/api/repos/create"
+    assert main([*export, "other/name"]) == 2
+    line = _error(capsys)
+    assert "403" in line and "is pushed again with: megadistill export " in line
+    hub.fails_at = "nothing"
+    again = line.partition("again with: megadistill ")[2].split()
+    assert main(again) == 0
+    assert hub.files["other/name", "main"].keys() == {path.name for path in folder.iterdir()}
+    hub.waits_at = "/commit/"
+    assert main(again) == 2
+    assert "timed out" in _error(capsys)
+
+
+def test_options_that_do_not_fit(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        ([str(run)], "FOLDER is missing"),
+        ([str(run), str(tmp_path / "x"), "--private"], "--private is about --push"),
+        ([str(run), str(tmp_path / "x"), "--revision", "v"], "--revision is about --push"),
+        ([str(run), "--push", "a/b"], "is no exported folder; give FOLDER"),
+        ([str(run / "checkpoints" / "step_1" / "hf"), "--push", "a/b", "--dtype", "bf16"], "FOLDER, where to write it"),
+    ):
+        assert main(["export", *arguments]) == 2
+        assert words in _error(capsys)
+    assert not (tmp_path / "x").exists()

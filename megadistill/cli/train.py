@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.parsing import Parser, ask_hub_only_if_there, config_of, refuse_unwritable
 from megadistill.cli.preparers import prepare
@@ -39,10 +40,22 @@ def run(arguments: Sequence[str]) -> int:
         request.grace_s = config.train.stop_grace_s
         log = get_logger(rank_of(os.environ), "train")
         log.info(f"{parsed.config} -> {config.run.dir}: loading torch, transformers and DeepSpeed")
-        return _train(config, request)
+        return ExitCode.STOPPED if "stopped" in train_run(config, request) else ExitCode.DONE
 
 
-def _train(config: RunConfig, request: StopRequest) -> int:
+def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
+    """Carries out a run, from its checkpoint where there is one (collective over the processes of the launcher).
+
+    Args:
+        config: Its settings.
+        request: Asks it to stop.
+
+    Returns:
+        As ``training.loop.train``; ``{"stopped": ...}`` also where it was asked to stop before it began.
+
+    Raises:
+        MegadistillError: The user's mistakes.
+    """
     from megadistill.launch.ranks import set_rank_variables
 
     num_ranks = set_rank_variables()  # first: what follows asks for the rank
@@ -65,7 +78,7 @@ def _train(config: RunConfig, request: StopRequest) -> int:
         from megadistill.training.setup import build_components, check_models, run_tokenizer
 
         if not prepare(config, lambda: bool(request.signal)):
-            return ExitCode.STOPPED
+            return {"stopped": signal.Signals(request.signal).name, "step": 0}
         ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
         # Mistakes in the user's files are found here, before processes wait for one another.
         start = plan_start(config)
@@ -86,10 +99,9 @@ def _train(config: RunConfig, request: StopRequest) -> int:
             say_machines(context)
             if (reason := finished(config, length, data.valid, context)) is not None:
                 get_logger(context.rank, "train").info(reason)
-                return ExitCode.DONE
+                return {}
             components = build_components(config, context, tokenizer, vocab_size, data, length)
-            summary = train(components, data, start, request, heartbeat)
-            return ExitCode.STOPPED if "stopped" in summary else ExitCode.DONE
+            return train(components, data, start, request, heartbeat)
 
 
 @contextmanager

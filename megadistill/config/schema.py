@@ -160,6 +160,9 @@ class GenerationSection(SamplingOptions):
         "teacher_mixed: each token is drawn from a mixture of teacher and student (MiniLLM); "
         "contrast: that of on_policy and that of teacher, two rows of every prompt (DistiLLM-2).",
     )
+    source: NonEmptyStr | None = Field(
+        None, description="MODULE:CLASS of a text source of your own, in place of that of generation.mode."
+    )
     student_ratio: UnitInterval = Field(0.5, description="For mode mixed: probability of student text.")
     mixed_by: Literal["step", "row"] = Field(
         "step", description="For mode mixed: whether a whole step or each row for itself takes student text."

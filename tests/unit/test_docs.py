@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "examples" / "README.md"]
 WIDTH = 100
 # `training/step.py` (190), or (190 lines), maybe with a line break between the two.
 COUNT = re.compile(r"`([\w/]+\.py)`\s+\((\d+)(?: lines)?\)")

@@ -27,6 +27,7 @@ FLOORS = {
     "training": 9,
     "planning": 10,
     "cli": 11,
+    "api": 12,
     "demo": 12,
 }
 # The parts that import a library, inside functions too: exactly these. Annotations alone (under TYPE_CHECKING) may name

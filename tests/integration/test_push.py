@@ -1,16 +1,27 @@
-"""``megadistill export --push``: the real huggingface_hub against a hub on the loopback address."""
+"""Where exports go: to a hub (the real huggingface_hub, against one on the loopback address), and into lm-eval."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from megadistill.checkpoint import push
 from megadistill.cli.main import main
+from megadistill.data.tokenize import load_tokenizer
+from megadistill.decoding.kv_cache import PrefillChunk
+from megadistill.engines.inference import open_model
+from megadistill.losses import Head, label_nats
+from megadistill.models.loading import load_model_config
+from megadistill.parallel.context import ParallelContext
 from tests.support.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.support.runs import run_layout, settings
 
@@ -131,3 +142,52 @@ def test_options_that_do_not_fit(run: Path, tmp_path: Path, capsys: pytest.Captu
         assert main(["export", *arguments]) == 2
         assert words in _error(capsys)
     assert not (tmp_path / "x").exists()
+
+
+LM_EVAL = os.environ.get("MEGADISTILL_LM_EVAL") or shutil.which("lm-eval")
+
+
+@pytest.mark.skipif(LM_EVAL is None, reason="no lm-eval (in PATH, or MEGADISTILL_LM_EVAL): it is installed apart")
+def test_lm_evaluation_harness_finds_our_likelihoods(run: Path, tmp_path: Path) -> None:
+    """The command of docs/evaluation.md, with a task of two rows: log-likelihoods as our decoder computes them."""
+    assert LM_EVAL is not None
+    export, rows = tmp_path / "student", tmp_path / "rows.jsonl"
+    assert main(["export", str(run), str(export)]) == 0
+    choices = ["The Loire.", "A dog."]
+    asked = [{"question": text, "choices": choices, "answer": i} for i, text in enumerate(("A river?", "An animal?"))]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    task = {
+        "task": "two_rows", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}\n",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "two_rows.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    command = [
+        LM_EVAL, "run", "--model", "hf", "--model_args", f"pretrained={export},dtype=float32", "--tasks", "two_rows",
+        "--include_path", str(tmp_path), "--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").glob("*/samples_two_rows_*.jsonl")
+    found = [
+        [float(part[0][0]) for part in json.loads(line)["resps"]]
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    # The harness counts white space at the end of a prompt to the text, and padded rows as classes.
+    tokenizer, size = load_tokenizer(str(export)), int(load_model_config(str(export), "export").vocab_size)
+    with open_model(str(export), ParallelContext.single(), vocab_size=size) as model:
+        expected = [
+            [_log_likelihood(model, tokenizer, str(row["question"]), f"\n{text}") for text in choices] for row in asked
+        ]
+    assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-3)
+
+
+def _log_likelihood(model: Any, tokenizer: Any, prompt: str, text: str) -> float:
+    """Of the tokens of a text after a prompt."""
+    whole, before = (tokenizer(part, verbose=False)["input_ids"] for part in (prompt + text, prompt))
+    (hidden,) = model.read([PrefillChunk(0, 0, tuple(whole[:-1]))])
+    labels = torch.tensor(whole[len(before) :])
+    return -float(label_nats(Head.of(hidden[len(before) - 1 :], model.head), labels, model.shard).sum())

@@ -107,7 +107,7 @@ TRAINER = (
     Name("dataloader_num_workers", (), "no key is needed: rows are tokenized before training and held in memory"),
     Name("label_smoothing_factor", (), "there is no counterpart: labels are not smoothed"),
     Name("neftune_noise_alpha", (), "there is no counterpart: no noise is added to embeddings"),
-    Name("push_to_hub", (), "there is no counterpart: megadistill export writes a Hugging Face folder to upload"),
+    Name("push_to_hub", (), "there is no counterpart: megadistill export --push uploads a finished student"),
 )
 TRL = (
     Name("model_name_or_path", ("model.student.path",)),

@@ -259,7 +259,7 @@ class PlanDecoder(PlanPrefiller):
         with torch.no_grad():
             self._laid_out = [Layer(plan, layer, head.shard, layouts) for layer in plan.layers]
             self._norm = None if plan.final_norm is None else Norm(plan.final_norm)
-            self._logits = Logits(head.weight, head.bias, layouts.head)
+            self._logits = Logits(head.weight, head.bias, layouts.head, head.logit_map)
         self.masks_per_head = device.type == "cpu" and self.dtype in (torch.float32, torch.float64)
 
     def _layers(self) -> Iterator[Layer]:

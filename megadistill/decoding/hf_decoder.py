@@ -22,7 +22,7 @@ from megadistill.decoding.products import PACKED, Layout, ProductLayouts
 from megadistill.decoding.sampling import Drawer
 from megadistill.decoding.static_step import stepping_on
 from megadistill.decoding.token_steps import EagerSteps, Stepping, TokenSteps
-from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.output_head import LogitMap, OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def make_decoder(
         layouts: Of the weights; a model without a plan has only the head's.
         stepping: How tokens are written; default: as is fast on the device.
     """
-    head = OutputHead.of(model.get_output_embeddings(), shard)
+    head = OutputHead.of(model.get_output_embeddings(), shard, LogitMap.of(model.config))
     if plan is None:
         return HFDecoder(model, device, head, layouts.head, stepping)
     return PlanDecoder(plan, device, head, layouts, stepping)
@@ -76,7 +76,7 @@ class HFDecoder:
         stepping: Stepping | None = None,
     ) -> None:
         self.model, self.shard, self.device, self.head = model, head.shard, device, head
-        self._logits = Logits(head.weight, head.bias, layout)
+        self._logits = Logits(head.weight, head.bias, layout, head.logit_map)
         self._interval = (stepping or stepping_on(device)).interval
 
     def new_state(self, offsets: Sequence[int], columns: int) -> KVCache:

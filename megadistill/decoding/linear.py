@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megadistill.decoding.plan import NormPlan, bias_of, weight_of
 from megadistill.decoding.products import Layout, Product
+from megadistill.parallel.output_head import IDENTITY, LogitMap
 
 
 class Logits:
@@ -20,10 +21,13 @@ class Logits:
         weight: [Vs, H].
         bias: [Vs], or None.
         layout: Of the weight.
+        logit_map: What becomes of the products.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, layout: Layout = "packed") -> None:
-        weight = weight.detach()
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, layout: Layout = "packed", logit_map: LogitMap = IDENTITY
+    ) -> None:
+        weight, self._map = weight.detach(), logit_map
         self._dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._bias = None if bias is None else bias.detach().to(self._dtype)
         self._mixed = weight.T if weight.is_cuda and weight.dtype == torch.bfloat16 else None
@@ -32,10 +36,10 @@ class Logits:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Maps hidden states [T, H] to logits [T, Vs]."""
         if self._product is not None:
-            return self._product(hidden.to(self._dtype))
+            return self._map.apply_(self._product(hidden.to(self._dtype)))
         assert self._mixed is not None
         logits = torch.mm(hidden, self._mixed, out_dtype=torch.float32)
-        return logits if self._bias is None else logits.add_(self._bias)
+        return self._map.apply_(logits if self._bias is None else logits.add_(self._bias))
 
 
 class Norm:

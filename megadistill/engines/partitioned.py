@@ -35,7 +35,7 @@ from megadistill.models.loading import LoadedModel, WeightSource
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.output_head import LogitMap, OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class PartitionedModel:
         """
         module = self.module.get_output_embeddings()
         with self._brought_in([module]), kept_parameters([module.weight, getattr(module, "bias", None)]):
-            yield OutputHead.of(module, self.shard)
+            yield OutputHead.of(module, self.shard, LogitMap.of(self.loaded.config))
 
     def prefiller(self, examples_per_pass: int) -> PlanPrefiller | EnginePrefiller:
         """Reads given text.

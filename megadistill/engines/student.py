@@ -32,7 +32,7 @@ from megadistill.models.loading import LoadedModel, WeightSource
 from megadistill.models.shards import MASTER, MOMENTS
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
-from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.output_head import LogitMap, OutputHead
 
 
 class Student(PartitionedModel):
@@ -150,7 +150,7 @@ class Student(PartitionedModel):
         """
 
         def head_fn(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
-            return loss_fn(hidden, OutputHead.of(module, self.shard))
+            return loss_fn(hidden, OutputHead.of(module, self.shard, LogitMap.of(self.loaded.config)))
 
         # Said before the pass, because ZeRO asks in the backward pass. DeepSpeed's own count expects equally many
         # passes in every step.

@@ -32,6 +32,7 @@ from megadistill.losses.fused import (
 from megadistill.losses.head import Head, LogitsProjector, loss_dtype
 from megadistill.losses.statistics import merge_student
 from megadistill.losses.tiles import GradientWeights, TileSpec
+from megadistill.parallel.output_head import LogitMap
 from megadistill.parallel.vocab import VocabShard
 
 
@@ -73,7 +74,7 @@ def cross_entropy(
     student.check("student", len(labels), shard.size)
     needs = needs_gradient(student, torch.is_grad_enabled())
     arguments = (labels, shard, num_tokens, chunk_tokens, backend, needs, token_weights)
-    return _CrossEntropy.apply(student.hidden, student.weight, student.bias, *arguments)
+    return _CrossEntropy.apply(student.hidden, student.weight, student.bias, student.logit_map, *arguments)
 
 
 @torch.no_grad()
@@ -113,6 +114,7 @@ class _CrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        logit_map: LogitMap,
         labels: Tensor,
         shard: VocabShard,
         num_tokens: Normalizer,
@@ -121,7 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
         needs: tuple[bool, bool, bool],
         token_weights: Tensor | None,
     ) -> Tensor:
-        head = Head(hidden, weight, bias)
+        head = Head(hidden, weight, bias, logit_map)
         dtype = loss_dtype(head)
         positions = valid_positions(labels, shard.total)
         labels = labels[positions]
@@ -157,4 +159,4 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_gradients(ctx, upstream), *[None] * 7
+        return *scaled_gradients(ctx, upstream), *[None] * 8

@@ -137,7 +137,8 @@ def inverse_count(count: Normalizer, device: torch.device) -> Tensor:
 
 def bias_shifts(heads: Sequence[Head], group: Group) -> list[Tensor | None]:
     """The largest bias of each head, None without one. Where there is a bias: one all-reduce of a number per head."""
-    if all(head.bias is None for head in heads):
+    is_shifted = [head.bias is not None and head.logit_map.cap is None for head in heads]  # a cap sees the bias
+    if not any(is_shifted):
         return [None] * len(heads)
     device = heads[0].hidden.device
     largest = torch.full((len(heads),), -torch.inf, dtype=torch.float64, device=device)
@@ -145,7 +146,7 @@ def bias_shifts(heads: Sequence[Head], group: Group) -> list[Tensor | None]:
         if head.bias is not None and len(head.bias):
             largest[i] = head.bias.detach().max()
     largest = all_reduce_max(largest, group)
-    return [None if head.bias is None else largest[i] for i, head in enumerate(heads)]
+    return [largest[i] if shifted else None for i, shifted in enumerate(is_shifted)]
 
 
 class StudentGradients:
@@ -163,6 +164,7 @@ class StudentGradients:
             torch.zeros_like(source, dtype=head.dtype) if want and source is not None else None
             for source, want in zip(sources, wanted, strict=True)
         )
+        head.keeps_slope = self.is_wanted and not head.is_plain
 
     @property
     def is_wanted(self) -> bool:
@@ -170,8 +172,10 @@ class StudentGradients:
         return any(part is not None for part in (self.hidden_TH, self.weight_VsH, self.bias_Vs))
 
     def add(self, chunk: slice, gradient_CVs: Tensor) -> None:
-        """Adds a chunk's contribution, given the derivative by its logits."""
+        """Adds a chunk's contribution, given the derivative by its logits, whose storage is reused."""
         head = self._head
+        if head.keeps_slope:
+            gradient_CVs = gradient_CVs.mul_(head.slope)
         if self.bias_Vs is not None:
             self.bias_Vs += gradient_CVs.sum(0)
         factor_CVs = gradient_CVs.to(head.hidden_TH.dtype)

@@ -55,7 +55,7 @@ def virtual_step(
     parts = [part.detach().to(dtype, copy=True).requires_grad_() for part in _parts(references)]
     has_bias = len(parts) > 1
     with torch.enable_grad():
-        head = Head(hidden, parts[0], parts[1] if has_bias else None)
+        head = Head(hidden, parts[0], parts[1] if has_bias else None, references.logit_map)
         nats = cross_entropy(head, labels, shard, num_tokens=1, chunk_tokens=chunk_tokens, backend=backend)
         gradients = torch.autograd.grad(nats, parts)
     squares = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float64).square() + has_bias
@@ -64,7 +64,7 @@ def virtual_step(
     moved = [part.detach() for part in parts]
     for part, gradient in zip(moved, gradients, strict=True):  # in place: each is as large as the head
         part.sub_(all_reduce_sum(gradient.contiguous(), dp_group).mul_(rate))
-    return OutputHead(moved[0], moved[1] if has_bias else None, shard)
+    return OutputHead(moved[0], moved[1] if has_bias else None, shard, references.logit_map)
 
 
 def _parts(head: Head) -> list[Tensor]:

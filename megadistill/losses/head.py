@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.output_head import IDENTITY, LogitMap, OutputHead
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,18 @@ class Head:
         hidden: [T, H].
         weight: [Vs, H].
         bias: [Vs], or None.
+        logit_map: What the family then does to them (Gemma's soft cap, Granite's factor).
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    logit_map: LogitMap = IDENTITY
 
     @classmethod
     def of(cls, hidden: Tensor, output_head: OutputHead) -> Head:
         """Hidden states [T, H] with the output head that they go through."""
-        return cls(hidden, output_head.weight, output_head.bias)
+        return cls(hidden, output_head.weight, output_head.bias, output_head.logit_map)
 
     def check(self, name: str, num_tokens: int, num_classes: int) -> None:
         """Raises ValueError when the shapes do not fit each other, the number of tokens or the shard."""
@@ -64,8 +66,15 @@ class LogitsProjector:
         head: The head.
         positions: Token positions that count; None: all.
         dtype: That of the loss.
-        bias_shift: Subtracted from every bias: no loss depends on it, and large logits are imprecise.
+        bias_shift: Subtracted from every bias: no loss depends on it, and large logits are imprecise. None where the
+            logits are capped.
         scale: Factors [T] of the tokens' logits; None: 1.
+
+    Attributes:
+        is_plain: Logits are products.
+        keeps_slope: ``slope`` is wanted.
+        slope: The derivative [C, Vs] of the last chunk's logits, without ``scale``, by the products; a tile may take
+            its own derivative in place.
     """
 
     def __init__(
@@ -76,7 +85,9 @@ class LogitsProjector:
         bias_shift: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        self._scale = scale
+        self._scale, self._map = scale, head.logit_map
+        self.is_plain = head.logit_map.is_identity
+        self.keeps_slope, self.slope = False, torch.as_tensor(1.0)
         hidden, weight = head.hidden.detach(), head.weight.detach()
         self.dtype = dtype
         self.is_mixed = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
@@ -93,7 +104,9 @@ class LogitsProjector:
 
     def logits(self, chunk: slice, out: Tensor) -> Tensor:
         """Logits [C, Vs] of the tokens in ``chunk``, written to the start of ``out``."""
-        logits_CVs = self._products(chunk, out)
+        logits_CVs = self._map.apply_(self._products(chunk, out))
+        if self.keeps_slope:
+            self.slope = self._map.slope(logits_CVs)
         return logits_CVs if self._scale is None else logits_CVs.mul_(self._scale[chunk].unsqueeze(-1))
 
     def _products(self, chunk: slice, out: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from megadistill.losses.span import WrittenSpans, span_value
 from megadistill.losses.statistics import TokenStatistics
 from megadistill.losses.tiles import DivergenceSum, EdgeNodes, GradientWeights, MaskBounds, SpanSum, TileSpec
 from megadistill.losses.topk_teacher import TeacherTopK, TopKTeacher
-from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.output_head import LogitMap, OutputHead
 from megadistill.parallel.vocab import VocabShard
 
 _FEW_CLASSES = 1.5  # below, the mask leaves the top class alone
@@ -116,7 +116,7 @@ def _distilled(student: Head, call: Call) -> DistillOutput:
     parameters = learning_parameters(gate, config, looks_ahead=call.ahead is not None)
     needs = needs_gradient(student, torch.is_grad_enabled())
     loss, kl_map, teacher_top1, *scalars = _Distill.apply(
-        call, needs, student.hidden, student.weight, student.bias, *parameters
+        call, needs, student.logit_map, student.hidden, student.weight, student.bias, *parameters
     )
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     return DistillOutput(loss=loss, kl_map=kl_map, teacher_top1=teacher_top1, **named)
@@ -134,9 +134,11 @@ class _TokenTerms:
 
 class _Distill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, needs: tuple[bool, bool, bool], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: Call, needs: tuple[bool, bool, bool], logit_map: LogitMap, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         hidden, weight, bias, *parameters = tensors
-        head = Head(hidden, weight, bias)
+        head = Head(hidden, weight, bias, logit_map)
         with torch.autocast(hidden.device.type, enabled=False):
             fused = _FusedPass(call, head, needs, parameters)
             for chunk, num_halo in fused.chunks:
@@ -149,7 +151,7 @@ class _Distill(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *scaled_gradients(ctx, upstream)
+        return None, None, None, *scaled_gradients(ctx, upstream)
 
 
 class _FusedPass:

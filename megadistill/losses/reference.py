@@ -226,7 +226,10 @@ def _policy_values(
 
 
 def _logits(head: Head) -> Tensor:
-    return F.linear(head.hidden, head.weight, head.bias)
+    products, logit_map = F.linear(head.hidden, head.weight, head.bias), head.logit_map
+    if logit_map.cap is None:
+        return logit_map.factor * products
+    return logit_map.cap * torch.tanh(logit_map.factor / logit_map.cap * products)
 
 
 def _listed(teacher: TeacherTopK, positions: Tensor, full_log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -265,7 +265,7 @@ class MicroBatchLoss:
     def _diagnose(self, flat: torch.Tensor, head: OutputHead) -> None:
         """Computes each term alone, for its gradient."""
         bias = None if head.bias is None else head.bias.detach()
-        frozen = OutputHead(head.weight.detach(), bias, head.shard)
+        frozen = OutputHead(head.weight.detach(), bias, head.shard, head.logit_map)
         for name in GRADIENT_NAMES:
             term = name.rpartition("/")[2]
             others = {other.rpartition("/")[2]: 0.0 for other in GRADIENT_NAMES if other != name}

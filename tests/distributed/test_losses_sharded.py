@@ -37,6 +37,7 @@ from tests.support.objective import (
     make_skews,
     run_fused,
     run_reference,
+    with_logit_maps,
     with_temperatures,
     with_top_k,
 )
@@ -78,6 +79,7 @@ def test_float64_equals_the_reference(tp_size):
     def body(rank):
         for mask in MASKS:
             check(rank, make_problem(), CONFIG.replace(**mask), make_gate(upper=mask["upper"]), torch.float64, 1e-10)
+        check(rank, with_logit_maps(make_problem()), CONFIG, make_gate(), torch.float64, 1e-10)
 
     run_ranks(body, tp_size)
 

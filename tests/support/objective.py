@@ -12,7 +12,7 @@ from megadistill.losses import IGNORE_INDEX, DistillOutput, Head, LossConfig, Qu
 from megadistill.losses.output import TERMS
 from megadistill.losses.reference import reference_loss
 from megadistill.parallel import VocabShard
-from megadistill.parallel.output_head import OutputHead
+from megadistill.parallel.output_head import LogitMap, OutputHead
 
 TOP_K = 8
 VALUES = tuple(field.name for field in fields(DistillOutput))
@@ -42,7 +42,7 @@ class Problem:
         if self.ahead is None:
             return None
         bias = None if self.ahead.bias is None else self.ahead.bias[shard.start : shard.stop].to(dtype)
-        return OutputHead(self.ahead.weight[shard.start : shard.stop].to(dtype), bias, shard)
+        return OutputHead(self.ahead.weight[shard.start : shard.stop].to(dtype), bias, shard, self.ahead.logit_map)
 
     @property
     def num_classes(self) -> int:
@@ -80,6 +80,16 @@ def with_top_k(problem: Problem, num_listed: int, temperature: float = 1.0) -> P
     tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
     order = torch.randperm(num_listed, generator=torch.Generator().manual_seed(0))
     return replace(problem, teacher=TeacherTopK(ids[:, order], values[:, order], tail, temperature))
+
+
+def with_logit_maps(problem: Problem) -> Problem:
+    """The same problem with families that bend their logits: Gemma's cap beside Granite's factor, and both in one."""
+    assert isinstance(problem.teacher, Head)
+    return replace(
+        problem,
+        student=replace(problem.student, logit_map=LogitMap(1.5, 3.0)),
+        teacher=replace(problem.teacher, logit_map=LogitMap(0.4)),
+    )
 
 
 def make_rows(problem: Problem, teacher_share: float = 0.0) -> Problem:
@@ -146,7 +156,7 @@ def leaf(head: Head, dtype: torch.dtype = torch.float64, shard: VocabShard | Non
         return tensor.to(device, dtype).clone().requires_grad_()
 
     bias = None if head.bias is None else fresh(head.bias[classes])
-    return Head(fresh(head.hidden), fresh(head.weight[classes]), bias)
+    return Head(fresh(head.hidden), fresh(head.weight[classes]), bias, head.logit_map)
 
 
 def run_fused(

@@ -1,5 +1,7 @@
 """The fused objective, cross-entropy and KL map against the dense reference on one rank."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ from tests.support.objective import (
     make_problem,
     run_fused,
     run_reference,
+    with_logit_maps,
+    with_temperatures,
 )
 
 CONFIG = LossConfig(sft=0.7, dac_kl=1.3, span=2.0, top_k=TOP_K, chunk_tokens=5)
@@ -65,6 +69,27 @@ def test_options_equal_the_reference(backend, change):
     for name in ("sft", "dac_kl", "span"):  # a term of weight 0 is not computed
         values[name] = values[name] * (getattr(config, name) > 0)
     assert_same(output, gradients, (values, expected), 1e-10)
+
+
+@pytest.mark.parametrize("mask", [MASKS[0], MASKS[-1]], ids=["gate", "off"])
+def test_bent_logits_equal_the_reference(backend, mask):
+    problem, gate = with_logit_maps(make_problem(seed=4)), make_gate(upper=mask["upper"])
+    swapped = replace(problem, student=problem.teacher, teacher=problem.student)
+    alone = CONFIG.replace(sft=0.0, span=0.0, clip="off")
+    for case, settings in ((problem, {}), (swapped, {}), (with_temperatures(problem), None)):
+        config = (alone if settings is None else CONFIG.replace(**mask)).replace(backend=backend)
+        output, gradients, _ = run_fused(case, config, gate)
+        assert_same(output, gradients, run_reference(case, config, gate), 1e-10)
+    student = leaf(problem.student)
+    nats = cross_entropy(student, problem.labels, whole(problem), num_tokens=3, backend=backend, chunk_tokens=4)
+    nats.backward()
+    plain = leaf(problem.student)
+    logits = 3.0 * torch.tanh(torch.nn.functional.linear(plain.hidden, plain.weight, plain.bias) * 1.5 / 3.0)
+    expected = torch.nn.functional.cross_entropy(logits, problem.labels, ignore_index=IGNORE_INDEX, reduction="sum") / 3
+    expected.backward()
+    torch.testing.assert_close(nats, expected)
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(getattr(student, name).grad, getattr(plain, name).grad)
 
 
 @pytest.mark.parametrize("num_classes", [8192, 8200, 9000])

@@ -119,7 +119,7 @@ def _standard_weights(
     for name in names:
         tensor = family.export(name, shards.whole(MASTER, name))
         rows = removed(name, len(tensor))
-        yield name, (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
+        yield family.stored_name(name), (tensor if rows is None else torch.cat([tensor, rows.to(tensor)])).to(dtype)
 
 
 def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder: Path, carried: Carried) -> None:
@@ -169,13 +169,14 @@ def export_checkpoint(
         (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
 
+        family = FAMILIES[config["model_type"]]
+
         def removed(name: str, count: int) -> torch.Tensor | None:
+            name = family.stored_name(name)
             return exported.read(name)[count:] if exported.shape(name)[0] > count else None
 
         names = progress_bar(list(shards.shard_specs), description="export", unit="tensor")
-        weights = _standard_weights(
-            shards, names, FAMILIES[config["model_type"]], getattr(torch, config["dtype"]), removed
-        )
+        weights = _standard_weights(shards, names, family, getattr(torch, config["dtype"]), removed)
         write_safetensors(weights, beside, max_shard_bytes)
         set_tied(beside, shards.shard_specs)
         prove_student(shards, load_model_config(str(source / HF_FOLDER), str(source)), beside, source)

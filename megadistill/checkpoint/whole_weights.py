@@ -15,6 +15,7 @@ import torch
 
 from megadistill.checkpoint.hf_files import HFFile, plan_files
 from megadistill.engines.student import Student
+from megadistill.models.families import Family
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import MASTER
@@ -34,11 +35,13 @@ class Run(NamedTuple):
 
 def exported_entries(loaded: LoadedModel, dtype: torch.dtype) -> list[Entry]:
     """The tensors of a student's Hugging Face folder: the family's layout, with the padded rows of the loaded model."""
-    export, removed, entries = loaded.family.export, loaded.removed_rows, []
+    family, removed, entries = loaded.family, loaded.removed_rows, []
     for name, shape in loaded.shapes.items():
         whole = torch.empty(shape, device="meta")
-        rows, *rest = export(name, whole).shape
-        entries.append(Entry(name, (rows + (len(removed[name]) if name in removed else 0), *rest), dtype))
+        rows, *rest = family.export(name, whole).shape
+        entries.append(
+            Entry(family.stored_name(name), (rows + (len(removed[name]) if name in removed else 0), *rest), dtype)
+        )
     return entries
 
 
@@ -57,7 +60,7 @@ class WholeWeights:
         self._student, self._context = student, context
         self._dtype = next(student.module.parameters()).dtype
         self.files = plan_files(exported_entries(student.loaded, self._dtype), context.world_size)
-        self._rounds = [_rounds(self.files, rank) for rank in range(context.world_size)]
+        self._rounds = [_rounds(self.files, rank, student.loaded.family) for rank in range(context.world_size)]
         # Of each rank: parameter -> (start, number of elements) of its run.
         self._held: list[dict[str, tuple[int, int]]] | None = None
 
@@ -72,7 +75,8 @@ class WholeWeights:
         """
         context, loaded = self._context, self._student.loaded
         files = [file for file in self.files if file.rank == context.rank]
-        runs: dict[str, list[Run]] = {entry.name: [] for file in files for entry in file.entries}
+        parameter = loaded.family.parameter_name
+        runs: dict[str, list[Run]] = {parameter(entry.name): [] for file in files for entry in file.entries}
         if context.world_size == 1:
             runs = {name: [Run(0, *snapshot[f"{MASTER}/{name}"])] for name in runs}
         else:
@@ -119,11 +123,12 @@ class Share(NamedTuple):
         return {file.name: write_tensors(folder / file.name, file.entries, self._tensors(file)) for file in self.files}
 
     def _tensors(self, file: HFFile) -> Iterator[torch.Tensor]:
-        export, removed = self.loaded.family.export, self.loaded.removed_rows
+        family, removed = self.loaded.family, self.loaded.removed_rows
         for entry in file.entries:
-            tensor = whole(self.specs[entry.name], self.runs[entry.name])
-            tensor = export(entry.name, tensor).to(entry.dtype)
-            rows = removed.get(entry.name)
+            name = family.parameter_name(entry.name)
+            tensor = whole(self.specs[name], self.runs[name])
+            tensor = family.export(name, tensor).to(entry.dtype)
+            rows = removed.get(name)
             yield tensor if rows is None else torch.cat([tensor, rows.to(tensor)])
 
 
@@ -149,7 +154,7 @@ def whole(spec: ShardSpec, runs: Sequence[Run]) -> torch.Tensor:
     return spec.unshard(shards)
 
 
-def _rounds(files: Sequence[HFFile], rank: int) -> list[list[str]]:
+def _rounds(files: Sequence[HFFile], rank: int, family: Family) -> list[list[str]]:
     """The parameters that a rank writes, cut into what it takes at a time."""
     rounds: list[list[str]] = []
     size = 0
@@ -157,6 +162,6 @@ def _rounds(files: Sequence[HFFile], rank: int) -> list[list[str]]:
         if not rounds or size + entry.bytes > _ROUND_BYTES:
             rounds.append([])
             size = 0
-        rounds[-1].append(entry.name)
+        rounds[-1].append(family.parameter_name(entry.name))
         size += entry.bytes
     return rounds

@@ -153,6 +153,8 @@ class PlanPrefiller:
             is_here = (local >= 0) & (local < shard.size)
             x = F.embedding(local.clamp(0, shard.size - 1), weight) * is_here.unsqueeze(-1)
             x = all_reduce_sum(x, shard.group)
+        if self.plan.embedding_scale != 1:
+            x = x * self.plan.embedding_scale
         if self.plan.positions is not None:
             index = torch.full_like(tokens, positions) if isinstance(positions, int) else positions
             x = x + F.embedding(index + self.plan.position_offset, weight_of(self.plan.positions).detach())

@@ -38,11 +38,12 @@ class Layer:
     """
 
     def __init__(self, plan: DecoderPlan, layer: LayerPlan, shard: VocabShard, layouts: ProductLayouts) -> None:
-        self._plan, self._group, self.scale = plan, shard.group, plan.head_dim**-0.5
+        self._plan, self._group, self._has_rope = plan, shard.group, layer.has_rope
+        self.scale = plan.head_dim**-0.5 if plan.score_scale is None else plan.score_scale
         num_heads, num_kv_heads = plan.num_heads // shard.tp_size, plan.num_kv_heads // shard.tp_size
         self._split = num_heads + num_kv_heads
         qkv, up = _Joined(layer.qkv, layouts.qkv), _Joined(layer.up, layouts.up)
-        self._is_paired = plan.inv_freq is not None and qkv.is_copy
+        self._is_paired = plan.inv_freq is not None and layer.has_rope and qkv.is_copy
         self._head_norms: HeadNorms | None = None
         if layer.q_norm is not None and layer.k_norm is not None:
             self._head_norms = HeadNorms(layer.q_norm, layer.k_norm, num_heads, num_kv_heads, is_paired=self._is_paired)
@@ -74,7 +75,7 @@ class Layer:
         qk = qkv[:, : self._split]
         if self._head_norms is not None:
             self._head_norms.normalize_(qk)
-        if rope is not None:
+        if rope is not None and self._has_rope:
             rotate_(qk, rope, is_paired=self._is_paired)
         return qkv
 
@@ -95,7 +96,11 @@ class Layer:
         return self._add(x, self._down, up, self._late_biases[1])
 
     def _add(self, x: Tensor, product: Product, y: Tensor, late_bias: Tensor | None) -> Tensor:
-        """X plus a product whose inputs may be sharded."""
+        """X plus a product whose inputs may be sharded, times the plan's ``residual_scale``."""
+        factor = self._plan.residual_scale
+        if factor != 1:
+            added = product(y) if self._group is None else all_reduce_sum(product(y), self._group)
+            return x.add_(added if late_bias is None else added.add_(late_bias), alpha=factor)
         if self._group is None:
             return product.add_to(x, y)
         x = x.add_(all_reduce_sum(product(y), self._group))

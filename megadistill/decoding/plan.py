@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-# Rotary types whose frequencies do not depend on the length of the text.
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Rotary types whose frequencies do not depend on the length of a text that the model can read: those of "dynamic"
+# change beyond its positions, those of "longrope" where ``models.loading.check_positions`` ends.
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -68,6 +69,7 @@ class LayerPlan:
         down: The last linear layer of the MLP.
         q_norm: A norm over each head's query, before rotary positions.
         k_norm: The same of the keys.
+        has_rope: Queries and keys are rotated, where positions are rotary.
     """
 
     module: nn.Module
@@ -79,6 +81,7 @@ class LayerPlan:
     down: nn.Module
     q_norm: NormPlan | None = None
     k_norm: NormPlan | None = None
+    has_rope: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ class DecoderPlan:
         position_offset: Position p is looked up at p + ``position_offset``.
         inv_freq: [D / 2] frequencies of rotary positions.
         rope_scale: Factor on the cosines and sines of rotary positions.
+        score_scale: Factor on the products of queries and keys; None: head_dim^-0.5.
+        embedding_scale: Factor on the embedding of the tokens.
+        residual_scale: Factor on what attention and MLP add.
     """
 
     embedding: nn.Module
@@ -110,6 +116,9 @@ class DecoderPlan:
     position_offset: int = 0
     inv_freq: torch.Tensor | None = None
     rope_scale: float = 1.0
+    score_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
 
     @property
     def is_gated(self) -> bool:
@@ -143,13 +152,27 @@ def _body(model: PreTrainedModel, name: str) -> Any:
     return model.get_submodule(name)
 
 
+def no_plan(model: PreTrainedModel) -> DecoderPlan | None:
+    """None: the family has parts that no plan covers, such as norms after attention or soft caps."""
+    return None
+
+
+def _has_windows(config: PreTrainedConfig) -> bool:
+    """Whether a text that the model can read may be longer than the window of one of its layers."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and all(kind == "full_attention" for kind in kinds):
+        return False
+    others = kinds is not None and any(kind not in ("full_attention", "sliding_attention") for kind in kinds)
+    return others or (window is not None and window < config.max_position_embeddings)
+
+
 def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
-    """Llama, Qwen2 and Qwen3; None for sliding windows and rotary types that depend on the length."""
+    """Llama and what is like it; None for sliding windows and rotary types or parts of heads that no plan covers."""
     config, body = model.config, _body(model, "model")
     rotary = body.rotary_emb
-    if rotary.rope_type not in _STATIC_ROPE:
-        return None
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+    num_kv_heads, head_dim = key_value_shape(config)
+    if rotary.rope_type not in _STATIC_ROPE or 2 * len(rotary.inv_freq) != head_dim or _has_windows(config):
         return None
     layers = []
     for layer in body.layers:
@@ -166,9 +189,9 @@ def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
                 down=mlp.down_proj,
                 q_norm=NormPlan.of(attention.q_norm) if has_norms else None,
                 k_norm=NormPlan.of(attention.k_norm) if has_norms else None,
+                has_rope=bool(getattr(attention, "use_rope", True)),
             )
         )
-    num_kv_heads, head_dim = key_value_shape(config)
     return DecoderPlan(
         embedding=body.embed_tokens,
         layers=tuple(layers),
@@ -179,6 +202,9 @@ def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
         head_dim=head_dim,
         inv_freq=rotary.inv_freq,
         rope_scale=float(rotary.attention_scaling),
+        score_scale=float(body.layers[0].self_attn.scaling),
+        embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
+        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
     )
 
 

@@ -57,7 +57,7 @@ def open_model(
     )
     if context.world_size == 1:
         model = whole_model(loaded, context.device).requires_grad_(False)
-        shard, plan = VocabShard(0, vocab_size, vocab_size, None), loaded.family.plan(model)
+        shard, plan = VocabShard(0, vocab_size, vocab_size, None), loaded.family.plan_or_say(model, context.rank)
         layouts = PACKED
         if context.device.type == "cpu":
             head = model.get_output_embeddings().weight

@@ -84,7 +84,7 @@ class PartitionedModel:
             engine.first_dataloader_check.remove()
         self.shard = head_shard(engine.module.get_output_embeddings(), context)
         self.shard_specs = _shard_specs(engine.module, loaded, context)
-        self._plan = loaded.family.plan(engine.module)
+        self._plan = loaded.family.plan_or_say(engine.module, context.rank)
         self._layouts = PACKED
         if context.device.type == "cpu":
             head = engine.module.get_output_embeddings().weight

@@ -69,7 +69,7 @@ def _attend(
     if bounds is None:
         return usual(module, query, key, value, attention_mask, **options)
     window = options.get("sliding_window")
-    if _has_flash(query) and not options.get("dropout"):
+    if _has_flash(query) and not options.get("dropout") and not options.get("softcap"):
         return _flash(query, key, value, bounds, max(lengths), options.get("scaling"), window), None
     sequences = zip(*(heads.split(lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [usual(module, q, k, v, _causal_mask(module, q, window), **options)[0] for q, k, v in sequences]

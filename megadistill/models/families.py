@@ -6,17 +6,21 @@ Everything that depends on a family is an entry of ``FAMILIES``; nothing else in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from megadistill.decoding.plan import DecoderPlan, gpt2_plan, llama_plan, opt_plan
+from megadistill.decoding.plan import DecoderPlan, gpt2_plan, llama_plan, no_plan, opt_plan
 from megadistill.errors import ConfigError
+from megadistill.observability.log import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Family:
         partition_config: AutoTP's explicit plan, where DeepSpeed has none.
         prepare: Changes the model before it is sharded.
         post_shard: ``post_shard(model, tp_size)`` corrects what AutoTP forgets.
+        attention: The only attention implementation of transformers that computes this family; None: any.
+        stored_head: What the head's weight is called in the family's files.
         transposed: Ends of the names of parameters that ``prepare`` transposes: the family's files have them as
             [in, out].
     """
@@ -47,11 +53,40 @@ class Family:
     partition_config: dict[str, Any] | None = None
     prepare: Callable[[PreTrainedModel], None] | None = None
     post_shard: Callable[[PreTrainedModel, int], None] | None = None
+    attention: str | None = None
+    stored_head: str = _HEAD
     transposed: tuple[str, ...] = ()
+
+    def plan_or_say(self, model: PreTrainedModel, rank: int) -> DecoderPlan | None:
+        """``plan``; where there is none, rank 0 logs it."""
+        plan = self.plan(model)
+        if plan is None:
+            get_logger(rank, "model").info(
+                f"{model.config.model_type}: text is written and read by the model's own forward pass, because the "
+                "decoder has no plan for this configuration"
+            )
+        return plan
+
+    def attention_for(self, asked: str, where: str, rank: int) -> str:
+        """The attention implementation that the family takes; where it is another than asked for, rank 0 logs it."""
+        if self.attention in (None, asked):
+            return asked
+        get_logger(rank, "model").info(
+            f"{where}: the family has {self.attention} attention alone, and takes it in place of {asked}"
+        )
+        return str(self.attention)
 
     def export(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A whole parameter in the family's standard layout."""
         return tensor.t().contiguous() if name.endswith(self.transposed) else tensor
+
+    def stored_name(self, parameter: str) -> str:
+        """What a parameter is called in the family's files."""
+        return self.stored_head if parameter == _HEAD else parameter
+
+    def parameter_name(self, stored: str) -> str:
+        """The parameter that a tensor of the family's files is."""
+        return _HEAD if stored == self.stored_head else stored
 
     def blocks(self, name: str) -> int:
         """Number of parameters that lie fused along the sharded dimension of parameter ``name``."""
@@ -65,9 +100,12 @@ class Family:
             is_tied: Embedding and head are one parameter.
         """
         layer = _layer(name)
-        if layer in self.column_parallel or layer == "lm_head" or (is_tied and layer in ("embed_tokens", "wte")):
+        if layer in self.column_parallel or layer == "lm_head" or (is_tied and layer in _EMBEDDINGS):
             return 0
         return 1 if layer in self.row_parallel and name.endswith(".weight") else None
+
+
+_EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 
 
 def _layer(name: str) -> str:
@@ -112,6 +150,14 @@ _GPT2_PARTITION = {
     ],
 }
 
+
+def _gemma2_embedding(model: PreTrainedModel) -> None:
+    """AutoTP knows the scaled embedding of Gemma 3, which is the code of Gemma 2's."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    model.get_input_embeddings().__class__ = Gemma3TextScaledWordEmbedding
+
+
 _LLAMA_LIKE = Family(
     head_counts=("num_attention_heads", "num_key_value_heads"),
     plan=llama_plan,
@@ -122,6 +168,18 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
+    "granite": _LLAMA_LIKE,
+    "gemma2": replace(_LLAMA_LIKE, plan=no_plan, prepare=_gemma2_embedding, attention="eager"),
+    "gemma3_text": replace(_LLAMA_LIKE, plan=no_plan),
+    "gpt_neox": Family(
+        head_counts=("num_attention_heads",),
+        plan=no_plan,
+        column_parallel=("query_key_value", "dense_h_to_4h"),
+        row_parallel=("dense", "dense_4h_to_h"),
+        stored_head="embed_out.weight",
+    ),
     "opt": Family(
         head_counts=("num_attention_heads",),
         plan=opt_plan,
@@ -161,7 +219,7 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
 
 def has_own_head(names: Collection[str]) -> bool:
     """Whether a model with parameters of these names has a head of its own; else it is tied to the embedding."""
-    return "lm_head.weight" in names
+    return _HEAD in names
 
 
 _HEADS = {"num_attention_heads": "attention heads", "num_key_value_heads": "key-value heads"}

@@ -123,9 +123,6 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
     check_not_quantized(config, path, where)
     family_of(config, where)
     check_sizes(config, path, where)
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
-        # transformers chooses its frequencies by the longest example of a batch: one would depend on the others.
-        raise ConfigError(f"{where}: '{path}' has rotary positions of type longrope, which are not supported")
     return config
 
 
@@ -139,8 +136,17 @@ def check_positions(config: PreTrainedConfig, max_tokens: int, what: str, where:
         where: The key or option that names the model.
 
     Raises:
-        ConfigError: The model has fewer positions.
+        ConfigError: The model has fewer positions, or its rotary ones depend on the batch.
     """
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "longrope":
+        short = rotary.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        if max_tokens > short:
+            # transformers chooses its frequencies by the longest example of a batch: one would depend on the others.
+            raise ConfigError(
+                f"{what}={max_tokens}, but {where} has rotary positions of type longrope, which are supported up to "
+                f"{short} tokens: beyond, each example's depend on the longest one of its batch"
+            )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_tokens > longest:
         raise ConfigError(f"{what}={max_tokens}, but {where} reads at most {longest} positions")
@@ -175,8 +181,8 @@ def load_model(
         ConfigError: The model cannot be used.
     """
     pristine = load_model_config(path, where)
-    config = _without_dropout(pristine)
-    family, wanted = family_of(config, where), DTYPES[dtype]
+    config, family, wanted = _without_dropout(pristine), family_of(pristine, where), DTYPES[dtype]
+    attention = family.attention_for(attention, where, rank)
     shards = ShardReader(Path(path) / SHARDS) if is_sharded(path) else None
     if shards is not None:
         config.tie_word_embeddings = not has_own_head(shards.shard_specs)
@@ -188,7 +194,8 @@ def load_model(
         model = _random_model(config, wanted, attention, seed, where)
     if shards is None and has_weights(path):
         files = weight_files(path, where, getattr(config, "transformers_weights", None))
-        tensors = placed_tensors(model, open_tensors(files, path, where, read), path, where, rank=rank)
+        stored = {family.parameter_name(name): t for name, t in open_tensors(files, path, where, read).items()}
+        tensors = placed_tensors(model, stored, path, where, rank=rank)
     pristine.tie_word_embeddings = is_tied(model)
     removed = _prepare(model, family, vocab_size, where)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

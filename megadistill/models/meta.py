@@ -27,7 +27,8 @@ def made_model(config: PreTrainedConfig, where: str, **options: Any) -> PreTrain
     from transformers import AutoModelForCausalLM
 
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        # Not in the configuration's type: buffers such as Gemma's scale of the embedding would be rounded to it.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **{"dtype": torch.float32, **options})
     except Exception as error:  # assertions, missing keys, negative sizes: the values do not fit together
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigError(f"{where}: transformers can make no model of its configuration: {reason}") from error

@@ -27,7 +27,7 @@ PROMPTS = ((5, 6, 7, 8, 9, 90), (96,), (12, 50, 14), (15, 66, 17, 18))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILY_CONFIGS},
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "qwen3, forward": ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "qwen3, forward": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
 }
 
 

@@ -23,9 +23,22 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", **LLAMA_LIKE, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **LLAMA_LIKE, "head_dim": 8, "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", **LLAMA_LIKE, "head_dim": 8, "sliding_window": 8,
+        "tie_word_embeddings": False},
+    "smollm3": {"model_type": "smollm3", **LLAMA_LIKE, "no_rope_layers": [1, 0], "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "granite": {"model_type": "granite", **LLAMA_LIKE, "tie_word_embeddings": True, "logits_scaling": 2.5,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2},
+    "gemma2": {"model_type": "gemma2", **LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 8,
+        "final_logit_softcapping": 4.0, "attn_logit_softcapping": 3.0, "tie_word_embeddings": True},
+    "gemma3_text": {"model_type": "gemma3_text", **LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 12,
+        "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
+    "gpt_neox": {"model_type": "gpt_neox", **COMMON, "intermediate_size": 48, "num_hidden_layers": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": False},
     "opt": {"model_type": "opt", **COMMON, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32},
     "gpt2": {"model_type": "gpt2", "n_head": HEADS, "n_layer": 2, "n_positions": 128},
-}
+}  # fmt: skip
 
 # ZeRO-3 as with a large model: nothing stays whole, and every layer is released after its forward and backward pass.
 LARGE_MODEL = (

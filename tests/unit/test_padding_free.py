@@ -43,6 +43,7 @@ def make_model(variant: str, attention: str, dtype: torch.dtype) -> Any:
     family = settings.pop("model_type")
     settings |= {"n_embd": H} if family == "gpt2" else {"hidden_size": H, "word_embed_proj_dim": H}
     torch.manual_seed(0)
+    attention = "eager" if family == "gemma2" else attention  # which it has alone
     config = AutoConfig.for_model(family, **settings)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).train()
 
@@ -93,7 +94,9 @@ def losses_and_gradients(model: Any, samples: list[Sample], *, padding_free: boo
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_are_those_of_padded_rows(variant: str, attention: str, checkpointed: bool) -> None:
     # Eager attention computes its softmax in float32, whatever the model's type.
-    dtype, tolerance = (torch.float64, 1e-10) if attention == "sdpa" else (torch.float32, 2e-5)
+    is_wide = attention == "sdpa" and variant != "gemma2"  # which has eager attention alone
+    dtype, tolerance = (torch.float64, 1e-10) if is_wide else (torch.float32, 2e-5)
+    tolerance = max(tolerance, 1e-7 if variant == "gemma3_text" else 0)  # its norms are in float32
     model, samples = make_model(variant, attention, dtype), make_samples(dtype)
     expected, gradients = losses_and_gradients(model, samples, padding_free=False)
     use_padding_free_attention(model)

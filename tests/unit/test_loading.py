@@ -61,6 +61,12 @@ def test_numbers_that_do_not_fit() -> None:
     check_positions(GPT2Config(**TINY), 8, "data.max_tokens", "x")
     with pytest.raises(ConfigError, match="data.max_tokens=9.* 8 positions"):
         check_positions(GPT2Config(**TINY), 9, "data.max_tokens", "x")
+    rotary = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8,
+              "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
+    long = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=32, rope_parameters=rotary)
+    check_positions(long, 8, "data.max_tokens", "x")
+    with pytest.raises(ConfigError, match="data.max_tokens=9, but x has .* longrope, .* up to 8 tokens"):
+        check_positions(long, 9, "data.max_tokens", "x")
     assert shared_vocab_size(None, 12, [10]) == shared_vocab_size(12, 16, [10]) == 10
     assert shared_vocab_size(11, 16, [12, 10]) == 11 and shared_vocab_size(16, 16, [10, 12]) == 12
     with pytest.raises(ConfigError, match="model.teacher: 9 vocabulary rows"):

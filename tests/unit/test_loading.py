@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from megadistill.errors import ConfigError
 from megadistill.models.loading import check_positions, load_model, load_model_config, shared_vocab_size, whole_model

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-VERBS = ("loss", "rollout", "step", "diversity", "save", "startup", "loading", "memory", "arms")
+VERBS = ("loss", "rollout", "step", "diversity", "save", "startup", "loading", "memory", "arms", "data")
 
 
 def main() -> int:

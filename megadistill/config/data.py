@@ -18,6 +18,11 @@ class DataSection(Section):
     )
     prompts_ratio: BelowOne = Field(0.0, description="Share of data.prompts_path in each global batch.")
     valid_path: NonEmptyStr | None = Field(None, description="Validation rows, for train.eval_every.")
+    cache_dir: NonEmptyStr | None = Field(
+        None,
+        description="Folder of prepared rows: they are tokenized once into files that all processes map, for data that "
+        "does not fit into their memory; null: every process tokenizes and keeps them.",
+    )
     max_prompt_tokens: PositiveInt = Field(256, description="Longest prompt, template included, in tokens.")
     max_tokens: PositiveInt = Field(512, description="Longest prompt plus response, in tokens.")
     skip_bad_rows: bool = Field(False, description="Skip and count malformed rows instead of stopping at the first.")

@@ -7,8 +7,9 @@ the kind of rows, the columns that are used, those that are not, and those that 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -98,26 +99,17 @@ def load_examples(
         DataError: The file is missing, unreadable or has no usable row; a row is malformed, empty or of wrong types
             and ``skip_bad_rows`` is false; or a column seems to have another name than the one that is read.
     """
-    reader = _Reader(str(path), fields or FieldNames(), prompts_only, keep_rows)
-    examples: list[Example] = []
-    skipped: list[str] = []
-    for row_id, (where, row) in enumerate(read_rows(str(path), split, config_name)):
-        try:
-            examples.append(reader.example(row, row_id, where))
-        except BadRow as error:
-            message = f"{where}: {error}"
-            if not skip_bad_rows:
-                # Where no row fits, skipping bad ones would leave nothing.
-                advice = "data.skip_bad_rows" if reader.kind is not None else None
-                raise DataError(message, setting=settings_of(error.setting, advice)) from None
-            skipped.append(message)
-    if not examples:
-        if skipped and reader.kind is None and reader.has_objects:
-            raise DataError(skipped[0], setting="data.instruction_field")
-        reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
-        raise DataError(f"{path}: no usable row: {reason}")
-    reader.check_columns()
-    return LoadedExamples(examples, skipped, reader.description(len(examples)))
+    stream = ExampleStream(
+        str(path),
+        fields=fields,
+        split=split,
+        config_name=config_name,
+        skip_bad_rows=skip_bad_rows,
+        prompts_only=prompts_only,
+        keep_rows=keep_rows,
+    )
+    examples = list(stream)
+    return LoadedExamples(examples, stream.skipped, stream.description())
 
 
 def read_examples(path: str | Path, data: DataSection, *, prompts_only: bool = False) -> LoadedExamples:
@@ -131,14 +123,88 @@ def read_examples(path: str | Path, data: DataSection, *, prompts_only: bool = F
     Raises:
         DataError: As ``load_examples``.
     """
-    return load_examples(
-        path,
+    stream = stream_examples(path, data, prompts_only=prompts_only)
+    examples = list(stream)
+    return LoadedExamples(examples, stream.skipped, stream.description())
+
+
+def stream_examples(path: str | Path, data: DataSection, *, prompts_only: bool = False) -> ExampleStream:
+    """The examples of ``read_examples``, one after the other."""
+    return ExampleStream(
+        str(path),
         fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
         split=data.hub_split,
         config_name=data.hub_config,
         skip_bad_rows=data.skip_bad_rows,
         prompts_only=prompts_only,
     )
+
+
+class ExampleStream:
+    """Reads the rows of a source one after the other; the arguments and the errors are those of ``load_examples``.
+
+    Attributes:
+        skipped: What is wrong with each row that was left out so far.
+        num_examples: Usable rows so far.
+        are_chats: Whether one of them is a chat.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        fields: FieldNames | None = None,
+        split: str = "train",
+        config_name: str | None = None,
+        skip_bad_rows: bool = False,
+        prompts_only: bool = False,
+        keep_rows: bool = False,
+    ) -> None:
+        self.skipped: list[str] = []
+        self.num_examples, self.are_chats = 0, False
+        self._path, self._split, self._config_name, self._skips = path, split, config_name, skip_bad_rows
+        self._reader = _Reader(path, fields or FieldNames(), prompts_only, keep_rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        reader = self._reader
+        for row_id, (where, row) in enumerate(read_rows(self._path, self._split, self._config_name)):
+            try:
+                example = reader.example(row, row_id, where)
+            except BadRow as error:
+                message = f"{where}: {error}"
+                if not self._skips:
+                    # Where no row fits, skipping bad ones would leave nothing.
+                    advice = "data.skip_bad_rows" if reader.kind is not None else None
+                    raise DataError(message, setting=settings_of(error.setting, advice)) from None
+                self.skipped.append(message)
+                continue
+            self.num_examples += 1
+            self.are_chats |= example.chat is not None
+            yield example
+        self._check()
+
+    def batches(self, size: int) -> Iterator[list[Example]]:
+        """The examples in lists of ``size``, the last one perhaps shorter."""
+        examples = iter(self)
+        while batch := list(islice(examples, size)):
+            yield batch
+
+    def starts_with_chat(self) -> bool:
+        """Whether the first usable row is a chat; reads it."""
+        return next(iter(self)).chat is not None
+
+    def description(self) -> str:
+        """What was read, in one line; after the last row."""
+        return self._reader.description(self.num_examples)
+
+    def _check(self) -> None:
+        path, skipped = self._path, self.skipped
+        if not self.num_examples:
+            if skipped and self._reader.kind is None and self._reader.has_objects:
+                raise DataError(skipped[0], setting="data.instruction_field")
+            reason = f"all {len(skipped)} rows are bad, the first: {skipped[0]}" if skipped else "it has no rows"
+            raise DataError(f"{path}: no usable row: {reason}")
+        self._reader.check_columns()
 
 
 class _Reader:

@@ -9,7 +9,7 @@ boundary there, and a SentencePiece tokenizer puts no artificial space before th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -159,6 +159,41 @@ def open_template(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase, 
     return ChatTemplate(tokenizer, text, settings.chat_template_kwargs, settings.train_on)
 
 
+class RowTokenizer:
+    """Renders and tokenizes rows, batch by batch, and counts what happens to them.
+
+    Args:
+        tokenizer: One from ``load_tokenizer``.
+        settings: Template and limits.
+        template: What ``settings.template`` means for the rows (``open_template``).
+
+    Attributes:
+        counts: Rows that were "dropped", prompts that were "truncated", responses that were "cut".
+        skipped: What is wrong with each row that the template cannot hold.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, template: Template) -> None:
+        self._tokenizer, self._settings, self._template = tokenizer, settings, template
+        self.counts = {"dropped": 0, "truncated": 0, "cut": 0}
+        self.skipped: list[str] = []
+
+    def rows(self, examples: Sequence[Example]) -> Iterator[TokenizedExample]:
+        """The rows that are left of these examples.
+
+        Raises:
+            DataError: A prompt is over the limit under "error", or the template cannot hold a row.
+        """
+        for start in range(0, len(examples), _BATCH_ROWS):
+            batch = examples[start : start + _BATCH_ROWS]
+            for example, encoded in zip(batch, self._template.encode(batch), strict=True):
+                if isinstance(encoded, BadRow):
+                    self.skipped.append(refused(example, encoded, self._settings.skip_bad_rows))
+                    continue
+                row = _within_limits(example, encoded, self._template, self._settings, self.counts, self._tokenizer)
+                if row is not None:
+                    yield row
+
+
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -176,27 +211,21 @@ def tokenize_examples(
         DataError: A prompt is over the limit under "error", the template cannot hold a row, or no row is left.
     """
     settings = settings or PromptSettings()
-    _check_settings(settings, len(leading_special_ids(tokenizer)))
+    check_settings(settings, tokenizer)
     template = open_template(settings, tokenizer, any(example.chat is not None for example in examples))
-    result = Tokenized([], 0, 0, 0, 0, [], template.name, template.end_id)
-    rows, counts = result.rows, {"dropped": 0, "truncated": 0, "cut": 0}
-    for start in range(0, len(examples), _BATCH_ROWS):
-        batch = examples[start : start + _BATCH_ROWS]
-        for example, encoded in zip(batch, template.encode(batch), strict=True):
-            if isinstance(encoded, BadRow):
-                result.skipped.append(refused(example, encoded, settings.skip_bad_rows))
-                continue
-            row = _within_limits(example, encoded, template, settings, counts, tokenizer)
-            if row is not None:
-                rows.append(row)
+    work = RowTokenizer(tokenizer, settings, template)
+    rows = list(work.rows(examples))
     if examples and not rows:
-        raise _nothing_left(result, len(examples), settings.max_prompt_tokens)
-    return replace(
-        result,
-        num_dropped=counts["dropped"],
-        num_truncated=counts["truncated"],
+        raise nothing_left(work.skipped[0] if work.skipped else "", len(work.skipped), len(examples), settings)
+    return Tokenized(
+        rows,
+        num_dropped=work.counts["dropped"],
+        num_truncated=work.counts["truncated"],
         num_without_reference=sum(row.response_ids is None for row in rows),
-        num_truncated_responses=counts["cut"],
+        num_truncated_responses=work.counts["cut"],
+        skipped=work.skipped,
+        template=template.name,
+        end_id=template.end_id,
     )
 
 
@@ -253,16 +282,20 @@ def refused(example: Example, problem: BadRow, skip_bad_rows: bool) -> str:
     return message
 
 
-def _nothing_left(result: Tokenized, num_examples: int, limit: int) -> DataError:
-    if len(result.skipped) == num_examples:
-        return DataError(f"no usable row: all {num_examples} rows are bad, the first: {result.skipped[0]}")
+def nothing_left(first_skipped: str, num_skipped: int, num_examples: int, settings: PromptSettings) -> DataError:
+    """The error where no row is left of ``num_examples``."""
+    if num_skipped == num_examples:
+        return DataError(f"no usable row: all {num_examples} rows are bad, the first: {first_skipped}")
     return DataError(
-        f"all {num_examples - len(result.skipped)} prompts are over the limit of {limit} tokens: no row is left",
+        f"all {num_examples - num_skipped} prompts are over the limit of {settings.max_prompt_tokens} tokens: no row "
+        "is left",
         setting=_MAX_PROMPT,
     )
 
 
-def _check_settings(settings: PromptSettings, num_special: int) -> None:
+def check_settings(settings: PromptSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError for an unknown policy, or for limits that leave no token for a prompt or a response."""
+    num_special = len(leading_special_ids(tokenizer))
     if settings.long_prompt not in LONG_PROMPT_POLICIES:
         raise ConfigError(
             f"unknown policy {settings.long_prompt!r} for long prompts; allowed: {', '.join(LONG_PROMPT_POLICIES)}",

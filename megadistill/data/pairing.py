@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from megadistill.data.encode import TokenizedExample
+from megadistill.data.row_file import MappedRows
 from megadistill.data.tokenize import leading_special_ids
 from megadistill.errors import ConfigError
 
@@ -91,6 +92,9 @@ def check_ids(
     Raises:
         ConfigError: Names the first row with another token, and the token.
     """
+    if isinstance(rows, MappedRows):
+        over = rows.first_over(vocab_size)
+        rows = [] if over is None else [over]
     for row in rows:
         largest = max((*row.prompt_ids, *(row.response_ids or ())))
         if largest >= vocab_size:

@@ -54,12 +54,10 @@ def read_rows(path: str, split: str, config_name: str | None) -> Rows:
     """
     local = Path(path)
     if local.is_dir():
-        # A file named after the split is read here, so that messages name its lines; ``datasets`` reads other folders.
-        names = [f"{split}{suffix}{more}" for suffix in SUFFIXES for more in ("", GZIP)]
-        inside = [file for name in names if (file := local / name).is_file()]
-        if not inside:
+        file = rows_file(path, split)
+        if file is None:
             return _dataset_rows(path, split, config_name)
-        local = inside[0]
+        local = file
     check_name(path, error=DataError)
     if not local.exists():
         return _dataset_rows(path, split, config_name)
@@ -82,6 +80,16 @@ def read_rows(path: str, split: str, config_name: str | None) -> Rows:
     with os_errors_as(DataError, local, "cannot be read"):
         local.open("rb").close()
     return reader(local)
+
+
+def rows_file(path: str, split: str) -> Path | None:
+    """The local file that ``read_rows`` reads itself; None where ``datasets`` reads a folder or a hub data set."""
+    local = Path(path)
+    if not local.is_dir():
+        return local if local.exists() else None
+    # A file named after the split is read here, so that messages name its lines; ``datasets`` reads other folders.
+    names = [f"{split}{suffix}{more}" for suffix in SUFFIXES for more in ("", GZIP)]
+    return next((file for name in names if (file := local / name).is_file()), None)
 
 
 def format_of(path: Path) -> str:

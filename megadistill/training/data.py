@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.dataset import read_examples
-from megadistill.data.encode import Tokenized, TokenizedExample, tokenize_examples
+from megadistill.data.encode import TokenizedExample, tokenize_examples
 from megadistill.data.pairing import check_ids
 from megadistill.data.prompts import PromptSettings, choose_template
+from megadistill.data.row_file import has_references
+from megadistill.data.row_store import RowStore
 from megadistill.data.sample import Sample
 from megadistill.data.sampler import BatchSampler
 from megadistill.errors import ConfigError, DataError
 from megadistill.generation.sources import source_class
+from megadistill.launch.launchers import rank_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,9 +39,9 @@ class TrainingData:
         sources: One line for each file about what was read.
     """
 
-    train: list[TokenizedExample]
-    prompts: list[TokenizedExample]
-    valid: list[TokenizedExample]
+    train: Sequence[TokenizedExample]
+    prompts: Sequence[TokenizedExample]
+    valid: Sequence[TokenizedExample]
     report: dict[str, int]
     template: str
     end_id: int
@@ -81,19 +86,16 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
             "run would validate on its training rows; name a file of the folder, or a data set of its own"
         )
     paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
-    read = {name: read_examples(path, data, prompts_only=name == "prompts") for name, path in paths.items() if path}
-    settings = PromptSettings.of(data)
-    are_chats = any(source.are_chats for source in read.values())
-    settings = replace(settings, template=choose_template(settings, tokenizer, are_chats))
+    given = {name: path for name, path in paths.items() if path}
+    sets = _listed(config, tokenizer, given) if data.cache_dir is None else _prepared(config, tokenizer, given)
     report: dict[str, int] = {}
-    tokenized = {name: tokenize_examples(source.examples, tokenizer, settings) for name, source in read.items()}
-    for name, result in tokenized.items():
-        report |= _counts(name, result, len(read[name].skipped))
-    rows = {name: tokenized[name].rows if name in tokenized else [] for name in paths}
-    for name, path in paths.items():
-        check_ids(rows[name], vocab_size, tokenizer, str(path))
+    rows: dict[str, Sequence[TokenizedExample]] = dict.fromkeys(paths, [])
+    for name, loaded in sets.items():
+        report |= {f"{name}/{key}": value for key, value in loaded.counts.items() if value}
+        check_ids(loaded.rows, vocab_size, tokenizer, str(paths[name]))
+        rows[name] = loaded.rows
     source_class(config).check_examples(config, rows["train"], rows["valid"])
-    if config.loss.looks_ahead and not any(row.response_ids for row in rows["train"]):
+    if config.loss.looks_ahead and not has_references(rows["train"]):
         raise DataError(
             f"{data.train_path}: no row has a reference, and with loss.gate_objective=student the gate learns from "
             "references alone; minimize, maximize and frozen need none",
@@ -106,9 +108,9 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
     return TrainingData(
         **rows,
         report=report,
-        template=settings.template,
-        end_id=tokenized["train"].end_id,
-        sources=tuple(source.description for source in read.values()),
+        template=sets["train"].template,
+        end_id=sets["train"].end_id,
+        sources=tuple(loaded.description for loaded in sets.values()),
     )
 
 
@@ -120,17 +122,58 @@ def _reads_the_same_split(train: str, valid: str) -> bool:
     return train == valid or (local.is_dir() and Path(valid).is_dir() and local.resolve() == Path(valid).resolve())
 
 
-def _counts(name: str, result: Tokenized, num_skipped: int) -> dict[str, int]:
-    """What happened to the rows of one file, as summary.json has it."""
-    counts = {
-        "rows": len(result.rows),
-        "skipped": num_skipped + len(result.skipped),
-        "dropped": result.num_dropped,
-        "truncated_prompts": result.num_truncated,
-        "truncated_responses": result.num_truncated_responses,
-        "without_reference": result.num_without_reference,
+@dataclass(frozen=True)
+class _Loaded:
+    """The rows of one file, what happened to them as summary.json has it, and what they have in common."""
+
+    rows: Sequence[TokenizedExample]
+    counts: dict[str, int]
+    description: str
+    template: str
+    end_id: int
+
+
+def _listed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, paths: Mapping[str, str]) -> dict[str, _Loaded]:
+    """Rows that this process reads and keeps."""
+    read = {name: read_examples(path, config.data, prompts_only=name == "prompts") for name, path in paths.items()}
+    settings = PromptSettings.of(config.data)
+    are_chats = any(source.are_chats for source in read.values())
+    settings = replace(settings, template=choose_template(settings, tokenizer, are_chats))
+    loaded = {}
+    for name, source in read.items():
+        result = tokenize_examples(source.examples, tokenizer, settings)
+        counts = _counts(
+            len(result.rows),
+            skipped=len(source.skipped) + len(result.skipped),
+            dropped=result.num_dropped,
+            truncated=result.num_truncated,
+            cut=result.num_truncated_responses,
+            without_reference=result.num_without_reference,
+        )
+        loaded[name] = _Loaded(result.rows, counts, source.description, settings.template, result.end_id)
+    return loaded
+
+
+def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerBase, paths: Mapping[str, str]) -> dict[str, _Loaded]:
+    """Rows in files that the processes share."""
+    template, sets = RowStore(config.data, tokenizer, rank_of(os.environ)).prepared(dict(paths))
+    return {
+        name: _Loaded(made.rows, _counts(len(made.rows), **made.counts), made.description, template, made.end_id)
+        for name, made in sets.items()
     }
-    return {f"{name}/{key}": value for key, value in counts.items() if value}
+
+
+def _counts(
+    num_rows: int, *, skipped: int, dropped: int, truncated: int, cut: int, without_reference: int
+) -> dict[str, int]:
+    return {
+        "rows": num_rows,
+        "skipped": skipped,
+        "dropped": dropped,
+        "truncated_prompts": truncated,
+        "truncated_responses": cut,
+        "without_reference": without_reference,
+    }
 
 
 def make_sampler(config: RunConfig, data: TrainingData, dp_rank: int = 0, dp_size: int = 1) -> BatchSampler:

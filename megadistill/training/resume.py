@@ -48,6 +48,7 @@ _MAY_CHANGE = (
     "checkpoint",
     "deepspeed",
     "data.valid_path",
+    "data.cache_dir",
 )
 
 # A key that the record of an earlier release lacks -> what this release computes in another way since.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
 from megadistill.data.pairing import pair_tokenizers
+from megadistill.data.row_file import ChainedRows
 from megadistill.data.spans import SpanPrior, make_span_prior
 from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
@@ -173,7 +174,7 @@ def build_components(
         eos_ids=student_ends,
         teacher_eos_ids=teacher_ends,
         decode_plan=decode_plan,
-        examples=[*data.train, *data.prompts],
+        examples=ChainedRows([data.train, data.prompts]),
         teacher_folder=paths.get("model.teacher.path"),
         max_steps=length.max_steps,
     )

@@ -67,7 +67,7 @@ def test_other_rows_are_refused(tmp_path: Path, rows: list[TokenizedExample], is
     if not is_other:
         now.load_state_dict(state)
         return
-    with pytest.raises(CheckpointError, match="data.train_path was 2 rows, checksum .* and is now ") as caught:
+    with pytest.raises(CheckpointError, match="data.train_path was 2 rows, row checksums .* and is now ") as caught:
         now.load_state_dict(state)
     assert caught.value.setting == "train.resume_on_other_data"
 

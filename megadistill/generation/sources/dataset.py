@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
+from megadistill.data.row_file import has_references
 from megadistill.data.sample import Sample
 from megadistill.decoding.protocols import TextModel
 from megadistill.errors import ConfigError, DataError
@@ -52,7 +53,7 @@ class Dataset(TextSource):
         Raises:
             DataError: There is none.
         """
-        if not any(example.response_ids for example in train):
+        if not has_references(train):
             raise DataError(
                 f"{config.data.train_path}: no row has a reference, and generation.mode={config.generation.mode} "
                 "needs references wherever it does not use student text"

@@ -9,7 +9,7 @@ from typing import Any
 
 from megadistill.config.schema import RunConfig
 from megadistill.data.encode import TokenizedExample
-from megadistill.data.fingerprint import rows_fingerprint
+from megadistill.data.fingerprint import is_fingerprint_of, rows_fingerprint
 from megadistill.errors import DataError
 from megadistill.observability.log import get_logger
 from megadistill.training.hooks.base import Hook
@@ -67,8 +67,8 @@ class Best(Hook):
     """
 
     def __init__(self, config: RunConfig, examples: Sequence[TokenizedExample], rank: int = 0) -> None:
-        self._config, self._rank = config, rank
-        rows = rows_fingerprint(examples[: config.train.eval_rows])
+        self._config, self._rank, self._examples = config, rank, examples[: config.train.eval_rows]
+        rows = rows_fingerprint(self._examples)
         self.found = BestValidation(config.checkpoint.keep_best or _DEFAULT_METRIC, rows=rows)
 
     @property
@@ -108,7 +108,7 @@ class Best(Hook):
         if found is None:
             return
         if self.continues(found):
-            self.found = found
+            self.found = replace(found, rows=self.found.rows)
         elif self._config.checkpoint.keep_best and found.step:
             get_logger(self._rank, "train").warning(
                 f"the best validation so far, of step {found.step}, was by {found.metric} on "
@@ -117,7 +117,7 @@ class Best(Hook):
 
     def continues(self, found: BestValidation) -> bool:
         """Whether the validations of this run can be compared with a saved one."""
-        return (found.metric, found.rows) == (self.found.metric, self.found.rows)
+        return found.metric == self.found.metric and is_fingerprint_of(found.rows, self._examples)
 
 
 def best_of(state: Mapping[str, Any]) -> BestValidation | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megadistill.data.fingerprint import rows_fingerprint, tokenizer_fingerprint
+from megadistill.data.fingerprint import is_fingerprint_of, rows_fingerprint, tokenizer_fingerprint
 from megadistill.data.spans import span_prior_version
 from megadistill.errors import CheckpointError
 from megadistill.files import os_errors_as
@@ -33,7 +33,7 @@ class Inputs(Hook):
     """
 
     def __init__(self, components: Components, data: TrainingData) -> None:
-        self._components = components
+        self._components, self._data = components, data
         self._now = components.context.run_on_rank0(lambda: describe_inputs(components, data))
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Inputs(Hook):
         """
         before: Mapping[str, str] = state.get(_STATE, {})
         # A run that branches off another one may have more, such as a teacher after SFT: settings decide that.
-        changed = [name for name in self._now if before.get(name, self._now[name]) != self._now[name]]
+        changed = [name for name in self._now if name in before and not self._is_same(name, before[name])]
         if not changed:
             return
         name = changed[0]
@@ -62,6 +62,11 @@ class Inputs(Hook):
                 setting="train.resume_on_other_data",
             )
         get_logger(self._components.context.rank, "train").warning(message)
+
+    def _is_same(self, name: str, before: str) -> bool:
+        data = self._data
+        rows = {"data.train_path": data.train, "data.prompts_path": data.prompts, "data.valid_path": data.valid}
+        return before == self._now[name] or (name in rows and is_fingerprint_of(before, rows[name]))
 
 
 def describe_inputs(components: Components, data: TrainingData) -> dict[str, str]:

@@ -108,8 +108,8 @@ class RowStore:
         prefix = rows_file(path, self._data.hub_split)
         if prefix is None:
             raise ConfigError(
-                f"{path}: rows are prepared from a file (of a folder: one named after data.hub_split); leave out "
-                "data.cache_dir for hub data sets and other folders",
+                f"{path}: rows are prepared from files alone, or from a folder with a file named after the split; "
+                "without a cache folder, any folder and hub data sets are read",
                 setting="data.cache_dir",
             )
         with os_errors_as(DataError, prefix, "cannot be read"):

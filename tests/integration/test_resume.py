@@ -48,10 +48,12 @@ def _state(run_dir: Path, step: int) -> list[torch.Tensor]:
 def test_resume_is_bitwise_the_undisturbed_run(assets: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Losses, tokens, weights and gate; the run directory is what a job that died after step 13 leaves behind.
 
-    It goes on with optimizer and teacher in host memory, which changes no bit.
+    It goes on with optimizer and teacher in host memory, and with prepared rows, which changes no bit.
     """
     died = _died_after_ten(undisturbed, tmp_path / "died")
-    run_layout(4, [(str(died), _settings(assets, "parallel.offload=both"))])
+    cache = f"data.cache_dir={tmp_path / 'rows'}"
+    run_layout(4, [(str(died), _settings(assets, "parallel.offload=both", cache))])
+    assert len(list((tmp_path / "rows").glob("*/index.npy"))) == 3
     assert _numbers(died) == _numbers(undisturbed)
     assert samples(died) == samples(undisturbed)
     ours, theirs = weights(died, 20), weights(undisturbed, 20)

@@ -153,7 +153,7 @@ def test_what_cannot_be_prepared_says_so_and_leaves_nothing(tmp_path: Path, toke
     assert not sets(cache)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "other.jsonl").write_bytes(lines(ROWS))
-    with pytest.raises(ConfigError, match="prepared from a file"):
+    with pytest.raises(ConfigError, match="prepared from files alone"):
         loaded(tokenizer, tmp_path / "folder", f"data.cache_dir={cache}")
     file.write_bytes(lines(ROWS))
     loaded(tokenizer, tmp_path / "rows.jsonl", f"data.cache_dir={cache}")

@@ -18,13 +18,13 @@ from megadistill.planning.storage import PROCESS_BYTES
 from tests.support.planning import forked
 from tests.support.preload import preload
 from tests.support.runs import join_deepspeed
-from tests.support.spawn import run_ranks
+from tests.support.spawn import run_fresh, run_ranks
 from tools.benchmarks.loading import load_and_measure, peak_memory, resident_bytes, write_checkpoint
 
 LENGTHS = Lengths(16, 16)
 
 
-def _kept(rank: int, is_set: bool) -> float:
+def _kept(is_set: bool) -> float:
     """Bytes that a process keeps of tensors that it has freed."""
     from megadistill.launch.world import return_freed_memory
 
@@ -42,7 +42,7 @@ def _kept(rank: int, is_set: bool) -> float:
 @pytest.mark.parametrize(("is_set", "is_kept"), [(True, False), (False, True)])
 def test_freed_memory_goes_back(monkeypatch: pytest.MonkeyPatch, is_set: bool, is_kept: bool) -> None:
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert (run_ranks(_kept, 1, is_set)[0] > 100e6) == is_kept
+    assert (run_fresh(_kept, is_set) > 100e6) == is_kept
 
 
 def _config(folder: Path) -> RunConfig:

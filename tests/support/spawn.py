@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -49,6 +50,21 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
             for pid, connection in ranks:
                 connection.close()
                 _end(pid)
+
+
+def run_fresh(fn: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> Any:
+    """Runs ``fn(*args)`` in a new interpreter, for what must not depend on the heap that a fork inherits.
+
+    Args:
+        fn: A function of a module.
+        args: Passed to ``fn``; pickled, as its result is.
+        timeout_s: Seconds after which it counts as failed.
+
+    Returns:
+        The result.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # ended when the block is left, whatever it does
+        return pool.apply_async(fn, args).get(timeout_s)
 
 
 def _start(

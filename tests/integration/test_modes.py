@@ -120,16 +120,16 @@ def test_every_mode_on_another_layout(assets: Path, reference: Path, tmp_path: P
         assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
 
 
-@pytest.mark.parametrize(("tp_size", "dp_size"), [(4, 1), (1, 4)])
-def test_some_modes_on_more_layouts(assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int) -> None:
+@pytest.mark.parametrize(
+    ("tp_size", "dp_size", "modes"),
+    [(4, 1, ("narrow", "skd", "teacher_mixed")), (1, 4, ("off_policy", "narrow", "mixed by row", "contrast"))],
+)
+def test_some_modes_on_more_layouts(
+    assets: Path, reference: Path, tmp_path: Path, tp_size: int, dp_size: int, modes: tuple[str, ...]
+) -> None:
+    """Those that choose tokens from what all ranks of a model hold, and those that give ranks unlike rows."""
     runs = _runs(assets, tmp_path, f"parallel.tp_size={tp_size}")
-    some = [
-        run
-        for run in runs
-        if Path(run[0]).name
-        in ("off_policy", "three rounds", "narrow", "skd", "mixed by row", "teacher_mixed", "contrast")
-    ]
-    _assert_same(tmp_path, reference, tp_size, dp_size, some)
+    _assert_same(tmp_path, reference, tp_size, dp_size, [run for run in runs if Path(run[0]).name in modes])
 
 
 def _assert_same(out: Path, reference: Path, tp_size: int, dp_size: int, runs: list[tuple[str, list[str]]]) -> None:

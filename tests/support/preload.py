@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 
+_FAMILIES = (
+    "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3",
+)  # fmt: skip
 _MODULES = (
     "deepspeed",
     "megadistill.planning.dry_run",
     "megadistill.training.loop",
     "megadistill.training.setup",
-    *(f"transformers.models.{family}.modeling_{family}" for family in ("gpt2", "llama", "opt", "qwen2", "qwen3")),
+    *(f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES),
 )
 
 

@@ -54,6 +54,13 @@ def check_name(
         raise error(f"{prefix}no such file or folder: {name}{did_you_mean_path(name)}", setting=setting)
 
 
+def own_code(error: Exception) -> str | None:
+    """What to say of an error of transformers about code that comes with a model or tokenizer; None for other ones."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return "it needs Python code of its own, which is never run here (trust_remote_code stays off)"
+
+
 def offline_if_unreachable() -> bool:
     """Switches ``huggingface_hub`` to its offline mode (cached files only) where its host has no address.
 

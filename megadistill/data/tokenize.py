@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.data.hub import check_name, offline_if_unreachable
+from megadistill.data.hub import check_name, offline_if_unreachable, own_code
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean_path
 
@@ -34,10 +34,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     is_local = Path(text).exists()
     is_offline = not is_local and offline_if_unreachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
     # transformers raises errors of many libraries here; all mean that the tokenizer cannot be loaded.
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = own_code(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {reason}"
         problem = (
             f"{text} has no usable tokenizer: {reason}"
@@ -85,7 +85,7 @@ def auto_tokenizer_differs(folder: str | Path) -> bool:
     """
     from transformers import AutoTokenizer
 
-    return _differs_from_file(AutoTokenizer.from_pretrained(folder), Path(folder))
+    return _differs_from_file(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), Path(folder))
 
 
 def _differs_from_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:

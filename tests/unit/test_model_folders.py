@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from megadistill.checkpoint.reshard import shard_model
 from megadistill.cli.main import main
 from megadistill.config.load import load_config
 from megadistill.config.schema import RunConfig
+from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import CheckpointError, ConfigError
 from megadistill.models.folder_checks import quantization_of
 from megadistill.models.loading import LoadedModel, load_model, load_model_config, whole_model
@@ -180,6 +182,24 @@ def test_git_lfs_pointers_are_named(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
     (folder / "model.safetensors").write_text(pointer, encoding="utf-8")
     assert "model.safetensors is a Git LFS pointer" in _refusal(folder) and "git lfs pull" in _refusal(folder)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does anybody ask whether to run it, which transformers does where nothing is said."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    code = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"")
+    tree: dict[str, Any] = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(tree), encoding="utf-8")
+    tree = {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tree), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for load in (lambda: load_model_config(str(folder), "MODEL"), lambda: load_tokenizer(folder)):
+        with pytest.raises(ConfigError, match=r"^[^\n]*code of its own, which is never run here \(trust_remote_code"):
+            load()
+    assert not (folder / "ran").exists()
 
 
 def test_truncated_weights_are_one_line(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def load_examples(
         DataError: The file is missing, unreadable or has no usable row; a row is malformed, empty or of wrong types
             and ``skip_bad_rows`` is false; or a column seems to have another name than the one that is read.
     """
-    stream = ExampleStream(
+    return ExampleStream(
         str(path),
         fields=fields,
         split=split,
@@ -107,9 +107,7 @@ def load_examples(
         skip_bad_rows=skip_bad_rows,
         prompts_only=prompts_only,
         keep_rows=keep_rows,
-    )
-    examples = list(stream)
-    return LoadedExamples(examples, stream.skipped, stream.description())
+    ).load()
 
 
 def read_examples(path: str | Path, data: DataSection, *, prompts_only: bool = False) -> LoadedExamples:
@@ -123,9 +121,7 @@ def read_examples(path: str | Path, data: DataSection, *, prompts_only: bool = F
     Raises:
         DataError: As ``load_examples``.
     """
-    stream = stream_examples(path, data, prompts_only=prompts_only)
-    examples = list(stream)
-    return LoadedExamples(examples, stream.skipped, stream.description())
+    return stream_examples(path, data, prompts_only=prompts_only).load()
 
 
 def stream_examples(path: str | Path, data: DataSection, *, prompts_only: bool = False) -> ExampleStream:
@@ -182,6 +178,11 @@ class ExampleStream:
             self.are_chats |= example.chat is not None
             yield example
         self._check()
+
+    def load(self) -> LoadedExamples:
+        """All examples at once."""
+        examples = list(self)
+        return LoadedExamples(examples, self.skipped, self.description())
 
     def batches(self, size: int) -> Iterator[list[Example]]:
         """The examples in lists of ``size``, the last one perhaps shorter."""

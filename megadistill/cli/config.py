@@ -29,8 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit code."""
     action, *rest = [*arguments, ""]
     if action in ("-h", "--help"):
-        print("usage: megadistill config init ...\n\nmegadistill config init --help describes it.")
-        return 0
+        return _init(["--help"])  # its one action's
     if action not in _ACTIONS:
         found = f"'{action}'" if action else "nothing"
         raise ConfigError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _PIECE = 1 << 20
 
@@ -45,6 +45,14 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def new_digest() -> hashlib.blake2b:
     """The checksum that manifests hold of files."""
     return hashlib.blake2b(digest_size=16)
+
+
+def content_digest(file: BinaryIO) -> str:
+    """``new_digest`` of what is left of an open file, in hexadecimal."""
+    total = new_digest()
+    while block := file.read(1 << 22):
+        total.update(block)
+    return total.hexdigest()
 
 
 def write_digested(path: str | os.PathLike[str], blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import CheckpointError
-from megadistill.files import new_digest, write_atomically
+from megadistill.files import content_digest, write_atomically
 from megadistill.observability.progress import progress_bar
 
 MANIFEST = "manifest.json"
@@ -28,13 +28,11 @@ class OtherVersionError(CheckpointError):
 
 def digest(path: Path, *, sync: bool = False) -> dict[str, Any]:
     """Size in bytes and BLAKE2b checksum of one file. ``sync``: also wait until the file is on the disk."""
-    checksum = new_digest()
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return {"bytes": path.stat().st_size, "blake2b": checksum.hexdigest()}
+        checksum = content_digest(file)
+    return {"bytes": path.stat().st_size, "blake2b": checksum}
 
 
 def files_below(folder: Path) -> list[str]:

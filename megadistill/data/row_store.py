@@ -27,7 +27,7 @@ from megadistill.data.prompts import AUTO, CHAT, PromptSettings, choose_template
 from megadistill.data.readers import rows_file
 from megadistill.data.row_file import ENTRY, FORMAT, INDEX, MappedRows, pack, part_name
 from megadistill.errors import ConfigError, DataError
-from megadistill.files import checksum, new_digest, os_errors_as, write_json
+from megadistill.files import checksum, content_digest, os_errors_as, write_json
 from megadistill.observability.lock import try_lock
 from megadistill.observability.log import get_logger
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST = "rows.json"
-_BATCH_ROWS, _POLL_S, _SAY_EVERY_S, _BLOCK = 4096, 0.2, 10.0, 1 << 20
+_BATCH_ROWS, _POLL_S, _SAY_EVERY_S = 4096, 0.2, 10.0
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,15 @@ class RowStore:
         return self._opened(folder, path, str(prefix), may_be_chats)
 
     def _depends_on(self, file: Path, settings: PromptSettings, prompts_only: bool) -> dict[str, Any]:
-        data, total = self._data, new_digest()
-        with file.open("rb") as content:
-            while block := content.read(_BLOCK):
-                total.update(block)
+        data = self._data
+        with file.open("rb") as opened:
+            content = content_digest(opened)
         template = None
         if settings.template == CHAT:
             template = read_chat_template(settings.chat_template) or self._tokenizer.chat_template
         return {
             "format": FORMAT,
-            "content": total.hexdigest(),
+            "content": content,
             "name": "".join(file.suffixes).lower(),
             "columns": [data.instruction_field, data.input_field, data.output_field, prompts_only],
             "settings": asdict(settings),

@@ -22,6 +22,7 @@ from megadistill.config.load import load_config
 from megadistill.data.tokenize import load_tokenizer
 from megadistill.files import write_json
 from megadistill.training.data import load_training_data, make_sampler
+from tools.benchmarks.loading import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY, PROMPT_WORDS, ANSWER_WORDS, READ_STEPS = 100, 80, 175, 100
@@ -51,27 +52,21 @@ def make_tokenizer(folder: Path) -> list[str]:
     return sorted({word for text in texts for word in text.lower().split() if word.isalpha()})
 
 
-def own_bytes() -> int:
-    """RssAnon of this process."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-
-
 def measure(file: str, tokenizer_folder: str, cache: str) -> None:
     """Loads the rows as a run does, deals steps, and prints what that took (in a process of its own)."""
     tokenizer = load_tokenizer(tokenizer_folder)
     settings = [f"run.dir={file}.run", "model.student.path=x", "model.teacher.path=x", "train.eval_every=0",
                 f"data.train_path={file}", *([f"data.cache_dir={cache}"] if cache else [])]  # fmt: skip
     config = load_config(ROOT / "configs" / "base.yaml", settings)
-    memory, wall, cpu = own_bytes(), time.perf_counter(), time.process_time()
+    memory, wall, cpu = resident_bytes()["anonymous"], time.perf_counter(), time.process_time()
     data = load_training_data(config, tokenizer, len(tokenizer))
     took = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     sampler, began = make_sampler(config, data), time.perf_counter()
     tokens = [len(s.prompt_ids) + len(s.reference_ids or ()) for i in range(READ_STEPS) for s in data.batch(sampler, i)]
     read_us = 1e6 * (time.perf_counter() - began) / len(tokens)
     print(json.dumps({
-        "rows": len(data.train), **took, "own_mb": (own_bytes() - memory) / 1e6, "read_us_per_row": read_us,
-        "tokens_per_row": sum(tokens) / len(tokens),
+        "rows": len(data.train), **took, "own_mb": (resident_bytes()["anonymous"] - memory) / 1e6,
+        "read_us_per_row": read_us, "tokens_per_row": sum(tokens) / len(tokens),
     }))  # fmt: skip
 
 

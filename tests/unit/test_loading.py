@@ -20,13 +20,14 @@ def test_hub_names_are_looked_up_there(name: str, tmp_path: Path, monkeypatch: p
     asked: list[str] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megadistill.models.loading.offline_if_needed", asked.extend)
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path: (asked.append(path), GPT2Config(**TINY))[1])
+    config = GPT2Config(**TINY)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **options: (asked.append(path), config)[1])
     assert load_model_config(name, "model.student.path").model_type == "gpt2"
     assert asked == [name, name]
 
 
 def test_paths_that_do_not_exist_are_not_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path: pytest.fail(f"looked for {path}"))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **options: pytest.fail(f"looked for {path}"))
     (tmp_path / "teacher").mkdir()
     with pytest.raises(ConfigError, match=r"^model\.teacher\.path: no such .*; did you mean .*/teacher\?$"):
         load_model_config(str(tmp_path / "techer"), "model.teacher.path")

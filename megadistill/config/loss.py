@@ -110,7 +110,7 @@ class LossConfig(Section):
     gate_objective: GateObjective = Field(
         "minimize",
         description="What the gate does with DAC-KL. minimize, maximize: with the guards' penalty in either direction; "
-        "student: makes it agree with a step on the references of the batch, without the penalty.",
+        "student: makes it agree with a step on the references of the batch, without the penalty; frozen: nothing.",
     )
     guards: bool = Field(True, description="Keep the gate from collapsing: bounds and a penalty on dropped mass.")
     lower_max: OpenUnitInterval = Field(0.1, description="Guard: largest lower quantile.")

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from megadistill.config.deepspeed import ZERO_KEYS
 from megadistill.config.optim import OptimSection
 from megadistill.config.parallel import ZeroSection
 from megadistill.config.schema import TrainSection
+from megadistill.errors import ConfigError
+from megadistill.files import did_you_mean
 from megadistill.models.families import Family
 
 # Elements of the largest reduce bucket: 0.4 GB in float32. DeepSpeed's own default is 5e8, for a model of any size.
@@ -42,6 +46,9 @@ def engine_config(
         gradient_clipping: Largest norm of the gradient; always written, because DeepSpeed clips at 1.0 where it is
             absent.
         passed: The run's ``deepspeed`` section, which is merged over the rest.
+
+    Raises:
+        ConfigError: DeepSpeed does not take a setting of its ``zero_optimization``.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -57,7 +64,24 @@ def engine_config(
         config["tensor_parallel"] = {"autotp_size": tp_size, "vocab_parallel_lm_head": True}
         if family.partition_config is not None:
             config["tensor_parallel"]["partition_config"] = family.partition_config
-    return _merged(config, passed or {})
+    if not passed:
+        return config
+    merged = _merged(config, passed)
+    _check(merged["zero_optimization"])
+    return merged
+
+
+def _check(zero: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what DeepSpeed does not take: a model is loaded, or a step predicted, after this."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        hint = did_you_mean(key, DeepSpeedZeroConfig.model_fields)
+        raise ConfigError(f"deepspeed.zero_optimization.{key}: {first['msg']}{hint}") from None
 
 
 def _zero(stage: int, zero: ZeroSection, device_type: str) -> dict[str, Any]:

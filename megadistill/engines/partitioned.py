@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from torch import nn
 
 from megadistill.config.parallel import ZeroSection
@@ -29,8 +27,6 @@ from megadistill.engines.lm_forward import use_head_fn_forward
 from megadistill.engines.local_state import set_weights, shard_shape, weight_tensors
 from megadistill.engines.secondary_partition import forget_secondary_partitions, secondary_partitions
 from megadistill.engines.zero_parameter import partitioned_ones
-from megadistill.errors import ConfigError
-from megadistill.files import did_you_mean
 from megadistill.models.loading import LoadedModel, WeightSource
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT
@@ -249,7 +245,7 @@ def frozen_model(
         cuda_graphs: ``generation.cuda_graphs``.
 
     Raises:
-        ConfigError: DeepSpeed refuses its settings.
+        ConfigError: DeepSpeed does not take a setting that is passed on.
     """
     model = loaded.model
     use_head_fn_forward(model)
@@ -290,16 +286,12 @@ def initialize(
         hpz_partition_size: Of ``parallel.zero``.
 
     Raises:
-        ConfigError: DeepSpeed refuses its settings.
         TopologyError: The processes cannot be divided like that.
     """
     # DeepSpeed casts buffers too, and rotary frequencies in bfloat16 put every angle off by one percent.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype == torch.float32}
-    try:
-        with NothingToCopy(model), secondary_partitions(context, hpz_partition_size):
-            engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
-    except ValidationError as error:
-        raise ConfigError(_refused(error)) from None
+    with NothingToCopy(model), secondary_partitions(context, hpz_partition_size):
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer, dist_init_required=False)
     context.set_all_timeouts()
     for name, buffer in model.named_buffers():
         if name in buffers:
@@ -310,13 +302,6 @@ def initialize(
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(model, parameter)
     return engine
-
-
-def _refused(error: ValidationError) -> str:
-    """DeepSpeed's first objection to the settings that were passed to it, as one line."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    return f"deepspeed.zero_optimization.{key}: {first['msg']}{did_you_mean(key, DeepSpeedZeroConfig.model_fields)}"
 
 
 def head_shard(head: Any, context: ParallelContext) -> VocabShard:

@@ -45,6 +45,13 @@ def test_it_is_merged_over_the_generated_configuration(tmp_path: Path) -> None:
     assert "wall_clock_breakdown" not in student(config, passed={})
 
 
+def test_what_deepspeed_does_not_take_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    config = load(tmp_path, "deepspeed.zero_optimization.round_robin_gradient=true")
+    line = r"^deepspeed.zero_optimization.round_robin_gradient: Extra inputs .*did you mean round_robin_gradients\?$"
+    with pytest.raises(ConfigError, match=line):
+        student(config)
+
+
 def test_it_survives_resolved_yaml(tmp_path: Path) -> None:
     config = load(tmp_path, "deepspeed.zero_optimization.sub_group_size=1000", "parallel.zero.reduce_bucket_size=7")
     dump_resolved(config, tmp_path / "resolved.yaml")

@@ -103,7 +103,10 @@ def test_a_gate_cannot_start_at_an_open_end(run_yaml, overrides, is_fine):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loss.clip=fixed", "gate_objective=student has no effect with loss.clip=fixed: there is no gate.*needs loss.clip=gate"),
+        (
+            "loss.clip=fixed",
+            "gate_objective=student has no effect with loss.clip=fixed: there is no gate.*needs loss.clip=gate",
+        ),
         ("loss.divergence=reverse_kl", "with loss.divergence=reverse_kl: there is no gate"),
         ("loss.dac_kl=0", "with loss.dac_kl=0: there is no gate"),
         ("loss.coverage_weight=20", "coverage_weight=20 has no effect with loss.gate_objective=student"),

@@ -25,7 +25,8 @@ from megadistill.data.prompts import (
     render_prompt,
 )
 from megadistill.data.readers import BadRow
-from megadistill.data.tokenize import decode_text, encode_responses, encode_texts, leading_special_ids
+from megadistill.data.tokenize import decode_text, encode_responses, leading_special_ids
+from megadistill.data.words import WordTable
 from megadistill.errors import ConfigError, DataError, settings_of
 
 if TYPE_CHECKING:
@@ -106,14 +107,15 @@ class TextTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.name, self.end_id = name, int(tokenizer.eos_token_id)
         self._tokenizer, self._prefix = tokenizer, leading_special_ids(tokenizer)
+        self._words = WordTable(tokenizer)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedRow | BadRow]:
         """The ids of each example, or what is wrong with it."""
         prompts = [self._render(example) for example in examples]
         fine = [prompt for prompt in prompts if not isinstance(prompt, BadRow)]
-        bodies = iter(encode_texts(self._tokenizer, fine))
+        bodies = iter(self._words.encode(fine))
         answered = [e.references[0] for e, p in zip(examples, prompts, strict=True) if _is_answered(e, p)]
-        responses = iter(encode_responses(self._tokenizer, answered))
+        responses = iter(encode_responses(self._tokenizer, answered, self._words.encode))
         rows: list[EncodedRow | BadRow] = []
         for example, prompt in zip(examples, prompts, strict=True):
             if isinstance(prompt, BadRow):

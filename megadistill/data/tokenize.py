@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,15 +117,35 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return ids
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text as the continuation of a line break, without special tokens and without EOS."""
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """``encode_texts`` of a fast tokenizer, in a third of the time where texts are short words."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    encode: Callable[[Sequence[str]], list[list[int]]] | None = None,
+) -> list[list[int]]:
+    """Ids of each text as the continuation of a line break, without special tokens and without EOS.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: The texts.
+        encode: What does the same as ``encode_texts`` of this tokenizer.
+    """
     if not texts:
         return []
-    anchor: list[int] = encode_texts(tokenizer, [_ANCHOR])[0]
-    joined = encode_texts(tokenizer, [_ANCHOR + text for text in texts])
+    encode = encode or partial(encode_texts, tokenizer)
+    anchor: list[int] = encode([_ANCHOR])[0]
+    joined = encode([_ANCHOR + text for text in texts])
     continued = [ids[len(anchor) :] if ids[: len(anchor)] == anchor else None for ids in joined]
     # A text that starts with white space can merge with the line break; only then is it encoded alone.
-    alone = iter(encode_texts(tokenizer, [text for text, ids in zip(texts, continued, strict=True) if ids is None]))
+    alone = iter(encode([text for text, ids in zip(texts, continued, strict=True) if ids is None]))
     return [next(alone) if ids is None else ids for ids in continued]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from megadistill import __version__
+from megadistill.checkpoint.hub_commits import recorded_commits
 from megadistill.checkpoint.manifest import read_manifest
 from megadistill.checkpoint.run_settings import settings_of_run
 from megadistill.config.schema import RunConfig
-from megadistill.data.hub import is_hub_name
+from megadistill.data.hub import is_hub_name, split_revision
 
 CARD = "README.md"
 _EVALUATION = "evaluation.json"
@@ -42,9 +43,10 @@ def model_card(checkpoint: Path, name: str) -> str:
     found, step = settings_of_run(checkpoint), int(read_manifest(checkpoint)["step"])
     config = None if found is None else found[1]
     scores = {} if found is None else _scores(found[0].parent / _EVALUATION)
+    commits = {} if found is None else recorded_commits(found[0].parent)
     lines = [
         "---", yaml.safe_dump(_metadata(config), sort_keys=False).strip(), "---", "",
-        f"# {name.rpartition('/')[2]}", "", _origin(config, step), "",
+        f"# {name.rpartition('/')[2]}", "", _origin(config, step, commits), "",
         "## Use", "", "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
@@ -57,7 +59,8 @@ def model_card(checkpoint: Path, name: str) -> str:
 
 
 def _metadata(config: RunConfig | None) -> dict[str, Any]:
-    base = [path for path in ([] if config is None else [config.model.student.path]) if is_hub_name(path)]
+    paths = [] if config is None else [config.model.student.path]
+    base = [split_revision(path)[0] for path in paths if is_hub_name(path)]
     return {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -66,14 +69,18 @@ def _metadata(config: RunConfig | None) -> dict[str, Any]:
     }
 
 
-def _origin(config: RunConfig | None, step: int) -> str:
+def _origin(config: RunConfig | None, step: int, commits: Mapping[str, str]) -> str:
     made = f"megadistill {__version__}, {step} updates"
     if config is None:
         return f"A student trained with {made}."
-    student, teacher = public_name(config.model.student.path), config.model.teacher.path
+    student, teacher = _with_commit(config.model.student.path, commits), config.model.teacher.path
     if teacher is None or not config.needs_teacher:
         return f"{student}, fine-tuned on references ({made})."
-    return f"{student}, distilled from {public_name(teacher)} ({made})."
+    return f"{student}, distilled from {_with_commit(teacher, commits)} ({made})."
+
+
+def _with_commit(path: str, commits: Mapping[str, str]) -> str:
+    return public_name(path) + (f" (commit {commits[path]})" if path in commits else "")
 
 
 def public_name(path: str) -> str:

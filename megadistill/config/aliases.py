@@ -112,6 +112,8 @@ TRAINER = (
 TRL = (
     Name("model_name_or_path", ("model.student.path",)),
     Name("teacher_model_name_or_path", ("model.teacher.path",)),
+    Name("model_revision", ("model.student.revision",)),
+    Name("teacher_model_revision", ("model.teacher.revision",)),
     Name("teacher_model_init_kwargs", ("model.teacher.dtype",)),
     Name("teacher_tokenizer_name_or_path", ("model.tokenizer",), "Teacher and student share one tokenizer"),
     Name("dtype", _DTYPES),

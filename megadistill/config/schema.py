@@ -10,13 +10,13 @@ from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.gate import check_gate
 from megadistill.config.loss import LossConfig
+from megadistill.config.model import ModelSection
 from megadistill.config.optim import OptimSection
 from megadistill.config.parallel import ParallelSection
 from megadistill.config.policy import check_policy
 from megadistill.config.sampling import SamplingOptions
 from megadistill.config.section import (
     BelowOne,
-    DType,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
@@ -48,54 +48,6 @@ class RunSection(Section):
         (), strict=False, description="What the run reports to beside its own files; each needs its extra."
     )
     project: NonEmptyStr = Field("megadistill", description="What trackers group runs by (MLflow: experiment).")
-
-
-class TeacherSection(Section):
-    """Section ``model.teacher``."""
-
-    path: NonEmptyStr | None = Field(
-        None,
-        description="Model folder, hub name, checkpoint or run directory, or a configuration file (random weights); "
-        "null only for plain SFT.",
-    )
-    dtype: DType = Field("fp32", description="Type of the weights and of the forward pass.")
-
-
-class StudentSection(Section):
-    """Section ``model.student``."""
-
-    path: NonEmptyStr = Field(
-        description="Model folder, hub name, checkpoint or run directory, or a configuration file (random weights)."
-    )
-    dtype: DType = Field(
-        "fp32", description="Type of weights and activations; with bf16, the optimizer keeps float32 master weights."
-    )
-
-
-class ModelSection(Section):
-    """Section ``model``."""
-
-    teacher: TeacherSection = Field(default_factory=TeacherSection, description="The model to learn from; frozen.")
-    student: StudentSection = Field(description="The model that is trained.")
-    tokenizer: NonEmptyStr | None = Field(
-        None, description="Tokenizer folder or hub name; null: the student's, else the teacher's."
-    )
-    eos_tokens: Annotated[tuple[NonEmptyStr | NonNegativeInt, ...], Field(min_length=1)] | None = Field(
-        None,
-        strict=False,
-        description="Tokens that end a response, as texts or ids; null: the tokenizer's EOS and those that "
-        "generation_config.json (else config.json) of the model that writes names.",
-    )
-    read: Literal["map", "copy"] = Field(
-        "map",
-        description="How a model's files are read. map: mapped into memory, which a node's processes share; copy: "
-        "front to back by one process of a node, which sends them to the others, for slow file systems. "
-        "Random weights and folders of megadistill shard do not use it.",
-    )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute the student's activations in the backward pass: less memory, more time."
-    )
 
 
 class ScrgSection(Section):

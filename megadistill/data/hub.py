@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
+from megadistill.config.model import REVISION_SIGN
 from megadistill.errors import ConfigError, MegadistillError
 from megadistill.files import did_you_mean_path
 
@@ -22,9 +23,21 @@ def is_hub_name(name: str) -> bool:
 
     One rule for all of them: what exists is local; what is spelled as a path is local, too (it starts with ``.``, ``/``
     or ``~``, has more than one slash or a trailing one, or ends in a file suffix such as ``.json``); every other
-    name, NAME or OWNER/NAME, is a hub name.
+    name, NAME or OWNER/NAME, is a hub name. A hub name may have a revision, NAME@REVISION.
     """
-    return not Path(name).exists() and not _is_spelled_as_path(name)
+    bare, revision = split_revision(name)
+    return not Path(bare).exists() and not _is_spelled_as_path(bare) and revision != ""
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """(NAME, REVISION) of NAME@REVISION, which may be a branch, a tag or a commit; what exists has no revision."""
+    bare, sign, revision = name.partition(REVISION_SIGN)
+    return (name, None) if not sign or Path(name).exists() else (bare, revision)
+
+
+def at_revision(name: str, revision: str) -> str:
+    """A hub name at another revision."""
+    return split_revision(name)[0] + REVISION_SIGN + revision
 
 
 def _is_spelled_as_path(name: str) -> bool:
@@ -51,6 +64,15 @@ def check_name(
     """
     if not Path(name).exists() and not is_hub_name(name):
         prefix = f"{where}: " if where else ""
+        bare, revision = split_revision(name)
+        if revision is not None and Path(bare).exists():
+            raise error(
+                f"{prefix}{name}: {bare} is local, and only names of the hub have revisions; leave out "
+                f"{REVISION_SIGN}{revision}",
+                setting=setting,
+            )
+        if revision == "":
+            raise error(f"{prefix}{name}: a branch, tag or commit must follow the {REVISION_SIGN}", setting=setting)
         raise error(f"{prefix}no such file or folder: {name}{did_you_mean_path(name)}", setting=setting)
 
 

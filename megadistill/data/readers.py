@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megadistill.data.hub import check_name, offline_if_unreachable
+from megadistill.data.hub import check_name, offline_if_unreachable, split_revision
 from megadistill.errors import DataError
 from megadistill.files import did_you_mean_path, os_errors_as
 
@@ -298,7 +298,8 @@ def _dataset_rows(path: str, split: str, config_name: str | None) -> Rows:
                 raise LookupError(f"it has the splits {', '.join(map(str, loaded))}")
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            table = datasets.load_dataset(path, name=config_name, split=split)
+            name, revision = split_revision(path)
+            table = datasets.load_dataset(name, name=config_name, split=split, revision=revision)
     # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that nothing can be read.
     except Exception as error:
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {_one_line(error)}"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.data.hub import check_name, offline_if_unreachable, own_code
+from megadistill.data.hub import check_name, offline_if_unreachable, own_code, split_revision
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean_path
 
@@ -35,7 +35,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     is_local = Path(text).exists()
     is_offline = not is_local and offline_if_unreachable()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
+        name, revision = split_revision(text)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     # transformers raises errors of many libraries here; all mean that the tokenizer cannot be loaded.
     except Exception as error:
         reason = own_code(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

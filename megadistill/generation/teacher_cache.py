@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config.schema import RunConfig
+from megadistill.data.hub import is_hub_name
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.data.tokenize import response_limit
 from megadistill.decoding.nonfinite import logits_error
@@ -25,6 +26,7 @@ from megadistill.errors import ConfigError, DataError
 from megadistill.files import os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.folder_checks import has_weights
+from megadistill.models.model_files import commit_of
 from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
@@ -76,7 +78,8 @@ def teacher_responses(
                 )
                 # Files of a version that knew one end token, the tokenizer's, do not name it.
                 is_plain = len(eos_ids) == 1 and config.model.eos_tokens is None
-                return _open(path, _settings(config, teacher, folder, eos_ids), {"eos_ids"} if is_plain else set())
+                may_lack = {"commit", "eos_ids"} if is_plain else {"commit"}
+                return _open(path, _settings(config, teacher, folder, eos_ids), may_lack)
 
         known: dict[str, TokenIds] = context.run_on_rank0(begin)
         missing = [prompt for prompt in prompts if _key(prompt) not in known]
@@ -154,6 +157,7 @@ def _settings(config: RunConfig, teacher: TextModel, folder: str, eos_ids: froze
         "format": _FORMAT,
         "teacher": config.model.teacher.path,
         "files": model_fingerprint(folder),
+        "commit": commit_of(folder) if is_hub_name(folder) else None,
         "dtype": config.model.teacher.dtype,
         "vocabulary": teacher.shard.total,
         "temperature": generation.teacher_temperature,

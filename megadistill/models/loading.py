@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from megadistill.data.hub import check_name, is_hub_name, offline, offline_if_needed, own_code
+from megadistill.data.hub import check_name, is_hub_name, offline, offline_if_needed, own_code, split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
 from megadistill.models.families import Family, family_of, has_own_head
@@ -115,7 +115,8 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
     offline_if_needed([path])
     check_folder(path, where)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        name, revision = split_revision(path)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for one cause: this name leads to no configuration
         hint = "" if Path(path).exists() else did_you_mean_path(path)
         reason = f"{own_code(error) or first_line(error).rstrip('.')}{hint}"

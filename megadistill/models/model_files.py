@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megadistill.data.hub import split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import os_errors_as
 
@@ -29,8 +30,13 @@ def model_file(path: str, name: str) -> Path | None:
         return local if name == CONFIG else None
     if local.is_dir():
         return local / name if (local / name).is_file() else None
+    repository, revision = split_revision(path)
     file = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        repository,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     return None if file is None else Path(file)
 
@@ -42,6 +48,12 @@ def files_folder(path: str) -> Path | None:
         return local if local.is_dir() else None
     found = (model_file(path, name) for name in (CONFIG, "tokenizer_config.json", "tokenizer.json"))
     return next((file.parent for file in found if file is not None), None)
+
+
+def commit_of(name: str) -> str | None:
+    """The commit that a hub name, or its revision, stands for now; None where neither hub nor cache says."""
+    folder = files_folder(name)
+    return None if folder is None or folder.parent.name != "snapshots" else folder.name
 
 
 def read_model_json(path: str, name: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 
 import torch
 
+from megadistill.data.hub import split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.models.folder_checks import has_weights, is_sharded
 
@@ -98,11 +99,13 @@ def _is_inside(name: str) -> bool:
 def _downloaded(name: str, names: Sequence[str], where: str) -> list[Path]:
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+    repository, revision = split_revision(name)
+    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     try:
-        candidates = (cached_file(name, each, _raise_exceptions_for_missing_entries=False) for each in names)
+        candidates = (cached_file(repository, each, **options) for each in names)
         found = next((file for file in candidates if file is not None), None)
         if found is not None and found.endswith(".index.json"):
-            return [Path(file) for file in get_checkpoint_shard_files(name, found)[0]]
+            return [Path(file) for file in get_checkpoint_shard_files(repository, found, revision=revision)[0]]
     except Exception as error:  # of the network, the disk, or the hub: many types for one cause
         raise ConfigError(f"{where}: cannot download the weights of '{name}': {first_line(error)}") from error
     if found is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from megadistill.data.hub import split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.models.weight_files import StoredTensor
 from megadistill.observability.log import get_logger
@@ -42,10 +43,11 @@ def load_weights(path: str, where: str, *, rank: int = 0, **options: Any) -> Pre
     """
     from transformers import AutoModelForCausalLM
 
+    name, revision = split_revision(path)
     try:
         with _quiet_transformers():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-                path, output_loading_info=True, **options
+                name, revision=revision, output_loading_info=True, **options
             )  # type: ignore[assignment]  # with output_loading_info it is a pair, which its annotation leaves out
         model, info = loaded
     except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megadistill.config.schema import RunConfig
@@ -46,6 +46,7 @@ class Components:
         source: Where the text of a step comes from.
         decode_plan: How many examples are written at a time.
         model_folders: Key of each model -> where it was loaded from.
+        hub_commits: Hub names of the run -> their commits.
         length: How many steps the run has.
         focus: Which tokens are trained on (``loss.adakd``); None: all.
         interpolation: What the teacher is mixed with, and how much (``loss.taid``); None: nothing.
@@ -66,6 +67,7 @@ class Components:
     decode_plan: DecodeBatchPlan
     length: RunLength
     model_folders: dict[str, str]
+    hub_commits: dict[str, str] = field(default_factory=dict)
     interpolation: Interpolation | None = None
     focus: TokenFocus | None = None
 

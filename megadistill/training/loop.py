@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megadistill.checkpoint.carried import Carried, carried_files, for_auto_tokenizer
+from megadistill.checkpoint.hub_commits import record_commits
 from megadistill.checkpoint.manifest import MANIFEST, point_to_best, point_to_latest
 from megadistill.checkpoint.run_settings import RESOLVED
 from megadistill.checkpoint.save_load import load_checkpoint
@@ -202,6 +203,7 @@ def _restore(components: Components, hooks: Hook, start: Start, best: Best) -> i
     def make() -> bool:
         start.run_dir.mkdir(parents=True, exist_ok=True)
         dump_resolved(config, start.run_dir / RESOLVED)
+        record_commits(start.run_dir, components.hub_commits)
         folder = start.run_dir / "checkpoints"
         if loaded_from is not None and loaded_from.parent.resolve() == folder.resolve():
             point_to_latest(loaded_from)  # only now: nothing has refused it; metrics.jsonl goes back to this step, too

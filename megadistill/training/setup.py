@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from megadistill.checkpoint.hub_commits import at_commit, commits_now, moved, recorded_commits
 from megadistill.checkpoint.model_folder import model_folder
 from megadistill.config.schema import RunConfig
 from megadistill.data.pairing import pair_tokenizers
@@ -56,7 +57,8 @@ _TEACHER_SEED, _STUDENT_SEED = 1, 2
 def model_paths(config: RunConfig) -> dict[str, str]:
     """Configuration key -> folder, configuration file or hub name of the models that this run uses.
 
-    A run directory is the ``hf/`` of its latest checkpoint, which may be another one the next time.
+    A run directory is the ``hf/`` of its latest checkpoint, which may be another one the next time; a hub name has the
+    commit that the run began with, where it has begun.
 
     Raises:
         CheckpointError: A run has no checkpoint.
@@ -64,7 +66,22 @@ def model_paths(config: RunConfig) -> dict[str, str]:
     paths = {"model.student.path": config.model.student.path}
     if config.needs_teacher and config.model.teacher.path is not None:
         paths = {"model.teacher.path": config.model.teacher.path} | paths
-    return {key: model_folder(path) for key, path in paths.items()}
+    commits = recorded_commits(config.run.dir)
+    return {key: at_commit(model_folder(path), commits) for key, path in paths.items()}
+
+
+def _located(config: RunConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """``model_paths``, and hub name -> the commit that the run uses: what it began with, else what the name is now.
+
+    Logs what moved since.
+    """
+    teacher = config.model.teacher.path if config.needs_teacher else None
+    recorded = recorded_commits(config.run.dir)
+    now = commits_now([teacher, config.model.student.path, config.model.tokenizer])
+    for line in moved(recorded, now):
+        get_logger(component="train").warning(line)
+    commits = now | recorded
+    return {key: at_commit(path, commits) for key, path in model_paths(config).items()}, commits
 
 
 def check_models(config: RunConfig, world_size: int) -> int:
@@ -109,7 +126,8 @@ def tokenizer_paths(config: RunConfig, models: dict[str, str]) -> dict[str, str]
     """
     paths = {key: path for key, path in reversed(models.items()) if has_tokenizer(path)}
     if config.model.tokenizer is not None:
-        paths = {"model.tokenizer": model_folder(config.model.tokenizer)} | paths
+        path = at_commit(model_folder(config.model.tokenizer), recorded_commits(config.run.dir))
+        paths = {"model.tokenizer": path} | paths
     if not paths:
         raise ConfigError(
             f"no tokenizer: set model.tokenizer; {', '.join(f'{k} ({p})' for k, p in models.items())} bring none"
@@ -161,7 +179,7 @@ def build_components(
     """
     check_backend(config.loss.backend, context.device)
     say_what_exceeds_the_budget(config, context)
-    paths = context.run_on_rank0(lambda: model_paths(config))  # once: a run may save a newer checkpoint meanwhile
+    paths, commits = context.run_on_rank0(lambda: _located(config))  # once: checkpoints are saved, branches move
     decode_plan = _plan_decode_batches(config, paths, context)
     ends = context.run_on_rank0(lambda: _end_tokens(config, paths, tokenizer, vocab_size, data.end_id))
     student_ends, teacher_ends = ends["model.student.path"], ends.get("model.teacher.path", frozenset())
@@ -193,6 +211,7 @@ def build_components(
         source=source_class(config).build(adapt(inputs)),
         decode_plan=decode_plan,
         model_folders=paths,
+        hub_commits=commits,
         length=length,
         interpolation=Interpolation.of(config.loss.taid, length.max_steps),
         focus=TokenFocus.of(config.loss.adakd, length.max_steps),

@@ -22,7 +22,7 @@ from megadistill.engines.inference import open_model
 from megadistill.losses import Head, label_nats
 from megadistill.models.loading import load_model_config
 from megadistill.parallel.context import ParallelContext
-from tests.support.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.support.fake_hub import TOKEN, FakeHub, hub_in_place
 from tests.support.runs import run_layout, settings
 
 
@@ -40,15 +40,8 @@ def run(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    from huggingface_hub import constants
-
-    with fake_hub() as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files go over HTTP
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+def hub(tmp_path: Path) -> Iterator[FakeHub]:
+    with hub_in_place(tmp_path / "cache") as found:
         yield found
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from megadistill.data.hub import at_revision, is_hub_name
+from megadistill.data.hub import at_revision, is_hub_name, offline_if_needed
 from megadistill.errors import CheckpointError, first_line
 from megadistill.files import write_json
 from megadistill.models.model_files import commit_of
@@ -40,6 +40,7 @@ def at_commit(name: str, commits: Mapping[str, str]) -> str:
 def commits_now(names: Iterable[str | None]) -> dict[str, str]:
     """What the hub, else the cache, says of the hub names among some names; without those that neither knows."""
     hub_names = {name for name in names if name is not None and is_hub_name(name)}
+    offline_if_needed(hub_names)
     found = {name: commit_of(name) for name in sorted(hub_names)}
     return {name: commit for name, commit in found.items() if commit is not None}
 

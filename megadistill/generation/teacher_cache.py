@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config.schema import RunConfig
-from megadistill.data.hub import is_hub_name
+from megadistill.data.hub import split_revision
 from megadistill.data.sample import Sample, TokenIds
 from megadistill.data.tokenize import response_limit
 from megadistill.decoding.nonfinite import logits_error
@@ -26,7 +26,6 @@ from megadistill.errors import ConfigError, DataError
 from megadistill.files import os_errors_as, write_atomically
 from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.folder_checks import has_weights
-from megadistill.models.model_files import commit_of
 from megadistill.observability.lock import exclusive_lock
 from megadistill.observability.log import get_logger
 from megadistill.observability.progress import progress_bar
@@ -157,7 +156,7 @@ def _settings(config: RunConfig, teacher: TextModel, folder: str, eos_ids: froze
         "format": _FORMAT,
         "teacher": config.model.teacher.path,
         "files": model_fingerprint(folder),
-        "commit": commit_of(folder) if is_hub_name(folder) else None,
+        "commit": split_revision(folder)[1],  # a run names the commit of a hub name
         "dtype": config.model.teacher.dtype,
         "vocabulary": teacher.shard.total,
         "temperature": generation.teacher_temperature,

@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_the_commits_that_it_began_with(
         return tmp_path / name
 
     whole, parts = run("whole", 2), run("parts", 1)
-    assert json.loads((parts / COMMITS).read_text("utf-8")) == {"owner/teacher": old, f"{NAME}@v1": tag}
+    assert json.loads((parts / COMMITS).read_text(encoding="utf-8")) == {"owner/teacher": old, f"{NAME}@v1": tag}
     new = hub.add_commit("owner/teacher", folders[2], "main")
     capfd.readouterr()
     run("parts", 2)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megadistill.config.lora import LoraSection
 from megadistill.config.section import DType, NonEmptyStr, NonNegativeInt, Section, require_combination
 
 REVISION_SIGN = "@"  # NAME@REVISION: a branch, tag or commit of a hub name
@@ -57,6 +58,7 @@ class StudentSection(Section):
     dtype: DType = Field(
         "fp32", description="Type of weights and activations; with bf16, the optimizer keeps float32 master weights."
     )
+    lora: LoraSection = Field(default_factory=LoraSection, description="Train low-rank adapters in place of weights.")
 
 
 class ModelSection(Section):

@@ -24,16 +24,23 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
+def _inner(module: nn.Module) -> nn.Module:
+    """The layer itself: adapters lie around it, and are merged into it while text is written."""
+    inner = getattr(module, "base_layer", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """The weight of a linear layer, a norm or an embedding."""
-    weight = module.weight
+    weight = _inner(module).weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
     """The bias of a linear layer or a norm; None where it has none."""
-    bias = getattr(module, "bias", None)
+    bias = getattr(_inner(module), "bias", None)
     assert bias is None or isinstance(bias, torch.Tensor)
     return bias
 

@@ -44,7 +44,7 @@ def shard_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def local_parts(engine: deepspeed.DeepSpeedEngine) -> Iterator[LocalPart]:
-    """All parts that this rank's optimizer updates, in the order of the model's parameters.
+    """All parts that this rank's optimizer updates (nothing of what is frozen), in the order of the model's parameters.
 
     AdamW's moments are made where it has not made them yet. No communication.
     """
@@ -53,7 +53,7 @@ def local_parts(engine: deepspeed.DeepSpeedEngine) -> Iterator[LocalPart]:
     for flat in flats:  # also those of which this rank holds nothing but padding: AdamW counts updates in each
         _adamw_state(base, flat)
     for name, parameter in engine.module.named_parameters():
-        place = find(parameter)
+        place = find(parameter) if parameter.requires_grad else None
         if place is None:
             continue
         state = _adamw_state(base, place.flat)
@@ -190,7 +190,7 @@ def _finder(engine: deepspeed.DeepSpeedEngine) -> _Finder:
 
 def _whole_parts(engine: deepspeed.DeepSpeedEngine) -> _Finder:
     """Stage 0: whole parameters; in bfloat16 the optimizer keeps float32 copies."""
-    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    optimizer, parameters = engine.optimizer, [p for p in engine.module.parameters() if p.requires_grad]
     masters: dict[int, torch.Tensor] = {id(parameter): parameter for parameter in parameters}
     if hasattr(optimizer, "fp32_groups"):
         pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)

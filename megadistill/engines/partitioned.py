@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from megadistill.config.parallel import ZeroSection
@@ -28,6 +29,7 @@ from megadistill.engines.local_state import set_weights, shard_shape, weight_ten
 from megadistill.engines.secondary_partition import forget_secondary_partitions, secondary_partitions
 from megadistill.engines.zero_parameter import partitioned_ones
 from megadistill.models.loading import LoadedModel, WeightSource
+from megadistill.models.lora import LoraLinear, adapted_layers, merged_weights
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT
 from megadistill.parallel.context import ParallelContext
@@ -109,9 +111,13 @@ class PartitionedModel:
             CheckpointError: The files are those of another model, or incomplete.
         """
         parameters = dict(self.module.named_parameters())
-        for name in weights.stream(parameters):
+        for name in weights.stream(self._names_of(kind)):
             self._fill_parameter(name, parameters[name], weights, kind)
         forget_secondary_partitions(partitioned_ones(parameters.values()))
+
+    def _names_of(self, kind: str) -> list[str]:
+        """Parameters of which a source with tensors of this kind has one."""
+        return list(self.loaded.shapes)
 
     def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
         spec, tp_rank = self.shard_specs[name], self.context.tp_rank
@@ -127,7 +133,13 @@ class PartitionedModel:
     def decoder(self) -> Iterator[PlanDecoder | HFDecoder]:
         """A decoder with all parameters gathered once (over the data-parallel group) for as long as it is used."""
         was_training, runs_forward = self.module.training, self._plan is None
-        with self._brought_in([self.module]), gathered_module(self.engine, runs_forward=runs_forward) as module:
+        layers = [] if runs_forward else list(adapted_layers([self.module]))
+        is_released = released_afterwards(layers)
+        with (
+            self._brought_in([self.module]),
+            gathered_module(self.engine, runs_forward=runs_forward) as module,
+            merged_weights(layers, is_released),
+        ):
             module.eval()
             try:
                 yield make_decoder(module, self._plan, self.shard, self.context.device, self._layouts, self._stepping)
@@ -157,7 +169,13 @@ class PartitionedModel:
     @contextmanager
     def _present(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         """The parameters of some modules whole (one gathering over the data-parallel group)."""
-        with self._brought_in(modules), gathered_parameters(_parameters(modules)):
+        layers = list(adapted_layers(modules))
+        is_released = released_afterwards(layers)
+        with (
+            self._brought_in(modules),
+            gathered_parameters(_parameters(modules)),
+            merged_weights(layers, is_released),
+        ):
             yield
 
     def _brought_in(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
@@ -174,6 +192,13 @@ def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContex
         name: ShardSpec.from_shard_shapes(whole, [rank[name] for rank in ranks], loaded.family.blocks(name))
         for name, whole in loaded.shapes.items()
     }
+
+
+def released_afterwards(layers: Sequence[LoraLinear]) -> Callable[[nn.Parameter], bool]:
+    """Tells of a layer's weight whether it is absent now (ZeRO-3), and so given up by whoever brings it in next."""
+    weights = partitioned_ones(layer.base_weight for layer in layers)
+    absent = {id(weight) for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE}
+    return lambda weight: id(weight) in absent
 
 
 def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

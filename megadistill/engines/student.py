@@ -29,6 +29,7 @@ from megadistill.engines.local_state import (
 from megadistill.engines.partitioned import PartitionedModel, initialize
 from megadistill.models.attention import use_padding_free_attention
 from megadistill.models.loading import LoadedModel, WeightSource
+from megadistill.models.lora import freeze_base
 from megadistill.models.shards import MASTER, MOMENTS
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
@@ -90,6 +91,9 @@ class Student(PartitionedModel):
             self._parts = {}
         if "optimizer_steps" in weights.info:
             set_optimizer_steps(self.engine, weights.info["optimizer_steps"])
+
+    def _names_of(self, kind: str) -> list[str]:
+        return self.loaded.trained if kind == MASTER else super()._names_of(kind)
 
     def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
         super()._fill_parameter(name, parameter, weights, kind)
@@ -254,6 +258,8 @@ def trained_model(
     if train.padding_free:
         use_padding_free_attention(model)
     model.train()
+    if loaded.lora is not None:
+        freeze_base(model, loaded.lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     zero = zero or ZeroSection()

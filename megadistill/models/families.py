@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _HEAD = "lm_head.weight"
+BASE, LORA_A, LORA_B = "base_layer", "lora_A", "lora_B"  # what peft calls the parts of a layer with adapters
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,20 @@ class Family:
             name: The parameter's name in a prepared model.
             is_tied: Embedding and head are one parameter.
         """
-        layer = _layer(name)
+        layer, adapter = _layer(name), name.split(".")[-2]
         if layer in self.column_parallel or layer == "lm_head" or (is_tied and layer in _EMBEDDINGS):
-            return 0
-        return 1 if layer in self.row_parallel and name.endswith(".weight") else None
+            return None if adapter == LORA_A else 0
+        is_row = layer in self.row_parallel and name.endswith(".weight") and adapter != LORA_B
+        return 1 if is_row else None
 
 
 _EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 
 
 def _layer(name: str) -> str:
-    return name.split(".")[-2]
+    """The layer of a parameter, also of one with adapters: their parts are layers below it."""
+    *_, above, layer, _ = name.split(".") if name.count(".") > 1 else ("", *name.split("."))
+    return above if layer in (BASE, LORA_A, LORA_B) else layer
 
 
 def _gpt2_conv1d_to_linear(model: PreTrainedModel) -> None:

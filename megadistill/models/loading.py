@@ -40,6 +40,8 @@ from megadistill.parallel.node import Node
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from megadistill.models.lora import Lora
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DROPOUTS = [
     "dropout",
@@ -87,6 +89,7 @@ class LoadedModel:
         shapes: Parameter -> whole shape.
         fingerprint: Stands for the shapes.
         weights: Where its weights come from; None where they have been filled in.
+        lora: Its adapters, where they alone are trained.
     """
 
     model: PreTrainedModel
@@ -96,6 +99,12 @@ class LoadedModel:
     shapes: dict[str, tuple[int, ...]]
     fingerprint: str
     weights: WeightSource | None
+    lora: Lora | None = None
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that a checkpoint holds: all, or those of the adapters."""
+        return list(self.shapes) if self.lora is None else self.lora.names
 
 
 def load_model_config(path: str, where: str) -> PreTrainedConfig:

@@ -40,14 +40,18 @@ def on_grid(rank: int, tp_size: int) -> Any:
 
 def make_student(path: Path, context: Any, *, dtype: str, micro_batches: int = 1, **options: Any) -> Any:
     """A student with an AdamW (lr and epsilon 1) whose first update is g / (|g| + 1)."""
+    from megadistill.config.lora import LoraSection
     from megadistill.config.optim import OptimSection
     from megadistill.config.schema import TrainSection
     from megadistill.engines.student import trained_model
     from megadistill.models.loading import load_model
+    from megadistill.models.lora import with_adapters
 
     loaded = load_model(
         str(path), dtype=dtype, vocab_size=V, seed=0, attention="sdpa", where="student", rank=context.rank
     )
+    if (lora := options.pop("lora", None)) is not None:
+        loaded = with_adapters(loaded, LoraSection(**lora), seed=0, where="lora", base=str(path))
     optim = {"lr": 1.0, "eps": 1.0, "gradient_clipping": 0.0, **options.pop("optim", {})}
     return trained_model(
         loaded,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from megadistill.checkpoint.adapter_export import export_adapters, export_merged, has_adapters
 from megadistill.checkpoint.carried import Carried
-from megadistill.checkpoint.hf_files import INDEX, write_index, write_safetensors
+from megadistill.checkpoint.hf_files import INDEX, set_tied, write_index, write_safetensors
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -23,7 +24,8 @@ from megadistill.checkpoint.manifest import (
 )
 from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
 from megadistill.errors import CheckpointError
-from megadistill.models.families import FAMILIES, Family, has_own_head
+from megadistill.models.adapter_files import write_adapter_settings
+from megadistill.models.families import FAMILIES, Family
 from megadistill.models.folder_checks import is_sharded
 from megadistill.models.loading import DTYPES, LoadedModel, load_model_config, model_from_shards
 from megadistill.models.shards import MASTER, HFWeights, ShardReader
@@ -39,7 +41,7 @@ if TYPE_CHECKING:  # the second loads DeepSpeed, which none of the tools needs
 def complete_student(
     student: PartitionedModel, entries: Mapping[str, Sequence[Entry]], folder: Path, carried: Carried
 ) -> None:
-    """Adds to the files of weights what makes a model folder of them: index, configuration, and the files beside them.
+    """Adds to the files of weights what makes a model folder of them: index, configurations, and the files beside them.
 
     Args:
         student: The student.
@@ -53,6 +55,8 @@ def complete_student(
     write_index(folder, entries)
     _check_headers(folder, entries)
     _write_configuration(student.loaded, student, folder, carried)
+    if student.loaded.lora is not None:
+        write_adapter_settings(student.loaded.lora, student.loaded.family, folder)
     carried.write(folder)
 
 
@@ -90,20 +94,6 @@ def prove_student(shards: ShardReader, config: PreTrainedConfig, folder: Path, s
     check_same_logits(expected, folder_logits(folder, vocab_size), source, dtype)
 
 
-def set_tied(folder: Path, names: Collection[str]) -> None:
-    """Makes ``tie_word_embeddings`` in a folder's config.json true to its weights.
-
-    Other tools tie by this setting even where there is a head.
-
-    Args:
-        folder: The folder.
-        names: Names of the model's parameters.
-    """
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": not has_own_head(names)}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _standard_weights(
     shards: ShardReader,
     names: Iterable[str],
@@ -132,7 +122,12 @@ def _write_configuration(loaded: LoadedModel, student: PartitionedModel, folder:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, folder: str | Path, *, dtype: str | None = None, max_shard_bytes: int | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    is_merged: bool = False,
 ) -> Path:
     """Writes the student of a checkpoint to a folder, checked against the manifest. One process, no GPU.
 
@@ -142,6 +137,7 @@ def export_checkpoint(
         dtype: The weights come from the optimizer's float32 ones: fp32 keeps them, bf16 rounds them once; default: as
             they were trained.
         max_shard_bytes: Largest file (default: 4 GiB) unless one tensor is larger. As much is in memory.
+        is_merged: Of a checkpoint of adapters, write the whole model with them; else they are written alone.
 
     Returns:
         The checkpoint.
@@ -157,7 +153,18 @@ def export_checkpoint(
     names = [name for name in manifest["files"] if name.startswith((f"{HF_FOLDER}/", f"{STUDENT_FOLDER}/"))]
     if not names:
         raise CheckpointError(f"{source} has no model to export")
+    if is_merged and not has_adapters(source):
+        raise CheckpointError(
+            f"{source} has no adapters that could be merged: its weights are whole", setting="--merged"
+        )
     check_with_progress(source, manifest, names)
+    if has_adapters(source):
+        with new_folder(target) as beside:
+            if is_merged:
+                export_merged(source, beside, dtype=dtype, max_shard_bytes=max_shard_bytes)
+            else:
+                export_adapters(source, beside, dtype=dtype)
+        return source
     with new_folder(target) as beside:
         for file in (source / HF_FOLDER).iterdir():
             if file.is_dir():  # of named chat templates

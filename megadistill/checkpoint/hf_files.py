@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megadistill.errors import CheckpointError
+from megadistill.models.families import has_own_head
 from megadistill.models.tensor_file import Entry, as_bytes, save_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -128,3 +129,17 @@ def _check_read_back(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
             # As bytes: NaN is not equal to itself.
             if not torch.equal(as_bytes(written.get_tensor(name)), as_bytes(tensor)):
                 raise CheckpointError(f"{file} does not hold what was written to it ({name}): is the disk sound?")
+
+
+def set_tied(folder: Path, names: Collection[str]) -> None:
+    """Makes ``tie_word_embeddings`` in a folder's config.json true to its weights.
+
+    Other tools tie by this setting even where there is a head.
+
+    Args:
+        folder: The folder.
+        names: Names of the model's parameters.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": not has_own_head(names)}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from megadistill.checkpoint.adapter_export import has_adapters
 from megadistill.checkpoint.carried import carried_files
-from megadistill.checkpoint.hf_export import set_tied
+from megadistill.checkpoint.hf_files import set_tied
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -80,7 +81,8 @@ def reshard_checkpoint(checkpoint: str | Path, folder: str | Path, *, tp_size: i
                 shutil.copytree(item, beside / item.name)
             elif item.is_file():
                 shutil.copy2(item, beside)
-        set_tied(beside / HF_FOLDER, reader.shard_specs)
+        if not has_adapters(source):
+            set_tied(beside / HF_FOLDER, reader.shard_specs)
         _write_shards(reader, beside / STUDENT_FOLDER, specs, tp_size, dp_size, {**reader.info, **layout})
         files = progress_bar(files_below(beside), description="checksums", unit="file")
         write_manifest(beside, manifest["step"], layout, {name: digest(beside / name, sync=True) for name in files})

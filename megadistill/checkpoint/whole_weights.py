@@ -15,7 +15,7 @@ import torch
 
 from megadistill.checkpoint.hf_files import HFFile, plan_files
 from megadistill.engines.student import Student
-from megadistill.models.families import Family
+from megadistill.models.adapter_files import ADAPTER_WEIGHTS, PREFIX
 from megadistill.models.loading import LoadedModel
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import MASTER
@@ -33,16 +33,26 @@ class Run(NamedTuple):
     numbers: torch.Tensor
 
 
+def exported_names(loaded: LoadedModel) -> dict[str, str]:
+    """Name of each tensor of ``hf/`` -> the parameter that it is; of a model with adapters theirs alone, as in peft."""
+    if loaded.lora is not None:
+        return {PREFIX + name: name for name in loaded.lora.names}
+    return {loaded.family.stored_name(name): name for name in loaded.shapes}
+
+
 def exported_entries(loaded: LoadedModel, dtype: torch.dtype) -> list[Entry]:
     """The tensors of a student's Hugging Face folder: the family's layout, with the padded rows of the loaded model."""
     family, removed, entries = loaded.family, loaded.removed_rows, []
-    for name, shape in loaded.shapes.items():
-        whole = torch.empty(shape, device="meta")
+    for stored, name in exported_names(loaded).items():
+        whole = torch.empty(loaded.shapes[name], device="meta")
         rows, *rest = family.export(name, whole).shape
-        entries.append(
-            Entry(family.stored_name(name), (rows + (len(removed[name]) if name in removed else 0), *rest), dtype)
-        )
+        entries.append(Entry(stored, (rows + (len(removed[name]) if name in removed else 0), *rest), dtype))
     return entries
+
+
+def _files(loaded: LoadedModel, dtype: torch.dtype, num_ranks: int) -> list[HFFile]:
+    entries = exported_entries(loaded, dtype)
+    return plan_files(entries, num_ranks) if loaded.lora is None else [HFFile(ADAPTER_WEIGHTS, 0, tuple(entries))]
 
 
 class WholeWeights:
@@ -59,8 +69,9 @@ class WholeWeights:
     def __init__(self, student: Student, context: ParallelContext) -> None:
         self._student, self._context = student, context
         self._dtype = next(student.module.parameters()).dtype
-        self.files = plan_files(exported_entries(student.loaded, self._dtype), context.world_size)
-        self._rounds = [_rounds(self.files, rank, student.loaded.family) for rank in range(context.world_size)]
+        self.files = _files(student.loaded, self._dtype, context.world_size)
+        self._parameters = exported_names(student.loaded)
+        self._rounds = [_rounds(self.files, rank, self._parameters) for rank in range(context.world_size)]
         # Of each rank: parameter -> (start, number of elements) of its run.
         self._held: list[dict[str, tuple[int, int]]] | None = None
 
@@ -75,14 +86,13 @@ class WholeWeights:
         """
         context, loaded = self._context, self._student.loaded
         files = [file for file in self.files if file.rank == context.rank]
-        parameter = loaded.family.parameter_name
-        runs: dict[str, list[Run]] = {parameter(entry.name): [] for file in files for entry in file.entries}
+        runs: dict[str, list[Run]] = {self._parameters[entry.name]: [] for file in files for entry in file.entries}
         if context.world_size == 1:
             runs = {name: [Run(0, *snapshot[f"{MASTER}/{name}"])] for name in runs}
         else:
             with self._student.state_present():
                 self._exchange(runs)
-        return Share(files, runs, loaded, self._student.shard_specs)
+        return Share(files, runs, loaded, self._parameters, self._student.shard_specs)
 
     @torch.no_grad()
     def _exchange(self, runs: dict[str, list[Run]]) -> None:
@@ -116,6 +126,7 @@ class Share(NamedTuple):
     files: Sequence[HFFile]
     runs: Mapping[str, Sequence[Run]]
     loaded: LoadedModel
+    parameters: Mapping[str, str]
     specs: Mapping[str, ShardSpec]
 
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
@@ -125,7 +136,7 @@ class Share(NamedTuple):
     def _tensors(self, file: HFFile) -> Iterator[torch.Tensor]:
         family, removed = self.loaded.family, self.loaded.removed_rows
         for entry in file.entries:
-            name = family.parameter_name(entry.name)
+            name = self.parameters[entry.name]
             tensor = whole(self.specs[name], self.runs[name])
             tensor = family.export(name, tensor).to(entry.dtype)
             rows = removed.get(name)
@@ -154,7 +165,7 @@ def whole(spec: ShardSpec, runs: Sequence[Run]) -> torch.Tensor:
     return spec.unshard(shards)
 
 
-def _rounds(files: Sequence[HFFile], rank: int, family: Family) -> list[list[str]]:
+def _rounds(files: Sequence[HFFile], rank: int, parameters: Mapping[str, str]) -> list[list[str]]:
     """The parameters that a rank writes, cut into what it takes at a time."""
     rounds: list[list[str]] = []
     size = 0
@@ -162,6 +173,6 @@ def _rounds(files: Sequence[HFFile], rank: int, family: Family) -> list[list[str
         if not rounds or size + entry.bytes > _ROUND_BYTES:
             rounds.append([])
             size = 0
-        rounds[-1].append(family.parameter_name(entry.name))
+        rounds[-1].append(parameters[entry.name])
         size += entry.bytes
     return rounds

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from megadistill.checkpoint.adapter_export import prove_adapters
 from megadistill.checkpoint.carried import Carried
 from megadistill.checkpoint.hf_export import complete_student, prove_student
 from megadistill.checkpoint.manifest import (
@@ -41,6 +42,7 @@ from megadistill.checkpoint.whole_weights import Share, WholeWeights
 from megadistill.engines.student import Student
 from megadistill.errors import CheckpointError, MegadistillError
 from megadistill.files import os_errors_as, reason_of, sync_folder, write_digested
+from megadistill.models.lora import trained_names
 from megadistill.models.shards import ShardReader, shard_file, write_layout, write_shard
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
@@ -209,7 +211,8 @@ class CheckpointWriter:
         entries = {f"{STUDENT_FOLDER}/{name}": write_shard(folder, name, runs)}
         entries |= {f"{HF_FOLDER}/{file}": entry for file, entry in share.write(beside / HF_FOLDER).items()}
         if context.is_rank0:
-            write_layout(folder, self._student.shard_specs, **self._layout, optimizer_steps=steps)
+            specs = {name: self._student.shard_specs[name] for name in trained_names(self._student.loaded)}
+            write_layout(folder, specs, **self._layout, optimizer_steps=steps)
             entries[TRAINER] = write_digested(beside / TRAINER, [trainer])
         return entries
 
@@ -219,7 +222,11 @@ class CheckpointWriter:
         assert self._carried is not None  # on rank 0
         complete_student(student, {file.name: file.entries for file in self._weights.files}, hf, self._carried)
         if self._is_proved:  # training waits: see begin
-            prove_student(ShardReader(beside / STUDENT_FOLDER), student.loaded.config, hf, target)
+            shards, loaded = ShardReader(beside / STUDENT_FOLDER), student.loaded
+            if loaded.lora is None:
+                prove_student(shards, loaded.config, hf, target)
+            else:
+                prove_adapters(shards, loaded.lora.config, hf, target)
         own = [name for name in files_below(beside) if name not in digests]
         digests |= {name: digest(beside / name, sync=True) for name in own}
         write_manifest(beside, self._step, self._layout, dict(sorted(digests.items())))

@@ -15,6 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = _parser().parse(arguments)
     _check(parsed)
 
+    from megadistill.checkpoint.adapter_export import has_adapters
     from megadistill.checkpoint.hf_export import export_checkpoint
     from megadistill.checkpoint.push import check_push
 
@@ -24,9 +25,14 @@ def run(arguments: Sequence[str]) -> int:
         return _push(Path(parsed.checkpoint), parsed)
     refuse_unwritable(parsed.folder, is_file=False)
     source = export_checkpoint(
-        parsed.checkpoint, parsed.folder, dtype=parsed.dtype, max_shard_bytes=parsed.max_shard_size
+        parsed.checkpoint,
+        parsed.folder,
+        dtype=parsed.dtype,
+        max_shard_bytes=parsed.max_shard_size,
+        is_merged=parsed.merged,
     )
-    print(f"exported {source} to {parsed.folder}; load it with AutoModelForCausalLM.from_pretrained('{parsed.folder}')")
+    loader = "AutoPeftModelForCausalLM" if has_adapters(source) and not parsed.merged else "AutoModelForCausalLM"
+    print(f"exported {source} to {parsed.folder}; load it with {loader}.from_pretrained('{parsed.folder}')")
     if parsed.push is None:
         return 0
     from megadistill.checkpoint.model_card import CARD, model_card
@@ -59,6 +65,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-shard-size", type=size, metavar="SIZE", help="largest file, such as 500MB; default: 4GiB"
     )
+    parser.add_argument(
+        "--merged", action="store_true",
+        help="of a run with model.student.lora: write the whole model, not the adapters alone",
+    )  # fmt: skip
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of a hub to upload to; made if there is none")
     parser.add_argument("--private", action="store_true", help="a repository that is made is private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to upload to; default: the main one")
@@ -72,8 +82,10 @@ def _check(parsed: argparse.Namespace) -> None:
         return
     if parsed.push is None:
         raise ConfigError("FOLDER is missing: where to write")
-    if parsed.dtype is not None or parsed.max_shard_size is not None:
-        raise ConfigError("--dtype and --max-shard-size are of an export, and FOLDER, where to write it, is missing")
+    if parsed.dtype is not None or parsed.max_shard_size is not None or parsed.merged:
+        raise ConfigError(
+            "--dtype, --max-shard-size and --merged are of an export, and FOLDER, where to write it, is missing"
+        )
     if not (Path(parsed.checkpoint) / "config.json").is_file():
         raise ConfigError(f"{parsed.checkpoint} is no exported folder; give FOLDER, where to export it to")
 

@@ -75,7 +75,7 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
         from megadistill.training.length import RunLength
         from megadistill.training.loop import train
         from megadistill.training.resume import plan_start
-        from megadistill.training.setup import build_components, check_models, run_tokenizer
+        from megadistill.training.setup import build_components, check_adapters, check_models, run_tokenizer
 
         if not prepare(config, lambda: bool(request.signal)):
             return {"stopped": signal.Signals(request.signal).name, "step": 0}
@@ -83,6 +83,7 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
         # Mistakes in the user's files are found here, before processes wait for one another.
         start = plan_start(config)
         tp_size = check_models(config, num_ranks)  # imports transformers
+        check_adapters(config)
         tokenizer, vocab_size = run_tokenizer(config)
     data = load_training_data(config, tokenizer, vocab_size)
     log = get_logger(rank_of(os.environ), "data")

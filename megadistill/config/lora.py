@@ -1,6 +1,6 @@
 """Section ``model.student.lora``: low-rank adapters are trained in place of the student's weights."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,9 @@ from megadistill.config.section import (
     Section,
     require_combination,
 )
+
+if TYPE_CHECKING:
+    from megadistill.config.schema import RunConfig
 
 
 class LoraSection(Section):
@@ -45,3 +48,13 @@ class LoraSection(Section):
     def scale(self) -> float:
         """s: what B A x is multiplied by."""
         return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+def check_lora(config: "RunConfig") -> None:
+    """Raises pydantic's error for what adapters do not go together with."""
+    require_combination(
+        not config.model.student.lora.enabled or config.loss.gate_objective != "student",
+        f"model.student.lora.r={config.model.student.lora.r} with loss.gate_objective=student: the step ahead is one "
+        "of the student's head, which is frozen",
+        ("model.student.lora.r", "loss.gate_objective"),
+    )

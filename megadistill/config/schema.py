@@ -9,6 +9,7 @@ from megadistill.config.contrast import check_contrast
 from megadistill.config.data import DataSection
 from megadistill.config.deepspeed import PASSED, owned_key, unknown_key
 from megadistill.config.gate import check_gate
+from megadistill.config.lora import check_lora
 from megadistill.config.loss import LossConfig
 from megadistill.config.model import ModelSection
 from megadistill.config.optim import OptimSection
@@ -324,6 +325,7 @@ class RunConfig(Section):
         check_policy(self)
         check_contrast(self)
         check_gate(self)
+        check_lora(self)
         return self
 
     @model_validator(mode="after")

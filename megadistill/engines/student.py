@@ -29,7 +29,7 @@ from megadistill.engines.local_state import (
 from megadistill.engines.partitioned import PartitionedModel, initialize
 from megadistill.models.attention import use_padding_free_attention
 from megadistill.models.loading import LoadedModel, WeightSource
-from megadistill.models.lora import freeze_base
+from megadistill.models.lora import freeze_base, trained_names
 from megadistill.models.shards import MASTER, MOMENTS
 from megadistill.parallel.collectives import all_reduce_sum
 from megadistill.parallel.context import ParallelContext
@@ -93,7 +93,7 @@ class Student(PartitionedModel):
             set_optimizer_steps(self.engine, weights.info["optimizer_steps"])
 
     def _names_of(self, kind: str) -> list[str]:
-        return self.loaded.trained if kind == MASTER else super()._names_of(kind)
+        return trained_names(self.loaded) if kind == MASTER else super()._names_of(kind)
 
     def _fill_parameter(self, name: str, parameter: nn.Parameter, weights: WeightSource, kind: str) -> None:
         super()._fill_parameter(name, parameter, weights, kind)

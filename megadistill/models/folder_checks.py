@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SHARDS = "shards"  # folder of a model that ``megadistill shard`` made
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_BASE = "adapter_config.json", "adapter_base.json"
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _LFS_POINTER = b"version https://git-lfs"
 _SIZES = (
@@ -44,10 +44,15 @@ def check_weights(path: str, where: str) -> None:
         where: The key or option that names the model; errors begin with it.
 
     Raises:
-        ConfigError: It is a configuration alone, or a sharded model.
+        ConfigError: It is a configuration alone, a sharded model, or adapters.
     """
     if is_sharded(path):
         raise ConfigError(f"{where}: {path} is a sharded model; use the model that it was made from")
+    if (Path(path) / ADAPTER_BASE).is_file():
+        raise ConfigError(
+            f"{where}: {path} holds LoRA adapters, which are merged first: megadistill merge {_base_of(Path(path))} "
+            f"{path} FOLDER"
+        )
     if not has_weights(path):
         raise ConfigError(f"{where}: {path} has no weights")
 
@@ -65,7 +70,7 @@ def check_folder(path: str, where: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_BASE).is_file():
         # Also where a model lies beside it: transformers would load the adapter's base in its place.
         raise ConfigError(
             f"{where}: {path} holds a LoRA adapter ({ADAPTER_CONFIG}), which is no model; merge it first: "

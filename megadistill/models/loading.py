@@ -19,6 +19,7 @@ from torch import nn
 from megadistill.data.hub import check_name, is_hub_name, offline, offline_if_needed, own_code, split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
+from megadistill.models.adapter_files import AdapterFolder
 from megadistill.models.families import Family, family_of, has_own_head
 from megadistill.models.folder_checks import (
     SHARDS,
@@ -100,11 +101,6 @@ class LoadedModel:
     fingerprint: str
     weights: WeightSource | None
     lora: Lora | None = None
-
-    @property
-    def trained(self) -> list[str]:
-        """Names of the parameters that a checkpoint holds: all, or those of the adapters."""
-        return list(self.shapes) if self.lora is None else self.lora.names
 
 
 def load_model_config(path: str, where: str) -> PreTrainedConfig:
@@ -193,6 +189,8 @@ def load_model(
     pristine = load_model_config(path, where)
     config, family, wanted = _without_dropout(pristine), family_of(pristine, where), DTYPES[dtype]
     attention = family.attention_for(attention, where, rank)
+    adapters = AdapterFolder.of(path, where)
+    source = path if adapters is None else adapters.base
     shards = ShardReader(Path(path) / SHARDS) if is_sharded(path) else None
     if shards is not None:
         config.tie_word_embeddings = not has_own_head(shards.shard_specs)
@@ -203,9 +201,10 @@ def load_model(
         get_logger(rank, "model").info(f"{where}: {path} is a configuration file: its weights are random")
         model = _random_model(config, wanted, attention, seed, where)
     if shards is None and has_weights(path):
-        files = weight_files(path, where, getattr(config, "transformers_weights", None))
-        stored = {family.parameter_name(name): t for name, t in open_tensors(files, path, where, read).items()}
-        tensors = placed_tensors(model, stored, path, where, rank=rank)
+        files = weight_files(source, where, getattr(config, "transformers_weights", None))
+        stored = {family.parameter_name(name): t for name, t in open_tensors(files, source, where, read).items()}
+        tensors = placed_tensors(model, stored, source, where, rank=rank)
+        tensors = tensors if adapters is None else adapters.merged_into(tensors, family, where)
     pristine.tie_word_embeddings = is_tied(model)
     removed = _prepare(model, family, vocab_size, where)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
 from megadistill.models.families import BASE, LORA_A, LORA_B, Family
+from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT
 from megadistill.models.tensor_reader import TensorReader
@@ -108,11 +109,13 @@ class Lora:
         config: Rank, scale and targets.
         layers: Names of the layers that have one, as the base names them.
         base: Folder or hub name of the model that they belong to.
+        base_files: What ``model_fingerprint`` says of it.
     """
 
     config: LoraSection
     layers: tuple[str, ...]
     base: str
+    base_files: Mapping[str, str]
 
     @property
     def names(self) -> list[str]:
@@ -120,8 +123,16 @@ class Lora:
         return [f"{layer}.{part}.weight" for layer in self.layers for part in (LORA_A, LORA_B)]
 
 
-def with_adapters(loaded: LoadedModel, config: LoraSection, *, seed: int, where: str, base: str) -> LoadedModel:
-    """The model with adapters, which alone are to be trained; it computes what it did, as every B is 0.
+def with_adapters(
+    loaded: LoadedModel,
+    config: LoraSection,
+    *,
+    seed: int,
+    where: str,
+    base: str,
+    trained: tuple[WeightSource, str] | None = None,
+) -> LoadedModel:
+    """The model with adapters, which alone are to be trained; it computes what it did, as every B is 0 at first.
 
     Args:
         loaded: A model that is not sharded and not filled yet; it is changed.
@@ -129,6 +140,7 @@ def with_adapters(loaded: LoadedModel, config: LoraSection, *, seed: int, where:
         seed: Every A is drawn with it, whatever the layout (uniform, as in peft: within 1 / sqrt(in)).
         where: The key of the section; errors begin with it.
         base: Folder or hub name of the model.
+        trained: Where adapters come from that are no new ones, and which tensors of that they are.
 
     Raises:
         ConfigError: A target is no linear layer of the model.
@@ -143,18 +155,18 @@ def with_adapters(loaded: LoadedModel, config: LoraSection, *, seed: int, where:
                 f"{did_you_mean(target, known)}; allowed: {', '.join(known)}"
             )
     layers = _inject(model, targets, config)
-    lora, weights = Lora(config, tuple(layers), base), loaded.weights
+    lora, weights = Lora(config, tuple(layers), base, model_fingerprint(base)), loaded.weights
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
     assert weights is not None
-    dtype = parameters[lora.names[0]].dtype
+    new = TensorReader(first_adapters(shapes, lora.names, seed), parameters[lora.names[0]].dtype), WEIGHT
     return replace(
         loaded,
         family=replace(family, partition_config=partition_config(family)),
         shapes=shapes,
         fingerprint=f"{model.config.model_type}-{checksum}",
-        weights=_WithAdapters(weights, TensorReader(first_adapters(shapes, lora.names, seed), dtype)),
+        weights=_WithAdapters(weights, *(trained or new)),
         lora=lora,
     )
 
@@ -168,6 +180,11 @@ def _inject(model: PreTrainedModel, targets: Collection[str], config: LoraSectio
             setattr(model.get_submodule(parent), last, LoraLinear(module, config.r, config.scale))
             found.append(name)
     return found
+
+
+def trained_names(loaded: LoadedModel) -> list[str]:
+    """Names of the parameters that are trained and that a checkpoint holds: all, or those of the adapters."""
+    return list(loaded.shapes) if loaded.lora is None else loaded.lora.names
 
 
 def freeze_base(model: nn.Module, lora: Lora) -> None:
@@ -202,10 +219,16 @@ def base_name(name: str) -> str:
 
 
 class _WithAdapters:
-    """The weights of a base, and first values of adapters. Implements ``models.loading.WeightSource``."""
+    """The weights of a base, and adapters. Implements ``models.loading.WeightSource``.
 
-    def __init__(self, base: WeightSource, adapters: TensorReader) -> None:
-        self._base, self._adapters = base, adapters
+    Args:
+        base: The weights of the base.
+        adapters: The adapters.
+        kind: Which tensors of theirs are the weights.
+    """
+
+    def __init__(self, base: WeightSource, adapters: WeightSource, kind: str) -> None:
+        self._base, self._adapters, self._kind = base, adapters, kind
         self.info = base.info
 
     @property
@@ -221,7 +244,7 @@ class _WithAdapters:
 
     def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> Tensor:
         if f".{LORA_A}." in name or f".{LORA_B}." in name:
-            return self._adapters.read(WEIGHT, name, spec, tp_rank, start, end)
+            return self._adapters.read(self._kind, name, spec, tp_rank, start, end)
         return self._base.read(kind, base_name(name), spec, tp_rank, start, end)
 
 

@@ -26,7 +26,7 @@ from megadistill.losses import QuantileGate
 from megadistill.losses.backends import check_backend
 from megadistill.models.end_tokens import describe_end_tokens, end_tokens, named_end_tokens
 from megadistill.models.families import head_counts
-from megadistill.models.folder_checks import has_weights
+from megadistill.models.folder_checks import check_weights, has_weights
 from megadistill.models.loading import (
     DTYPES,
     LoadedModel,
@@ -35,6 +35,7 @@ from megadistill.models.loading import (
     load_model_on_ranks,
     shared_vocab_size,
 )
+from megadistill.models.lora import with_adapters
 from megadistill.models.weight_files import check_weight_files
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext
@@ -110,6 +111,17 @@ def check_models(config: RunConfig, world_size: int) -> int:
     gradient_accumulation_steps(config.train.global_batch_size, rows, world_size // tp_size)
     check_hpz_size(config.parallel.zero.hpz_partition_size, world_size // tp_size)
     return tp_size
+
+
+def check_adapters(config: RunConfig) -> None:
+    """Checks that adapters of the student have a base from which they can be loaded again.
+
+    Raises:
+        ConfigError: Its weights are random, a sharded model, or adapters themselves.
+    """
+    path = model_paths(config)["model.student.path"]
+    if config.model.student.lora.enabled:
+        check_weights(path, "model.student.path (with model.student.lora)")
 
 
 def tokenizer_paths(config: RunConfig, models: dict[str, str]) -> dict[str, str]:
@@ -282,7 +294,7 @@ def _engines(
 
     def load(model: str) -> LoadedModel:
         key, is_teacher = f"model.{model}.path", model == "teacher"
-        return load_model_on_ranks(
+        loaded = load_model_on_ranks(
             paths[key],
             node,
             dtype=config.model.teacher.dtype if is_teacher else config.model.student.dtype,
@@ -292,6 +304,10 @@ def _engines(
             where=key,
             read=config.model.read,
         )
+        lora = config.model.student.lora
+        if is_teacher or not lora.enabled:
+            return loaded
+        return with_adapters(loaded, lora, seed=config.run.seed, where="model.student.lora", base=paths[key])
 
     opened = load("student") if has_weights(paths["model.student.path"]) else None
     common: dict[str, Any] = {

@@ -73,7 +73,7 @@ def describe_inputs(components: Components, data: TrainingData) -> dict[str, str
     """What the user calls each input -> what it is.
 
     Raises:
-        CheckpointError: A file of the teacher cannot be read.
+        CheckpointError: A file of a model cannot be read.
     """
     config = components.config
     described = {
@@ -87,14 +87,17 @@ def describe_inputs(components: Components, data: TrainingData) -> dict[str, str
         described["data.valid_path"] = rows_fingerprint(data.valid)
     teacher = components.model_folders.get("model.teacher.path")
     if teacher is not None:
-        described["model.teacher.path"] = _teacher(teacher)
+        described["model.teacher.path"] = _model(teacher, "model.teacher.path")
+    if config.model.student.lora.enabled:  # a checkpoint holds the adapters alone
+        key = "model.student.path"
+        described[key] = _model(components.model_folders[key], key)
     if teacher is not None and config.loss.span > 0:
         described["the span parser"] = span_prior_version(config.data.span_prior)
     return described
 
 
-def _teacher(path: str) -> str:
+def _model(path: str, where: str) -> str:
     with os_errors_as(CheckpointError, path, "cannot be read"):
         files = model_fingerprint(path)
-    commit = getattr(load_model_config(path, "model.teacher.path"), "_commit_hash", None)
+    commit = getattr(load_model_config(path, where), "_commit_hash", None)
     return "; ".join(f"{name} {text}" for name, text in files.items()) or f"commit {commit}"

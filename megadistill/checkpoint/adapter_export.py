@@ -47,7 +47,7 @@ def export_adapters(checkpoint: Path, folder: Path, *, dtype: str | None) -> Non
     """
     hf, shards = checkpoint / HF_FOLDER, ShardReader(checkpoint / STUDENT_FOLDER)
     _copy_beside(hf, folder, dtype)
-    wanted = DTYPES[_dtype_name(load_model_config(str(folder), str(folder)))] if dtype is None else DTYPES[dtype]
+    wanted = DTYPES[dtype or _dtype_name(load_model_config(str(hf), str(checkpoint)))]
     tensors = {PREFIX + name: shards.whole(MASTER, name).to(wanted).contiguous() for name in shards.shard_specs}
     save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     prove_adapters(shards, _settings(folder), folder, checkpoint)

@@ -20,6 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.checkpoint.push import check_push
 
     if parsed.push is not None:
+        _check_whole(parsed)
         check_push(parsed.push)  # before the work
     if parsed.folder is None:
         return _push(Path(parsed.checkpoint), parsed)
@@ -88,6 +89,18 @@ def _check(parsed: argparse.Namespace) -> None:
         )
     if not (Path(parsed.checkpoint) / "config.json").is_file():
         raise ConfigError(f"{parsed.checkpoint} is no exported folder; give FOLDER, where to export it to")
+
+
+def _check_whole(parsed: argparse.Namespace) -> None:
+    """Adapters name the folder of their base on this machine, so they are no model for others."""
+    from megadistill.checkpoint.model_folder import model_folder
+    from megadistill.models.folder_checks import ADAPTER_BASE
+
+    if not parsed.merged and (Path(model_folder(parsed.checkpoint)) / ADAPTER_BASE).is_file():
+        raise ConfigError(
+            f"--push: {parsed.checkpoint} holds adapters of a base on this machine; push the whole model: "
+            f"megadistill export {parsed.checkpoint} FOLDER --merged --push {parsed.push}"
+        )
 
 
 def _push(folder: Path, parsed: argparse.Namespace) -> int:

@@ -93,6 +93,7 @@ def _sharded(folder: Path, with_tensors: bool) -> Iterable[str]:
 
 
 def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
+    from megadistill.models.adapter_files import AdapterFolder
     from megadistill.models.folder_checks import quantization_of
     from megadistill.models.shards import HFWeights
 
@@ -105,6 +106,8 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     types = Counter(weights.dtype(name) for name in weights.names)
     numel = sum(math.prod(weights.shape(name)) for name in weights.names)
     yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
+    if (adapters := AdapterFolder.of(str(folder), str(folder))) is not None:
+        yield f"adapters    multiplied by {adapters.scale:g}, of the base {adapters.base}"
     if (method := quantization_of(config)) is not None:
         yield f"quantized   {method}: no verb but this one reads it; use the model that it was made from"
     yield f"types       {', '.join(f'{kind} {count}' for kind, count in types.items())}"

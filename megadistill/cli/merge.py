@@ -19,7 +19,10 @@ def run(arguments: Sequence[str]) -> int:
         "Layers are merged in float32 and rounded once. The base is held in memory in its own type; no GPU is used.",
     )
     parser.add_argument("base", metavar="BASE", help="model folder, hub name, checkpoint or run directory")
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json, adapter_model.safetensors")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER",
+        help="folder with adapter_config.json and adapter_model.safetensors; a run with model.student.lora",
+    )  # fmt: skip
     parser.add_new_folder()
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights written; default: the base's")
     parsed = parser.parse(arguments)
@@ -31,6 +34,6 @@ def run(arguments: Sequence[str]) -> int:
     from megadistill.checkpoint.merge import merge_adapter
     from megadistill.checkpoint.model_folder import model_folder
 
-    merge_adapter(model_folder(parsed.base), parsed.adapter, parsed.folder, dtype=parsed.dtype)
+    merge_adapter(model_folder(parsed.base), model_folder(parsed.adapter), parsed.folder, dtype=parsed.dtype)
     print(f"merged {parsed.adapter} into {parsed.base}: {parsed.folder}")
     return 0

@@ -82,8 +82,8 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
         ask_hub_only_if_there([config.model.teacher.path, config.model.student.path, config.model.tokenizer])
         # Mistakes in the user's files are found here, before processes wait for one another.
         start = plan_start(config)
-        tp_size = check_models(config, num_ranks)  # imports transformers
         check_adapters(config)
+        tp_size = check_models(config, num_ranks)  # imports transformers
         tokenizer, vocab_size = run_tokenizer(config)
     data = load_training_data(config, tokenizer, vocab_size)
     log = get_logger(rank_of(os.environ), "data")

@@ -40,10 +40,9 @@ class Name:
 
 _DTYPES = ("model.student.dtype", "model.teacher.dtype")
 _GLOBAL_BATCH = "It counts the examples of a step over all processes"
-_LORA = (
-    "there is no LoRA training: all weights of the student are trained; megadistill merge BASE ADAPTER FOLDER merges "
-    "an adapter into a model to start from"
-)
+_LORA = "0 trains all weights; megadistill merge BASE ADAPTER FOLDER merges an adapter to start from"
+_NO_DROPOUT = "dropout is always off, also in adapters"
+_NO_DORA = "there is no DoRA: its norms of whole rows would be reduced in every layer; LoRA and rsLoRA are there"
 _QUANTIZED = "quantized models are not trained and not read: fp32 or bf16 (model.student.dtype, model.teacher.dtype)"
 _TRACKERS = "wandb, trackio, mlflow; TensorBoard's events and metrics.jsonl are always in run.dir"
 _ENGINE = "no key is needed: the training processes write the student's text themselves, without an inference engine"
@@ -166,20 +165,20 @@ TRL = (
     Name("use_vllm", (), _ENGINE),
     Name("vllm_mode", (), _ENGINE),
     Name("vllm_gpu_memory_utilization", ("generation.max_cache_bytes",), _ENGINE),
-    Name("use_peft", (), _LORA),
-    Name("lora_r", (), _LORA),
-    Name("lora_alpha", (), _LORA),
-    Name("lora_dropout", (), _LORA),
-    Name("lora_target_modules", (), _LORA),
+    Name("use_peft", ("model.student.lora.r",), _LORA),
+    Name("lora_r", ("model.student.lora.r",), _LORA),
+    Name("lora_alpha", ("model.student.lora.alpha",)),
+    Name("lora_dropout", (), _NO_DROPOUT),
+    Name("lora_target_modules", ("model.student.lora.targets",), "None named: all linear layers below the head"),
     Name("load_in_4bit", (), _QUANTIZED),
     Name("load_in_8bit", (), _QUANTIZED),
 )
 LLAMA_FACTORY = (
     Name("stage", ("generation.mode",), "Plain SFT is loss.dac_kl=0 loss.span=0 generation.mode=dataset"),
-    Name("finetuning_type", (), _LORA),
-    Name("lora_rank", (), _LORA),
-    Name("lora_target", (), _LORA),
-    Name("adapter_name_or_path", (), _LORA),
+    Name("finetuning_type", ("model.student.lora.r",), _LORA),
+    Name("lora_rank", ("model.student.lora.r",), _LORA),
+    Name("lora_target", ("model.student.lora.targets",), "None named: all linear layers below the head"),
+    Name("adapter_name_or_path", ("model.student.path",), "A run continues from its own; others are merged first"),
     Name("quantization_bit", (), _QUANTIZED),
     Name("dataset", ("data.train_path",), _ONE_PATH),
     Name("dataset_dir", ("data.train_path",), _ONE_PATH),
@@ -205,9 +204,9 @@ TORCHTUNE = (
     Name("teacher_checkpointer", ("model.teacher.path",)),
     Name("teacher_model", ("model.teacher.path",)),
     Name("model._component_", ("model.student.path",), "A folder whose config.json names the model"),
-    Name("model.lora_attn_modules", (), _LORA),
-    Name("model.apply_lora_to_mlp", (), _LORA),
-    Name("model.lora_rank", (), _LORA),
+    Name("model.lora_attn_modules", ("model.student.lora.targets",)),
+    Name("model.apply_lora_to_mlp", ("model.student.lora.targets",)),
+    Name("model.lora_rank", ("model.student.lora.r",), _LORA),
     Name("tokenizer.path", ("model.tokenizer",), "A folder or a hub name"),
     Name("tokenizer.max_seq_len", ("data.max_tokens",), _MAX_TOKENS),
     Name("tokenizer", ("model.tokenizer",), "A folder or a hub name"),
@@ -299,7 +298,10 @@ _SPOKEN = (
     *(Name(name, (), _SHARED_TP) for name in ("teacher_tp_size", "student_tp_size", "teacher.tp_size")),
     Name("student.tp_size", (), _SHARED_TP),
     *(Name(name, ("train.epochs",)) for name in ("num_epochs", "max_epochs", "n_epochs")),
-    *(Name(name, (), _LORA) for name in ("lora", "peft", "qlora", "adapter")),
+    *(Name(name, ("model.student.lora.r",), _LORA) for name in ("lora", "peft", "adapter", "lora.rank", "lora_rank")),
+    Name("qlora", ("model.student.lora.r",), _QUANTIZED),
+    *(Name(name, (), _NO_DORA) for name in ("use_dora", "dora", "lora.use_dora")),
+    *(Name(name, (), _NO_DROPOUT) for name in ("lora.dropout", "lora.lora_dropout")),
     *(Name(name, ("run.trackers",), _TRACKERS) for name in ("wandb", "mlflow", "trackio", "tracker")),
     *(Name(name, ("run.project",)) for name in ("wandb_project", "project_name")),
     Name("tensorboard", (), "no key is needed: run.dir always holds its events, and metrics.jsonl"),

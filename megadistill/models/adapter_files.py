@@ -121,6 +121,16 @@ class _Merged:
         return weight + self._b[rows] @ self._a[:, columns]
 
 
+def weights_folder(path: str, where: str) -> str:
+    """Where the weights of a model are: of adapters, their base; anything else as it is.
+
+    Raises:
+        ConfigError: As for ``AdapterFolder.of``.
+    """
+    adapters = AdapterFolder.of(path, where)
+    return path if adapters is None else adapters.base
+
+
 def write_adapter_settings(lora: Lora, family: Family, folder: Path) -> None:
     """Writes what goes beside the adapters' weights.
 

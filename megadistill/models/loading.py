@@ -44,17 +44,10 @@ if TYPE_CHECKING:
     from megadistill.models.lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DROPOUTS = [
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-    "layerdrop",
-    "summary_first_dropout",
-]
+_DROPOUTS = (
+    "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
+    "layerdrop", "summary_first_dropout",
+)  # fmt: skip
 REMOVED_ROWS = "removed_rows.safetensors"
 
 

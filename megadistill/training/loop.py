@@ -35,7 +35,7 @@ from megadistill.training.hooks.nonfinite import NonFinite
 from megadistill.training.hooks.profile import Profile
 from megadistill.training.hooks.progress import Progress
 from megadistill.training.hooks.record import Record
-from megadistill.training.hooks.throughput import Throughput, num_parameters
+from megadistill.training.hooks.throughput import Throughput, num_parameters, num_trained
 from megadistill.training.hooks.track import Track
 from megadistill.training.hooks.validation import Validation
 from megadistill.training.resume import Start, plan_start
@@ -281,13 +281,21 @@ def _sync_step_status(
     return _StepStatus(signal.Signals(int(number)).name if number else None, int(status), *map(bool, agreed))
 
 
+def _adapters(student: Student) -> str:
+    if student.loaded.lora is None:
+        return ""
+    trained, whole = num_trained(student), num_parameters(student)
+    return f" (adapters of rank {student.loaded.lora.config.r}, {100 * trained / whole:.2g} % of the weights)"
+
+
 def _headline(components: Components, data: TrainingData) -> str:
     config, context = components.config, components.context
     backend = choose_backend(config.loss.backend, components.student.shard, context.device)
     student, teacher = config.model.student.path, config.model.teacher.path
     missing = data.report.get("train/without_reference", 0) if config.needs_teacher else 0
     return (
-        f"{f'{teacher} -> {student}' if config.needs_teacher else f'SFT of {student}'}: "
+        f"{f'{teacher} -> {student}' if config.needs_teacher else f'SFT of {student}'}"
+        f"{_adapters(components.student)}: "
         f"tp {context.tp_size} x dp {context.dp_size}, ZeRO-{config.parallel.zero_stage}, {context.device.type}, "
         f"losses by {backend}; {len(data.train)} rows"
         + (f" ({missing} of them without a reference)" if missing else "")

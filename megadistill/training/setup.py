@@ -24,6 +24,7 @@ from megadistill.generation.sources.base import SourceInputs
 from megadistill.launch.launchers import rank_of
 from megadistill.losses import QuantileGate
 from megadistill.losses.backends import check_backend
+from megadistill.models.adapter_files import weights_folder
 from megadistill.models.end_tokens import describe_end_tokens, end_tokens, named_end_tokens
 from megadistill.models.families import head_counts
 from megadistill.models.folder_checks import check_weights, has_weights
@@ -104,7 +105,7 @@ def check_models(config: RunConfig, world_size: int) -> int:
     for key, path in model_paths(config).items():
         model_config = load_model_config(path, key)
         counts |= head_counts(model_config, key)
-        check_weight_files(path, key, getattr(model_config, "transformers_weights", None))
+        check_weight_files(weights_folder(path, key), key, getattr(model_config, "transformers_weights", None))
         check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
     tp_size = resolve_tp_size(config.parallel.tp_size, world_size, counts)
     rows = config.train.micro_batch_size if config.train.micro_batch_tokens is None else 1

@@ -127,3 +127,64 @@ def load_vocabulary(assets: Path) -> int:
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
 
     return vocabulary_size(load_tokenizer(assets / "tokenizer"))
+
+
+def test_the_verbs_take_a_run_with_adapters(
+    bases: dict[str, Path], one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters and whole models are exported; merging by peft, our export and our reading are the same model."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from megadistill.cli.main import main
+
+    run, base = one_process / "gpt2", bases["gpt2"]
+    out = {name: str(tmp_path / name) for name in ("adapters", "bf16", "whole", "peft", "tp2", "again")}
+    assert main(["export", str(run), out["adapters"]]) == 0
+    assert "AutoPeftModelForCausalLM" in capsys.readouterr().out
+    assert main(["export", str(run), out["bf16"], "--dtype", "bf16"]) == 0
+    assert main(["export", str(run), out["whole"], "--merged", "--max-shard-size", "20KB"]) == 0
+    assert main(["merge", str(base), str(run), out["peft"]]) == 0
+    AutoPeftModelForCausalLM.from_pretrained(out["adapters"])
+    AutoModelForCausalLM.from_pretrained(out["whole"])
+    for other in (out["whole"], out["peft"], out["adapters"]):
+        assert main(["verify", str(run), other, "--tolerance", "1e-9", "--rows", "4", "--greedy-tokens", "8"]) == 0
+    assert main(["verify", str(run), str(base), "--rows", "4", "--greedy-tokens", "0"]) == 1
+    assert main(["reshard", str(run), out["tp2"], "--tp-size", "2", "--dp-size", "2"]) == 0
+    assert main(["export", out["tp2"], out["again"]]) == 0
+    ours, theirs = (Path(out[name]) / "adapter_model.safetensors" for name in ("again", "adapters"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert main(["inspect", str(run)]) == 0
+    assert f"adapters    multiplied by 2, of the base {base}" in capsys.readouterr().out
+
+
+def test_what_adapters_cannot_do_is_refused_in_one_line(
+    assets: Path, bases: dict[str, Path], one_process: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megadistill.cli.main import main
+
+    def refused(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(list(arguments)) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    def train(*more: str) -> str:
+        common = _settings(assets, bases, "llama", *more)
+        return refused("train", "--config", "configs/base.yaml", f"run.dir={tmp_path / 'run'}", *common)
+
+    random = f"model.student.path={assets / 'llama' / 'student' / 'config.json'}"
+    assert "has no weights" in train(random)
+    assert "holds LoRA adapters" in train(f"model.student.path={one_process / 'llama'}")
+    assert "no linear layer q_prj; did you mean q_proj?" in train("model.student.lora.targets=[q_prj]")
+    assert "alpha has no effect with model.student.lora.r=0" in train("model.student.lora.r=0")
+    assert "the step ahead" in train("loss.gate_objective=student")
+    assert "megadistill merge" in refused(
+        "shard", str(one_process / "llama"), str(tmp_path / "x"), "--tp-size", "2", "--dp-size", "1"
+    )
+    assert "--merged --push o/n" in refused("export", str(one_process / "llama"), str(tmp_path / "x"), "--push", "o/n")
+    moved = tmp_path / "moved"
+    shutil.copytree(_hf(one_process / "llama"), moved)
+    (moved / "adapter_base.json").write_text(json.dumps({"path": str(bases["gpt2"]), "files": {"config.json": "1"}}))
+    assert "is not what it was" in refused("verify", str(moved), str(moved))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from megadistill.engines.partitioned import PartitionedModel
+from megadistill.engines.student import Student
+from megadistill.models.lora import trained_names
 from megadistill.observability.memory import peak_bytes, reset_peak
 from megadistill.training.components import Components
 from megadistill.training.hooks.base import Hook, StepEvent
@@ -47,13 +49,15 @@ class Throughput(Hook):
     """Adds ``time/step_s``, ``memory/peak_bytes`` and ``throughput/...`` to the metrics of a step.
 
     Times are rank 0's own; tokens are those of all ranks. FLOPs are 2 for each parameter and token of a forward pass
-    and 6 for forward and backward, attention left out; ``throughput/mfu`` is there where the device's peak is known.
+    and 6 for forward and backward (4 where it is frozen), attention left out; ``throughput/mfu`` is there where the
+    device's peak is known.
     """
 
     def __init__(self, components: Components) -> None:
         self._components = components
         self._began = 0.0
         self._num_student = num_parameters(components.student)
+        self._num_trained = num_trained(components.student)
         self._num_teacher = num_parameters(components.teacher)
         self._peak = peak_flops(components.context.device)
         self._tokens = self._examples = self._seconds = self._flops = self._peak_memory = 0.0
@@ -70,7 +74,10 @@ class Throughput(Hook):
         metrics["time/step_s"] = seconds
         metrics["memory/peak_bytes"] = float(peak_bytes(context.device))
         tokens, num_examples = self._count(event), self._components.config.train.global_batch_size
-        flops = self._num_student * (6 * tokens.trained + 2 * tokens.written) + 2 * self._num_teacher * tokens.read
+        # Forward pass and gradients of activations 2 each a number and token, of weights 2 for those that are trained.
+        trained_flops = 4 * self._num_student + 2 * self._num_trained
+        flops = trained_flops * tokens.trained + 2 * self._num_student * tokens.written
+        flops += 2 * self._num_teacher * tokens.read
         metrics["throughput/tokens_per_s"] = tokens.trained / seconds
         metrics["throughput/examples_per_s"] = num_examples / seconds
         for phase, count in (("rollout", tokens.written), ("teacher", tokens.read), ("train", tokens.trained)):
@@ -123,3 +130,9 @@ def peak_flops(device: torch.device) -> float | None:
 def num_parameters(model: PartitionedModel | None) -> int:
     """Parameters of the whole model; a tied head counts once. 0 for no model."""
     return 0 if model is None else sum(math.prod(shape) for shape in model.loaded.shapes.values())
+
+
+def num_trained(student: Student) -> int:
+    """Parameters of the whole student that are trained."""
+    loaded = student.loaded
+    return sum(math.prod(loaded.shapes[name]) for name in trained_names(loaded))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megadistill.checkpoint.hf_files import set_tied, write_safetensors
+from megadistill.checkpoint.hf_files import copy_beside, set_tied, write_safetensors
 from megadistill.checkpoint.manifest import HF_FOLDER, STUDENT_FOLDER
 from megadistill.checkpoint.probe import check_same_logits, folder_logits, streamed_logits
 from megadistill.config.lora import LoraSection
@@ -19,7 +18,6 @@ from megadistill.models.adapter_files import ADAPTER_WEIGHTS, PREFIX, AdapterFol
 from megadistill.models.folder_checks import ADAPTER_BASE, ADAPTER_CONFIG
 from megadistill.models.loading import DTYPES, LoadedModel, load_model, load_model_config
 from megadistill.models.lora import with_adapters
-from megadistill.models.model_files import CONFIG
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import MASTER, WEIGHT, ShardReader
 from megadistill.models.tensor_file import save_tensors
@@ -46,8 +44,8 @@ def export_adapters(checkpoint: Path, folder: Path, *, dtype: str | None) -> Non
         CheckpointError: What was written is another model on the probe text.
     """
     hf, shards = checkpoint / HF_FOLDER, ShardReader(checkpoint / STUDENT_FOLDER)
-    _copy_beside(hf, folder, dtype)
     wanted = DTYPES[dtype or _dtype_name(load_model_config(str(hf), str(checkpoint)))]
+    copy_beside(hf, folder, dtype=wanted)
     tensors = {PREFIX + name: shards.whole(MASTER, name).to(wanted).contiguous() for name in shards.shard_specs}
     save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     prove_adapters(shards, _settings(folder), folder, checkpoint)
@@ -68,7 +66,7 @@ def export_merged(checkpoint: Path, folder: Path, *, dtype: str | None, max_shar
     hf = checkpoint / HF_FOLDER
     config = load_model_config(str(hf), str(checkpoint))
     wanted = DTYPES[dtype or _dtype_name(config)]
-    _copy_beside(hf, folder, dtype, leaves=(ADAPTER_CONFIG, ADAPTER_BASE))
+    copy_beside(hf, folder, dtype=wanted, leaves=(ADAPTER_CONFIG, ADAPTER_BASE))
     loaded = load_model(
         str(hf), dtype="fp32", vocab_size=config.vocab_size, seed=0, attention="eager", where=str(checkpoint), rank=1
     )
@@ -84,19 +82,6 @@ def _whole(loaded: LoadedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch
     for name, shape in progress_bar(list(loaded.shapes.items()), description="export", unit="tensor"):
         run = loaded.weights.read(WEIGHT, name, ShardSpec(shape), 0, 0, torch.Size(shape).numel())
         yield loaded.family.stored_name(name), loaded.family.export(name, run.view(shape)).to(dtype).contiguous()
-
-
-def _copy_beside(hf: Path, folder: Path, dtype: str | None, leaves: Collection[str] = ()) -> None:
-    """What lies beside the weights; config.json names the type that is written."""
-    for file in hf.iterdir():
-        if file.is_dir():  # of named chat templates
-            shutil.copytree(file, folder / file.name)
-        elif file.suffix != ".safetensors" and file.name not in leaves:
-            shutil.copy2(file, folder)
-    if dtype is not None:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _settings(folder: Path) -> LoraSection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +12,7 @@ import torch
 
 from megadistill.checkpoint.adapter_export import export_adapters, export_merged, has_adapters
 from megadistill.checkpoint.carried import Carried
-from megadistill.checkpoint.hf_files import INDEX, set_tied, write_index, write_safetensors
+from megadistill.checkpoint.hf_files import copy_beside, set_tied, write_index, write_safetensors
 from megadistill.checkpoint.manifest import (
     HF_FOLDER,
     STUDENT_FOLDER,
@@ -154,40 +153,34 @@ def export_checkpoint(
     if not names:
         raise CheckpointError(f"{source} has no model to export")
     if is_merged and not has_adapters(source):
-        raise CheckpointError(
-            f"{source} has no adapters that could be merged: its weights are whole", setting="--merged"
-        )
+        raise CheckpointError(f"--merged: {source} has no adapters; it is exported whole without it")
     check_with_progress(source, manifest, names)
-    if has_adapters(source):
-        with new_folder(target) as beside:
-            if is_merged:
-                export_merged(source, beside, dtype=dtype, max_shard_bytes=max_shard_bytes)
-            else:
-                export_adapters(source, beside, dtype=dtype)
-        return source
     with new_folder(target) as beside:
-        for file in (source / HF_FOLDER).iterdir():
-            if file.is_dir():  # of named chat templates
-                shutil.copytree(file, beside / file.name)
-            elif file.suffix != ".safetensors" and file.name != INDEX:
-                shutil.copy2(file, beside)
-        config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = config["dtype"] if dtype is None else str(DTYPES[dtype]).removeprefix("torch.")
-        (beside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
-
-        family = FAMILIES[config["model_type"]]
-
-        def removed(name: str, count: int) -> torch.Tensor | None:
-            name = family.stored_name(name)
-            return exported.read(name)[count:] if exported.shape(name)[0] > count else None
-
-        names = progress_bar(list(shards.shard_specs), description="export", unit="tensor")
-        weights = _standard_weights(shards, names, family, getattr(torch, config["dtype"]), removed)
-        write_safetensors(weights, beside, max_shard_bytes)
-        set_tied(beside, shards.shard_specs)
-        prove_student(shards, load_model_config(str(source / HF_FOLDER), str(source)), beside, source)
+        if not has_adapters(source):
+            _export_whole(source, beside, dtype, max_shard_bytes)
+        elif is_merged:
+            export_merged(source, beside, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        else:
+            export_adapters(source, beside, dtype=dtype)
     return source
+
+
+def _export_whole(source: Path, folder: Path, dtype: str | None, max_shard_bytes: int | None) -> None:
+    copy_beside(source / HF_FOLDER, folder, dtype=None if dtype is None else DTYPES[dtype])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shards, exported = ShardReader(source / STUDENT_FOLDER), HFWeights(source / HF_FOLDER)
+
+    family = FAMILIES[config["model_type"]]
+
+    def removed(name: str, count: int) -> torch.Tensor | None:
+        name = family.stored_name(name)
+        return exported.read(name)[count:] if exported.shape(name)[0] > count else None
+
+    names = progress_bar(list(shards.shard_specs), description="export", unit="tensor")
+    weights = _standard_weights(shards, names, family, getattr(torch, config["dtype"]), removed)
+    write_safetensors(weights, folder, max_shard_bytes)
+    set_tied(folder, shards.shard_specs)
+    prove_student(shards, load_model_config(str(source / HF_FOLDER), str(source)), folder, source)
 
 
 def check_export(folder: str | Path) -> None:

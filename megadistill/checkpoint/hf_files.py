@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megadistill.errors import CheckpointError
 from megadistill.models.families import has_own_head
+from megadistill.models.model_files import CONFIG
 from megadistill.models.tensor_file import Entry, as_bytes, save_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -140,6 +143,28 @@ def set_tied(folder: Path, names: Collection[str]) -> None:
         folder: The folder.
         names: Names of the model's parameters.
     """
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"tie_word_embeddings": not has_own_head(names)}
+    _change_config(folder, tie_word_embeddings=not has_own_head(names))
+
+
+def copy_beside(folder: Path, to: Path, *, dtype: torch.dtype | None, leaves: Collection[str] = ()) -> None:
+    """Copies what lies beside the weights of a Hugging Face folder; config.json names the type that is written.
+
+    Args:
+        folder: The folder.
+        to: Exists.
+        dtype: The type; None: as it is.
+        leaves: Names of files that stay behind.
+    """
+    for file in folder.iterdir():
+        if file.is_dir():  # of named chat templates
+            shutil.copytree(file, to / file.name)
+        elif file.suffix != ".safetensors" and file.name not in (INDEX, *leaves):
+            shutil.copy2(file, to)
+    if dtype is not None:
+        _change_config(to, dtype=str(dtype).removeprefix("torch."))
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    file = folder / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -77,7 +77,8 @@ def _conversation(parsed: Namespace) -> Iterator[Conversation]:
     from megadistill.evaluation.conversation import Conversation, conversation_template
     from megadistill.evaluation.processes import inference_context
     from megadistill.models.end_tokens import end_tokens
-    from megadistill.models.loading import check_positions, load_model_config
+    from megadistill.models.loading import load_model_config
+    from megadistill.models.positions import check_positions
 
     output = sys.stdout
     with redirect_stdout(sys.stderr):

@@ -115,7 +115,8 @@ def evaluate_models(
     from megadistill.evaluation.record import deciding_settings, describe_model, make_entry
     from megadistill.evaluation.report import results_table
     from megadistill.evaluation.rouge import load_scorer
-    from megadistill.models.loading import check_positions, load_model_config
+    from megadistill.models.loading import load_model_config
+    from megadistill.models.positions import check_positions
 
     load_scorer()  # a missing package is reported before anything is generated
     folders = {name: model_folder(path) for name, path in models.items()}

@@ -69,7 +69,8 @@ def answer_rows(
     from megadistill.evaluation.answers import AnswerSettings, write_answers
     from megadistill.evaluation.processes import inference_context
     from megadistill.models.end_tokens import end_tokens
-    from megadistill.models.loading import check_positions, load_model_config
+    from megadistill.models.loading import load_model_config
+    from megadistill.models.positions import check_positions
 
     limit = fill_in(parsed)
     folder = model_folder(parsed.model)

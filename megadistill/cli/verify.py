@@ -95,7 +95,8 @@ def _compare(parsed: argparse.Namespace) -> tuple[Comparison | None, str | None]
     from megadistill.data.tokenize import vocabulary_size
     from megadistill.evaluation.compare import compare_models, prompts_of, text_rows
     from megadistill.models.folder_checks import has_weights, is_sharded
-    from megadistill.models.loading import check_positions, load_model, load_model_config, whole_model
+    from megadistill.models.loading import load_model, load_model_config, whole_model
+    from megadistill.models.positions import check_positions
     from megadistill.observability.progress import progress_bar
 
     folders = {name: model_folder(path) for name, path in (("A", parsed.a), ("B", parsed.b))}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # Rotary types whose frequencies do not depend on the length of a text that the model can read: those of "dynamic"
-# change beyond its positions, those of "longrope" where ``models.loading.check_positions`` ends.
+# change beyond its positions, those of "longrope" where ``models.positions.check_positions`` ends.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 

@@ -125,32 +125,6 @@ def load_model_config(path: str, where: str) -> PreTrainedConfig:
     return config
 
 
-def check_positions(config: PreTrainedConfig, max_tokens: int, what: str, where: str) -> None:
-    """Checks that a model can read sequences of some length.
-
-    Args:
-        config: The model's configuration.
-        max_tokens: The length.
-        what: The setting that asks for it.
-        where: The key or option that names the model.
-
-    Raises:
-        ConfigError: The model has fewer positions, or its rotary ones depend on the batch.
-    """
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type") == "longrope":
-        short = rotary.get("original_max_position_embeddings") or config.original_max_position_embeddings
-        if max_tokens > short:
-            # transformers chooses its frequencies by the longest example of a batch: one would depend on the others.
-            raise ConfigError(
-                f"{what}={max_tokens}, but {where} has rotary positions of type longrope, which are supported up to "
-                f"{short} tokens: beyond, each example's depend on the longest one of its batch"
-            )
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and max_tokens > longest:
-        raise ConfigError(f"{what}={max_tokens}, but {where} reads at most {longest} positions")
-
-
 def load_model(
     path: str,
     *,
@@ -182,8 +156,6 @@ def load_model(
     pristine = load_model_config(path, where)
     config, family, wanted = _without_dropout(pristine), family_of(pristine, where), DTYPES[dtype]
     attention = family.attention_for(attention, where, rank)
-    adapters = AdapterFolder.of(path, where)
-    source = path if adapters is None else adapters.base
     shards = ShardReader(Path(path) / SHARDS) if is_sharded(path) else None
     if shards is not None:
         config.tie_word_embeddings = not has_own_head(shards.shard_specs)
@@ -194,10 +166,7 @@ def load_model(
         get_logger(rank, "model").info(f"{where}: {path} is a configuration file: its weights are random")
         model = _random_model(config, wanted, attention, seed, where)
     if shards is None and has_weights(path):
-        files = weight_files(source, where, getattr(config, "transformers_weights", None))
-        stored = {family.parameter_name(name): t for name, t in open_tensors(files, source, where, read).items()}
-        tensors = placed_tensors(model, stored, source, where, rank=rank)
-        tensors = tensors if adapters is None else adapters.merged_into(tensors, family, where)
+        tensors = _placed(model, family, path, where, read, rank)
     pristine.tie_word_embeddings = is_tied(model)
     removed = _prepare(model, family, vocab_size, where)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -214,6 +183,18 @@ def load_model(
         weights = TensorReader(_in_memory(model), wanted)
     _set_parameters(model, torch.empty_like, "cpu")
     return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", weights)
+
+
+def _placed(
+    model: PreTrainedModel, family: Family, path: str, where: str, read: ReadMode, rank: int
+) -> dict[str, StoredTensor]:
+    """Parameter -> its tensor in the files; of a folder with adapters, those of the base with the adapters merged."""
+    adapters = AdapterFolder.of(path, where)
+    source = path if adapters is None else adapters.base
+    files = weight_files(source, where, getattr(model.config, "transformers_weights", None))
+    stored = {family.parameter_name(name): t for name, t in open_tensors(files, source, where, read).items()}
+    tensors = placed_tensors(model, stored, source, where, rank=rank)
+    return tensors if adapters is None else adapters.merged_into(tensors, family, where)
 
 
 def _without_dropout(pristine: PreTrainedConfig) -> PreTrainedConfig:

@@ -14,7 +14,8 @@ from megadistill.engines.ds_config import needs_wide_gradients, student_config
 from megadistill.errors import ConfigError
 from megadistill.generation.sources import source_class
 from megadistill.models.families import head_counts
-from megadistill.models.loading import DTYPES, check_positions, load_model_config
+from megadistill.models.loading import DTYPES, load_model_config
+from megadistill.models.positions import check_positions
 from megadistill.parallel.topology import check_hpz_size, gradient_accumulation_steps, resolve_tp_size
 from megadistill.planning.shape import ModelOutline, ModelShape
 

@@ -18,6 +18,7 @@ from megadistill.checkpoint.save_load import load_checkpoint
 from megadistill.checkpoint.writer import CheckpointWriter, Keep
 from megadistill.config.load import dump_resolved
 from megadistill.config.schema import RunConfig
+from megadistill.engines.student import Student
 from megadistill.files import write_json
 from megadistill.launch.heartbeat import Heartbeat
 from megadistill.launch.stopping import StopRequest

@@ -31,12 +31,12 @@ from megadistill.models.folder_checks import check_weights, has_weights
 from megadistill.models.loading import (
     DTYPES,
     LoadedModel,
-    check_positions,
     load_model_config,
     load_model_on_ranks,
     shared_vocab_size,
 )
 from megadistill.models.lora import with_adapters
+from megadistill.models.positions import check_positions
 from megadistill.models.weight_files import check_weight_files
 from megadistill.observability.log import get_logger
 from megadistill.parallel.context import ParallelContext

@@ -38,7 +38,7 @@ def _model(tp_size: int) -> tuple[dict[str, torch.Tensor], dict[str, ShardSpec],
     specs = {name: ShardSpec.even(shape, dim, blocks, tp_size) for name, (shape, dim, blocks) in SHAPES.items()}
     removed = {HEAD: torch.randn(2, 6, generator=generator)}
     shapes = {name: shape for name, (shape, _, _) in SHAPES.items()}
-    return tensors, specs, SimpleNamespace(family=FAMILIES["gpt2"], removed_rows=removed, shapes=shapes)
+    return tensors, specs, SimpleNamespace(family=FAMILIES["gpt2"], removed_rows=removed, shapes=shapes, lora=None)
 
 
 def _student(rank: int, tp_size: int, dp_size: int, dtype: torch.dtype, whole_on: int | None) -> Any:

@@ -186,5 +186,6 @@ def test_what_adapters_cannot_do_is_refused_in_one_line(
     assert "--merged --push o/n" in refused("export", str(one_process / "llama"), str(tmp_path / "x"), "--push", "o/n")
     moved = tmp_path / "moved"
     shutil.copytree(_hf(one_process / "llama"), moved)
-    (moved / "adapter_base.json").write_text(json.dumps({"path": str(bases["gpt2"]), "files": {"config.json": "1"}}))
+    record = {"path": str(bases["gpt2"]), "files": {"config.json": "1"}}
+    (moved / "adapter_base.json").write_text(json.dumps(record), encoding="utf-8")
     assert "is not what it was" in refused("verify", str(moved), str(moved))

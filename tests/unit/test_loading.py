@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from megadistill.errors import ConfigError
-from megadistill.models.loading import check_positions, load_model, load_model_config, shared_vocab_size, whole_model
+from megadistill.models.loading import load_model, load_model_config, shared_vocab_size, whole_model
+from megadistill.models.positions import check_positions
 
 TINY = {"vocab_size": 12, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = _parser().parse(arguments)
     config = config_of(parsed)
     if config.model.student.lora.enabled:
-        raise ConfigError("model.student.lora: what adapters need is not predicted yet; plan with model.student.lora.r=0")
+        raise ConfigError("model.student.lora: adapters are not predicted yet; plan with model.student.lora.r=0")
     if parsed.json not in (None, "-"):
         refuse_unwritable(parsed.json, is_file=True)
     if parsed.plot is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megadistill.data.hub import split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import write_json
 from megadistill.models.families import LORA_A, LORA_B, Family
@@ -141,10 +142,12 @@ def write_adapter_settings(lora: Lora, family: Family, folder: Path) -> None:
     """
     config = lora.config
     base = str(Path(lora.base).resolve()) if Path(lora.base).exists() else lora.base
+    name, revision = split_revision(base)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,

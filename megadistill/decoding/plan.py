@@ -110,6 +110,7 @@ class DecoderPlan:
         score_scale: Factor on the products of queries and keys; None: head_dim^-0.5.
         embedding_scale: Factor on the embedding of the tokens.
         residual_scale: Factor on what attention and MLP add.
+        has_fused_gate: ``up`` is one module with gate and up, in this order.
     """
 
     embedding: nn.Module
@@ -126,11 +127,12 @@ class DecoderPlan:
     score_scale: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+    has_fused_gate: bool = False
 
     @property
     def is_gated(self) -> bool:
         """Whether the MLP is activation(gate) * up instead of activation(up)."""
-        return len(self.layers[0].up) == 2
+        return self.has_fused_gate or len(self.layers[0].up) == 2
 
 
 def _function(activation: Activation) -> Activation:
@@ -176,6 +178,30 @@ def _has_windows(config: PreTrainedConfig) -> bool:
 
 def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
     """Llama and what is like it; None for sliding windows and rotary types or parts of heads that no plan covers."""
+    return _llama_like(
+        model,
+        qkv=lambda attention: (attention.q_proj, attention.k_proj, attention.v_proj),
+        up=lambda mlp: (mlp.gate_proj, mlp.up_proj),
+        activation=lambda mlp: mlp.act_fn,
+    )
+
+
+def phi3_plan(model: PreTrainedModel) -> DecoderPlan | None:
+    """Phi-3 and Phi-4, which are like Llama but for fused products; None where ``llama_plan`` has none."""
+    return _llama_like(
+        model,
+        qkv=lambda attention: (attention.qkv_proj,),
+        up=lambda mlp: (mlp.gate_up_proj,),
+        activation=lambda mlp: mlp.activation_fn,
+    )
+
+
+def _llama_like(
+    model: PreTrainedModel,
+    qkv: Callable[[Any], tuple[nn.Module, ...]],
+    up: Callable[[Any], tuple[nn.Module, ...]],
+    activation: Callable[[Any], Activation],
+) -> DecoderPlan | None:
     config, body = model.config, _body(model, "model")
     rotary = body.rotary_emb
     num_kv_heads, head_dim = key_value_shape(config)
@@ -189,10 +215,10 @@ def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
             LayerPlan(
                 module=layer,
                 attention_norm=NormPlan.of(layer.input_layernorm),
-                qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+                qkv=qkv(attention),
                 out=attention.o_proj,
                 mlp_norm=NormPlan.of(layer.post_attention_layernorm),
-                up=(mlp.gate_proj, mlp.up_proj),
+                up=up(mlp),
                 down=mlp.down_proj,
                 q_norm=NormPlan.of(attention.q_norm) if has_norms else None,
                 k_norm=NormPlan.of(attention.k_norm) if has_norms else None,
@@ -203,7 +229,7 @@ def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
         embedding=body.embed_tokens,
         layers=tuple(layers),
         final_norm=NormPlan.of(body.norm),
-        activation=_function(body.layers[0].mlp.act_fn),
+        activation=_function(activation(body.layers[0].mlp)),
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -212,6 +238,7 @@ def llama_plan(model: PreTrainedModel) -> DecoderPlan | None:
         score_scale=float(body.layers[0].self_attn.scaling),
         embedding_scale=float(getattr(config, "embedding_multiplier", 1.0)),
         residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        has_fused_gate=len(layers[0].up) == 1,
     )
 
 

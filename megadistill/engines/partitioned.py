@@ -76,7 +76,7 @@ class PartitionedModel:
         self.engine, self.loaded, self.context = engine, loaded, context
         self._stepping = stepping_on(context.device, cuda_graphs=cuda_graphs)
         if context.tp_size > 1 and loaded.family.post_shard is not None:
-            loaded.family.post_shard(engine.module, context.tp_size)
+            loaded.family.post_shard(engine.module, context)
         if context.tp_size > 1 and engine.first_dataloader_check is not None:
             # It pickles the arguments, head functions included, and asks globals that another engine may have set.
             engine.first_dataloader_check.remove()

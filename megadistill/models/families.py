@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from megadistill.decoding.plan import DecoderPlan, gpt2_plan, llama_plan, no_plan, opt_plan
+from megadistill.decoding.plan import DecoderPlan, gpt2_plan, key_value_shape, llama_plan, no_plan, opt_plan, phi3_plan
 from megadistill.errors import ConfigError
+from megadistill.models.shard_spec import Blocks
+from megadistill.models.sharded_parts import norm_over_ranks, share_heads
 from megadistill.observability.log import get_logger
+from megadistill.parallel.context import ParallelContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,10 +39,11 @@ class Family:
             will do.
         column_parallel: Linear layers that are sharded along their outputs.
         row_parallel: Linear layers that are sharded along their inputs.
-        fused: (layer, n): n linear layers of equal size lie in one along the outputs.
+        fused: (layer, n): n linear layers of equal size lie in one along the outputs; of unequal ones, their sizes.
+        sized: ``sized(family, config)`` fills in what depends on a model's sizes; ``family_of`` does it.
         partition_config: AutoTP's explicit plan, where DeepSpeed has none.
         prepare: Changes the model before it is sharded.
-        post_shard: ``post_shard(model, tp_size)`` corrects what AutoTP forgets.
+        post_shard: ``post_shard(model, context)`` corrects what AutoTP forgets.
         attention: The only attention implementation of transformers that computes this family; None: any.
         stored_head: What the head's weight is called in the family's files.
         transposed: Ends of the names of parameters that ``prepare`` transposes: the family's files have them as
@@ -50,10 +54,11 @@ class Family:
     plan: Callable[[PreTrainedModel], DecoderPlan | None]
     column_parallel: tuple[str, ...]
     row_parallel: tuple[str, ...]
-    fused: tuple[tuple[str, int], ...] = ()
+    fused: tuple[tuple[str, Blocks], ...] = ()
+    sized: Callable[[Family, PreTrainedConfig], Family] | None = None
     partition_config: dict[str, Any] | None = None
     prepare: Callable[[PreTrainedModel], None] | None = None
-    post_shard: Callable[[PreTrainedModel, int], None] | None = None
+    post_shard: Callable[[PreTrainedModel, ParallelContext], None] | None = None
     attention: str | None = None
     stored_head: str = _HEAD
     transposed: tuple[str, ...] = ()
@@ -89,8 +94,8 @@ class Family:
         """The parameter that a tensor of the family's files is."""
         return _HEAD if stored == self.stored_head else stored
 
-    def blocks(self, name: str) -> int:
-        """Number of parameters that lie fused along the sharded dimension of parameter ``name``."""
+    def blocks(self, name: str) -> Blocks:
+        """Number or sizes of the parameters that lie fused along the sharded dimension of parameter ``name``."""
         return dict(self.fused).get(_layer(name), 1)
 
     def shard_dim(self, name: str, *, is_tied: bool) -> int | None:
@@ -130,11 +135,11 @@ def _gpt2_conv1d_to_linear(model: PreTrainedModel) -> None:
                 setattr(module, name, linear)
 
 
-def _gpt2_split_sizes(model: PreTrainedModel, tp_size: int) -> None:
+def _gpt2_split_sizes(model: PreTrainedModel, context: ParallelContext) -> None:
     """AutoTP divides ``num_heads`` and forgets the width at which the fused queries, keys and values are split."""
     body: Any = model.get_submodule("transformer")
     for block in body.h:
-        block.attn.split_size //= tp_size
+        block.attn.split_size //= context.tp_size
 
 
 _GPT2_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -162,6 +167,38 @@ def _gemma2_embedding(model: PreTrainedModel) -> None:
     model.get_input_embeddings().__class__ = Gemma3TextScaledWordEmbedding
 
 
+def _phi3_sizes(family: Family, config: PreTrainedConfig) -> Family:
+    """Queries, keys and values are one product, and so are gate and up."""
+    heads, head_dim = key_value_shape(config)
+    qkv = (config.num_attention_heads * head_dim, heads * head_dim, heads * head_dim)
+    specs = [
+        _cut(r".*self_attn\.qkv_proj", "column", shape=[list(qkv), -1], partition_dim=0),
+        _cut(r".*mlp\.gate_up_proj", "column", shape=[2, -1], partition_dim=0),
+        _cut(r".*(o_proj|down_proj)", "row"),
+    ]
+    return replace(
+        family,
+        fused=(("qkv_proj", qkv), ("gate_up_proj", 2)),
+        partition_config={"use_default_specs": False, "layer_specs": specs},
+    )
+
+
+def _cut(layers: str, kind: str, **more: Any) -> dict[str, Any]:
+    """What AutoTP is told of the weights of some layers."""
+    return {"patterns": [layers + r"\.weight$"], "partition_type": kind, **more}
+
+
+# The plan of transformers gives every rank all queries and keys, because of the norms.
+_OLMO2_PARTITION = {
+    "use_default_specs": False,
+    "layer_specs": [
+        _cut(r".*(q_proj|k_proj|v_proj|gate_proj|up_proj)", "column"),
+        _cut(r".*(o_proj|down_proj)", "row"),
+        _cut(r".*(q_norm|k_norm)", "skip", grad_allreduce=True),
+    ],
+}
+
+
 _LLAMA_LIKE = Family(
     head_counts=("num_attention_heads", "num_key_value_heads"),
     plan=llama_plan,
@@ -177,6 +214,14 @@ FAMILIES: dict[str, Family] = {
     "granite": _LLAMA_LIKE,
     "gemma2": replace(_LLAMA_LIKE, plan=no_plan, prepare=_gemma2_embedding, attention="eager"),
     "gemma3_text": replace(_LLAMA_LIKE, plan=no_plan),
+    "olmo2": replace(_LLAMA_LIKE, plan=no_plan, partition_config=_OLMO2_PARTITION, post_shard=norm_over_ranks),
+    "phi3": replace(
+        _LLAMA_LIKE,
+        plan=phi3_plan,
+        column_parallel=("qkv_proj", "gate_up_proj"),
+        sized=_phi3_sizes,
+        post_shard=share_heads,
+    ),
     "gpt_neox": Family(
         head_counts=("num_attention_heads",),
         plan=no_plan,
@@ -218,7 +263,8 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
         raise ConfigError(
             f"{where}: model type '{config.model_type}' is not supported; allowed: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
+    return family if family.sized is None else family.sized(family, config)
 
 
 def has_own_head(names: Collection[str]) -> bool:

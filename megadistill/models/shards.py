@@ -250,13 +250,20 @@ class HFWeights:
 
 
 def _parse_spec(entry: Mapping[str, Any]) -> ShardSpec:
+    blocks = entry["blocks"]
     spec = ShardSpec(
-        tuple(map(int, entry["shape"])), entry["dim"], int(entry["blocks"]), tuple(map(int, entry["sizes"]))
+        tuple(map(int, entry["shape"])),
+        entry["dim"],
+        tuple(map(int, blocks)) if isinstance(blocks, list) else int(blocks),
+        tuple(map(int, entry["sizes"])),
     )
-    if any(size < 0 for size in (*spec.shape, *spec.sizes)) or spec.blocks < 1:
+    least = min(spec.blocks) if isinstance(spec.blocks, tuple) else spec.blocks
+    if any(size < 0 for size in (*spec.shape, *spec.sizes)) or least < 1:
         raise ValueError(f"not a shape: {dict(entry)}")
     if spec.dim is not None and not (0 <= spec.dim < len(spec.shape) and sum(spec.sizes) == spec.shape[spec.dim]):
         raise ValueError(f"not the shards of the shape: {dict(entry)}")
+    if isinstance(spec.blocks, tuple) and (spec.dim is None or sum(spec.blocks) != spec.shape[spec.dim]):
+        raise ValueError(f"not the blocks of the shape: {dict(entry)}")
     return spec
 
 

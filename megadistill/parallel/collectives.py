@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,6 +30,25 @@ def all_gather_rows(tensor: Tensor, group: Group) -> Tensor:
     # The list form: the tensor form changes its name between torch releases.
     dist.all_gather(list(rows.unbind(0)), tensor, group=group)
     return rows
+
+
+def differentiable_sum(tensor: Tensor, group: Group) -> Tensor:
+    """Sum over the group, of whose result each rank computes with something else.
+
+    One all-reduce, and one of the gradients in the backward pass.
+    """
+    return tensor if group is None else _Sum.apply(tensor, group)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(tensor.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(gradient.clone(), ctx.group), None
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: Group) -> Tensor:

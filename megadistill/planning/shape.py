@@ -241,7 +241,7 @@ class ModelOutline:
             has_rotary=len(self.embedding_names) == 1,
             is_rms=self.is_rms,
             has_head_norms=any(name.endswith("q_norm.weight") for name in self.layer_names),
-            kept_of_mlp=self._kept_of_mlp(is_gated=len(up) == 2),
+            kept_of_mlp=self._kept_of_mlp(is_gated=sum(each.outputs for each in up) == 2 * down.inputs),
         )
 
     def _linears(

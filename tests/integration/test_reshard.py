@@ -19,7 +19,6 @@ from megadistill.checkpoint.manifest import digest
 from megadistill.checkpoint.reshard import family_shards, reshard_checkpoint, shard_model
 from megadistill.cli.main import main
 from megadistill.errors import CheckpointError, ConfigError, TopologyError
-from megadistill.models.families import FAMILIES
 from megadistill.models.fingerprint import model_fingerprint
 from megadistill.models.shards import MASTER, HFWeights, ShardReader, shard_file, write_shard
 from tests.support.runs import FAMILY_CONFIGS, ROOT, join_deepspeed, losses, run_layout, settings, weights
@@ -60,7 +59,8 @@ def _engine_specs(rank: int, assets: Path, families: list[str], tp_size: int) ->
             where="student",
         )
         context = ParallelContext.build(tp_size, 120, torch.device("cpu"))
-        found[family] = (loaded.shapes, frozen_model(loaded, context, zero_stage=0, dtype="fp32").shard_specs)
+        expected = family_shards(loaded.shapes, loaded.family, tp_size)
+        found[family] = (expected, frozen_model(loaded, context, zero_stage=0, dtype="fp32").shard_specs)
         for name in ("_TENSOR_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "mpu"):
             setattr(groups, name, None)
     return found
@@ -71,8 +71,8 @@ def test_families_know_how_autotp_cuts_them(assets: Path, tp_size: int) -> None:
     import deepspeed  # noqa: F401  once, before the forks
 
     families = list(FAMILY_CONFIGS)
-    for family, (shapes, specs) in run_ranks(_engine_specs, tp_size, assets, families, tp_size)[0].items():
-        assert family_shards(shapes, FAMILIES[family], tp_size) == specs
+    for family, (expected, specs) in run_ranks(_engine_specs, tp_size, assets, families, tp_size)[0].items():
+        assert expected == specs, family
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])

@@ -26,6 +26,7 @@ CHOSEN = ProductLayouts("transposed", "packed", "transposed", "transposed", "tra
 PROMPTS = ((5, 6, 7, 8, 9, 90), (96,), (12, 50, 14), (15, 66, 17, 18))
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILY_CONFIGS},
+    **{family: (family, {"num_attention_heads": 2 * HEADS}) for family in ("olmo2", "phi3")},
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "qwen3, forward": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
 }
@@ -35,8 +36,9 @@ def _write(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for name, (family, more) in VARIANTS.items():
-        tree = copy.deepcopy(FAMILY_CONFIGS[family]) | {"vocab_size": V + 4, **more}
+        tree = copy.deepcopy(FAMILY_CONFIGS[family]) | {"vocab_size": V + 4}
         tree |= {key: HEADS for key in ("num_attention_heads", "num_key_value_heads", "n_head") if key in tree}
+        tree |= more
         tree |= {"n_embd": 48} if family == "gpt2" else {"hidden_size": 48}
         if family == "opt":
             tree["word_embed_proj_dim"] = 48

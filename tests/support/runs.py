@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 HEADS = 4
 VOCABULARY = 403
 COMMON = {"num_attention_heads": HEADS, "max_position_embeddings": 128}
+GROUPED = {"num_attention_heads": 2 * HEADS}
 LLAMA_LIKE = {**COMMON, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": HEADS}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": False},
@@ -33,9 +34,9 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 4.0, "attn_logit_softcapping": 3.0, "tie_word_embeddings": True},
     "gemma3_text": {"model_type": "gemma3_text", **LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 12,
         "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
-    "olmo2": {"model_type": "olmo2", **LLAMA_LIKE, "tie_word_embeddings": False},
-    "phi3": {"model_type": "phi3", **LLAMA_LIKE, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 0},
+    "olmo2": {"model_type": "olmo2", **LLAMA_LIKE, **GROUPED, "tie_word_embeddings": False},
+    "phi3": {"model_type": "phi3", **LLAMA_LIKE, **GROUPED, "tie_word_embeddings": False, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0},
     "gpt_neox": {"model_type": "gpt_neox", **COMMON, "intermediate_size": 48, "num_hidden_layers": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         "tie_word_embeddings": False},

@@ -42,6 +42,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "original_max_position_embeddings": 32}}),
     "mistral without windows": ("mistral", {"sliding_window": None, "num_key_value_heads": 2}),
     "granite with grouped heads": ("granite", {"num_key_value_heads": 2}),
+    "phi3 with long positions": ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+        "short_factor": [1.0, 2.0], "long_factor": [4.0, 8.0], "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 32}),
+    "phi3 with parts of heads": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5}}),
+    "phi3 with sliding windows": ("phi3", {"sliding_window": 4}),
     "gpt_neox in series": ("gpt_neox", {"use_parallel_residual": False}),
     "qwen3 with grouped heads": ("qwen3", {"num_key_value_heads": 1, "head_dim": 16}),
     "qwen2 with sliding windows": ("qwen2", {
@@ -51,7 +57,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # Those that only the family's own forward pass can run.
 WITHOUT_PLAN = ("mistral", "gemma2", "gemma3_text", "gpt_neox", "gpt_neox in series", "qwen2 with sliding windows",
-                "opt with norms last", "gpt2 scaled by layer")  # fmt: skip
+                "opt with norms last", "gpt2 scaled by layer", "olmo2", "phi3 with parts of heads",
+                "phi3 with sliding windows")  # fmt: skip
 
 
 def make_model(variant: str, dtype: torch.dtype = torch.float32, **changed: Any) -> torch.nn.Module:

@@ -261,7 +261,7 @@ def test_shapes_are_those_of_the_family(family: str, tp_size: int) -> None:
     assert shape.products * tp_size == whole.products
     embeddings = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)]
     assert whole.embedding == sum(embeddings)
-    small = [size for size in whole.layer_sizes if size < 8 * 32 * 4]
+    small = [size for size in whole.layer_sizes if size < 4 * 32 * 4]
     assert whole.layer == whole.products // whole.num_layers + sum(small)
     assert shape.query * tp_size == whole.query and shape.classes == -(-404 // tp_size)
 

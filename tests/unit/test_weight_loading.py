@@ -38,6 +38,7 @@ def _write(folder: Path, family: str, tied: bool, dtype: torch.dtype = torch.flo
     tree |= {"n_embd": 24} if family == "gpt2" else {"hidden_size": 24, "intermediate_size": 36, "ffn_dim": 36}
     tree |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if family == "gpt_neox" else {}
     tree |= {"word_embed_proj_dim": 24} if family == "opt" else {}
+    tree |= {"num_attention_heads": 4, "num_key_value_heads": 2} if family in ("olmo2", "phi3") else {}
     config = AutoConfig.for_model(**{**tree, "tie_word_embeddings": tied, "initializer_range": 0.2, "init_std": 0.2})
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder, **how)
     return folder

@@ -14,6 +14,7 @@ from torch import nn
 
 from megadistill.decoding.plan import DecoderPlan, gpt2_plan, key_value_shape, llama_plan, no_plan, opt_plan, phi3_plan
 from megadistill.errors import ConfigError
+from megadistill.models.refusals import reason_against
 from megadistill.models.shard_spec import Blocks
 from megadistill.models.sharded_parts import norm_over_ranks, share_heads
 from megadistill.observability.log import get_logger
@@ -261,7 +262,8 @@ def family_of(config: PreTrainedConfig, where: str) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise ConfigError(
-            f"{where}: model type '{config.model_type}' is not supported; allowed: {', '.join(sorted(FAMILIES))}"
+            f"{where}: model type '{config.model_type}' is not supported: {reason_against(config)}; allowed: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[config.model_type]
     return family if family.sized is None else family.sized(family, config)

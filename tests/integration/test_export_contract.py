@@ -60,6 +60,55 @@ def _qwen3(c: dict[str, Any]) -> Shapes:
     return _llama(c, has_norms=True)
 
 
+def _phi3(c: dict[str, Any]) -> Shapes:
+    """Queries, keys and values in one matrix, gate and up in another."""
+    h, m, head = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
+    shapes = {name: shape for name, shape in _llama(c).items() if not name.endswith(_PHI3_LACKS)}
+    for i in range(c["num_hidden_layers"]):
+        rows = head * (c["num_attention_heads"] + 2 * c["num_key_value_heads"])
+        shapes |= {f"model.layers.{i}.self_attn.qkv_proj.weight": (rows, h)}
+        shapes |= {f"model.layers.{i}.mlp.gate_up_proj.weight": (2 * m, h)}
+    return shapes
+
+
+_PHI3_LACKS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
+
+
+def _olmo2(c: dict[str, Any]) -> Shapes:
+    """Norms after attention and MLP, and of all queries and all keys."""
+    shapes = {name: shape for name, shape in _llama(c).items() if "input_layernorm" not in name}
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.post_feedforward_layernorm.weight": (c["hidden_size"],)}
+        shapes |= {f"{layer}.self_attn.{x}_norm.weight": shapes[f"{layer}.self_attn.{x}_proj.weight"][:1] for x in "qk"}
+    return shapes
+
+
+def _gemma2(c: dict[str, Any], *, has_norms: bool = False) -> Shapes:
+    shapes, norms = _llama(c, has_norms=has_norms), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+    layers = range(c["num_hidden_layers"])
+    return shapes | {f"model.layers.{i}.{norm}.weight": (c["hidden_size"],) for i in layers for norm in norms}
+
+
+def _gemma3(c: dict[str, Any]) -> Shapes:
+    return _gemma2(c, has_norms=True)
+
+
+def _gpt_neox(c: dict[str, Any]) -> Shapes:
+    h, m, v = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    shapes: Shapes = {"gpt_neox.embed_in.weight": (v, h), "embed_out.weight": (v, h)}
+    shapes |= {f"gpt_neox.final_layer_norm.{x}": (h,) for x in ("weight", "bias")}
+    for i in range(c["num_hidden_layers"]):
+        layer = f"gpt_neox.layers.{i}"
+        matrices = {"attention.query_key_value": (3 * h, h), "attention.dense": (h, h), "mlp.dense_h_to_4h": (m, h),
+                    "mlp.dense_4h_to_h": (h, m)}  # fmt: skip
+        for name, shape in matrices.items():
+            shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{layer}.{norm}.weight": (h,), f"{layer}.{norm}.bias": (h,)}
+    return shapes
+
+
 def _opt(c: dict[str, Any]) -> Shapes:
     h, m, v = c["hidden_size"], c["ffn_dim"], c["vocab_size"]
     shapes: Shapes = {
@@ -104,8 +153,23 @@ FAMILIES: dict[str, tuple[Callable[[dict[str, Any]], Shapes], str]] = {
     "qwen3": (_qwen3, "Qwen3ForCausalLM"),
     "opt": (_opt, "OPTForCausalLM"),
     "gpt2": (_gpt2, "GPT2LMHeadModel"),
+    "mistral": (_llama, "MistralForCausalLM"),
+    "smollm3": (_llama, "SmolLM3ForCausalLM"),
+    "granite": (_llama, "GraniteForCausalLM"),
+    "phi3": (_phi3, "Phi3ForCausalLM"),
+    "olmo2": (_olmo2, "Olmo2ForCausalLM"),
+    "gemma2": (_gemma2, "Gemma2ForCausalLM"),
+    "gemma3_text": (_gemma3, "Gemma3ForCausalLM"),
+    "gpt_neox": (_gpt_neox, "GPTNeoXForCausalLM"),
 }
-EXPORTS = [(family, dtype) for family in FAMILIES for dtype in ("fp32", "bf16", "cast")]
+IN_BOTH_TYPES = ("llama", "qwen2", "qwen3", "opt", "gpt2")  # the others train in fp32 alone
+EXPORTS = [
+    (family, dtype)
+    for family in FAMILIES
+    for dtype in (("fp32", "bf16", "cast") if family in IN_BOTH_TYPES else ("fp32", "cast"))
+]
+# llama.cpp's name of an architecture, where it is another one.
+GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -163,7 +227,7 @@ def exports(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():  # biases and norms too: equal ones could change places
             torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(student)
-        for dtype in ("fp32", "bf16"):
+        for dtype in ("fp32", "bf16") if family in IN_BOTH_TYPES else ("fp32",):
             more = ("train.max_steps=1", "optim.lr=1e-12", "generation.mode=dataset", "data.prompts_path=null",
                     "data.prompts_ratio=0", f"model.student.path={student}",
                     f"model.student.dtype={dtype}")  # fmt: skip
@@ -173,7 +237,8 @@ def exports(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_layout(1, runs)
     for family in FAMILIES:
         run = out / "runs" / family
-        for name, dtype in (("fp32", None), ("bf16", None), ("cast", "bf16")):
+        for name in (kind for each, kind in EXPORTS if each == family):
+            dtype = "bf16" if name == "cast" else None
             source = run / ("bf16" if name == "bf16" else "fp32")
             hf_export.export_checkpoint(source, out / family / name, dtype=dtype, max_shard_bytes=LIMIT)
     return out
@@ -209,7 +274,7 @@ def test_llama_cpps_converter_finds_a_place_for_every_tensor(exports: Path, fami
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     num_blocks = config.get("num_hidden_layers") or config["n_layer"]
-    table = gguf.get_tensor_name_map(architectures[family], num_blocks)
+    table = gguf.get_tensor_name_map(architectures[GGUF_NAMES.get(family, family)], num_blocks)
     names = list(_read(folder)[0])
     found = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
     assert None not in found, [name for name, place in zip(names, found, strict=True) if place is None]
@@ -267,6 +332,10 @@ def test_plain_transformers_reads_the_values_it_wrote(exports: Path, assets: Pat
         # One step moves a weight by 1e-12; a value on the edge between two in bf16 may go to either.
         assert torch.allclose(found.float(), tensor.to(dtype).float(), rtol=0 if kind == "fp32" else 2**-7, atol=1e-9)
     assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+    if kind == "fp32":
+        tokens = torch.arange(10, 30)[None]
+        logits, expected = (each.eval()(input_ids=tokens).logits for each in (model, original))
+        assert float(expected.std()) > 0.05 and torch.allclose(logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

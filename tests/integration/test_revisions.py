@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,17 @@ def _load_revisions(_: int, folders: list[Path], old: str, assets: Path) -> None
         assert torch.equal(_embedding(NAME + revision), expected), revision
     assert torch.equal(load_weights(f"{NAME}@v1", "x").get_input_embeddings().weight[: len(first)], first)
     assert load_tokenizer(f"{NAME}@v1").get_vocab() == load_tokenizer(assets / "tokenizer").get_vocab()
+    prompts, texts = folders[0].parent / "prompts.txt", []
+    prompts.write_text("The young driver\n", encoding="utf-8")
+    shards = str(folders[0].parent / "shards")
+    assert main(["shard", f"{NAME}@v1", shards, "--tp-size", "2"]) == 0
+    for number, model in enumerate((str(folders[0]), f"{NAME}@v1", shards, NAME)):
+        output = folders[0].parent / f"{number}.jsonl"
+        more = ["--input", str(prompts), "--output", str(output), "--max-new-tokens", "8", "--template", "plain",
+                "--max-prompt-tokens", "64"]  # fmt: skip
+        assert main(["generate", "--model", model, *more]) == 0
+        texts.append(output.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1] == texts[2] != texts[3]
     with pytest.raises(ConfigError, match=r"^x: cannot read a model configuration from 'owner/model@v9': .*v9"):
         load_model_config(f"{NAME}@v9", "x")
 
@@ -111,6 +123,20 @@ def test_a_revision_of_nothing_on_the_hub_is_one_line(
     more = ["generation.mode=dataset", "data.train_path=rows.jsonl", override.format(folder=folder)]
     assert main(["train", "--config", str(ROOT / "configs" / "base.yaml"), *common, *more]) == 2
     assert line.format(folder=folder) in capsys.readouterr().err
+
+
+def test_a_data_set_has_revisions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(path: str, *, revision: str | None, **_: Any) -> list[dict[str, str]]:
+        asked.append((path, revision))
+        return [{"instruction": "Say yes.", "output": "Yes."}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("megadistill.data.readers.offline_if_unreachable", lambda: False)
+    for name in ("owner/rows@refs/convert/parquet", "owner/rows"):
+        assert len(load_examples(name).examples) == 1
+    assert asked == [("owner/rows", "refs/convert/parquet"), ("owner/rows", None)]
 
 
 def test_revision_and_path_are_one_setting(tmp_path: Path) -> None:

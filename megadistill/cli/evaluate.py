@@ -155,6 +155,7 @@ def _evaluate_model(
     context: ParallelContext,
 ) -> tuple[dict[str, SuiteResult], dict[str, float]]:
     """Scores of one model by set, and nats per reference token of the sets that have references."""
+    from megadistill.checkpoint.hub_commits import at_commit, recorded_commits
     from megadistill.checkpoint.model_folder import model_folder
     from megadistill.data.tokenize import load_tokenizer, vocabulary_size
     from megadistill.decoding.nonfinite import faults_in
@@ -164,7 +165,8 @@ def _evaluate_model(
     from megadistill.models.end_tokens import end_tokens
     from megadistill.observability.progress import progress_bar
 
-    tokenizer = load_tokenizer(model_folder(config.model.tokenizer or folder))
+    named = at_commit(config.model.tokenizer or folder, recorded_commits(config.run.dir))
+    tokenizer = load_tokenizer(model_folder(named))
     vocab_size = vocabulary_size(tokenizer)
     sets = {
         name_: load_eval_set(path, tokenizer, config.data, name=name_, suite=suite, max_rows=config.eval.max_rows)

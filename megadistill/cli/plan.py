@@ -30,8 +30,6 @@ def run(arguments: Sequence[str]) -> int:
     """Runs the verb; returns 0 where the step fits, 1 where it does not (with --sweep: where nothing does)."""
     parsed = _parser().parse(arguments)
     config = config_of(parsed)
-    if config.model.student.lora.enabled:
-        raise ConfigError("model.student.lora: adapters are not predicted yet; plan with model.student.lora.r=0")
     if parsed.json not in (None, "-"):
         refuse_unwritable(parsed.json, is_file=True)
     if parsed.plot is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+from megadistill.config.lora import LoraSection
 from megadistill.config.schema import RunConfig
 from megadistill.config.section import Section
 from megadistill.decoding.batch_plan import DecodeBatchPlan, plan_decode_batches
@@ -47,14 +48,14 @@ class Models:
             ConfigError: There is none, or the family is not supported.
         """
 
-        def outline(path: str, key: str) -> ModelOutline:
+        def outline(path: str, key: str, lora: LoraSection | None = None) -> ModelOutline:
             model_config = load_model_config(path, key)
             check_positions(model_config, config.data.max_tokens, "data.max_tokens", f"{key} ({path})")
-            return ModelOutline.of(model_config, key)
+            return ModelOutline.of(model_config, key, lora)
 
         teacher = config.model.teacher.path if config.needs_teacher else None
         return cls(
-            outline(config.model.student.path, "model.student.path"),
+            outline(config.model.student.path, "model.student.path", config.model.student.lora),
             None if teacher is None else outline(teacher, "model.teacher.path"),
         )
 
@@ -294,7 +295,7 @@ class Case:
             family=self.models.student.family,
             zero=config.parallel.zero,
             device_type="cuda" if self.like_gpu else "cpu",
-            num_elements=self.models.shapes(1)[0].size,
+            num_elements=self.models.shapes(1)[0].num_trained,
             passed=config.deepspeed,
         )
 

@@ -43,7 +43,7 @@ class Ghost(Counting):
 
     def __init__(self, counter: Counter) -> None:
         super().__init__(counter)
-        self._layouts: dict[Any, list[_Layout]] = {}
+        self._layouts: dict[Any, list[_Layout | None]] = {}
         self._kinds: dict[Any, _Kind] = {}
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -89,10 +89,10 @@ class Ghost(Counting):
             kind.is_single = is_single
             if key is not None:
                 self._layouts[key] = layouts
-        truth = kind.is_pointwise and any(dtype == torch.bool for _, _, dtype in layouts)
+        truth = kind.is_pointwise and any(layout is not None and layout[2] == torch.bool for layout in layouts)
         # Code that looks for a place may take one from it: 1 is a place, with something before it.
         value = _answer(func, args, kwargs) if truth else int(kind.name in _PLACES)
-        outs = [_new(layout, value) for layout in layouts]
+        outs = [None if layout is None else _new(layout, value) for layout in layouts]
         return outs[0] if kind.is_single else outs if kind.gives_list else tuple(outs)
 
 
@@ -153,7 +153,7 @@ def _written(func: Any, kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, An
     return targets[0] if kind.num_returns == 1 else tuple(targets)
 
 
-def _infer(kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[_Layout], bool]:
+def _infer(kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[_Layout | None], bool]:
     """Shapes, strides and types of the results, and whether it is one tensor."""
     if kind.name == "mkldnn::_linear_pointwise":
         shape = (*args[0].shape[:-1], packed_weight(args).shape[0])
@@ -164,7 +164,9 @@ def _infer(kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         kwargs = {name: torch.device("meta") if isinstance(x, torch.device) else x for name, x in kwargs.items()}
         out = func(*tree_map(_meta, args), **tree_map(_meta, kwargs))
     outs = [out] if isinstance(out, Tensor) else list(out)
-    return [(tuple(t.shape), t.stride(), t.dtype) for t in outs], isinstance(out, Tensor)
+    # A gradient that nothing needs is None.
+    layouts = [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in outs]
+    return layouts, isinstance(out, Tensor)
 
 
 def _meta(x: Any) -> Any:

@@ -29,9 +29,9 @@ OWNERS = (
 PIECE_TOKENS = 8192
 MAX_JOINED_BYTES = 2**24
 _FP32 = 4
-# Tiles of temporaries between the products of the losses in eager torch on a GPU, and elements of the float64 copy from
+# Tiles of temporaries between the products of the losses in eager torch, and elements of the float64 copy from
 # which tokens are drawn (decoding/sampling.py).
-_TILES_OF_KL, _TILES_OF_CLIPPING = 5, 27
+_TILES_OF_KL, _TILES_OF_CLIPPING, _TILES_OF_CLIPPING_ON_CPU = 5, 18, 27
 DRAWN_ELEMENTS = 2**22
 # DeepSpeed's norm of a gradient.
 _FP64 = 8
@@ -50,9 +50,9 @@ def resident(case: Case) -> dict[str, int]:
         owners[SECONDARY] = secondary(case, case.teacher, case.teacher_bytes)
     owners[OPTIMIZER] = 0 if case.config.parallel.offloads_optimizer else _state(case)
     if stage in (1, 2):  # DeepSpeed keeps them until the next ones are there, summed by stage 1 in bf16 alone
-        owners[GRADIENTS] = (case.gradient_bytes if _sums_all(case) else itemsize) * student.size
+        owners[GRADIENTS] = (case.gradient_bytes if _sums_all(case) else itemsize) * student.num_trained
     if stage == 3:
-        owners[GRADIENTS] = case.gradient_bytes * partitioned(student.sizes, dp_size)
+        owners[GRADIENTS] = case.gradient_bytes * partitioned(student.trained, dp_size)
         owners[BUCKET] = case.gradient_bytes * int(case.zero("reduce_bucket_size"))
     return dict(owners)
 
@@ -132,6 +132,8 @@ def _writing(case: Case) -> Owners:
     for model, itemsize in _writers(case):
         is_kept = model is case.student  # the teacher's small parameters are released too
         owners[GATHERED] += _gathered(case, model.size - (persistent(case, model) if is_kept else 0), itemsize)
+        if case.zero_stage < 3 or case.dp_size == 1:  # the base's weights stay beside the merged ones
+            owners[GATHERED] += model.merged * itemsize
         owners[JOINED] += model.joined_bytes(itemsize, MAX_JOINED_BYTES)
         owners[CACHE] += batch * columns * model.kv_bytes(itemsize)
     if case.both_write:
@@ -248,7 +250,7 @@ def trained_parameters(case: Case) -> int:
 
 def _train(case: Case) -> Sequence[Owners]:
     """Moments of a micro-batch: the loss, the backward pass of the last layer, a full bucket, the end."""
-    student, itemsize, size = case.student, case.student_bytes, case.student.size
+    student, itemsize, size = case.student, case.student_bytes, case.student.num_trained
     tokens = case.sequences * case.columns
     kept = tokens * student.kept_by_layer(itemsize)
     inputs = tokens * student.hidden * itemsize
@@ -270,7 +272,11 @@ def _train(case: Case) -> Sequence[Owners]:
     final_norm = tokens * student.hidden * ((4 + 2 * itemsize) if student.is_rms else 2 * itemsize)
     at_loss = _sum(always, {ACTIVATIONS: stored + final_norm}, bucket if case.zero_stage == 1 else {})
     recomputed = kept if is_checkpointed else 0
-    of_layer = {ACTIVATIONS: stored + recomputed + backward, LOGITS: formed, GRADIENTS: student.layer * itemsize}
+    of_layer = {
+        ACTIVATIONS: stored + recomputed + backward,
+        LOGITS: formed,
+        GRADIENTS: student.trained_layer * itemsize,
+    }
     at_last_layer = _sum(always, bucket, of_layer)
     moments = [*(_sum(at_loss, loss) for loss in losses), at_last_layer]
     if case.zero_stage == 3:
@@ -303,7 +309,7 @@ def _summed(case: Case) -> int:
     """Bytes of gradients, besides resident ones, to which the backward passes add."""
     if case.zero_stage == 2:
         return case.gradient_bytes * partition_size(case) if case.passes > 1 else 0
-    return 0 if case.zero_stage == 3 or _sums_all(case) else case.gradient_bytes * case.student.size
+    return 0 if case.zero_stage == 3 or _sums_all(case) else case.gradient_bytes * case.student.num_trained
 
 
 def _bucket(case: Case) -> Owners:
@@ -318,10 +324,10 @@ def _last_reduction(case: Case) -> Owners:
     """What the reduction of the last gradients takes, when no activations are left."""
     part, wide = case.gradient_bytes * partition_size(case), case.gradient_bytes > case.student_bytes
     if _sums_all(case):  # in one piece
-        return {BUCKET: case.gradient_bytes * case.student.size if case.dp_size > 1 else 0}
+        return {BUCKET: case.gradient_bytes * case.student.num_trained if case.dp_size > 1 else 0}
     if case.zero_stage != 2:
         return {}
-    in_fp32 = _FP32 * min(case.student.size, int(case.zero("reduce_bucket_size"))) if wide else part
+    in_fp32 = _FP32 * min(case.student.num_trained, int(case.zero("reduce_bucket_size"))) if wide else part
     return {GRADIENTS: part + in_fp32}
 
 
@@ -336,9 +342,9 @@ def _losses(case: Case) -> tuple[Sequence[Owners], int]:
     mixed = case.like_gpu and itemsize == 2  # products read bf16 as it is; elsewhere float32 copies are made
     copied = 0 if mixed or itemsize == _FP32 else _FP32
     per_token = student.hidden * (itemsize + copied + _FP32)  # selected states, their copy, their gradient
-    weight = student.head * (copied + _FP32)
+    weight = student.head * copied + student.trained_head * _FP32
     terms = 1 if case.compared is None or case.sequences == case.rows else 2
-    formed = terms * (_FP32 * student.head + _FP32 * tokens * student.hidden)
+    formed = terms * (_FP32 * student.trained_head + _FP32 * tokens * student.hidden)
     chunk = min(chunk_tokens(case), tokens)
     tiles = chunk * student.classes * (_FP32 + (itemsize if mixed else _FP32))
     last = {HIDDEN: terms * tokens * per_token, LOGITS: terms * weight + tiles}
@@ -349,7 +355,8 @@ def _losses(case: Case) -> tuple[Sequence[Owners], int]:
     tiles += _FP32 * chunk * student.classes
     tiles += 0 if mixed or case.teacher_bytes == _FP32 else _FP32 * case.compared.head
     if case.config.loss.is_clipped and not uses_triton(case):
-        tiles += _TILES_OF_CLIPPING * _FP32 * chunk * student.classes
+        tiles_of_clipping = _TILES_OF_CLIPPING if case.like_gpu else _TILES_OF_CLIPPING_ON_CPU
+        tiles += tiles_of_clipping * _FP32 * chunk * student.classes
     if case.looks_ahead:  # states in float32, and a tile of logits after the step
         per_token, tiles = per_token + _FP32 * student.hidden, tiles + _FP32 * chunk * student.classes
     first = {HIDDEN: tokens * per_token + both, LOGITS: weight + tiles}
@@ -367,12 +374,12 @@ def _optimizer(case: Case) -> Sequence[Owners]:
     elif case.zero_stage == 0:
         alive[GRADIENTS] = case.gradient_bytes * part
         # The norm squares one gradient after the other in float64 (engines/student.py).
-        temporaries = max(2 * _FP64 * max(case.student.sizes), 0 if itemsize == _FP32 else _FP32 * part)
+        temporaries = max(2 * _FP64 * max(case.student.trained), 0 if itemsize == _FP32 else _FP32 * part)
     elif _sums_all(case):
         temporaries = 0
     else:
         alive[GRADIENTS] = case.gradient_bytes * part
-        of_norm = _FP64 * min(part, max(case.student.sizes))
+        of_norm = _FP64 * min(part, max(case.student.trained))
         temporaries = max(of_norm, (_FP32 + narrow) * part if narrow else 0)
     if not case.like_gpu:  # on a GPU an update is one kernel
         temporaries += _FOREACH_TEMPORARIES * part

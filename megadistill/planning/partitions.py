@@ -11,8 +11,8 @@ from megadistill.planning.shape import ModelShape
 def partition_size(case: Case) -> int:
     """Elements that this rank's optimizer updates."""
     if case.zero_stage == 0:
-        return case.student.size
-    return partitioned(case.student.sizes, case.dp_size)
+        return case.student.num_trained
+    return partitioned(case.student.trained, case.dp_size)
 
 
 def partitioned(sizes: Sequence[int], dp_size: int) -> int:
@@ -41,3 +41,9 @@ def released(case: Case, model: ModelShape) -> list[int]:
     """Elements of each parameter that ZeRO-3 releases after its use."""
     limit = case.config.parallel.zero.param_persistence_threshold
     return [size for size in model.sizes if size > limit]
+
+
+def trained_persistent(case: Case) -> int:
+    """Elements of the trained parameters that ZeRO-3 never releases."""
+    limit = case.config.parallel.zero.param_persistence_threshold
+    return sum(size for size in case.student.trained if size <= limit)

@@ -6,19 +6,21 @@ Suffix-free sizes are elements. H hidden size, D head size, V classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from megadistill.decoding.plan import key_value_shape, weight_of
-from megadistill.models.families import Family, family_of, has_own_head
+from megadistill.models.families import LORA_A, LORA_B, Family, family_of, has_own_head
 from megadistill.models.meta import meta_model
 from megadistill.models.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from megadistill.config.lora import LoraSection
 
 # Intermediate results of an ungated MLP that autograd keeps, the input of its last layer included.
 _KEPT_OF_ACTIVATION = {"relu": 1, "gelu_new": 5}
@@ -68,6 +70,9 @@ class ModelShape:
         is_rms: Norms are of the root-mean-square kind.
         has_head_norms: Queries and keys have norms of their own.
         kept_of_mlp: Intermediate results of the MLP, each as wide as ``down`` has inputs, that autograd keeps.
+        rank: Of the adapters; 0 where all weights are trained.
+        adapters: Elements of each parameter of the adapters; these are among ``sizes`` and ``layer_sizes``, too.
+        adapted: The linear layers of one layer that have adapters: those along outputs, and those along inputs.
     """
 
     sizes: tuple[int, ...]
@@ -89,6 +94,34 @@ class ModelShape:
     is_rms: bool
     has_head_norms: bool
     kept_of_mlp: int
+    rank: int = 0
+    adapters: tuple[int, ...] = ()
+    adapted: tuple[tuple[Linear, ...], tuple[Linear, ...]] = ((), ())
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Elements of each parameter that is trained."""
+        return self.adapters or self.sizes
+
+    @property
+    def num_trained(self) -> int:
+        """Elements of all parameters that are trained."""
+        return sum(self.trained)
+
+    @property
+    def trained_layer(self) -> int:
+        """Elements of one layer that are trained."""
+        return sum(self.adapters) // self.num_layers if self.adapters else self.layer
+
+    @property
+    def trained_head(self) -> int:
+        """Elements of the head's weight where it is trained."""
+        return 0 if self.adapters else self.head
+
+    @property
+    def merged(self) -> int:
+        """Elements of the weights that adapters are merged into while text is written."""
+        return self.num_layers * sum(linear.size for linears in self.adapted for linear in linears)
 
     @property
     def size(self) -> int:
@@ -109,6 +142,16 @@ class ModelShape:
     def products(self) -> int:
         """Elements of the weights that a token is multiplied with in all layers."""
         return self.num_layers * sum(linear.size for linear in (*self.qkv, self.out, *self.up, self.down))
+
+    @property
+    def trained_products(self) -> int:
+        """``products`` of a forward and a backward pass: those for the gradients of weights are of trained ones."""
+        return 2 * self.products + (3 * self.num_trained if self.adapters else self.products)
+
+    @property
+    def num_adapted(self) -> int:
+        """Linear layers with adapters, in all layers."""
+        return len(self.adapters) // 2
 
     @property
     def query(self) -> int:
@@ -161,6 +204,7 @@ class ModelOutline:
         layer_names: Parameters of the first layer.
         embedding_names: Parameters of the embeddings, those of learned positions included.
         is_rms: Norms are of the root-mean-square kind.
+        lora: Its adapters, where they alone are trained.
     """
 
     config: PreTrainedConfig
@@ -170,14 +214,16 @@ class ModelOutline:
     layer_names: tuple[str, ...]
     embedding_names: tuple[str, ...]
     is_rms: bool
+    lora: LoraSection | None = None
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, where: str) -> ModelOutline:
+    def of(cls, config: PreTrainedConfig, where: str, lora: LoraSection | None = None) -> ModelOutline:
         """Reads the parameters off a model on the meta device.
 
         Args:
             config: The configuration.
             where: The key or option that names the model; errors begin with it.
+            lora: Its adapters; None: it has none.
 
         Raises:
             ConfigError: The family is not supported.
@@ -194,7 +240,26 @@ class ModelOutline:
             layer_names=tuple(names[id(parameter)] for parameter in layers[0].parameters()),
             embedding_names=tuple(names[id(m.weight)] for m in modules if isinstance(m, nn.Embedding)),
             is_rms=not any(isinstance(module, nn.LayerNorm) for module in modules),
+            lora=lora if lora is not None and lora.enabled else None,
         )
+
+    @property
+    def adapters(self) -> dict[str, tuple[int, ...]]:
+        """Parameter of an adapter -> its whole shape."""
+        if self.lora is None:
+            return {}
+        return {
+            f"{layer}.{part}.weight": (self.lora.r, shape[1]) if part == LORA_A else (shape[0], self.lora.r)
+            for layer, shape in self._adapted(self.shapes).items()
+            for part in (LORA_A, LORA_B)
+        }
+
+    def _adapted(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Layer with an adapter -> whole shape of its weight, of those to which the parameters belong."""
+        family, lora = self.family, self.lora
+        targets = lora.targets if lora is not None and lora.targets else (*family.column_parallel, *family.row_parallel)
+        layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        return {layer: self.shapes[f"{layer}.weight"] for layer in layers if layer.rpartition(".")[2] in targets}
 
     @property
     def rows(self) -> int:
@@ -203,8 +268,13 @@ class ModelOutline:
 
     @property
     def size(self) -> int:
-        """Elements of all parameters."""
+        """Elements of all parameters but adapters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def num_trained(self) -> int:
+        """Elements of all parameters that are trained."""
+        return sum(math.prod(shape) for shape in self.adapters.values()) or self.size
 
     def on_rank0(self, tp_size: int, vocab_size: int) -> ModelShape:
         """The model on rank 0 of ``tp_size``.
@@ -218,18 +288,22 @@ class ModelOutline:
         shards: dict[str, tuple[int, ...]] = {}
         for name, shape in self.shapes.items():
             whole = (vocab_size, *shape[1:]) if name in of_head else shape
-            dim = self.family.shard_dim(name, is_tied=is_tied)
-            shards[name] = ShardSpec.even(whole, dim, self.family.blocks(name), tp_size).shard_shape(0)
+            shards[name] = self._shard(name, whole, tp_size, is_tied)
+        adapters = {
+            name: math.prod(self._shard(name, shape, tp_size, is_tied)) for name, shape in self.adapters.items()
+        }
+        first = set(self._adapted(self.layer_names)) if adapters else set()
+        of_first = [size for name, size in adapters.items() if name.rsplit(".", 2)[0] in first]
         qkv, out, up, down = self._linears(shards)
         num_kv_heads, head_dim = key_value_shape(self.config)
         return ModelShape(
-            sizes=tuple(math.prod(shape) for shape in shards.values()),
+            sizes=(*(math.prod(shape) for shape in shards.values()), *adapters.values()),
             largest_tensor=max(math.prod(shape) for shape in self.shapes.values()),
             qkv=qkv,
             out=out,
             up=up,
             down=down,
-            layer_sizes=tuple(math.prod(shards[name]) for name in self.layer_names),
+            layer_sizes=(*(math.prod(shards[name]) for name in self.layer_names), *of_first),
             num_layers=int(self.config.num_hidden_layers),
             hidden=shards[self.head_name][1],
             heads=int(self.config.num_attention_heads) // tp_size,
@@ -242,7 +316,24 @@ class ModelOutline:
             is_rms=self.is_rms,
             has_head_norms=any(name.endswith("q_norm.weight") for name in self.layer_names),
             kept_of_mlp=self._kept_of_mlp(is_gated=sum(each.outputs for each in up) == 2 * down.inputs),
+            rank=0 if self.lora is None else self.lora.r,
+            adapters=tuple(adapters.values()),
+            adapted=self._adapted_linears(first, shards),
         )
+
+    def _shard(self, name: str, whole: tuple[int, ...], tp_size: int, is_tied: bool) -> tuple[int, ...]:
+        dim = self.family.shard_dim(name, is_tied=is_tied)
+        return ShardSpec.even(whole, dim, self.family.blocks(name), tp_size).shard_shape(0)
+
+    def _adapted_linears(
+        self, layers: Iterable[str], shards: Mapping[str, tuple[int, ...]]
+    ) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
+        """Of these layers, those that are sharded along their outputs and along their inputs."""
+        by_dim: dict[int | None, list[Linear]] = {0: [], 1: []}
+        for layer in layers:
+            dim = self.family.shard_dim(f"{layer}.weight", is_tied=False)
+            by_dim[dim].append(Linear(*reversed(shards[f"{layer}.weight"])))
+        return tuple(by_dim[0]), tuple(by_dim[1])
 
     def _linears(
         self, shards: Mapping[str, tuple[int, ...]]

@@ -20,9 +20,9 @@ def host_while_loading(case: Case) -> int:
 def host_while_saving(case: Case) -> int:
     """Bytes of a process's copies of weights, moments, and exported weights, from which a checkpoint is written."""
     exported = case.student_bytes if case.world_size > 1 else 0
-    return (_TRAINED + exported) * -(-case.models.student.size // case.world_size)
+    return (_TRAINED + exported) * -(-case.models.student.num_trained // case.world_size)
 
 
 def checkpoint_bytes(case: Case) -> int:
     """Bytes of a checkpoint on the disk: weights and moments, and the exported student."""
-    return (_TRAINED + case.student_bytes) * case.models.student.size
+    return (_TRAINED + case.student_bytes) * case.models.student.num_trained

@@ -16,12 +16,8 @@ from megadistill.losses.quantile import NUM_NODES, num_rounds
 from megadistill.losses.tiles import SpanSum, TileSpec
 from megadistill.planning.case import Case
 from megadistill.planning.chunks import chunk_tokens, uses_triton
-from megadistill.planning.memory import (
-    DRAWN_ELEMENTS,
-    PIECE_TOKENS,
-    joins,
-)
-from megadistill.planning.partitions import partition_size, released
+from megadistill.planning.memory import DRAWN_ELEMENTS, PIECE_TOKENS, joins
+from megadistill.planning.partitions import partition_size, released, trained_persistent
 from megadistill.planning.shape import ModelShape
 from megadistill.planning.use import Group, Traffic
 
@@ -37,6 +33,7 @@ _JOINING, _DRAWN_PIECE, _DRAWN_PIECE_OVER_TP = 6, 21, 17
 _SCORE, _SCORE_CHUNK, _SCORE_OVER_TP = 294, 29, 25  # losses in eager torch
 _OBJECTIVE_CHUNK, _CLIPPING_CHUNK, _REFERENCE_CHUNK, _TORCH_CHUNK = 155, 405, 55, 205
 _VIRTUAL_STEP, _AHEAD_CHUNK = 60, 180
+_MERGED, _MERGED_CASTS, _ADAPTED, _ADAPTED_AGAIN = 3, 4, 8, 4.5  # of a layer with adapters
 _PASS, _STEP = 185, 60
 _OF_COMPARING, _OF_GATE = 95, 36  # of a pass and of an update: left out where no loss compares with the teacher
 _TRAIN_LAYER, _TRAIN_RMS, _TRAIN_CASTS, _AGAIN, _RELEASED_LAYER = 80, 47, 12, 0.26, 2
@@ -190,6 +187,7 @@ def _drawn_pieces(model: ModelShape, rows: float) -> float:
 
 def _rollout(case: Case) -> Work:
     done, model = Work(), case.student
+    done.operations = model.num_adapted * (_MERGED + (_MERGED_CASTS if case.student_bytes < _FP32 else 0))
     beside = case.teacher if case.both_write else None
     _gather(done, case, released(case, model), case.student_bytes, "dp")  # for the first time since the update
     if beside is not None:
@@ -254,24 +252,31 @@ def _train(case: Case) -> Work:
     done, student, itemsize, passes = Work(), case.student, case.student_bytes, case.passes
     tokens = case.columns * case.trained_sequences / passes
     is_checkpointed = case.config.model.gradient_checkpointing
-    # Recomputing stops before the last product of a layer, whose result nothing needs.
-    again = student.products - student.num_layers * student.down.size if is_checkpointed else 0
+    # Recomputing stops before the last product of a layer, whose result nothing needs but an adapter.
+    last = 0 if student.adapters else student.num_layers * student.down.size
+    again = student.products - last if is_checkpointed else 0
     attention = _attention(student, tokens, case.columns)
-    done.flops = passes * (2 * tokens * (3 * student.products + again) + attention * (4.5 if is_checkpointed else 3.5))
+    of_attention = attention * (4.5 if is_checkpointed else 3.5)
+    done.flops = passes * (2 * tokens * (student.trained_products + again) + of_attention)
     layer: float = _TRAIN_LAYER + (_TRAIN_RMS + (_TRAIN_CASTS if itemsize < _FP32 else 0) if student.is_rms else 0)
-    layer += _HEAD_NORMS_TRAINED if student.has_head_norms else 0
+    layer += _HEAD_NORMS_TRAINED * student.has_head_norms
     layer = layer * (1 + _AGAIN if is_checkpointed else 1) + (_RELEASED_LAYER if case.zero_stage == 3 else 0)
     of_pass = _PASS - (_OF_COMPARING if case.compared is None else 0)
-    done.operations = _STEP + passes * (of_pass + student.num_layers * layer)
+    adapted = student.num_adapted * (_ADAPTED + is_checkpointed * _ADAPTED_AGAIN)
+    done.operations = _STEP + passes * (of_pass + student.num_layers * layer + adapted)
     weights = itemsize * student.num_layers * student.layer
     kept = tokens * student.kept_by_layer(itemsize) * student.num_layers
     done.memory_bytes = passes * (weights * (4 if is_checkpointed else 3) + kept * (4 if is_checkpointed else 3))
     if case.tp_size > 1:
         # Forward: after attention and MLP. Backward: before every column-parallel layer. Recomputing stops before the
-        # second one.
-        calls = 2 + len(student.qkv) + len(student.up) + is_checkpointed
-        calls = student.num_layers * calls + (2 if student.is_tied else 0)
+        # second one, where that has no adapter. Below the first layer no adapter is trained.
+        calls = 2 + len(student.qkv) + len(student.up) + is_checkpointed * (1 + bool(student.adapters))
+        calls = student.num_layers * calls + (2 if student.is_tied and not student.adapters else 0)
+        calls -= len(student.qkv) if student.adapters and not is_checkpointed else 0
         done.send("tp", "all_reduce", passes * calls, passes * calls * tokens * student.hidden * itemsize)
+        along_outputs, along_inputs = map(len, student.adapted)
+        calls = student.num_layers * (along_outputs + along_inputs * (1 + is_checkpointed))
+        done.send("tp", "all_reduce", passes * calls, passes * calls * tokens * student.rank * itemsize)
     _losses(done, case)
     if case.looks_ahead:
         _look_ahead(done, case)
@@ -314,7 +319,7 @@ def _losses(done: Work, case: Case) -> None:
         terms.append((teacher.hidden, (case.trained_sequences - is_apart * case.references) * case.response_tokens))
     for teacher_hidden, tokens in terms:
         chunks = case.passes * -(-tokens // (case.passes * chunk_tokens(case)))
-        done.flops += 2 * tokens * student.classes * (3 * student.hidden + teacher_hidden)
+        done.flops += 2 * tokens * student.classes * ((2 if student.adapters else 3) * student.hidden + teacher_hidden)
         launches = _OBJECTIVE_CHUNK if teacher_hidden else _REFERENCE_CHUNK
         launches += _CLIPPING_CHUNK if teacher_hidden and case.config.loss.is_clipped else 0
         done.operations += _launches_of_chunk(case, launches) * chunks
@@ -358,26 +363,26 @@ def _exchange(done: Work, case: Case) -> None:
         done.send(group, "all_gather", calls * again, whole * itemsize * again)
         _gather(done, case, [student.head], itemsize, group if case.writes else "dp")
         done.operations += 2 * len(student.sizes) if case.hpz_size > 1 else 0
-        buckets = -(-student.size // int(case.zero("reduce_bucket_size")))
-        done.send("dp", "reduce_scatter", passes * buckets, passes * student.size * case.gradient_bytes)
+        buckets = -(-student.num_trained // int(case.zero("reduce_bucket_size")))
+        done.send("dp", "reduce_scatter", passes * buckets, passes * student.num_trained * case.gradient_bytes)
         return
     times = passes if case.zero_stage == 2 else 1
-    buckets = -(-student.size // int(case.zero("reduce_bucket_size")))
-    done.send("dp", "all_reduce", times * buckets, times * student.size * case.gradient_bytes)
+    buckets = -(-student.num_trained // int(case.zero("reduce_bucket_size")))
+    done.send("dp", "all_reduce", times * buckets, times * student.num_trained * case.gradient_bytes)
 
 
 def _optimizer(case: Case) -> Work:
     done, part = Work(), partition_size(case)
     is_wide = case.gradient_bytes > case.student_bytes
     of_parameter, in_all = (_WIDE_UPDATE if is_wide else _UPDATE)[case.zero_stage]
-    done.operations = in_all + of_parameter * len(case.student.sizes) - (_OF_GATE if case.compared is None else 0)
+    done.operations = in_all + of_parameter * len(case.student.trained) - (_OF_GATE if case.compared is None else 0)
     done.memory_bytes = 36 * part  # master and moments read and written, the gradient copied, weights written
     if case.zero_stage == 3 and case.dp_size > 1:
-        small = case.student.size - sum(released(case, case.student))
+        small = trained_persistent(case)
         done.send("dp", "all_gather", 1, small * case.student_bytes)
     elif case.zero_stage > 0 and case.dp_size > 1:
-        buckets = -(-case.student.size // 500_000_000)
-        done.send("dp", "all_gather", buckets, case.student.size * case.student_bytes)
+        buckets = -(-case.student.num_trained // 500_000_000)
+        done.send("dp", "all_gather", buckets, case.student.num_trained * case.student_bytes)
     return done
 
 

@@ -22,6 +22,8 @@ LAYOUTS = {
         Layout(2, 1, 2, "bf16", more=STUDENT),
         Layout(2, 1, 3, "bf16", "opt"),
         Layout(2, 2, 3, "fp32", "gpt2", more=STUDENT),
+        Layout(2, 2, 3, "bf16", "gpt2", lora=4),
+        Layout(2, 1, 2, "bf16", lora=4),
         Layout(2, 1, 3, "bf16", more=(("generation", {"mode": "teacher_mixed"}),)),
     ],
     3: [Layout(3, 3, 3), Layout(3, 3, 0, "bf16")],
@@ -30,6 +32,7 @@ LAYOUTS = {
         Layout(4, 1, 3, more=HPZ),
         Layout(4, 2, 2),
         Layout(4, 2, 3, "fp32", "qwen3", True, MORE),
+        Layout(4, 2, 3, "bf16", "qwen3", True, lora=4),
     ],
 }
 # Numbers that a library drops a moment earlier or later.

@@ -43,6 +43,7 @@ class Layout:
         family: A key of ``FAMILIES``.
         checkpoints: Gradient checkpointing.
         more: Further settings, section -> values.
+        lora: Rank of the student's adapters.
     """
 
     world_size: int
@@ -52,11 +53,14 @@ class Layout:
     family: str = "llama"
     checkpoints: bool = False
     more: tuple[tuple[str, Any], ...] = ()
+    lora: int = 0
 
     def __str__(self) -> str:
         dp_size = self.world_size // self.tp_size
-        return f"tp{self.tp_size}xdp{dp_size} zero{self.zero_stage} {self.dtype} {self.family}" + (
-            " checkpoints" if self.checkpoints else ""
+        return (
+            f"tp{self.tp_size}xdp{dp_size} zero{self.zero_stage} {self.dtype} {self.family}"
+            + (" checkpoints" if self.checkpoints else "")
+            + (f" lora {self.lora}" if self.lora else "")
         )
 
 
@@ -76,10 +80,11 @@ def write_models(folder: Path) -> None:
 
 def settings(models: Path, layout: Layout) -> RunConfig:
     """The run of a layout."""
-    roles = {
+    roles: dict[str, dict[str, Any]] = {
         role: {"path": str(models / layout.family / f"{role}.json"), "dtype": layout.dtype}
         for role in ("teacher", "student")
     }
+    roles["student"]["lora"] = {"r": layout.lora}
     tree: dict[str, dict[str, Any]] = {
         "run": {"dir": "unused"},
         "model": {**roles, "gradient_checkpointing": layout.checkpoints},

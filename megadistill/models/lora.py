@@ -257,7 +257,8 @@ def partition_config(family: Family) -> dict[str, Any]:
             "partition_type": "column",
         }
         if layer in dict(family.fused):
-            spec |= {"shape": [dict(family.fused)[layer], -1], "partition_dim": 0}
+            blocks = dict(family.fused)[layer]
+            spec |= {"shape": [blocks if isinstance(blocks, int) else list(blocks), -1], "partition_dim": 0}
         specs.append(spec)
     specs += [
         {"patterns": [rf".*\.{layer}\.({BASE}\.|{LORA_A}\.)?weight$"], "partition_type": "row"}

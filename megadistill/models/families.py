@@ -161,8 +161,8 @@ _GPT2_PARTITION = {
 }
 
 
-def _gemma2_embedding(model: PreTrainedModel) -> None:
-    """AutoTP knows the scaled embedding of Gemma 3, which is the code of Gemma 2's."""
+def _gemma_embedding(model: PreTrainedModel) -> None:
+    """AutoTP knows the scaled embedding of Gemma 3, which is the code of those of Gemma 1 and 2."""
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
     model.get_input_embeddings().__class__ = Gemma3TextScaledWordEmbedding
@@ -213,7 +213,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
     "granite": _LLAMA_LIKE,
-    "gemma2": replace(_LLAMA_LIKE, plan=no_plan, prepare=_gemma2_embedding, attention="eager"),
+    "gemma": replace(_LLAMA_LIKE, plan=no_plan, prepare=_gemma_embedding),
+    "gemma2": replace(_LLAMA_LIKE, plan=no_plan, prepare=_gemma_embedding, attention="eager"),
     "gemma3_text": replace(_LLAMA_LIKE, plan=no_plan),
     "olmo2": replace(_LLAMA_LIKE, plan=no_plan, partition_config=_OLMO2_PARTITION, post_shard=norm_over_ranks),
     "phi3": replace(

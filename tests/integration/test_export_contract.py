@@ -158,6 +158,7 @@ FAMILIES: dict[str, tuple[Callable[[dict[str, Any]], Shapes], str]] = {
     "granite": (_llama, "GraniteForCausalLM"),
     "phi3": (_phi3, "Phi3ForCausalLM"),
     "olmo2": (_olmo2, "Olmo2ForCausalLM"),
+    "gemma": (_llama, "GemmaForCausalLM"),
     "gemma2": (_gemma2, "Gemma2ForCausalLM"),
     "gemma3_text": (_gemma3, "Gemma3ForCausalLM"),
     "gpt_neox": (_gpt_neox, "GPTNeoXForCausalLM"),

@@ -6,7 +6,7 @@ import functools
 import importlib
 
 _FAMILIES = (
-    "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi3",
+    "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi3",
     "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 _MODULES = (

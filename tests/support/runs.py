@@ -30,6 +30,8 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     "granite": {"model_type": "granite", **LLAMA_LIKE, "tie_word_embeddings": True, "logits_scaling": 2.5,
         "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2},
+    "gemma": {"model_type": "gemma", **LLAMA_LIKE, "head_dim": 8, "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True},
     "gemma2": {"model_type": "gemma2", **LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 8,
         "final_logit_softcapping": 4.0, "attn_logit_softcapping": 3.0, "tie_word_embeddings": True},
     "gemma3_text": {"model_type": "gemma3_text", **LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 12,

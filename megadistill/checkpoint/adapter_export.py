@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,14 +68,15 @@ def export_merged(checkpoint: Path, folder: Path, *, dtype: str | None, max_shar
     config = load_model_config(str(hf), str(checkpoint))
     wanted = DTYPES[dtype or _dtype_name(config)]
     copy_beside(hf, folder, dtype=wanted, leaves=(ADAPTER_CONFIG, ADAPTER_BASE))
-    loaded = load_model(
-        str(hf), dtype="fp32", vocab_size=config.vocab_size, seed=0, attention="eager", where=str(checkpoint), rank=1
-    )
-    write_safetensors(_whole(loaded, wanted), folder, max_shard_bytes)
-    set_tied(folder, loaded.shapes)
-    check_same_logits(
-        streamed_logits(loaded, config.vocab_size), folder_logits(folder, config.vocab_size), checkpoint, wanted
-    )
+    with tempfile.TemporaryDirectory() as exact:
+        export_adapters(checkpoint, Path(exact), dtype="fp32")  # hf/ has them in the type that they are trained in
+        loaded = load_model(
+            exact, dtype="fp32", vocab_size=config.vocab_size, seed=0, attention="eager", where=str(checkpoint), rank=1
+        )
+        write_safetensors(_whole(loaded, wanted), folder, max_shard_bytes)
+        set_tied(folder, loaded.shapes)
+        expected = streamed_logits(loaded, config.vocab_size)
+    check_same_logits(expected, folder_logits(folder, config.vocab_size), checkpoint, wanted)
 
 
 def _whole(loaded: LoadedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

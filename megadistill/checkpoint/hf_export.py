@@ -154,6 +154,8 @@ def export_checkpoint(
         raise CheckpointError(f"{source} has no model to export")
     if is_merged and not has_adapters(source):
         raise CheckpointError(f"--merged: {source} has no adapters; it is exported whole without it")
+    if max_shard_bytes is not None and has_adapters(source) and not is_merged:
+        raise CheckpointError("--max-shard-size: adapters are one file; with --merged the whole model is exported")
     check_with_progress(source, manifest, names)
     with new_folder(target) as beside:
         if not has_adapters(source):

@@ -18,6 +18,7 @@ from megadistill.checkpoint.manifest import new_folder
 from megadistill.checkpoint.probe import check_same_logits, folder_logits, probe_logits
 from megadistill.data.tokenize import has_tokenizer, load_tokenizer, vocabulary_size
 from megadistill.errors import CheckpointError, ConfigError, needs_extra
+from megadistill.models.adapter_files import AdapterFolder
 from megadistill.models.end_tokens import end_tokens
 from megadistill.models.folder_checks import ADAPTER_CONFIG, check_weights
 from megadistill.models.loading import DTYPES, load_model_config
@@ -53,6 +54,8 @@ def merge_adapter(base: str, adapter: str | Path, folder: str | Path, *, dtype: 
         import peft  # noqa: F401
     load_model_config(base, "BASE")
     check_weights(base, "BASE")
+    if (own := AdapterFolder.of(str(adapter), "ADAPTER", is_checked=False)) is not None:
+        own.check_base(base, "BASE")
     with new_folder(target) as beside:
         wanted = None if dtype is None else DTYPES[dtype]
         carried = _carried(base, adapter)

@@ -119,7 +119,7 @@ def _quarantine(folder: Path) -> None:
 
 def _check_fit(folder: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
     for key, advice, setting in (
-        ("model", "it belongs to another model", "model.student.path"),
+        ("model", "it belongs to another model, or to other adapters", "model.student.path, model.student.lora"),
         ("gate", "the gate must be that of the run that saved it", "loss.clip, loss.top_k"),
     ):
         if saved.get(key) != here[key]:

@@ -106,7 +106,7 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     types = Counter(weights.dtype(name) for name in weights.names)
     numel = sum(math.prod(weights.shape(name)) for name in weights.names)
     yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
-    if (adapters := AdapterFolder.of(str(folder), str(folder))) is not None:
+    if (adapters := AdapterFolder.of(str(folder), str(folder), is_checked=False)) is not None:
         yield f"adapters    multiplied by {adapters.scale:g}, of the base {adapters.base}"
     if (method := quantization_of(config)) is not None:
         yield f"quantized   {method}: no verb but this one reads it; use the model that it was made from"

@@ -195,9 +195,16 @@ def _shard_specs(module: nn.Module, loaded: LoadedModel, context: ParallelContex
 
 
 def released_afterwards(layers: Sequence[LoraLinear]) -> Callable[[nn.Parameter], bool]:
-    """Tells of a layer's weight whether it is absent now (ZeRO-3), and so given up by whoever brings it in next."""
-    weights = partitioned_ones(layer.base_weight for layer in layers)
-    absent = {id(weight) for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE}
+    """Tells of a layer's weight whether it is absent now (ZeRO-3), and so given up by whoever brings it in next.
+
+    A weight that will have a secondary partition is not given up at first: that one is made of it.
+    """
+    absent = {
+        id(weight)
+        for weight in partitioned_ones(layer.base_weight for layer in layers)
+        if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE
+        and (weight.ds_zero_param_process_group is None or weight.ds_secondary_tensor is not None)
+    }
     return lambda weight: id(weight) in absent
 
 

@@ -27,6 +27,7 @@ class ZeroParameter(nn.Parameter):
         ds_secondary_tensor: This rank's run of it in a secondary partition, where there is one.
         ds_persist: It is so small that it is never released.
         ds_process_group: The ranks that share it.
+        ds_zero_param_process_group: The ranks that share its secondary partition; None: it never has one.
         ds_active_sub_modules: Numbers of the modules that use it now; it is not released before the last one is done.
     """
 
@@ -37,6 +38,7 @@ class ZeroParameter(nn.Parameter):
     ds_secondary_tensor: torch.Tensor | None
     ds_persist: bool
     ds_process_group: torch.distributed.ProcessGroup
+    ds_zero_param_process_group: torch.distributed.ProcessGroup | None
     ds_active_sub_modules: set[int]
 
     def all_gather_coalesced(self, parameters: Sequence[ZeroParameter]) -> _Handle:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megadistill.config.lora import LoraSection
 from megadistill.data.hub import split_revision
 from megadistill.errors import ConfigError, first_line
 from megadistill.files import write_json
@@ -40,19 +41,24 @@ class AdapterFolder:
         folder: The folder.
         base: Folder or hub name of their base.
         scale: s: what B A x is multiplied by.
+        files: What ``model_fingerprint`` said of the base; empty for a hub name.
+        layers: Names of the layers that have adapters.
     """
 
     folder: Path
     base: str
     scale: float
+    files: Mapping[str, str]
+    layers: tuple[str, ...]
 
     @classmethod
-    def of(cls, path: str, where: str) -> AdapterFolder | None:
+    def of(cls, path: str, where: str, *, is_checked: bool = True) -> AdapterFolder | None:
         """The adapters in a folder; None for what is no such folder.
 
         Args:
             path: A model folder, a configuration file, or a hub name.
             where: The key or option that names the model; errors begin with it.
+            is_checked: Whether the base must be there, as it was.
 
         Raises:
             ConfigError: It is damaged, or its base is not the model that it was trained on.
@@ -63,15 +69,27 @@ class AdapterFolder:
         try:
             record = json.loads((folder / ADAPTER_BASE).read_text(encoding="utf-8"))
             config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-            base, rank = str(record["path"]), float(config["r"])
-            scale = float(config["lora_alpha"]) / (rank**0.5 if config["use_rslora"] else rank)
-            files = dict(record["files"])
+            settings = LoraSection(r=config["r"], alpha=config["lora_alpha"], use_rslora=config["use_rslora"])
+            base, files, layers = str(record["path"]), dict(record["files"]), tuple(record["layers"])
+            scale = settings.scale
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{where}: the adapter in {path} is damaged: {first_line(error)}") from None
-        if files and model_fingerprint(base) != files:
+            raise ConfigError(f"{where}: the adapters in {path} are damaged: {first_line(error)}") from None
+        if is_checked and files and model_fingerprint(base) != files:
             what = "is not what it was when they were trained" if Path(base).exists() else "is not there"
-            raise ConfigError(f"{where}: {path} holds adapters of {base}, which {what}")
-        return cls(folder, base, scale)
+            raise ConfigError(
+                f"{where}: {path} holds adapters of {base}, which {what}; where it is now, megadistill merge BASE "
+                f"{path} FOLDER makes a model of both"
+            )
+        return cls(folder, base, scale, files, layers)
+
+    def check_base(self, base: str, where: str) -> None:
+        """Refuses a base that is not the one that the adapters were trained on, wherever that is now.
+
+        Raises:
+            ConfigError: Its files differ.
+        """
+        if self.files and model_fingerprint(base) != self.files:
+            raise ConfigError(f"{where}: {base} is not the model that the adapters in {self.folder} were trained on")
 
     def merged_into(self, tensors: Mapping[str, StoredTensor], family: Family, where: str) -> dict[str, StoredTensor]:
         """The tensors of the base, of which the adapted ones read as W + s B A, in float32.
@@ -92,8 +110,7 @@ class AdapterFolder:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{where}: {self.folder / ADAPTER_WEIGHTS} cannot be read: {first_line(error)}") from None
         merged = dict(tensors)
-        layers = {name.removeprefix(PREFIX).rpartition(f".{LORA_A}.")[0] for name in parts if f".{LORA_A}." in name}
-        for layer in sorted(layers):
+        for layer in self.layers:
             stored = tensors.get(f"{layer}.weight")
             a, b = (parts.get(f"{PREFIX}{layer}.{part}.weight") for part in (LORA_A, LORA_B))
             is_transposed = f"{layer}.weight".endswith(family.transposed)
@@ -159,4 +176,4 @@ def write_adapter_settings(lora: Lora, family: Family, folder: Path) -> None:
         "inference_mode": True,
     }
     write_json(folder / ADAPTER_CONFIG, settings)
-    write_json(folder / ADAPTER_BASE, {"path": base, "files": lora.base_files})
+    write_json(folder / ADAPTER_BASE, {"path": base, "files": lora.base_files, "layers": lora.layers})

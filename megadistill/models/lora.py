@@ -89,12 +89,12 @@ def merged_weights(layers: Iterable[LoraLinear], is_released: Callable[[nn.Param
         is_released: Whether a weight is given up afterwards (ZeRO-3), so that no copy of it has to be kept.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
-    for layer in layers:
-        weight = layer.base_weight
-        if not is_released(weight):
-            kept.append((weight, weight.data))
-        weight.data = layer.merged()
     try:
+        for layer in layers:
+            weight = layer.base_weight
+            if not is_released(weight):
+                kept.append((weight, weight.data))
+            weight.data = layer.merged()
         yield
     finally:
         for weight, data in kept:
@@ -158,7 +158,8 @@ def with_adapters(
     lora, weights = Lora(config, tuple(layers), base, model_fingerprint(base)), loaded.weights
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
+    described = repr((sorted(shapes.items()), config.scale))
+    checksum = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
     assert weights is not None
     new = TensorReader(first_adapters(shapes, lora.names, seed), parameters[lora.names[0]].dtype), WEIGHT
     return replace(

@@ -9,7 +9,7 @@ from megadistill.planning.case import Case, Models
 from megadistill.planning.known import with_model_paths
 from megadistill.planning.memory import resident
 from megadistill.planning.storage import checkpoint_bytes, host_while_saving
-from megadistill.training.setup import check_models, model_paths, run_tokenizer
+from megadistill.training.setup import check_adapters, check_models, model_paths, run_tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def needs_of(config: RunConfig, world_size: int) -> Needs:
     Raises:
         MegadistillError: A model or tokenizer cannot be used, or the processes cannot be divided like that.
     """
+    check_adapters(config)
     tp_size = check_models(config, world_size)
     run_tokenizer(config)
     config = with_model_paths(config, model_paths(config))  # a model may be a run, whose student is in its checkpoint

@@ -9,32 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadistill.models.weight_files import StoredTensor
-from tests.support.engines import V, make_student, masters, on_grid, train_step, write_config
+from tests.support.engines import (
+    V,
+    fill_adapters,
+    make_student,
+    masters,
+    on_grid,
+    random_adapters,
+    train_step,
+    write_config,
+)
 from tests.support.preload import preload
 from tests.support.runs import FAMILY_CONFIGS
 from tests.support.spawn import run_ranks
 
 LORA = {"r": 3, "alpha": 5.0}
 PASSES = 2
-
-
-def _adapters(shapes: dict[str, tuple[int, ...]], names: list[str]) -> dict[str, torch.Tensor]:
-    """Adapters that are not zero: a B of zeros would leave A without a gradient."""
-    generator = torch.Generator().manual_seed(5)
-    return {name: 0.1 * torch.randn(shapes[name], generator=generator) for name in sorted(names)}
-
-
-def _fill(student: Any) -> None:
-    from megadistill.models.shards import MASTER
-    from megadistill.models.tensor_reader import TensorReader
-
-    class Masters(TensorReader):
-        kinds = frozenset({MASTER})
-
-    made = _adapters(student.loaded.shapes, student.loaded.lora.names)
-    stored = {name: StoredTensor(name, tuple(x.shape), x.dtype, x) for name, x in made.items()}
-    student.fill(Masters(stored, torch.float32), MASTER)
 
 
 def _frozen(student: Any) -> list[torch.Tensor]:
@@ -53,7 +43,7 @@ def _on_layout(rank: int, paths: list[Path], tp_size: int, stages: list[int], op
             student = make_student(
                 path, context, dtype="fp32", micro_batches=PASSES, zero_stage=stage, lora=LORA, **options
             )
-            _fill(student)
+            fill_adapters(student)
             names = {name for name, parameter in student.module.named_parameters() if parameter.requires_grad}
             assert names == set(student.loaded.lora.names) and set(masters(student)) <= names
             layers = list(adapted_layers([student.module]))
@@ -97,7 +87,7 @@ def _oracle(path: Path, dp_size: int) -> tuple[dict[str, torch.Tensor], dict[str
     config = LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=targets, lora_dropout=0.0)  # type: ignore[arg-type]
     inject_adapter_in_model(config, model)
     ours = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
-    made = _adapters({name: tuple(p.shape) for name, p in ours.items()}, list(ours))
+    made = random_adapters({name: tuple(p.shape) for name, p in ours.items()}, list(ours))
     for name, parameter in ours.items():
         parameter.data = made[name].double()
     for dp_rank in range(dp_size):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadistill.errors import MegadistillError
-from tests.support.engines import make_student, on_grid, train_step, write_config
+from tests.support.engines import fill_adapters, make_student, on_grid, train_step, write_config
 from tests.support.spawn import run_ranks
 
 # Every layer is released after its use, as in large models.
@@ -94,6 +94,30 @@ def test_secondary_partitions_change_no_bit(tmp_path: Path, tp_size: int) -> Non
 def _assert_mostly_few(by_student: list[int], by_teacher: list[int]) -> None:
     assert set(by_student) == set(by_teacher) == {2, 4}
     assert by_teacher.count(2) >= by_teacher.count(4) and by_student.count(2) > by_student.count(4)
+
+
+def _with_adapters(rank: int, path: Path, sizes: list[int]) -> list[list[float]]:
+    """Per size: numbers of a student with adapters that writes before it trains, as after a resume."""
+    from megadistill.config.parallel import ZeroSection
+
+    context, found = on_grid(rank, 1), []
+    for size in sizes:
+        zero = ZeroSection(**_RELEASED, hpz_partition_size=size)
+        student = make_student(path, context, dtype="fp32", micro_batches=2, zero_stage=3, zero=zero, lora={"r": 3})
+        fill_adapters(student)
+        numbers: list[float] = []
+        for step in range(2):
+            with student.decoder() as decoder:
+                numbers += decoder.prefill(decoder.new_state([0], 4), [[5, 6, 7]]).flatten().tolist()
+            numbers += [*train_step(student, 2, step, lr=1e-2), student.grad_norm]
+        found.append(numbers)
+        student.engine.destroy()
+    return found
+
+
+def test_they_are_made_of_the_base_and_not_of_merged_weights(tmp_path: Path) -> None:
+    for without, with_them in run_ranks(_with_adapters, 2, write_config(tmp_path), [1, 2]):
+        assert with_them == without
 
 
 def _refused(rank: int, path: Path) -> str:

@@ -186,6 +186,11 @@ def test_what_adapters_cannot_do_is_refused_in_one_line(
     assert "--merged --push o/n" in refused("export", str(one_process / "llama"), str(tmp_path / "x"), "--push", "o/n")
     moved = tmp_path / "moved"
     shutil.copytree(_hf(one_process / "llama"), moved)
-    record = {"path": str(bases["gpt2"]), "files": {"config.json": "1"}}
+    record = {"path": str(bases["gpt2"]), "files": {"config.json": "1"}, "layers": []}
     (moved / "adapter_base.json").write_text(json.dumps(record), encoding="utf-8")
     assert "is not what it was" in refused("verify", str(moved), str(moved))
+    assert main(["inspect", str(moved)]) == 0
+    other = f"train.resume={one_process / 'llama'}"
+    assert "or to other adapters" in train(other, "model.student.lora.alpha=80", f"train.max_steps={STEPS + 1}")
+    assert "--merged" in refused("export", str(one_process / "llama"), str(tmp_path / "y"), "--max-shard-size", "5KB")
+    assert "not the model" in refused("merge", str(bases["gpt2"]), str(one_process / "llama"), str(tmp_path / "z"))

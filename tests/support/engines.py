@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,23 @@ def masters(student: Any) -> dict[str, tuple[int, torch.Tensor]]:
     from megadistill.models.shards import MASTER
 
     return {part.name: (part.start, part.tensors[MASTER].clone()) for part in local_parts(student.engine)}
+
+
+def random_adapters(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Adapters that are not zero: a B of zeros would leave A without a gradient."""
+    generator = torch.Generator().manual_seed(5)
+    return {name: 0.1 * torch.randn(shapes[name], generator=generator) for name in sorted(names)}
+
+
+def fill_adapters(student: Any) -> None:
+    """Gives a student the adapters of ``random_adapters``, as a checkpoint would."""
+    from megadistill.models.shards import MASTER
+    from megadistill.models.tensor_reader import TensorReader
+    from megadistill.models.weight_files import StoredTensor
+
+    class Masters(TensorReader):
+        kinds = frozenset({MASTER})
+
+    made = random_adapters(student.loaded.shapes, student.loaded.lora.names)
+    stored = {name: StoredTensor(name, tuple(x.shape), x.dtype, x) for name, x in made.items()}
+    student.fill(Masters(stored, torch.float32), MASTER)

@@ -2,6 +2,7 @@
 """The same as ``megadistill prepare``, for mpirun: the ranks share the tokenizing.
 
 mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER
+mpirun -n 8 python tools/prepare_data.py --config FILE data.cache_dir=FOLDER
 """
 
 import os

@@ -6,14 +6,16 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megadistill.cli import prepare_rows
 from megadistill.cli.parsing import Parser, value_of
 from megadistill.cli.settings import line_of
 from megadistill.config.section import NonNegativeInt, PositiveInt
-from megadistill.errors import DataError, MegadistillError, needs_extra
+from megadistill.errors import DataError, ExitCode, MegadistillError, needs_extra
 from megadistill.launch.launchers import is_mpi_rank
 from megadistill.observability.progress import progress_bar
 from megadistill.observability.redact import redact
@@ -34,7 +36,9 @@ def parser_of() -> Parser:
         "Under mpirun (with mpi4py) the ranks share the tokenization; the files are the same for any number of ranks.",
         "examples:\n"
         "  megadistill prepare SOURCE FOLDER --tokenizer MODEL_FOLDER --valid 400\n"
-        "  mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER",
+        "  mpirun -n 8 python tools/prepare_data.py SOURCE FOLDER --tokenizer MODEL_FOLDER\n\n"
+        "with --config FILE or --rows SOURCE ..., it tokenizes the rows of a run ahead into data.cache_dir:\n"
+        "  megadistill prepare --config FILE --help",
     )
     parser.add_argument("source", metavar="SOURCE", help="file, folder of the library datasets or hub name")
     parser.add_argument("folder", metavar="FOLDER", help="where train.jsonl, valid.jsonl and report.json go")
@@ -105,6 +109,8 @@ def communicator() -> Any | None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the verb; returns its exit code."""
+    if any(word.split("=")[0] in prepare_rows.OPTIONS for word in arguments):
+        return _run_rows(arguments)
     parsed = parser_of().parse(arguments)
     from megadistill.data.encode import check_limits
 
@@ -112,10 +118,36 @@ def run(arguments: Sequence[str]) -> int:
     world = communicator()
     if world is None:
         return finish([check(parsed, 0, 1)], parsed)
-    try:
+    with _all_or_none(world):
         outcomes = world.gather(check(parsed, world.Get_rank(), world.Get_size()), root=0)
         code = finish_quietly(outcomes, parsed) if outcomes is not None else None
         return int(world.bcast(code, root=0))
+
+
+def _run_rows(arguments: Sequence[str]) -> int:
+    """The form that tokenizes ahead; under MPI with the same exit code on all ranks, and one line about an error."""
+    world = communicator()
+    if world is None:
+        return prepare_rows.run(arguments)
+    with _all_or_none(world):
+        error: MegadistillError | None = None
+        code = int(ExitCode.DONE)
+        try:
+            code = prepare_rows.run(arguments)
+        except MegadistillError as caught:
+            error, code = caught, int(caught.exit_code)
+        outcomes = world.allgather((error, code))
+        first = next((each for each, _ in outcomes if each is not None), None)
+        if first is not None and world.Get_rank() == 0:
+            print(f"megadistill: {redact(line_of(first, 'prepare'))}", file=sys.stderr)
+        return int(first.exit_code) if first is not None else max(code for _, code in outcomes)
+
+
+@contextmanager
+def _all_or_none(world: Any) -> Iterator[None]:
+    """A rank that fails for an unknown reason takes the others with it."""
+    try:
+        yield
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         # A rank that ends with a traceback would leave the others waiting in the gather.

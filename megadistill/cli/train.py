@@ -66,6 +66,7 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
         from megadistill.launch.world import distributed, name_accelerator
 
         name_accelerator()
+        from megadistill.data.row_store import PreparationStopped
         from megadistill.launch.heartbeat import lost_ranks_reported
         from megadistill.launch.machine import say_machines
         from megadistill.parallel.context import ParallelContext
@@ -85,7 +86,10 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
         check_adapters(config)
         tp_size = check_models(config, num_ranks)  # imports transformers
         tokenizer, vocab_size = run_tokenizer(config)
-    data = load_training_data(config, tokenizer, vocab_size)
+    try:
+        data = load_training_data(config, tokenizer, vocab_size, lambda: bool(request.signal))
+    except PreparationStopped:
+        return {"stopped": signal.Signals(request.signal).name, "step": 0}
     log = get_logger(rank_of(os.environ), "data")
     for line in data.sources:
         log.info(f"{line}; template {data.template}")

@@ -7,9 +7,8 @@ the kind of rows, the columns that are used, those that are not, and those that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -124,8 +123,10 @@ def read_examples(path: str | Path, data: DataSection, *, prompts_only: bool = F
     return stream_examples(path, data, prompts_only=prompts_only).load()
 
 
-def stream_examples(path: str | Path, data: DataSection, *, prompts_only: bool = False) -> ExampleStream:
-    """The examples of ``read_examples``, one after the other."""
+def stream_examples(
+    path: str | Path, data: DataSection, *, prompts_only: bool = False, kind: RowKind | None = None
+) -> ExampleStream:
+    """The examples of ``read_examples``, one after the other; ``kind``: what rows before the first are known to be."""
     return ExampleStream(
         str(path),
         fields=FieldNames(data.instruction_field, data.input_field, data.output_field),
@@ -133,6 +134,7 @@ def stream_examples(path: str | Path, data: DataSection, *, prompts_only: bool =
         config_name=data.hub_config,
         skip_bad_rows=data.skip_bad_rows,
         prompts_only=prompts_only,
+        kind=kind,
     )
 
 
@@ -155,15 +157,21 @@ class ExampleStream:
         skip_bad_rows: bool = False,
         prompts_only: bool = False,
         keep_rows: bool = False,
+        kind: RowKind | None = None,
     ) -> None:
         self.skipped: list[str] = []
         self.num_examples, self.are_chats = 0, False
         self._path, self._split, self._config_name, self._skips = path, split, config_name, skip_bad_rows
-        self._reader = _Reader(path, fields or FieldNames(), prompts_only, keep_rows)
+        self._reader = _Reader(path, fields or FieldNames(), prompts_only, keep_rows, kind)
 
     def __iter__(self) -> Iterator[Example]:
+        yield from self.examples(read_rows(self._path, self._split, self._config_name))
+        self.check()
+
+    def examples(self, rows: Iterable[tuple[str, Any]], first_id: int = 0) -> Iterator[Example]:
+        """The examples of some rows of the source, as ``read_rows`` yields them; ``first_id``: number of the first."""
         reader = self._reader
-        for row_id, (where, row) in enumerate(read_rows(self._path, self._split, self._config_name)):
+        for row_id, (where, row) in enumerate(rows, start=first_id):
             try:
                 example = reader.example(row, row_id, where)
             except BadRow as error:
@@ -177,28 +185,45 @@ class ExampleStream:
             self.num_examples += 1
             self.are_chats |= example.chat is not None
             yield example
-        self._check()
 
     def load(self) -> LoadedExamples:
         """All examples at once."""
         examples = list(self)
         return LoadedExamples(examples, self.skipped, self.description())
 
-    def batches(self, size: int) -> Iterator[list[Example]]:
-        """The examples in lists of ``size``, the last one perhaps shorter."""
-        examples = iter(self)
-        while batch := list(islice(examples, size)):
-            yield batch
-
     def starts_with_chat(self) -> bool:
         """Whether the first usable row is a chat; reads it."""
         return next(iter(self)).chat is not None
+
+    @property
+    def kind(self) -> RowKind | None:
+        """The kind of the rows that were read."""
+        return self._reader.kind
+
+    def seen(self) -> dict[str, Any]:
+        """What the rows so far had, as JSON: what ``add`` takes."""
+        return {
+            "examples": self.num_examples, "are_chats": self.are_chats, "skipped": len(self.skipped),
+            "first_skipped": self.skipped[:1], **self._reader.seen(),
+        }  # fmt: skip
+
+    def add(self, seen: Mapping[str, Any]) -> None:
+        """Takes what another stream has seen of the same source, in later rows; the first bad one stands for all."""
+        self.num_examples += seen["examples"]
+        self.are_chats |= seen["are_chats"]
+        self.skipped += seen["first_skipped"] * seen["skipped"]
+        self._reader.add(seen)
 
     def description(self) -> str:
         """What was read, in one line; after the last row."""
         return self._reader.description(self.num_examples)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuses a source that has no usable row, or columns that seem to have other names; after the last row.
+
+        Raises:
+            DataError: It is so.
+        """
         path, skipped = self._path, self.skipped
         if not self.num_examples:
             if skipped and self._reader.kind is None and self._reader.has_objects:
@@ -215,8 +240,10 @@ class _Reader:
         kind: The kind of its rows, that of the first row that has one.
     """
 
-    def __init__(self, path: str, fields: FieldNames, prompts_only: bool, keeps_rows: bool) -> None:
-        self.kind: RowKind | None = None
+    def __init__(
+        self, path: str, fields: FieldNames, prompts_only: bool, keeps_rows: bool, kind: RowKind | None
+    ) -> None:
+        self.kind = kind
         self._path, self._fields = path, fields
         self._prompts_only, self._keeps_rows = prompts_only, keeps_rows
         self._seen: dict[str, None] = {}  # an ordered set
@@ -258,6 +285,18 @@ class _Reader:
         self._reads_answers |= not content.has_own_answer
         kept = row if self._keeps_rows else {}
         return Example(row_id, content.instruction, content.input, content.references, where, content.chat, kept)
+
+    def seen(self) -> dict[str, Any]:
+        """What the columns had, as JSON."""
+        return {
+            "columns": list(self._seen), "has_references": self._has_references, "reads_answers": self._reads_answers,
+        }  # fmt: skip
+
+    def add(self, seen: Mapping[str, Any]) -> None:
+        """Takes what later rows had."""
+        self._seen |= dict.fromkeys(seen["columns"])
+        self._has_references |= seen["has_references"]
+        self._reads_answers |= seen["reads_answers"]
 
     def check_columns(self) -> None:
         """Refuses a source where a part is absent and another column seems to hold it.

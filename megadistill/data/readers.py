@@ -13,9 +13,12 @@ import io
 import json
 import re
 import zlib
+from bisect import bisect_right
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -38,13 +41,22 @@ class BadRow(Exception):
         self.setting = setting
 
 
-def read_rows(path: str, split: str, config_name: str | None) -> Rows:
+@dataclass(frozen=True)
+class Start:
+    """Where to begin to read: the row, from 0, and of files with a row on each line its byte, where that is known."""
+
+    row: int = 0
+    byte: int | None = None
+
+
+def read_rows(path: str, split: str, config_name: str | None, start: Start | None = None) -> Rows:
     """Rows of a local file (by suffix), a local ``datasets`` folder, or a hub data set.
 
     Args:
         path: A file, a folder or a hub name.
         split: Split of a folder or a hub data set.
         config_name: Configuration (subset) of a hub data set.
+        start: The first row to read; rows before it are skipped over.
 
     Yields:
         FILE:LINE, and the row; a ``BadRow`` in its place where it cannot be parsed.
@@ -52,16 +64,16 @@ def read_rows(path: str, split: str, config_name: str | None) -> Rows:
     Raises:
         DataError: The file is missing or unreadable.
     """
-    local = Path(path)
+    local, start = Path(path), start or Start()
     if local.is_dir():
         file = rows_file(path, split)
         if file is None:
-            return _dataset_rows(path, split, config_name)
+            return _dataset_rows(path, split, config_name, start.row)
         local = file
     check_name(path, error=DataError)
     if not local.exists():
-        return _dataset_rows(path, split, config_name)
-    readers = {
+        return _dataset_rows(path, split, config_name, start.row)
+    readers: dict[str, Callable[[Path, Start], Rows]] = {
         ".jsonl": _json_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
@@ -79,7 +91,21 @@ def read_rows(path: str, split: str, config_name: str | None) -> Rows:
         raise DataError(f"{local}: the file is empty" if local.is_file() else f"{local}: not a file")
     with os_errors_as(DataError, local, "cannot be read"):
         local.open("rb").close()
-    return reader(local)
+    return reader(local, start)
+
+
+def can_start_anywhere(path: str, split: str) -> bool:
+    """Whether ``read_rows`` gets to any row at once, where ``Start`` has its byte, or reads what is before it."""
+    file = rows_file(path, split)
+    return file is None or format_of(file) == ".parquet" or is_json_lines(file)
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether a file has one JSON value on each line."""
+    if format_of(path) not in (".jsonl", ".json") or path.suffix.lower() == GZIP or _encoding(path) == "utf-16":
+        return False
+    with path.open("rb") as file:
+        return not _is_list(_first_line(file))
 
 
 def rows_file(path: str, split: str) -> Path | None:
@@ -120,20 +146,33 @@ def _gzip_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not a readable gzip file: {_one_line(error)}") from None
 
 
-def _json_rows(path: Path) -> Rows:
+def _is_list(first: bytes) -> bool:
+    return first.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _first_line(file: IO[bytes]) -> bytes:
+    first = file.readline()
+    while first and not first.strip(b" \t\r\n" + BOM_UTF8):
+        first = file.readline()
+    return first
+
+
+def _json_rows(path: Path, start: Start) -> Rows:
     """Rows of JSON: a list of objects, or one object a line, whatever the suffix says."""
     with _gzip_errors(path), _open(path) as file:
+        if start.byte:
+            file.seek(start.byte)
+            yield from _json_lines(path, file, start.row)
+            return
         if _encoding(path) == "utf-16":
             file = io.BytesIO(_decode(path, file.read(), "utf-16").encode("utf-8", "surrogatepass"))
-        first = file.readline()
-        while first and not first.strip(b" \t\r\n" + BOM_UTF8):
-            first = file.readline()
+        first = _first_line(file)
         file.seek(0)
-        if first.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-            yield from _json_list(path, _decode(path, file.read(), "utf-8-sig"))
+        if _is_list(first):
+            yield from islice(_json_list(path, _decode(path, file.read(), "utf-8-sig")), start.row, None)
             return
         _refuse_one_object(path, file, first)
-        yield from _json_lines(path, file)
+        yield from islice(_json_lines(path, file), start.row, None)
 
 
 def _decode(path: Path, data: bytes, encoding: str) -> str:
@@ -173,8 +212,8 @@ def _json_problem(error: json.JSONDecodeError) -> str:
     return error.msg.removesuffix(" at")  # Python says "Unterminated string starting at"
 
 
-def _json_lines(path: Path, file: IO[bytes]) -> Rows:
-    for number, line in enumerate(file, start=1):
+def _json_lines(path: Path, file: IO[bytes], lines_before: int = 0) -> Rows:
+    for number, line in enumerate(file, start=lines_before + 1):
         where = f"{path}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -211,7 +250,7 @@ def _json_list(path: Path, text: str) -> Rows:
         raise DataError(f"{path}: not valid JSON: there is text after the closing bracket")
 
 
-def _csv_rows(path: Path) -> Rows:
+def _csv_rows(path: Path, start: Start) -> Rows:
     """Rows of CSV or TSV; blanks around the names in the header do not count."""
     csv.field_size_limit(_MAX_CSV_FIELD_CHARS)
     encoding, separator = _encoding(path), "\t" if format_of(path) == ".tsv" else ","
@@ -219,11 +258,12 @@ def _csv_rows(path: Path) -> Rows:
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     with _gzip_errors(path), io.TextIOWrapper(_open(path), encoding, errors, newline="") as file:
         try:
-            start = file.readline()
+            header = file.readline()
             file.seek(0)
-            if encoding == "utf-16" and "\t" in start and separator not in start:
+            if encoding == "utf-16" and "\t" in header and separator not in header:
                 separator = "\t"  # Excel's Unicode text is separated by tabs, whatever its suffix
-            yield from _csv_records(path, csv.reader(file, delimiter=separator, strict=True), separator)
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            yield from islice(_csv_records(path, reader, separator), start.row, None)
         except UnicodeDecodeError:
             raise DataError(f"{path}: invalid UTF-16; save it as UTF-8") from None
 
@@ -262,31 +302,48 @@ def _check_header(header: list[str], separator: str, where: str) -> None:
         raise DataError(f"{where}: the header names the column {repeated[0]!r} more than once")
 
 
-def _text_rows(path: Path) -> Rows:
+def _text_rows(path: Path, start: Start) -> Rows:
     """Each line is an instruction; blank lines do not count."""
     with _gzip_errors(path), _open(path) as file:
         lines = _decode(path, file.read(), _encoding(path)).split("\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", {"instruction": line.rstrip("\r")}
+    given = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    for number, line in islice(given, start.row, None):
+        yield f"{path}:{number}", {"instruction": line.rstrip("\r")}
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, start: Start) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
+        file = pyarrow.parquet.ParquetFile(path)
+        ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+        first = bisect_right(ends, start.row)  # what is before it is not read
+        number = ends[first - 1] if first else 0
+        for batch in file.iter_batches(row_groups=range(first, len(ends))):
+            before = min(max(start.row - number, 0), len(batch))
+            number += before
+            for row in batch.slice(before).to_pylist():
                 number += 1
                 yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from None
 
 
-def _dataset_rows(path: str, split: str, config_name: str | None) -> Rows:
-    """Rows through ``datasets``: a folder written by ``save_to_disk``, a folder of data files, or a hub name."""
+def _dataset_rows(path: str, split: str, config_name: str | None, start: int) -> Rows:
+    table = open_dataset(path, split, config_name)
+    if start:
+        table = table.select(range(start, len(table))) if start < len(table) else []
+    for number, row in enumerate(table, start=start + 1):
+        yield f"{path}[{split}]:row {number}", row
+
+
+def open_dataset(path: str, split: str, config_name: str | None) -> Any:
+    """A split through ``datasets``: of a folder written by ``save_to_disk``, a folder of data files, or a hub name.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     import datasets
 
     is_folder = Path(path).is_dir()
@@ -296,10 +353,9 @@ def _dataset_rows(path: str, split: str, config_name: str | None) -> Rows:
             loaded = datasets.load_from_disk(path)
             if isinstance(loaded, datasets.DatasetDict) and split not in loaded:
                 raise LookupError(f"it has the splits {', '.join(map(str, loaded))}")
-            table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            name, revision = split_revision(path)
-            table = datasets.load_dataset(name, name=config_name, split=split, revision=revision)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        name, revision = split_revision(path)
+        return datasets.load_dataset(name, name=config_name, split=split, revision=revision)
     # datasets raises errors of a dozen libraries (network, parsing, permissions); all mean that nothing can be read.
     except Exception as error:
         hub = "the hub cannot be reached" if is_offline else f"the hub did not provide it: {_one_line(error)}"
@@ -307,8 +363,6 @@ def _dataset_rows(path: str, split: str, config_name: str | None) -> Rows:
         near = "" if is_folder else did_you_mean_path(path)
         message = f"{path} (split {split!r}): {what}{near}"
         raise DataError(message, setting="data.hub_split, data.hub_config") from None
-    for number, row in enumerate(table, start=1):
-        yield f"{path}[{split}]:row {number}", row
 
 
 def _one_line(error: BaseException) -> str:

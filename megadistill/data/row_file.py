@@ -23,7 +23,7 @@ from megadistill.errors import DataError
 from megadistill.files import os_errors_as
 
 # Written into the key of a set: raise it when rows are read, tokenized or stored in another way.
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.npy"
 ENTRY = np.dtype(
     [

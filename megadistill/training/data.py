@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from megadistill.data.encode import TokenizedExample, tokenize_examples
 from megadistill.data.pairing import check_ids
 from megadistill.data.prompts import PromptSettings, choose_template
 from megadistill.data.row_file import has_references
-from megadistill.data.row_store import RowStore
+from megadistill.data.row_store import RowStore, said
 from megadistill.data.sample import Sample
 from megadistill.data.sampler import BatchSampler
 from megadistill.errors import ConfigError, DataError
@@ -65,15 +65,22 @@ class TrainingData:
         return samples
 
 
-def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TrainingData:
+def load_training_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> TrainingData:
     """All rows of a run, rendered with one template.
 
     Args:
         config: The configuration of the run.
         tokenizer: The run's tokenizer.
         vocab_size: V, the number of tokens that both models have.
+        is_stopping: Whether this process was asked to stop.
 
     Raises:
+        PreparationStopped: It was, while it prepared rows.
         ConfigError: There are none to train on, the template cannot be used, or they need a token that a model lacks.
         DataError: A file cannot be used.
     """
@@ -85,14 +92,16 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
             f"data.valid_path={data.valid_path} is data.train_path, of which the split {data.hub_split!r} is read: the "
             "run would validate on its training rows; name a file of the folder, or a data set of its own"
         )
-    paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
-    given = {name: path for name, path in paths.items() if path}
-    sets = _listed(config, tokenizer, given) if data.cache_dir is None else _prepared(config, tokenizer, given)
+    given = row_paths(config)
+    if data.cache_dir is None:
+        sets = _listed(config, tokenizer, given)
+    else:
+        sets = _prepared(config, tokenizer, given, is_stopping)
     report: dict[str, int] = {}
-    rows: dict[str, Sequence[TokenizedExample]] = dict.fromkeys(paths, [])
+    rows: dict[str, Sequence[TokenizedExample]] = {"train": [], "prompts": [], "valid": []}
     for name, loaded in sets.items():
         report |= {f"{name}/{key}": value for key, value in loaded.counts.items() if value}
-        check_ids(loaded.rows, vocab_size, tokenizer, str(paths[name]))
+        check_ids(loaded.rows, vocab_size, tokenizer, given[name])
         rows[name] = loaded.rows
     source_class(config).check_examples(config, rows["train"], rows["valid"])
     if config.loss.looks_ahead and not has_references(rows["train"]):
@@ -112,6 +121,13 @@ def load_training_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vo
         end_id=sets["train"].end_id,
         sources=tuple(loaded.description for loaded in sets.values()),
     )
+
+
+def row_paths(config: RunConfig) -> dict[str, str]:
+    """The sources of a run's rows: "train", "prompts" and "valid", where there are any."""
+    data = config.data
+    paths = {"train": data.train_path, "prompts": data.prompts_path, "valid": data.valid_path}
+    return {name: path for name, path in paths.items() if path}
 
 
 def _reads_the_same_split(train: str, valid: str) -> bool:
@@ -154,9 +170,12 @@ def _listed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, paths: Mappin
     return loaded
 
 
-def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerBase, paths: Mapping[str, str]) -> dict[str, _Loaded]:
+def _prepared(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, paths: Mapping[str, str], is_stopping: Callable[[], bool]
+) -> dict[str, _Loaded]:
     """Rows in files that the processes share."""
-    template, sets = RowStore(config.data, tokenizer, rank_of(os.environ)).prepared(dict(paths))
+    watch = said(rank_of(os.environ), is_stopping)
+    template, sets = RowStore(config.data, tokenizer, watch).prepared(paths)
     return {
         name: _Loaded(made.rows, _counts(len(made.rows), **made.counts), made.description, template, made.end_id)
         for name, made in sets.items()

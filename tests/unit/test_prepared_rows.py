@@ -13,7 +13,8 @@ import pytest
 from megadistill.config.load import load_config
 from megadistill.data.fingerprint import is_fingerprint_of, rows_fingerprint
 from megadistill.data.row_file import ChainedRows, MappedRows
-from megadistill.errors import ConfigError, DataError
+from megadistill.data.row_sources import RECORDS
+from megadistill.errors import DataError
 from megadistill.training.data import TrainingData, load_training_data
 from tests.support.chats import chat_tokenizer
 
@@ -110,7 +111,7 @@ def test_prepared_rows_are_the_rows(tmp_path: Path, tokenizer: Any, form: str) -
 
 
 def sets(cache: Path) -> list[Path]:
-    return sorted(folder for folder in cache.iterdir() if folder.is_dir())
+    return sorted(folder for folder in cache.iterdir() if folder.is_dir() and folder.name != RECORDS)
 
 
 def test_the_key_is_what_the_rows_depend_on(tmp_path: Path, tokenizer: Any) -> None:
@@ -151,10 +152,6 @@ def test_what_cannot_be_prepared_says_so_and_leaves_nothing(tmp_path: Path, toke
         with pytest.raises(DataError, match=r"rows.jsonl:41: not valid JSON"):
             loaded(tokenizer, file, f"data.cache_dir={cache}")
     assert not sets(cache)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "other.jsonl").write_bytes(lines(ROWS))
-    with pytest.raises(ConfigError, match="prepared from files alone"):
-        loaded(tokenizer, tmp_path / "folder", f"data.cache_dir={cache}")
     file.write_bytes(lines(ROWS))
     loaded(tokenizer, tmp_path / "rows.jsonl", f"data.cache_dir={cache}")
     (records,) = cache.glob("*/part_*.bin")

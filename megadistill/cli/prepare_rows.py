@@ -104,7 +104,7 @@ def _jobs(parsed: Any) -> tuple[list[tuple[RunConfig, Mapping[str, str]]], PreTr
 
     models = [f"model.{role}.path={parsed.tokenizer}" for role in ("student", "teacher")]
     fixed = ["run.dir=unused", *models, "train.eval_every=0", f"data.cache_dir={parsed.cache_dir}"]
-    base = find_config("base.yaml")
+    base = find_config("configs/base.yaml")
     configs = [load_config(base, [*fixed, f"data.train_path={path}", *parsed.overrides]) for path in parsed.rows]
     return [(config, row_paths(config)) for config in configs], load_tokenizer(model_folder(parsed.tokenizer))
 

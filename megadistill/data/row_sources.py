@@ -122,7 +122,8 @@ class RowSource:
             if _signature(os.fstat(opened.fileno())) != signature or _signature(os.stat(file)) != signature:
                 raise DataError(f"{file} was changed while it was read; rerun the same command")
         if max(signature[1:3]) / 1e9 < now - _SETTLED_S:
-            with os_errors_as(DataError, records):
+            # Processes that start together write the same: one may move what another is about to move.
+            with os_errors_as(DataError, records), suppress(FileNotFoundError):
                 write_json(record, {"file": str(file), "signature": signature, **vars(content)})
         return content
 

@@ -106,6 +106,8 @@ class RowSetMaker:
             except MegadistillError:
                 shutil.rmtree(self._partial, ignore_errors=True)  # nothing can come of it
                 raise
+        total = self._content.num_rows
+        self._watch(self._source.path, total or sum(state["read"] for state in self._states.values()), total)
 
     def _make_parts(self) -> bool:
         """Makes what nobody else holds; whether all parts are there."""

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megadistill.cli.main import main
 from megadistill.config.load import load_config
+from megadistill.data import row_sources
 from megadistill.data.fingerprint import is_fingerprint_of, rows_fingerprint
 from megadistill.data.row_file import ChainedRows, MappedRows
 from megadistill.data.row_sources import RECORDS
+from megadistill.data.row_store import PreparationStopped
+from megadistill.data.tokenize import load_tokenizer
 from megadistill.errors import DataError
 from megadistill.training.data import TrainingData, load_training_data
 from tests.support.chats import chat_tokenizer
@@ -75,11 +83,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def loaded(tokenizer: Any, path: Path, *overrides: str) -> TrainingData:
+def config_for(path: Path, *overrides: str) -> Any:
     base = Path(__file__).parents[2] / "configs" / "base.yaml"
     fixed = (f"run.dir={path.parent / 'run'}", "model.student.path=x", "model.teacher.path=x", "train.eval_every=0")
     given = f"data.train_path={path}"
-    return load_training_data(load_config(base, [*fixed, given, *overrides]), tokenizer, len(tokenizer))
+    return load_config(base, [*fixed, given, *overrides])
+
+
+def loaded(tokenizer: Any, path: Path, *overrides: str) -> TrainingData:
+    return load_training_data(config_for(path, *overrides), tokenizer, len(tokenizer))
 
 
 def places(rows: Any) -> list[str]:
@@ -163,6 +175,77 @@ def test_what_cannot_be_prepared_says_so_and_leaves_nothing(tmp_path: Path, toke
     records.write_bytes(content[:-1])
     with pytest.raises(DataError, match="incomplete"):
         loaded(tokenizer, file, f"data.cache_dir={cache}")
+
+
+def by_dataset(folder: Path) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("form", ["bad rows", "a late chat", "list", "table", "parquet", "all turns", "datasets"])
+def test_parts_make_the_same_rows(tmp_path: Path, tokenizer: Any, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_sources, "PART_ROWS", 3)
+    monkeypatch.setattr(row_sources, "_PARTS_OF_A_SIZE", 2)
+    name, content, settings = FORMS.get(form, ("", b"", ()))
+    file = tmp_path / name if name else by_dataset(tmp_path)
+    if name:
+        file.write_bytes(content)
+    listed = loaded(tokenizer, file, *settings)
+    mapped = loaded(tokenizer, file, *settings, f"data.cache_dir={tmp_path / 'cache'}")
+    assert (list(mapped.train), places(mapped.train)) == (listed.train, places(listed.train))
+    assert (mapped.report, mapped.template, mapped.sources) == (listed.report, listed.template, listed.sources)
+
+
+def test_a_stopped_preparation_keeps_its_parts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_sources, "PART_ROWS", 5)
+    cache, file, asked = tmp_path / "cache", tmp_path / "rows.jsonl", 0
+    file.write_bytes(lines(ROWS))
+    config = config_for(file, f"data.cache_dir={cache}")
+
+    def is_stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    with pytest.raises(PreparationStopped):
+        load_training_data(config, tokenizer, len(tokenizer), is_stopping)
+    kept = {part: part.stat().st_mtime_ns for part in cache.glob("*.partial/part_*.bin")}
+    assert 0 < len(kept) < 8
+    assert list(loaded(tokenizer, file, f"data.cache_dir={cache}").train) == loaded(tokenizer, file).train
+    made = {part.name: part.stat().st_mtime_ns for part in cache.glob("*/part_*.bin")}
+    assert len(made) == 8 and all(made[part.name] == when for part, when in kept.items())
+
+
+def test_a_file_is_read_again_when_it_changed(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_sources, "_SETTLED_S", -1.0)  # as if the file were older
+    file, use = tmp_path / "rows.jsonl", f"data.cache_dir={tmp_path / 'cache'}"
+    file.write_bytes(lines(ROWS))
+    before = file.stat()
+    loaded(tokenizer, file, use)
+    with monkeypatch.context() as unread:
+        unread.setattr(row_sources, "_read_lines", None)  # nothing reads the file for its checksum
+        assert len(loaded(tokenizer, file, use).train) == len(ROWS)
+    time.sleep(0.05)
+    file.write_bytes(lines(ROWS).replace(b"say 1 ", b"say 2 "))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time
+    assert list(loaded(tokenizer, file, use).train) == loaded(tokenizer, file).train
+
+
+def test_the_verb_prepares_what_a_run_finds(tmp_path: Path, tokenizer: Any) -> None:
+    cache, file = tmp_path / "cache", tmp_path / "rows.jsonl"
+    file.write_bytes(lines(ROWS))
+    words = ["prepare", "--rows", str(file), "--tokenizer", tokenizer.name_or_path, "--cache-dir", str(cache)]
+    command = [sys.executable, "-m", "megadistill", *words, "--workers", "2"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "40 rows prepared" in done.stdout
+    made = sets(cache)
+    assert list(loaded(load_tokenizer(tokenizer.name_or_path), file, f"data.cache_dir={cache}").train)
+    assert sets(cache) == made  # the run makes no other
+    for wrong in (words[:3], [*words, "train.max_steps=1"], [*words, "--config", "x.yaml"]):
+        assert main(wrong) == 2
 
 
 def _load(tokenizer: Any, file: Path, answers: Any) -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 # The options that tell this form of the verb from the other.
 OPTIONS = ("--config", "--rows")
-_STOP_S = 30.0
+# How long helpers are waited for, after the work and after an error; then they are killed, which leaves their finished
+# parts.
+_STOP_S, _ABORT_S = 30.0, 5.0
 
 
 def parser_of() -> Parser:
@@ -115,11 +117,14 @@ def _prepare(
     workers: int,
     request: StopRequest,
 ) -> int:
+    from megadistill.data.row_sources import RowSource
     from megadistill.data.row_store import PreparationStopped, RowStore
 
     log = get_logger(rank_of(os.environ), "prepare")
     try:
         for config, paths in jobs:
+            for path in paths.values():
+                RowSource(path, config.data)  # what cannot be read is said before any process is forked
             with _helpers(config, paths, tokenizer, workers - 1, request) as errors, _bar(request, errors) as watch:
                 template, sets = RowStore(config.data, tokenizer, watch).prepared(paths)
             for prepared in sets.values():
@@ -154,10 +159,11 @@ def _helpers(
         yield errors
         is_done = True
     finally:
-        deadline = time.monotonic() + _STOP_S
+        deadline = time.monotonic() + (_STOP_S if is_done else _ABORT_S)
         for helper in helpers:
             if not is_done:
                 helper.terminate()
+        for helper in helpers:
             helper.join(max(0.0, deadline - time.monotonic()))
             if helper.is_alive():
                 helper.kill()
@@ -192,6 +198,7 @@ def _bar(request: StopRequest, errors: Connection) -> Iterator[Watch]:
     from megadistill.data.row_store import PreparationStopped
 
     bars: dict[str, Any] = {}
+    starts: dict[str, tuple[int, float]] = {}  # rows that were there, and when
     rank = rank_of(os.environ)
 
     def watch(path: str, done: int, total: int | None) -> None:
@@ -201,11 +208,14 @@ def _bar(request: StopRequest, errors: Connection) -> Iterator[Watch]:
             raise PreparationStopped
         if path not in bars:
             name = f"preparing {Path(path).name}"
+            starts[path] = done, time.monotonic()
             bars[path] = progress_bar(description=name, total=total, initial=done, unit="row", rank=rank)
         bar = bars[path]
         if done > bar.n:
+            before, began = starts[path]
+            rate = (done - before) / max(time.monotonic() - began, 1e-3)
+            bar.set_postfix_str(f"{rate:,.0f} rows/s", refresh=False)
             bar.update(done - bar.n)
-            bar.set_postfix_str(f"{bar.format_dict['rate'] or 0:,.0f} rows/s", refresh=False)
 
     try:
         yield watch

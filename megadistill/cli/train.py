@@ -18,6 +18,8 @@ from megadistill.observability.log import get_logger
 if TYPE_CHECKING:
     from megadistill.config.schema import RunConfig
     from megadistill.launch.stopping import StopRequest
+    from megadistill.training.data import TrainingData
+    from megadistill.training.resume import Start
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -90,11 +92,7 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
         data = load_training_data(config, tokenizer, vocab_size, lambda: bool(request.signal))
     except PreparationStopped:
         return {"stopped": signal.Signals(request.signal).name, "step": 0}
-    log = get_logger(rank_of(os.environ), "data")
-    for line in data.sources:
-        log.info(f"{line}; template {data.template}")
-    for line in start.changes():
-        log.warning(line)
+    _say(data, start)
     config = config.with_template(data.template)  # resolved.yaml has what auto meant
     length = RunLength.of(config, data)  # finds out whether the rows can fill a step
     check_best(config, data.valid)
@@ -107,6 +105,15 @@ def train_run(config: RunConfig, request: StopRequest) -> dict[str, Any]:
                 return {}
             components = build_components(config, context, tokenizer, vocab_size, data, length)
             return train(components, data, start, request, heartbeat)
+
+
+def _say(data: TrainingData, start: Start) -> None:
+    """What was read, and what an earlier release did otherwise."""
+    log = get_logger(rank_of(os.environ), "data")
+    for line in data.sources:
+        log.info(f"{line}; template {data.template}")
+    for line in start.changes():
+        log.warning(line)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def components_of(**train: Any) -> Any:
         "run": {"dir": "x"}, "model": {"teacher": {"path": "t"}, "student": {"path": "s"}},
         "train": {"global_batch_size": 4, **train},
     })  # fmt: skip
-    student = SimpleNamespace(loaded=SimpleNamespace(shapes={"a": (10, 10), "b": (5,)}))
-    teacher = SimpleNamespace(loaded=SimpleNamespace(shapes={"a": (100, 10)}))
+    student = SimpleNamespace(loaded=SimpleNamespace(shapes={"a": (10, 10), "b": (5,)}, lora=None))
+    teacher = SimpleNamespace(loaded=SimpleNamespace(shapes={"a": (100, 10)}, lora=None))
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     context = ParallelContext.single()
     return SimpleNamespace(config=config, context=context, student=student, teacher=teacher, tokenizer=tokenizer)
@@ -39,14 +39,19 @@ def event_of(step: int, samples: list[Sample], *, is_updated: bool = True, **met
     return StepEvent(step, StepResult(numbers, is_updated, samples, [] if is_updated else [False] * len(samples)))
 
 
-def test_throughput_counts_the_tokens_of_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("adapters", "for_training"), [(None, 6 * 105), (["b"], 4 * 105 + 2 * 5)])
+def test_throughput_counts_the_tokens_of_each_phase(
+    monkeypatch: pytest.MonkeyPatch, adapters: list[str] | None, for_training: int
+) -> None:
     reference, response = (7, 8, 9), (4, 5)
     samples = [
         Sample(0, (1, 2), "", reference, response, rollout_ids=(4, 6)),  # two sequences are trained on
         Sample(1, (1, 2), "", reference, reference),  # one
         Sample(2, (1, 2)),  # none
     ]
-    hook = Throughput(components_of())
+    components = components_of()
+    components.student.loaded.lora = None if adapters is None else SimpleNamespace(names=adapters)
+    hook = Throughput(components)
     clock = iter([10.0, 14.0])
     monkeypatch.setattr("megadistill.training.hooks.throughput.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr("megadistill.training.hooks.throughput.peak_bytes", lambda device: 123)
@@ -55,7 +60,7 @@ def test_throughput_counts_the_tokens_of_each_phase(monkeypatch: pytest.MonkeyPa
     hook._peak = 1000.0
     hook.step_ended(event)
     trained, read, written = (2 + 3) + (2 + 2) + (2 + 3), (2 + 2) + (2 + 3), 2
-    flops = 105 * (6 * trained + 2 * written) + 2 * 1000 * read
+    flops = for_training * trained + 2 * 105 * written + 2 * 1000 * read
     expected = {
         "time/step_s": 4.0, "memory/peak_bytes": 123.0, "throughput/tokens_per_s": trained / 4,
         "throughput/examples_per_s": 1.0, "throughput/rollout_tokens_per_s": written / 0.5,

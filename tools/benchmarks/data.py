@@ -1,6 +1,7 @@
 """Prepared rows (``data.cache_dir``): rate of preparing, start, and a process's own memory, beside rows in lists.
 
-Each row of the table is a process of its own. Memory is RssAnon, what is not a page of a file.
+The rows are prepared by ``megadistill prepare``; each other row of the table is a process of its own. Memory is
+RssAnon, what is not a page of a file.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -70,6 +72,16 @@ def measure(file: str, tokenizer_folder: str, cache: str) -> None:
     }))  # fmt: skip
 
 
+def prepare_ahead(file: Path, tokenizer: Path, cache: Path, workers: int) -> dict[str, Any]:
+    """What ``megadistill prepare`` takes with some processes, its start included."""
+    command = [sys.executable, "-m", "megadistill", "prepare", "--rows", str(file), "--tokenizer", str(tokenizer)]
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([*command, "--cache-dir", str(cache), "--workers", str(workers)], check=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"workers": workers, "wall_s": time.perf_counter() - began, "cpu_s": cpu}
+
+
 def main(arguments: list[str]) -> int:
     """The verb ``data``."""
     parser = argparse.ArgumentParser(prog="tools/benchmark.py data", description=__doc__)
@@ -88,9 +100,11 @@ def main(arguments: list[str]) -> int:
     for number, file in files.items():
         make_rows(file, number, words)
     tiny, tenth, whole = files.values()
-    cases = [("tiny", tiny, cache), ("tiny, again", tiny, cache), ("prepare", whole, cache),
-             ("prepared", whole, cache), ("a tenth in lists", tenth, "")]  # fmt: skip
+    cases = [("tiny", tiny, cache), ("tiny, again", tiny, cache), ("prepared", whole, cache),
+             ("a tenth prepared by a run", tenth, cache), ("a tenth in lists", tenth, "")]  # fmt: skip
     results: dict[str, Any] = {"command": ["tools/benchmark.py", "data", *arguments], "cores": os.cpu_count()}
+    results["prepare"] = prepare_ahead(whole, tokenizer, Path(cache), len(os.sched_getaffinity(0)))
+    print("prepare", results["prepare"], flush=True)
     for name, file, where in cases:
         words_of = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "data", "--folder", str(parsed.folder)]
         done = subprocess.run([*words_of, "--measure", str(file), where], check=True, capture_output=True, text=True)

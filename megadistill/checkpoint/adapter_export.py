@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +48,9 @@ def export_adapters(checkpoint: Path, folder: Path, *, dtype: str | None) -> Non
     copy_beside(hf, folder, dtype=wanted)
     tensors = {PREFIX + name: shards.whole(MASTER, name).to(wanted).contiguous() for name in shards.shard_specs}
     save_tensors(tensors, folder / ADAPTER_WEIGHTS)
-    prove_adapters(shards, _settings(folder), folder, checkpoint)
+    own = AdapterFolder.of(str(hf), str(checkpoint))
+    assert own is not None
+    prove_adapters(shards, own.config, folder, checkpoint)
 
 
 def export_merged(checkpoint: Path, folder: Path, *, dtype: str | None, max_shard_bytes: int | None) -> None:
@@ -84,13 +85,6 @@ def _whole(loaded: LoadedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch
     for name, shape in progress_bar(list(loaded.shapes.items()), description="export", unit="tensor"):
         run = loaded.weights.read(WEIGHT, name, ShardSpec(shape), 0, 0, torch.Size(shape).numel())
         yield loaded.family.stored_name(name), loaded.family.export(name, run.view(shape)).to(dtype).contiguous()
-
-
-def _settings(folder: Path) -> LoraSection:
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return LoraSection(
-        r=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"], use_rslora=config["use_rslora"]
-    )
 
 
 def prove_adapters(shards: ShardReader, lora: LoraSection, folder: Path, source: object) -> None:

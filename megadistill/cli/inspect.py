@@ -107,7 +107,7 @@ def _model(folder: Path, with_tensors: bool) -> Iterable[str]:
     numel = sum(math.prod(weights.shape(name)) for name in weights.names)
     yield f"model       {folder}: {config.get('model_type')}, {len(weights.names)} tensors, {numel:,} parameters"
     if (adapters := AdapterFolder.of(str(folder), str(folder), is_checked=False)) is not None:
-        yield f"adapters    multiplied by {adapters.scale:g}, of the base {adapters.base}"
+        yield f"adapters    multiplied by {adapters.config.scale:g}, of the base {adapters.base}"
     if (method := quantization_of(config)) is not None:
         yield f"quantized   {method}: no verb but this one reads it; use the model that it was made from"
     yield f"types       {', '.join(f'{kind} {count}' for kind, count in types.items())}"

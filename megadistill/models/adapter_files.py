@@ -40,14 +40,14 @@ class AdapterFolder:
     Attributes:
         folder: The folder.
         base: Folder or hub name of their base.
-        scale: s: what B A x is multiplied by.
+        config: Rank, scale and targets.
         files: What ``model_fingerprint`` said of the base; empty for a hub name.
         layers: Names of the layers that have adapters.
     """
 
     folder: Path
     base: str
-    scale: float
+    config: LoraSection
     files: Mapping[str, str]
     layers: tuple[str, ...]
 
@@ -68,11 +68,17 @@ class AdapterFolder:
             return None
         try:
             record = json.loads((folder / ADAPTER_BASE).read_text(encoding="utf-8"))
-            config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-            settings = LoraSection(r=config["r"], alpha=config["lora_alpha"], use_rslora=config["use_rslora"])
+            written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            config = LoraSection(
+                r=written["r"],
+                alpha=written["lora_alpha"],
+                targets=written["target_modules"],
+                use_rslora=written["use_rslora"],
+            )
+            if not config.enabled:
+                raise ValueError("r must be at least 1")
             base, files, layers = str(record["path"]), dict(record["files"]), tuple(record["layers"])
-            scale = settings.scale
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{where}: the adapters in {path} are damaged: {first_line(error)}") from None
         if is_checked and files and model_fingerprint(base) != files:
             what = "is not what it was when they were trained" if Path(base).exists() else "is not there"
@@ -80,7 +86,7 @@ class AdapterFolder:
                 f"{where}: {path} holds adapters of {base}, which {what}; where it is now, megadistill merge BASE "
                 f"{path} FOLDER makes a model of both"
             )
-        return cls(folder, base, scale, files, layers)
+        return cls(folder, base, config, files, layers)
 
     def check_base(self, base: str, where: str) -> None:
         """Refuses a base that is not the one that the adapters were trained on, wherever that is now.
@@ -116,7 +122,7 @@ class AdapterFolder:
             is_transposed = f"{layer}.weight".endswith(family.transposed)
             if stored is None or a is None or b is None or _shape(a, b, is_transposed) != stored.shape:
                 raise ConfigError(f"{where}: {self.folder} has adapters of {layer} that do not fit {self.base}")
-            content = _Merged(stored.content, self.scale * b.float(), a.float(), is_transposed)
+            content = _Merged(stored.content, self.config.scale * b.float(), a.float(), is_transposed)
             merged[f"{layer}.weight"] = replace(stored, dtype=torch.float32, content=content)
         return merged
 

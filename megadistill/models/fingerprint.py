@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _FILES = ("config.json", "*.safetensors", "shards/*", "pytorch_model*.bin", "*.index.json")
 _END_BYTES = 1 << 20
@@ -27,6 +32,12 @@ def model_fingerprint(path: str) -> dict[str, str]:
         return {}
     files = [local] if local.is_file() else sorted({file for pattern in _FILES for file in local.glob(pattern)})
     return {str(file.relative_to(local.parent if local.is_file() else local)): _describe_file(file) for file in files}
+
+
+def fingerprint_of(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], *more: Any) -> str:
+    """Stands for a model's type, the shapes of its parameters, and whatever else makes it another model."""
+    described = (sorted(shapes.items()), *more) if more else sorted(shapes.items())
+    return f"{config.model_type}-{hashlib.blake2b(repr(described).encode(), digest_size=4).hexdigest()}"
 
 
 def _describe_file(path: Path) -> str:

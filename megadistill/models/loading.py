@@ -7,7 +7,6 @@ it fills it from ``LoadedModel.weights``, one parameter after the other, with it
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from megadistill.errors import ConfigError, first_line
 from megadistill.files import did_you_mean_path
 from megadistill.models.adapter_files import AdapterFolder
 from megadistill.models.families import Family, family_of, has_own_head
+from megadistill.models.fingerprint import fingerprint_of
 from megadistill.models.folder_checks import (
     SHARDS,
     check_folder,
@@ -170,7 +170,6 @@ def load_model(
     pristine.tie_word_embeddings = is_tied(model)
     removed = _prepare(model, family, vocab_size, where)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    checksum = hashlib.blake2b(repr(sorted(shapes.items())).encode(), digest_size=4).hexdigest()
     weights: WeightSource
     if shards is not None:
         shards.refuse_others(shapes)
@@ -182,7 +181,7 @@ def load_model(
     else:
         weights = TensorReader(_in_memory(model), wanted)
     _set_parameters(model, torch.empty_like, "cpu")
-    return LoadedModel(model, family, pristine, removed, shapes, f"{pristine.model_type}-{checksum}", weights)
+    return LoadedModel(model, family, pristine, removed, shapes, fingerprint_of(pristine, shapes), weights)
 
 
 def _placed(

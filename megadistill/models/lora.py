@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megadistill.errors import ConfigError
 from megadistill.files import did_you_mean
 from megadistill.models.families import BASE, LORA_A, LORA_B, Family
-from megadistill.models.fingerprint import model_fingerprint
+from megadistill.models.fingerprint import fingerprint_of, model_fingerprint
 from megadistill.models.shard_spec import ShardSpec
 from megadistill.models.shards import WEIGHT
 from megadistill.models.tensor_reader import TensorReader
@@ -158,15 +158,13 @@ def with_adapters(
     lora, weights = Lora(config, tuple(layers), base, model_fingerprint(base)), loaded.weights
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    described = repr((sorted(shapes.items()), config.scale))
-    checksum = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
     assert weights is not None
     new = TensorReader(first_adapters(shapes, lora.names, seed), parameters[lora.names[0]].dtype), WEIGHT
     return replace(
         loaded,
         family=replace(family, partition_config=partition_config(family)),
         shapes=shapes,
-        fingerprint=f"{model.config.model_type}-{checksum}",
+        fingerprint=fingerprint_of(loaded.config, shapes, config.scale),
         weights=_WithAdapters(weights, *(trained or new)),
         lora=lora,
     )
@@ -219,6 +217,10 @@ def base_name(name: str) -> str:
     return name.replace(f".{BASE}.", ".")
 
 
+def _is_adapter(parameter: str) -> bool:
+    return parameter.endswith((f".{LORA_A}.weight", f".{LORA_B}.weight"))
+
+
 class _WithAdapters:
     """The weights of a base, and adapters. Implements ``models.loading.WeightSource``.
 
@@ -237,14 +239,17 @@ class _WithAdapters:
         return self._base.kinds
 
     def stream(self, names: Iterable[str]) -> Iterator[str]:
-        by_base = {base_name(name): name for name in names}
-        own = [name for name in by_base if f".{LORA_A}." in name or f".{LORA_B}." in name]
-        yield from own
-        for name in self._base.stream([name for name in by_base if name not in set(own)]):
-            yield by_base[name]
+        of_base: dict[str, str] = {}
+        for name in names:
+            if _is_adapter(name):
+                yield name
+            else:
+                of_base[base_name(name)] = name
+        for name in self._base.stream(of_base):
+            yield of_base[name]
 
     def read(self, kind: str, name: str, spec: ShardSpec, tp_rank: int, start: int, end: int) -> Tensor:
-        if f".{LORA_A}." in name or f".{LORA_B}." in name:
+        if _is_adapter(name):
             return self._adapters.read(self._kind, name, spec, tp_rank, start, end)
         return self._base.read(kind, base_name(name), spec, tp_rank, start, end)
 
